@@ -1,0 +1,239 @@
+"""The one source of the YAML keys, the command line's `key=value`, the Python arguments and the JSON schema.
+
+    TrainConfig(dataset="python-stdlib", output_dir="runs/a", model={...}, max_steps=100)
+
+A field's docstring is its description in the schema, its annotation the range. Keys are Hugging Face's where
+it has one. Checks of one value stand in the annotation, checks between values in `_conflicts`. Nothing here
+opens a file: see `load_config` for YAML and lines, `deepspeed_json` for what a DeepSpeed JSON may say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
+
+from elastic_lsopt.errors import UserError
+
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+# Keys that a reader of other trainers' files may expect, and why they are refused.
+REFUSED = {
+    "elastic": "elastic jobs are not supported yet, they come in a later release; remove the block",
+    "probes": "probes in a job are not supported yet, they come in a later release; remove the block",
+    "fp16": "loss scaling is refused: use bf16: true",
+    "gradient_accumulation_steps": "accumulation follows from global_batch_size, "
+    "per_device_train_batch_size and the world size; remove the key",
+    "gradient_checkpointing": "the key is activation_checkpointing",
+    "optimizer": "the base optimizer is `optim`, the landscape method `landscape: {method: ...}`",
+}
+
+
+class SettingError(UserError):
+    """A value that cannot stand; `key` is the dotted YAML key, by which a reader finds the line."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+@dataclass(
+    frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+)
+class TrainConfig:
+    """One training job.
+
+    Raises pydantic's ValidationError (a ValueError) when made in Python; `load_config` turns that into a
+    one-line UserError with the file and the line.
+    """
+
+    # The model: exactly one of the first two.
+    model_name_or_path: Name | None = None
+    """A Hugging Face model folder, or a name in the local Hugging Face cache."""
+    model: dict[str, Any] | None = None
+    """A model from scratch: a Hugging Face config with `model_type`, or {import: "package.module:callable",
+    args: {...}} for any torch model."""
+    task: Literal["causal_lm", "sequence_classification", "classification"] = "causal_lm"
+    """What is learnt; `classification` is a plain torch model on pairs (x, y)."""
+    tokenizer_name_or_path: Name | None = None
+    """A Hugging Face tokenizer folder or name; null: the bytes of the text are the tokens."""
+
+    # The data.
+    dataset: Name
+    """A text or jsonl file or folder, a Hugging Face dataset folder, `python-stdlib` or `digits`."""
+    dataset_text_field: Name = "text"
+    """The field of a record that holds its text."""
+    dataset_label_field: Name = "label"
+    """The field of a record that holds its class, for sequence_classification."""
+    block_size: Annotated[int, Field(ge=2)] = 128
+    """Tokens in a sample; >= 2."""
+    eval_fraction: BelowOne = 0.05
+    """Share of the documents that is held out for evaluation, in [0, 1)."""
+
+    # Where it runs, and where it writes.
+    output_dir: Name
+    """The run folder: resolved config, metrics, checkpoints, pictures, exported model."""
+    backend: Literal["replicated", "fsdp2", "deepspeed"] = "replicated"
+    """Where the weights lie: whole on each rank, in FSDP2 shards, or with DeepSpeed (ZeRO 0 to 3)."""
+    deepspeed: Name | dict[str, Any] | None = None
+    """The DeepSpeed JSON, a path or the mapping itself; for backend deepspeed only."""
+    workers: Count = 1
+    """Processes to start where no launcher did; ignored under torchrun, deepspeed, mpirun or Slurm."""
+    fsdp_replicas: Count = 1
+    """Replica groups of a hybrid-sharded FSDP2 mesh; 1: shard over all ranks."""
+    fsdp_reshard_after_forward: bool | Count = True
+    """FSDP2: free gathered weights after a forward (true), keep them (false), reshard to that many ranks."""
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 master weights."""
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more arithmetic."""
+
+    # The batch and the length of the job.
+    per_device_train_batch_size: Count = 8
+    """Samples in a unit of work (one forward); the only batch size that a device feels."""
+    global_batch_size: Count = 32
+    """Samples in an optimizer step, over all ranks; the same at every world size."""
+    max_steps: Count | None = None
+    """Optimizer steps of the job; exactly one of max_steps and num_train_epochs."""
+    num_train_epochs: Positive | None = None
+    """Passes over the training samples, may be a fraction; exactly one of max_steps and num_train_epochs."""
+
+    # The base optimizer and its schedule.
+    optim: Literal["adamw", "adam", "sgd"] = "adamw"
+    """The base optimizer, which steps with the gradient that the landscape method makes."""
+    learning_rate: NotNegative = 5e-5
+    """Peak learning rate; >= 0."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    """The learning rate after the warm-up: constant, or down to 0 at the last sample."""
+    warmup_ratio: BelowOne = 0.0
+    """Share of the job's samples over which the learning rate rises from 0, in [0, 1)."""
+    max_grad_norm: NotNegative = 1.0
+    """Limit of the global L2 norm of the installed gradient; 0: no clipping."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled for adamw, added to the gradient for adam and sgd."""
+    adam_beta1: BelowOne = 0.9
+    """Decay of Adam's first moment, in [0, 1)."""
+    adam_beta2: BelowOne = 0.999
+    """Decay of Adam's second moment, in [0, 1)."""
+    adam_epsilon: Positive = 1e-8
+    """Added to Adam's denominator; > 0."""
+    momentum: BelowOne = 0.0
+    """Momentum of sgd, in [0, 1)."""
+    landscape: dict[str, Any] = field(default_factory=lambda: {"method": "none"})
+    """The landscape method (none, sam, asam, lpf_sgd or a registered name) and its own fields."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of weights, sample order, dropout and noise; the world size has no part in any of them."""
+
+    # Evaluation, checkpoints, reports.
+    eval_steps: Count | None = None
+    """Optimizer steps between evaluations; null: only at the end."""
+    eval_batches: Count | None = None
+    """Units of per_device_train_batch_size samples in an evaluation; null: all that is held out."""
+    save_steps: Count | None = None
+    """Optimizer steps between checkpoints; null: only at the end."""
+    save_total_limit: Count | None = None
+    """Checkpoints to keep, the newest; null: all."""
+    resume_from_checkpoint: Name = "auto"
+    """`auto`: the newest good checkpoint of output_dir, if any; `none`: start anew; or a path."""
+    report_to: Annotated[tuple[Literal["tensorboard"], ...], Field(strict=False)] = ()
+    """Reporters beside metrics.jsonl, which is always written."""
+    export: bool = True
+    """Write the trained model at the end: a Hugging Face folder, safetensors for a torch model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_by_name(cls, given: Any) -> Any:
+        keys = (given.kwargs or {}) if isinstance(given, ArgsKwargs) else given
+        for key in keys:
+            if key in REFUSED:
+                raise SettingError(key, f"{key}: {REFUSED[key]}.")
+        return given
+
+    def __post_init__(self) -> None:
+        for key, message in _conflicts(self):
+            raise SettingError(key, message)
+
+
+def landscape_fields(config: TrainConfig) -> tuple[str, dict[str, Any]]:
+    """The name of the landscape method, and the fields that its dataclass takes."""
+    own = dict(config.landscape)
+    return own.pop("method"), own
+
+
+def _conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
+    """What single ranges cannot say: (key, message) of the values that contradict each other."""
+    if (c.model is None) == (c.model_name_or_path is None):
+        yield (
+            "model",
+            "give exactly one of model_name_or_path (a folder or name) and model (from scratch).",
+        )
+    if c.model is not None:
+        yield from _model_conflicts(c.model, c.task)
+    elif c.task == "classification":
+        yield "task", "task=classification needs a torch model: model: {import: 'package.module:callable'}."
+    if (c.dataset == "digits") != (c.task == "classification"):
+        yield (
+            "dataset",
+            f"dataset={c.dataset} does not fit task={c.task}: digits goes with classification.",
+        )
+
+    if (c.max_steps is None) == (c.num_train_epochs is None):
+        yield "max_steps", "give exactly one of max_steps and num_train_epochs."
+    if c.global_batch_size < c.per_device_train_batch_size:
+        yield (
+            "global_batch_size",
+            f"global_batch_size={c.global_batch_size} must be at least per_device_train_batch_size="
+            f"{c.per_device_train_batch_size} (one unit of work); raise it or lower the unit.",
+        )
+
+    if c.backend == "deepspeed" and c.deepspeed is None:
+        yield "backend", "backend=deepspeed needs a DeepSpeed JSON: deepspeed: configs/deepspeed/zero3.json."
+    if c.backend != "deepspeed" and c.deepspeed is not None:
+        yield (
+            "deepspeed",
+            f"deepspeed is given but backend={c.backend}; set backend: deepspeed or remove it.",
+        )
+    if c.backend != "fsdp2":
+        for key, default in (("fsdp_replicas", 1), ("fsdp_reshard_after_forward", True)):
+            if getattr(c, key) != default:
+                yield key, f"{key} is for backend fsdp2, but backend={c.backend}; remove the key."
+    if c.workers > 1 and c.workers % c.fsdp_replicas:
+        yield "fsdp_replicas", f"fsdp_replicas={c.fsdp_replicas} must divide workers={c.workers}."
+
+    if c.optim != "sgd" and c.momentum:
+        yield "momentum", f"momentum is for optim sgd, but optim={c.optim}; use adam_beta1 or remove the key."
+    if c.optim == "sgd":
+        for key, default in (("adam_beta1", 0.9), ("adam_beta2", 0.999), ("adam_epsilon", 1e-8)):
+            if getattr(c, key) != default:
+                yield key, f"{key} is for optim adam and adamw, but optim=sgd; remove the key."
+    if not isinstance(c.landscape.get("method"), str):
+        yield "landscape", "landscape needs `method`, a name such as none, sam, asam or lpf_sgd."
+
+
+def _model_conflicts(model: dict[str, Any], task: str) -> Iterator[tuple[str, str]]:
+    if ("import" in model) == ("model_type" in model):
+        yield (
+            "model",
+            "model needs exactly one of model_type (a Hugging Face config) and import (torch).",
+        )
+    elif "import" in model:
+        target = model["import"]
+        if not isinstance(target, str) or not all(target.partition(":")):
+            yield "model.import", f"model.import={target!r} must read 'package.module:callable'."
+        for key in sorted(set(model) - {"import", "args"}):
+            yield (
+                f"model.{key}",
+                f"model.{key} does not go beside import; arguments of the callable go in args.",
+            )
+        if not isinstance(model.get("args", {}), dict):
+            yield "model.args", f"model.args={model['args']!r} must be a mapping of the callable's arguments."
+    elif task == "classification":
+        yield "task", "task=classification needs a torch model: model: {import: 'package.module:callable'}."
