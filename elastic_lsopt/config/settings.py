@@ -24,6 +24,10 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
+LANDSCAPE_SCHEMA: dict[str, Any] = {"required": ["method"], "properties": {"method": {"type": "string"}}}
+
+# Data that comes with Python or with scikit-learn: names, never paths.
+BUILTIN_DATASETS = ("python-stdlib", "digits")
 
 # Keys that a reader of other trainers' files may expect, and why they are refused.
 REFUSED = {
@@ -45,9 +49,7 @@ class SettingError(UserError):
         self.key = key
 
 
-@dataclass(
-    frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
-)
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True))
 class TrainConfig:
     """One training job.
 
@@ -127,7 +129,9 @@ class TrainConfig:
     """Added to Adam's denominator; > 0."""
     momentum: BelowOne = 0.0
     """Momentum of sgd, in [0, 1)."""
-    landscape: dict[str, Any] = field(default_factory=lambda: {"method": "none"})
+    landscape: Annotated[dict[str, Any], Field(json_schema_extra=LANDSCAPE_SCHEMA)] = field(
+        default_factory=lambda: {"method": "none"}
+    )
     """The landscape method (none, sam, asam, lpf_sgd or a registered name) and its own fields."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of weights, sample order, dropout and noise; the world size has no part in any of them."""

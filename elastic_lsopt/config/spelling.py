@@ -1,0 +1,12 @@
+"""The nearest valid name to a mistyped one: the last words of every "unknown key" message."""
+
+from collections.abc import Collection
+from difflib import get_close_matches
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """`; did you mean 'learning_rate'?`; where none is near, the list of known names if it is short."""
+    near = get_close_matches(word.lower(), known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(sorted(known)) or '(none)'}." if len(known) <= 12 else "."
