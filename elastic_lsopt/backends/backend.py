@@ -1,0 +1,110 @@
+"""What all backends share: torch optimizers that step on slots, sums over groups, the report of a failure.
+
+A backend knows where the pieces are and how the framework makes its copies right. It knows no rho and no learning rate.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from elastic_lsopt.backends.transport import Transport
+from elastic_lsopt.oracle.passes import Passes
+from elastic_lsopt.space.layout import Piece
+from elastic_lsopt.space.vector import Vector
+
+
+class Backend(Passes):
+    """A framework's model and base optimizer. `name` is how messages call it."""
+
+    name: str
+    base: torch.optim.Optimizer | None
+    transport: Transport
+    shard_group: dist.ProcessGroup | None = None
+    """The ranks that together hold the vector once; None where every rank holds all of it."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> Sequence[Tensor]:
+        """This rank's master tensors, as the framework shaped them (local, never a DTensor)."""
+
+    @abstractmethod
+    def step(self, gradient: Vector, norm: float | None) -> None:
+        """Clip the gradient in the buffer and let the base optimizer step; leaves every copy of the weights right."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's groups: set a learning rate here."""
+        return self.base.param_groups if self.base is not None else []
+
+    # -- pieces ------------------------------------------------------------------------------------------------
+
+    @property
+    def masters(self) -> list[Tensor]:
+        return self.views(self.slots)
+
+    def views(self, slots: Sequence[Tensor]) -> list[Tensor]:
+        """The pieces as 1-D views of tensors shaped like the slots."""
+        return [slots[p.slot].view(-1)[p.start : p.start + p.length] for p in self.layout.pieces]
+
+    def sum_pieces_(self, values: Tensor) -> Tensor:
+        if self.shard_group is not None and dist.get_world_size(self.shard_group) > 1:
+            self.transport.refuse_cut()
+            dist.all_reduce(values, group=self.shard_group)
+        return values
+
+    def sum_world_(self, values: Tensor) -> Tensor:
+        if self.world > 1:
+            self.transport.refuse_cut()
+            dist.all_reduce(values)
+        return values
+
+    # -- the base optimizer's state ----------------------------------------------------------------------------
+
+    def state_of(self, piece: Piece) -> tuple[dict[str, Any], Tensor]:
+        """The base optimizer's own state dict for a piece's slot, and the slot's key tensor."""
+        key = self.slot_keys[piece.slot]
+        return (self.base.state[key] if self.base is not None else {}), key
+
+    def base_state(self, key: str) -> list[Tensor]:
+        out = []
+        for piece in self.layout.pieces:
+            value = local(self.state_of(piece)[0][key])
+            out.append(value.view(-1)[piece.start : piece.start + piece.length])
+        return out
+
+    def base_states(self) -> Iterator[tuple[Piece, str, Any]]:
+        """(piece, key, value) of all base state: a 1-D view of the piece where it is element by element, else the value."""
+        for piece in self.layout.pieces:
+            state, _ = self.state_of(piece)
+            size = self.slots[piece.slot].numel()
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim() and local(value).numel() == size:
+                    yield piece, key, local(value).view(-1)[piece.start : piece.start + piece.length]
+                else:
+                    yield piece, key, value
+
+    # -- failures ----------------------------------------------------------------------------------------------
+
+    def report_failure(self, error: BaseException) -> None:
+        self.transport.report(error)
+
+    def repair(self) -> None:
+        self.transport.repair()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; the tensor itself otherwise."""
+    return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
+
+
+def scale_to_norm_(tensors: list[Tensor], norm: float, max_norm: float) -> None:
+    """Clip as `torch.nn.utils.clip_grad_norm_` does, given the global norm: one multiplication, no communication."""
+    factor = max_norm / (norm + 1e-6)
+    if factor < 1.0 and tensors:
+        torch._foreach_mul_(tensors, factor)

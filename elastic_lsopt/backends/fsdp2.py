@@ -1,0 +1,178 @@
+"""Parameters in DTensor shards: `fully_shard` on one mesh dimension, or two (HSDP: replicate x shard).
+
+FSDP2 gathers a group's weights from the shards that it registered, and keeps the gathered copy in three states: after
+a forward without backward (the root), with `reshard_after_forward=False`, and with `set_reshard_after_backward(False)`.
+A shard edited meanwhile is silently ignored. So `retract` reshards every FSDP module around each edit, and shards are
+written in place (a rebound `.data` is ignored too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping  # private; see _registered_modules
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from elastic_lsopt.backends.backend import Backend, local, scale_to_norm_
+from elastic_lsopt.backends.transport import Transport
+from elastic_lsopt.errors import Unsupported, UserError
+from elastic_lsopt.space.layout import Layout, Parameter, Piece
+from elastic_lsopt.space.vector import Vector
+
+
+class FSDP2(Backend):
+    """A model under `fully_shard`; the slots are the local shards of its trainable DTensors.
+
+    `named_parameters` are those to train; `model` is the root FSDP module, None for a user's own closure (the FSDP
+    modules are then found through torch's registry). Raises Unsupported for shards along another dimension than 0,
+    parameters that FSDP does not manage, CPU offload, and meshes that are not (shard) or (replicate, shard).
+    """
+
+    name = "fsdp2"
+    separate_master = False  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        base: torch.optim.Optimizer | None,
+        *,
+        model: nn.Module | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self.base, self.max_grad_norm = base, max_grad_norm
+        self.module = model
+        self._modules = _fsdp_modules(model)
+        for module in self._modules:
+            module.reshard()  # a gathered group hides its DTensors from `parameters()`
+        named = list(model.named_parameters() if model is not None else named_parameters)
+        named = [(n, p) for n, p in named if p.requires_grad]
+        if not named:
+            raise UserError("the model has no trainable parameter; set requires_grad on at least one.")
+        if model is None:
+            ours = {id(p) for _, p in named}
+            self._modules = [m for m in self._modules if any(id(p) in ours for p in m.parameters())]
+        for name, p in named:
+            _refuse(name, p)
+        _refuse_offload(self._modules)
+        self._parameters: list[DTensor] = [p for _, p in named]  # type: ignore[misc]
+        mesh = self._parameters[0].device_mesh
+        self.transport = Transport()
+        self.rank, self.world = self.transport.rank, self.transport.world
+        if mesh.size() != self.world:
+            raise Unsupported(
+                f"the FSDP mesh has {mesh.size()} ranks, the job {self.world}: tensor and pipeline parallel meshes are "
+                "not supported; use a mesh of all ranks, (shard) or (replicate, shard)."
+            )
+        self.shard_group = mesh.get_group(mesh.ndim - 1)
+        self.replicas = self.world // dist.get_world_size(self.shard_group)
+        self.device = local(self._parameters[0]).device
+        self.compute_dtype = self._compute_dtype()
+        pieces = []
+        for i, p in enumerate(self._parameters):
+            _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+            if n := local(p).numel():
+                row = Parameter("", tuple(p.shape[1:])).numel
+                pieces.append(Piece(i, offset[0] * row, n, i, 0))
+        self.layout = Layout(tuple(Parameter(n, tuple(p.shape)) for n, p in named), tuple(pieces))
+
+    def _compute_dtype(self) -> torch.dtype:
+        policies = [m._get_fsdp_state()._mp_policy.param_dtype for m in self._modules]  # private: torch 2.11 to 2.13
+        return next((d for d in policies if d is not None), self._parameters[0].dtype)
+
+    @property
+    def slots(self) -> list[Tensor]:
+        return [local(p).detach() for p in self._parameters]
+
+    @property
+    def slot_keys(self) -> Sequence[Tensor]:
+        return self._parameters
+
+    @property
+    def working(self) -> list[Tensor]:
+        return self.masters
+
+    def retract(self) -> None:
+        for module in self._modules:
+            module.reshard()
+
+    def publish(self) -> None:
+        """The next forward gathers from the shards."""
+
+    def repair(self) -> None:
+        super().repair()
+        for module in self._modules:
+            state = module._get_fsdp_state()
+            if state._is_root:
+                module.reset_iter_state()  # a pass that an exception ended leaves gathers and reductions behind
+
+    @property
+    def forward(self) -> Any:
+        return self.module
+
+    def begin(self, *, last: bool) -> None:
+        self.transport.refuse_cut()
+
+    def backward(self, loss: Tensor) -> None:
+        # Every unit reduces into the shards at once: no rank ever holds a whole gradient.
+        loss.backward()
+
+    def clear_gradient(self) -> None:
+        for p in self._parameters:
+            p.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        grads = [None if p.grad is None else local(p.grad) for p in self._parameters]
+        return [
+            torch.zeros(piece.length, dtype=self._parameters[piece.slot].dtype, device=self.device)
+            if (g := grads[piece.slot]) is None
+            else g.view(-1)
+            for piece in self.layout.pieces
+        ]
+
+    def install(self, vector: Vector) -> None:
+        for p in self._parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for piece, t in zip(self.layout.pieces, vector.tensors, strict=True):
+            local(self._parameters[piece.slot].grad).view(-1).copy_(t)  # type: ignore[arg-type]
+
+    def step(self, gradient: Vector, norm: float | None) -> None:
+        assert self.base is not None
+        if self.max_grad_norm and norm is not None:
+            scale_to_norm_([local(p.grad) for p in self._parameters if p.grad is not None], norm, self.max_grad_norm)
+        self.base.step()
+
+
+def _fsdp_modules(model: nn.Module | None) -> list[FSDPModule]:
+    """The FSDP modules of the model, or every one of the process (torch keeps a weak registry of them)."""
+    modules = model.modules() if model is not None else list(_module_state_mapping)
+    return [m for m in modules if isinstance(m, FSDPModule)]
+
+
+def _refuse(name: str, p: nn.Parameter) -> None:
+    if not isinstance(p, DTensor):
+        raise Unsupported(
+            f"parameter {name} is a {type(p).__name__}, not a DTensor: wrap the whole model with fully_shard "
+            "(ignored parameters are not supported)."
+        )
+    if p.device_mesh.ndim > 2 or not isinstance(p.placements[-1], Shard) or p.placements[-1].dim != 0:
+        raise Unsupported(
+            f"parameter {name} is placed as {p.placements}: supported are (Shard(0)) and (Replicate, Shard(0))."
+        )
+    if p.device_mesh.ndim == 2 and not isinstance(p.placements[0], Replicate):
+        raise Unsupported(
+            f"parameter {name} is placed as {p.placements}: supported is (Replicate, Shard(0)) on two dimensions."
+        )
+
+
+def _refuse_offload(modules: Iterable[FSDPModule]) -> None:
+    for module in modules:
+        group = module._get_fsdp_state()._fsdp_param_group
+        if group is not None and type(group.offload_policy).__name__ == "CPUOffloadPolicy":
+            raise Unsupported("FSDP2 with CPUOffloadPolicy is not tested; remove offload_policy.")

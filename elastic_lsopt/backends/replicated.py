@@ -1,0 +1,112 @@
+"""Every rank holds all parameters: a plain module on one process, or DistributedDataParallel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from elastic_lsopt.backends.backend import Backend, scale_to_norm_
+from elastic_lsopt.backends.transport import Transport
+from elastic_lsopt.errors import Unsupported, UserError
+from elastic_lsopt.space.layout import Layout, Parameter, Piece
+from elastic_lsopt.space.vector import Vector
+
+
+class Replicated(Backend):
+    """Parameters whole on each rank; the slots are the parameters themselves.
+
+    `named_parameters` are those to train (names may be made up by the caller); `model` is the module or its DDP
+    wrapper, None for a user's own closure. Raises Unsupported for several ranks without DDP (nothing would average
+    their gradients), UserError where nothing is trainable.
+    """
+
+    name = "replicated"
+    separate_master = False  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        base: torch.optim.Optimizer | None,
+        *,
+        model: nn.Module | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        named = [(n, p) for n, p in named_parameters if p.requires_grad]
+        if not named:
+            raise UserError("the model has no trainable parameter; set requires_grad on at least one.")
+        self._parameters = [p for _, p in named]
+        self.base, self.max_grad_norm = base, max_grad_norm
+        self._wrapper = model
+        self._ddp = model if isinstance(model, DistributedDataParallel) else None
+        self.module = self._ddp.module if self._ddp else model
+        self.transport = Transport()
+        self.rank, self.world = self.transport.rank, self.transport.world
+        if model is not None and self._ddp is None and self.world > 1:
+            raise Unsupported(
+                f"a plain module on {self.world} ranks: nothing averages its gradients; wrap it in "
+                "DistributedDataParallel or fully_shard, or use DeepSpeed."
+            )
+        self.replicas = self.world
+        self.device = self._parameters[0].device
+        self.compute_dtype = self._parameters[0].dtype
+        self.layout = Layout(
+            tuple(Parameter(n, tuple(p.shape)) for n, p in named),
+            tuple(Piece(i, 0, p.numel(), i, 0) for i, p in enumerate(self._parameters)),
+        )
+        for name, p in named:
+            if not p.is_contiguous():
+                raise Unsupported(f"parameter {name} is not contiguous; call .contiguous() on it before training.")
+
+    @property
+    def slots(self) -> list[Tensor]:
+        return [p.detach() for p in self._parameters]
+
+    @property
+    def slot_keys(self) -> Sequence[Tensor]:
+        return self._parameters
+
+    @property
+    def working(self) -> list[Tensor]:
+        return self.masters
+
+    def retract(self) -> None:
+        """There are no gathered copies."""
+
+    def publish(self) -> None:
+        """There are no gathered copies."""
+
+    @property
+    def forward(self) -> Any:
+        return self._wrapper
+
+    def begin(self, *, last: bool) -> None:
+        self.transport.refuse_cut()
+        if self._ddp is not None:
+            # Read by DDP's forward (it is what no_sync sets): only the closing backward averages the local sums.
+            self._ddp.require_backward_grad_sync = last
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def clear_gradient(self) -> None:
+        for p in self._parameters:
+            p.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        return [(torch.zeros_like(p) if p.grad is None else p.grad).view(-1) for p in self._parameters]
+
+    def install(self, vector: Vector) -> None:
+        for p, t in zip(self._parameters, vector.tensors, strict=True):
+            if p.grad is None:
+                p.grad = torch.empty_like(p)
+            p.grad.view(-1).copy_(t)
+
+    def step(self, gradient: Vector, norm: float | None) -> None:
+        assert self.base is not None
+        if self.max_grad_norm and norm is not None:
+            scale_to_norm_([p.grad for p in self._parameters if p.grad is not None], norm, self.max_grad_norm)
+        self.base.step()

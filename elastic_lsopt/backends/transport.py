@@ -1,0 +1,155 @@
+"""One rank's failure reaches the others within seconds, also while they wait for it inside a collective.
+
+[Note: cutting the transport] gloo waits for a silent peer until the process group's timeout (half an hour by default),
+and neither `abort()` nor `destroy_process_group()` closes its sockets while the framework holds the group. What gloo
+does notice at once is a closed socket. So the rank that raises says why in the store, gives the others a moment to
+report the same (a mistake that all ranks make alike blocks nobody, and needs no cut), and then shuts down its gloo
+sockets: its peers' collectives raise, their displaced passes restore their own shards, and they report the first
+failure. The groups are gone after that; `settle` makes the copies of the weights right over a group of its own, and
+the job ends (or, under the elastic runtime, re-forms).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from elastic_lsopt.errors import PeerFailed
+
+AGREE_S = 1.0
+"""How long a failing rank waits for the others to report a failure of their own before it cuts the transport."""
+SETTLE_TIMEOUT_S = 60.0
+LISTENING, ESTABLISHED = "0A", "01"
+
+
+class Transport:
+    """The way in which this job's ranks talk (collective to make: one small gather of port numbers).
+
+    Without a process group of several ranks it has nothing to do.
+    """
+
+    _made = 0
+
+    def __init__(self) -> None:
+        Transport._made += 1
+        self.cut = False
+        self._prefix = f"elastic_lsopt/{Transport._made}"
+        self._failures = 0
+        self._group: dist.ProcessGroup | None = None
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self._ports: set[int] = set()
+        if self.world > 1:
+            mine = sorted({local for _, local, _, state in _sockets() if state == LISTENING})
+            everyones: list[list[int] | None] = [None] * self.world
+            dist.all_gather_object(everyones, mine)
+            self._ports = {port for ports in everyones if ports for port in ports}
+
+    @property
+    def settle_group(self) -> dist.ProcessGroup | None:
+        """The group over which `settle` makes the copies right after a cut; None: the framework's own works."""
+        return self._group
+
+    def refuse_cut(self) -> None:
+        if self.cut:
+            raise PeerFailed(
+                "the process group was cut when a rank failed, so this job cannot go on; start it again "
+                "(resume_from_checkpoint: auto continues from the last checkpoint)."
+            )
+
+    def report(self, error: BaseException) -> None:
+        """See [Note: cutting the transport]. Takes AGREE_S at most; raises nothing."""
+        if self.world == 1 or self.cut:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        self._failures += 1
+        key = f"{self._prefix}/failure/{self._failures}"
+        try:
+            store.set(f"{key}/{self.rank}", f"{type(error).__name__}: {error}"[:500])
+            others = [f"{key}/{r}" for r in range(self.world) if r != self.rank]
+            end = time.monotonic() + AGREE_S
+            while not (together := store.check(others)) and time.monotonic() < end:
+                time.sleep(0.01)
+        except (RuntimeError, OSError):  # the store's host has died: nobody can be asked
+            together = False
+        if not together:
+            self.cut = True
+            _shut_down(self._ports)
+
+    def first_failure(self) -> str | None:
+        """What another rank reported of the newest failure, if any: 'rank 1 raised ValueError: …'."""
+        if self.world == 1 or not self._failures:
+            return None
+        store = dist.distributed_c10d._get_default_store()
+        for rank in range(self.world):
+            key = f"{self._prefix}/failure/{self._failures}/{rank}"
+            try:
+                if rank != self.rank and store.check([key]):
+                    said = store.get(key).decode()
+                    if "Connection closed by peer" not in said and "Connection reset" not in said:
+                        return f"rank {rank} raised {said}"
+            except (RuntimeError, OSError):
+                return None
+        return None
+
+    def repair(self) -> None:
+        """After a cut, form a gloo group through the store (collective). Raises when not all ranks come in time."""
+        if not self.cut or self._group is not None:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        prefix = dist.PrefixStore(f"{self._prefix}/settle/{self._failures}", store)
+        self._group = dist.ProcessGroupGloo(prefix, self.rank, self.world, timedelta(seconds=SETTLE_TIMEOUT_S))
+
+    def gather(self, own: Tensor) -> list[Tensor]:
+        """Every rank's `own` (equal shapes) over the settle group."""
+        assert self._group is not None
+        own = own.detach().cpu().contiguous()
+        out = [torch.empty_like(own) for _ in range(self.world)]
+        self._group.allgather([out], [own]).wait()
+        return out
+
+
+def _sockets() -> list[tuple[int, int, int, str]]:
+    """(file descriptor, local port, remote port, state) of this process's TCP sockets."""
+    inodes: dict[str, int] = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue
+        if target.startswith("socket:["):
+            inodes[target[8:-1]] = int(fd)
+    found = []
+    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
+        if not os.path.exists(table):
+            continue
+        with open(table, encoding="ascii") as lines:
+            for line in list(lines)[1:]:
+                _, local, remote, state, *_rest = line.split()
+                inode = line.split()[9]
+                if inode in inodes:
+                    found.append((inodes[inode], int(local.split(":")[1], 16), int(remote.split(":")[1], 16), state))
+    return found
+
+
+def _shut_down(ports: set[int]) -> None:
+    """Shut down this process's connections that start or end at one of the job's listening ports, but the store's."""
+    master = dist.distributed_c10d._get_default_store()
+    while isinstance(master, dist.PrefixStore):
+        master = master.underlying_store
+    keep = master.port if isinstance(master, dist.TCPStore) else -1
+    for fd, local, remote, state in _sockets():
+        if state == ESTABLISHED and keep not in (local, remote) and (local in ports or remote in ports):
+            copy = socket.socket(fileno=os.dup(fd))
+            try:
+                copy.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            finally:
+                copy.close()

@@ -1,0 +1,140 @@
+"""The engine: `train_batch(microbatches)` is one optimizer step, whatever the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from elastic_lsopt.backends.backend import Backend
+from elastic_lsopt.errors import StaleWeights
+from elastic_lsopt.faces.report import StepReport
+from elastic_lsopt.faces.step import LandscapeStep
+from elastic_lsopt.optimizers.registry import Method, State
+from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.loss import Loss, LossFunction, as_loss, samples
+from elastic_lsopt.oracle.units import Unit
+from elastic_lsopt.oracle.units_oracle import UnitsOracle
+from elastic_lsopt.space.geometry import ParameterSpace
+
+
+class Engine:
+    """A model on a backend, a base optimizer, a method. All methods are collective.
+
+    `loss_fn(model, batch)` is the mean loss of a micro-batch (default: the Hugging Face model's own, weighed by
+    tokens). `total_samples` is the length of the run, for schedules on the sample clock. Raises Unsupported and
+    UserError for what is not supported.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        method: Method,
+        *,
+        loss_fn: Loss | LossFunction | None = None,
+        seed: int = 0,
+        total_samples: int | None = None,
+    ) -> None:
+        assert backend.module is not None
+        self.backend = backend
+        self.loss = as_loss(loss_fn, backend.module)
+        self._landscape = LandscapeStep(backend, method, seed, SampleClock(total_samples=total_samples))
+        self._stop_requested = False
+        self._inside = False
+        self.last_step: StepReport | None = None
+        backend.module.register_forward_pre_hook(self._refuse_stale_forward)
+
+    @property
+    def module(self) -> nn.Module:
+        assert self.backend.module is not None
+        return self.backend.module
+
+    @property
+    def base(self) -> torch.optim.Optimizer | None:
+        """The torch optimizer that steps."""
+        return self.backend.base
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.backend.param_groups
+
+    @property
+    def space(self) -> ParameterSpace:
+        return self._landscape.space
+
+    @property
+    def method(self) -> Method:
+        return self._landscape.method
+
+    @property
+    def method_state(self) -> State:
+        return self._landscape.state
+
+    @property
+    def clock(self) -> SampleClock:
+        return self._landscape.clock
+
+    @clock.setter
+    def clock(self, clock: SampleClock) -> None:
+        self._landscape.clock = clock
+
+    @property
+    def skipped_steps(self) -> int:
+        return self._landscape.skipped_steps
+
+    def request_stop(self) -> None:
+        """Ask all ranks to stop: `last_step.stop` is true on all after the same step. Safe in a signal handler."""
+        self._stop_requested = True
+
+    def oracle(self, microbatches: Sequence[Any]) -> UnitsOracle:
+        """The loss on these micro-batches of all ranks, as something one can ask."""
+        return UnitsOracle(
+            self.space, self.backend, self.loss, microbatches, self.clock, stop_requested=self._stop_requested
+        )
+
+    def train_batch(self, microbatches: Sequence[Any]) -> float:
+        """One optimizer step on this rank's micro-batches; returns the mean loss of the global batch before it.
+
+        `microbatches` are plain batches (the j-th of rank r is unit j * world + r of the step) or `Unit`s. The ranks'
+        lists may differ in length. `last_step` tells more.
+        """
+        self._inside = True
+        try:
+            self.space.refuse_stale("a step")
+            local = sum(
+                samples(m.batch if isinstance(m, Unit) else m) for m in microbatches if not getattr(m, "idle", False)
+            )
+            oracle = self.oracle(microbatches)
+            self.last_step = self._landscape.take(oracle, self._sum(local))
+        finally:
+            self._inside = False
+        return self.last_step.loss
+
+    def eval_loss(self, microbatches: Sequence[Any]) -> float:
+        """The mean loss over all ranks' micro-batches, in eval mode, without gradients."""
+        training = self.module.training
+        self.module.eval()
+        self._inside = True
+        try:
+            return self.oracle(microbatches).loss()
+        finally:
+            self._inside = False
+            self.module.train(training)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the method's state, and the clock. (Checkpoints for any world size: `lso.checkpoint`.)"""
+        return self._landscape.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._landscape.load_state_dict(state_dict)
+
+    def _sum(self, number: int) -> int:
+        values = torch.tensor([number], dtype=torch.float64, device=self.backend.device)
+        return int(self.backend.sum_world_(values).item())
+
+    def _refuse_stale_forward(self, module: nn.Module, inputs: Any) -> None:
+        if not self._inside and not self.space.settled:
+            self.space.refuse_stale("a forward pass")
+            raise StaleWeights("a forward pass is refused inside a step; call it after train_batch() has returned.")

@@ -1,0 +1,2 @@
+def initialize(**kw):
+    raise NotImplementedError

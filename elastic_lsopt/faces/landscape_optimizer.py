@@ -1,0 +1,159 @@
+"""The face for any torch loop: a torch optimizer around a torch optimizer, whose step owns the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_lsopt.backends.backend import Backend
+from elastic_lsopt.backends.detect import backend_for
+from elastic_lsopt.errors import UserError
+from elastic_lsopt.faces.report import StepReport
+from elastic_lsopt.faces.step import LandscapeStep
+from elastic_lsopt.optimizers.registry import Method
+from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.closure_oracle import ClosureOracle
+from elastic_lsopt.space.geometry import ParameterSpace
+
+
+class LandscapeOptimizer(torch.optim.Optimizer):
+    """`step(closure)` asks the method for its gradient and lets `base` step with it: plain torch, DDP, FSDP2.
+
+    `base` is a torch optimizer already built; its `param_groups` and `state` are shared, so learning-rate schedulers
+    attach to either. `max_grad_norm` clips the combined gradient by its global norm (0 or None: off).
+    `samples_per_step` is the global batch, `total_samples` the length of the run, for schedules on the sample clock.
+    Parameters have names where `base` was built from `model.named_parameters()`, else their numbers.
+    The layout is read again whenever the groups' parameters changed (FSDP2's `fully_shard`, accelerate's `prepare`).
+    Raises UserError for a DeepSpeed optimizer (use `lso.initialize`) and for fp16 parameters.
+    """
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        method: Method,
+        *,
+        max_grad_norm: float | None = None,
+        samples_per_step: int = 1,
+        total_samples: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(base, torch.optim.Optimizer) or type(base).__module__.startswith("deepspeed"):
+            raise UserError(
+                f"base is a {type(base).__name__}; give a torch optimizer, or use lso.initialize(...) for DeepSpeed."
+            )
+        self.base, self.method = base, method
+        self.max_grad_norm, self.samples_per_step = max_grad_norm, samples_per_step
+        self._seed, self._clock = seed, SampleClock(total_samples=total_samples)
+        self._step: LandscapeStep | None = None
+        self._known: list[int] = []
+        self._oracle: ClosureOracle | None = None
+        self._pending_state: dict[str, Any] | None = None
+        self.last_step: StepReport | None = None
+        self.defaults = base.defaults
+        # What torch.optim.Optimizer.__init__ makes, less its own parameter list: the base's is the only one.
+        for name in (
+            "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks",
+            "_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks",
+            "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks",
+        ):  # fmt: skip
+            setattr(self, name, getattr(base, name))
+
+    # -- what it shares with the base --------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Empty the gradients; nothing between the parts of one pass, whose gradients add up."""
+        if self._oracle is None or not self._oracle.keeps_gradient:
+            self.base.zero_grad(set_to_none=set_to_none)
+
+    # -- the step ----------------------------------------------------------------------------------------------
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The space of the parameters as they are now placed."""
+        return self._current().space
+
+    def step(self, closure: Callable[[], Tensor] | Sequence[Callable[[], Tensor]] | None = None) -> float:  # type: ignore[override]
+        """One optimizer step; returns the loss at the weights before it (the mean over ranks). `last_step` tells more.
+
+        `closure` empties the gradient (`optimizer.zero_grad()`), runs forward and backward and returns the loss; it
+        is run once a pass, with the same dropout. A method with several parts takes a list of closures, one a part.
+        Gradients left over from before are ignored. Raises UserError without a closure.
+        """
+        if closure is None:
+            raise UserError(
+                "step() needs a closure, because the method takes its gradients itself: def closure(): "
+                "optimizer.zero_grad(); loss = …; loss.backward(); return loss. (DeepSpeed: lso.initialize().train_batch.)"
+            )
+        current = self._current()
+        closures = [closure] if callable(closure) else list(closure)
+        self._oracle = ClosureOracle(current.space, current.backend, closures, current.clock)
+        try:
+            self.last_step = current.take(self._oracle, self.samples_per_step)
+        finally:
+            self._oracle = None
+        self._clock = current.clock
+        return self.last_step.loss
+
+    def _current(self) -> LandscapeStep:
+        params = [p for group in self.param_groups for p in group["params"]]
+        if self._step is None or [id(p) for p in params] != self._known:
+            if self._step is not None:
+                if self._clock.steps:
+                    raise UserError("the parameters changed after the first step; build a new LandscapeOptimizer.")
+                self._step.space.retire()
+            self._known = [id(p) for p in params]
+            self._step = LandscapeStep(self._backend(params), self.method, self._seed, self._clock)
+            if self._pending_state is not None:
+                self._step.load_state_dict(self._pending_state)
+                self._clock, self._pending_state = self._step.clock, None
+        return self._step
+
+    def _backend(self, params: list[Tensor]) -> Backend:
+        if any(p.dtype == torch.float16 for p in params):
+            raise UserError(
+                "fp16 parameters need loss scaling, which is refused: one scale cannot serve two passes; use bf16."
+            )
+        names = [n for group in self.param_groups for n in group.get("param_names", [])]
+        if len(names) != len(params):
+            names = [str(i) for i in range(len(params))]
+        named = list(zip(names, params, strict=True))
+        return backend_for(None, self.base, named_parameters=named, max_grad_norm=self.max_grad_norm)  # type: ignore[arg-type]
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state, and under "landscape" the method's state and the clock."""
+        own = self._pending_state if self._pending_state is not None else self._current().state_dict()
+        return {**self.base.state_dict(), "landscape": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave; a state without "landscape" (the base's own) leaves the method as it is."""
+        self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "landscape"})
+        if "landscape" in state_dict:
+            self._pending_state = state_dict["landscape"]
+            self._step, self._known = None, []
+
+    def __repr__(self) -> str:
+        return f"LandscapeOptimizer({self.method!r}, {self.base!r})"

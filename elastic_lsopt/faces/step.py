@@ -1,0 +1,110 @@
+"""One optimizer step, the same behind every face: the method's gradient, then the base optimizer, or nothing at all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic_lsopt.backends.backend import Backend
+from elastic_lsopt.errors import NonFinite, PeerFailed
+from elastic_lsopt.faces.report import FAITHFUL, StepReport, log, warn_unfaithful
+from elastic_lsopt.optimizers.registry import Method, State
+from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.oracle import Oracle
+from elastic_lsopt.space.excursion import Fidelity
+from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.vector import Vector
+
+
+@dataclass
+class LandscapeStep:
+    """A method on a backend: its space, its state, its clock."""
+
+    backend: Backend
+    method: Method
+    seed: int = 0
+    clock: SampleClock = field(default_factory=SampleClock)
+    skipped_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.space = ParameterSpace(self.backend, self.seed)
+        self.state: State = self.method.init(self.space)
+        self._warned = False
+
+    def take(self, oracle: Oracle, samples: int) -> StepReport:
+        """Ask the method for its gradient, step the base, advance the clock by `samples` (collective).
+
+        A non-finite loss or gradient in any pass makes all ranks skip the step together: counted and logged, its
+        samples are committed. Any other exception leaves this rank's weights as they were and all ranks informed.
+        """
+        try:
+            report = self._take(oracle)
+        except Exception as error:
+            raise self._tell(error) from error
+        self.clock = self.clock.advanced(samples)
+        return report
+
+    def _take(self, oracle: Oracle) -> StepReport:
+        space = self.space
+        space.refuse_stale("a step")
+        asked, space.last_fidelity = space.measure_fidelity, None
+        # Rounding can spoil a displacement where the forward is narrower than fp32: look once, on the first step.
+        space.measure_fidelity = asked or (self.clock.steps == 0 and self.backend.compute_dtype.itemsize < 4)
+        try:
+            with space.deferring():
+                gradient = self.method.gradient(space, oracle, self.state)
+                oracle.install(gradient)
+                norm = space.norm(gradient)
+                if not math.isfinite(norm):
+                    raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")
+        except NonFinite as error:
+            return self._skip(oracle, error)
+        finally:
+            space.measure_fidelity = asked
+        self.backend.step(gradient, norm)
+        space.stepped()
+        return StepReport(
+            oracle.losses[0], oracle.passes, norm, False, oracle.stop, self._faithful(space.last_fidelity)
+        )
+
+    def _skip(self, oracle: Oracle, error: NonFinite) -> StepReport:
+        self.space.settle()
+        self.backend.clear_gradient()
+        self.skipped_steps += 1
+        log.warning("skipped a step on all ranks (%d so far): %s", self.skipped_steps, error)
+        loss = oracle.losses[0] if oracle.losses else math.nan
+        return StepReport(loss, oracle.passes, math.nan, True, oracle.stop)
+
+    def _faithful(self, fidelity: Fidelity | None) -> Fidelity | None:
+        if fidelity is not None and fidelity.cosine < FAITHFUL and not self._warned:
+            self._warned = True
+            warn_unfaithful(fidelity, self.backend.compute_dtype)
+        return fidelity
+
+    def _tell(self, error: Exception) -> Exception:
+        self.backend.report_failure(error)
+        first = self.backend.transport.first_failure()
+        if first is not None and not isinstance(error, PeerFailed) and isinstance(error, RuntimeError):
+            return PeerFailed(f"{first}; this rank's own weights are as they were before the pass.")
+        return error
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The method's state (this rank's pieces of each Vector) and the clock."""
+        kept = {k: [t.clone() for t in v.tensors] if isinstance(v, Vector) else v for k, v in self.state.items()}
+        return {"method": kept, "clock": (self.clock.samples, self.clock.steps), "skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for key, value in state_dict["method"].items():
+            if isinstance(value, list):
+                vector = self.space.empty()
+                for mine, saved in zip(vector.tensors, value, strict=True):
+                    mine.copy_(saved)
+                self.state[key] = vector
+            else:
+                self.state[key] = value
+        samples, steps = state_dict["clock"]
+        self.clock = SampleClock(samples, steps, self.clock.total_samples)
+        self.skipped_steps = state_dict["skipped_steps"]

@@ -1,0 +1,24 @@
+"""No method: the base optimizer alone, through the same engine (the rest point of all others)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elastic_lsopt.optimizers.registry import State, register
+from elastic_lsopt.oracle.oracle import Oracle
+from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.vector import Vector
+
+
+@register("none")
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """The gradient as it is. Cost: one pass, no memory."""
+
+    parts = 1
+
+    def init(self, space: ParameterSpace) -> State:
+        return {}
+
+    def gradient(self, space: ParameterSpace, oracle: Oracle, state: State) -> Vector:
+        return oracle.gradient()

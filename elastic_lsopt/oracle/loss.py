@@ -1,0 +1,128 @@
+"""What a step minimises: a mean over samples or tokens, with the weight that makes the mean of means exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic_lsopt.errors import UserError
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss in three steps: `criterion(forward(model, batch), batch)` is the mean over `count(batch)` terms.
+
+    `count` weighs the batch among the others of the step: samples, or unmasked tokens. What products with the
+    Gauss-Newton matrix need is the split into forward and criterion.
+    """
+
+    forward: Callable[[Any, Any], Any]
+    criterion: Callable[[Any, Any], Tensor]
+    count: Callable[[Any], float]
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        """The mean loss of the batch, a 0-d tensor."""
+        return self.criterion(self.forward(model, batch), batch)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A plain `loss_fn(model, batch)`: a mean over the batch's samples."""
+
+    function: LossFunction
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        return self.function(model, batch)
+
+    def count(self, batch: Any) -> float:
+        return float(samples(batch))
+
+
+def samples(batch: Any) -> int:
+    """Samples of a batch: the first dimension of its first tensor. Raises UserError where it holds none."""
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    for value in values if isinstance(values, list | tuple) else [values]:
+        if isinstance(value, Tensor) and value.dim():
+            return value.shape[0]
+    raise UserError(
+        f"a micro-batch of type {type(batch).__name__} holds no tensor with a first dimension, so its samples cannot be "
+        "counted; pass lso.Loss(forward, criterion, count)."
+    )
+
+
+def _unmasked_targets(batch: Mapping[str, Tensor]) -> float:
+    return float((batch["labels"][..., 1:] != -100).sum())
+
+
+def causal_lm_loss() -> Loss:
+    """The mean cross-entropy of the next token over the unmasked targets (label -100 is masked); logits are cast to fp32."""
+
+    def forward(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        return model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+
+    def criterion(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        targets = batch["labels"][..., 1:].reshape(-1)
+        total = nn.functional.cross_entropy(
+            logits[..., :-1, :].float().flatten(0, -2), targets, ignore_index=-100, reduction="sum"
+        )
+        return total / max(_unmasked_targets(batch), 1.0)
+
+    return Loss(forward, criterion, _unmasked_targets)
+
+
+def classification_loss() -> Loss:
+    """The mean cross-entropy over samples of a model with `.logits` or of one that maps `x` to logits."""
+
+    def forward(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        if set(inputs) == {"x"}:
+            return model(inputs["x"])
+        return model(**inputs).logits
+
+    def criterion(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(logits.float(), batch["labels"])
+
+    return Loss(forward, criterion, lambda batch: float(batch["labels"].shape[0]))
+
+
+def as_loss(loss_fn: Loss | LossFunction | None, module: nn.Module) -> Loss | _Whole:
+    """What the user gave, or the default: `model(**batch).loss`, split and weighed by tokens for Hugging Face models.
+
+    Raises UserError where there is no default.
+    """
+    if isinstance(loss_fn, Loss):
+        return loss_fn
+    if loss_fn is not None:
+        return _Whole(loss_fn)
+    kind = type(module).__name__
+    if kind.endswith(("ForCausalLM", "LMHeadModel")):
+        return causal_lm_loss()
+    if kind.endswith("ForSequenceClassification"):
+        return classification_loss()
+    if hasattr(module, "config"):
+        return _Whole(lambda model, batch: model(**batch).loss)
+    raise UserError(
+        f"loss_fn is missing and {kind} is no Hugging Face model with a default loss; pass "
+        "loss_fn=lambda model, batch: … (the mean loss of the batch) or lso.Loss(forward, criterion, count)."
+    )
+
+
+def refuse_coupled_samples(module: nn.Module) -> None:
+    """Batch norm in training mode couples the samples of a unit, so no world size would compute the same sums: refuse it."""
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
+            raise UserError(
+                f"{name or 'the model'} ({type(child).__name__}) is in training mode and couples the samples of a "
+                "micro-batch; put it in eval mode (frozen statistics) or use GroupNorm or LayerNorm."
+            )
+
+
+def select_out(loss: Tensor) -> Tensor:
+    """Zero, with zero gradient, but still connected: an idle slot takes part in every collective and adds nothing."""
+    return torch.where(torch.zeros((), dtype=torch.bool, device=loss.device), loss, torch.zeros_like(loss))

@@ -1,0 +1,160 @@
+"""The loss on this step's global batch, as something one can ask at the point where the weights are now.
+
+    oracle.gradient()                            one pass: a lease on the engine's gradient buffer
+    with oracle.accumulating() as total:         one pass whose parts may stand at different points
+        for part in oracle.parts(m): part.backward()
+    total.gradient
+
+Every pass ends in one all-reduce of four numbers, (loss, sum of squares of the gradient, non-finite losses, stop
+requests), on which all ranks decide alike.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from elastic_lsopt.errors import NonFinite
+from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.passes import Passes
+from elastic_lsopt.space.geometry import ParameterSpace, local_square
+from elastic_lsopt.space.vector import Lease, Vector
+
+
+@dataclass
+class Pass:
+    """One gradient in the making: `loss` and `gradient` are set when the block of `accumulating()` ends."""
+
+    parts: int = 0
+    done: int = 0
+    local_loss: float = 0.0
+    nonfinite: int = 0
+    loss: float = math.nan
+    _gradient: Lease | None = None
+
+    @property
+    def gradient(self) -> Lease:
+        if self._gradient is None:
+            raise RuntimeError("the gradient is there when the block of oracle.accumulating() has ended.")
+        return self._gradient
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of the global batch, cut by sample index; `weight` is its share of the batch's total weight."""
+
+    oracle: Oracle
+    number: int
+    of: int
+    weight: float
+
+    def backward(self) -> None:
+        """Add this part's share of the gradient at the present weights to the engine's buffer (collective)."""
+        self.oracle._run(self)
+
+
+class Oracle(ABC):
+    """The global batch of one step as a function of the weights. All methods are collective.
+
+    `losses` holds the mean loss of each pass so far, `passes` their number.
+    """
+
+    def __init__(
+        self, space: ParameterSpace, backend: Passes, clock: SampleClock, *, stop_requested: bool = False
+    ) -> None:
+        self.space, self.backend, self.clock = space, backend, clock
+        self.losses: list[float] = []
+        self.stop = False
+        self._stop_requested = stop_requested
+        self._running: Pass | None = None
+        self._leased = 0
+
+    @property
+    def step(self) -> int:
+        """The number of this optimizer step: the same at any world size."""
+        return self.clock.steps
+
+    @property
+    def passes(self) -> int:
+        return len(self.losses)
+
+    @abstractmethod
+    def parts(self, m: int) -> Sequence[Part]:
+        """The global batch as m parts of about equal size. Raises UserError where it has fewer units than parts."""
+
+    @abstractmethod
+    def loss(self) -> float:
+        """The mean loss of the global batch at the present weights: one forward of every unit, no gradient."""
+
+    @abstractmethod
+    def _backward(self, part: Part, *, last: bool) -> tuple[float, int]:
+        """Run the part; return this rank's share of the mean loss and its count of non-finite losses."""
+
+    def gradient(self) -> Lease:
+        """The gradient of the mean loss at the present weights: one pass, no memory (a lease).
+
+        Raises NonFinite on all ranks alike where any loss or gradient is inf or NaN.
+        """
+        with self.accumulating() as total:
+            for part in self.parts(1):
+                part.backward()
+        return total.gradient
+
+    @contextmanager
+    def accumulating(self) -> Iterator[Pass]:
+        """One pass made of parts, each run once and in order, wherever the weights are meanwhile."""
+        self.space.check_generation()
+        self._leased += 1
+        self.backend.clear_gradient()
+        self._running = total = Pass()
+        try:
+            yield total
+        finally:
+            self._running = None
+        if total.done != total.parts or not total.parts:
+            raise RuntimeError(f"{total.done} of {total.parts} parts ran backward(); run each once, in order.")
+        self._close(total)
+
+    def install(self, vector: Vector) -> None:
+        """Make `vector` the gradient that the engine steps with (nothing to do for the last pass's own lease)."""
+        if not (isinstance(vector, Lease) and vector.valid):
+            self.backend.install(vector)
+            self._leased += 1
+
+    def _run(self, part: Part) -> None:
+        total = self._running
+        if total is None:
+            raise RuntimeError("part.backward() runs inside `with oracle.accumulating():`.")
+        if part.number != total.done or total.parts not in (0, part.of):
+            raise RuntimeError(
+                f"part {part.number} of {part.of} ran where part {total.done} was due; run each once, in order."
+            )
+        total.parts = part.of
+        self.space.ready()
+        loss, nonfinite = self._backward(part, last=part.number == part.of - 1)
+        total.local_loss += loss
+        total.nonfinite += nonfinite
+        total.done += 1
+
+    def _close(self, total: Pass) -> None:
+        gradients = self.backend.gradients()
+        square = local_square(gradients).item() / self.backend.replicas
+        values = torch.tensor(
+            [total.local_loss, square, total.nonfinite, self._stop_requested],
+            dtype=torch.float64, device=self.backend.device,
+        )  # fmt: skip
+        loss, square, nonfinite, stop = self.backend.sum_world_(values).tolist()
+        self.losses.append(loss)
+        self.stop = self.stop or stop > 0
+        if nonfinite or not math.isfinite(loss) or not math.isfinite(square):
+            raise NonFinite(
+                f"step {self.step}, pass {self.passes}: the loss is {loss}, the gradient's norm {math.sqrt(abs(square))}"
+            )
+        mine = self._leased
+        total.loss = loss
+        total._gradient = Lease(self.space, gradients, lambda: self._leased == mine, math.sqrt(square))

@@ -1,0 +1,57 @@
+"""What the oracle needs of a backend, beyond the place of the pieces: forward, backward, the gradient's buffer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from elastic_lsopt.space.layout import Shards
+from elastic_lsopt.space.vector import Vector
+
+
+class Passes(Shards):
+    """The backend as the oracle sees it."""
+
+    module: nn.Module | None
+    """The user's own module, for checks (None where only its parameters are known)."""
+    rank: int
+    world: int
+    replicas: int
+    """How many ranks hold each piece: the sum of local squares over the world counts it so often."""
+
+    @property
+    @abstractmethod
+    def slot_keys(self) -> Sequence[Tensor]:
+        """The tensors under which the base optimizer keeps its state, one a slot."""
+
+    @property
+    @abstractmethod
+    def forward(self) -> Any:
+        """What is called in place of the module, so that the framework's hooks run."""
+
+    @abstractmethod
+    def begin(self, *, last: bool) -> None:
+        """Before a unit's forward: `last` says that its backward closes the accumulation."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, averaged over the world, to the buffer."""
+
+    @abstractmethod
+    def clear_gradient(self) -> None:
+        """Empty the buffer: the next backward starts a new sum."""
+
+    @abstractmethod
+    def gradients(self) -> Sequence[Tensor]:
+        """The buffer after the last backward, one 1-D tensor a piece (zeros for a parameter that took no part)."""
+
+    @abstractmethod
+    def install(self, vector: Vector) -> None:
+        """Make `vector` the gradient that the base optimizer will step with."""
+
+    @abstractmethod
+    def sum_world_(self, values: Tensor) -> Tensor:
+        """Sum in place over all ranks of the job (fp64, on `device`)."""

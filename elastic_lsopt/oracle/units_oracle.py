@@ -1,0 +1,118 @@
+"""The oracle of an engine that owns the passes: whole units of work, exact weights, the same dropout in every pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_lsopt.errors import UserError
+from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.loss import Loss, refuse_coupled_samples, select_out
+from elastic_lsopt.oracle.oracle import Oracle, Part
+from elastic_lsopt.oracle.passes import Passes
+from elastic_lsopt.oracle.units import Unit, as_units, part_bounds, slots
+from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.noise import block_seed
+
+
+@contextmanager
+def replayed(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's generators start from `seed` inside, and go on as if nothing had happened after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+        yield
+
+
+class UnitsOracle(Oracle):
+    """The mean loss over this step's units, given whole to ranks; see `oracle/units.py`.
+
+    Each unit is weighed by its count of samples or unmasked tokens. Its dropout depends on (seed, step, index), so a
+    second pass, another rank and another world size see the same masks. Making one costs one all-reduce of
+    3 + world numbers. Raises UserError where a rank has no micro-batch at all.
+    """
+
+    def __init__(
+        self,
+        space: ParameterSpace,
+        backend: Passes,
+        loss: Loss | Any,
+        microbatches: Sequence[Any],
+        clock: SampleClock,
+        *,
+        stop_requested: bool = False,
+    ) -> None:
+        super().__init__(space, backend, clock, stop_requested=stop_requested)
+        if backend.module is not None:
+            refuse_coupled_samples(backend.module)
+        self._loss = loss
+        units = as_units(microbatches, backend.rank, backend.world)
+        self._units = {u.index: u for u in units if not u.idle}
+        self._stand_in = units[0].batch if units else None
+        self._weights = {i: float(loss.count(u.batch)) for i, u in self._units.items()}
+        self._agree(units)
+
+    def _agree(self, units: Sequence[Unit]) -> None:
+        """All ranks learn the total weight, the number of units, and whether a rank has nothing to run."""
+        world, rank = self.backend.world, self.backend.rank
+        values = torch.zeros(3 + world, dtype=torch.float64, device=self.backend.device)
+        values[0] = sum(self._weights.values())
+        values[1] = float(not units)
+        values[2] = len(self._units)
+        values[3 + rank] = max(self._units, default=-1) + 1
+        total, empty, count, *ends = self.backend.sum_world_(values).tolist()
+        if empty:
+            raise UserError(
+                f"{int(empty)} of {world} ranks got no micro-batch; give every rank at least one (or Unit(idle=True))."
+            )
+        if not total > 0:
+            raise UserError(
+                f"the total weight of the global batch is {total}; it must be > 0 (are all labels masked?)."
+            )
+        self._total, self._count = total, int(max(ends))
+        if int(count) != self._count and count > self._count:
+            raise UserError(f"{int(count)} units share {self._count} indices; every unit needs an index of its own.")
+
+    def parts(self, m: int) -> list[Part]:
+        return [
+            Part(self, i, m, (end - first) / self._count) for i, (first, end) in enumerate(part_bounds(self._count, m))
+        ]
+
+    def loss(self) -> float:
+        self.space.ready()
+        local = 0.0
+        with torch.no_grad():
+            for index in slots((0, self._count), self.backend.rank, self.backend.world):
+                value = self._forward(index)
+                if index in self._units:
+                    local += value.item() * self._weights[index] / self._total
+        return self.backend.sum_world_(torch.tensor([local], dtype=torch.float64, device=self.backend.device)).item()
+
+    def _forward(self, index: int | None) -> Tensor:
+        unit = self._units.get(index) if index is not None else None
+        batch = unit.batch if unit else self._stand_in
+        seed = block_seed(self.space.seed, "dropout", self.step, -1 if unit is None else unit.index)
+        with replayed(seed, self.backend.device):
+            return self._loss(self.backend.forward, batch)
+
+    def _backward(self, part: Part, *, last: bool) -> tuple[float, int]:
+        bounds = part_bounds(self._count, part.of)[part.number]
+        mine = slots(bounds, self.backend.rank, self.backend.world)
+        local, nonfinite = 0.0, 0
+        for k, index in enumerate(mine):
+            self.backend.begin(last=last and k == len(mine) - 1)
+            value = self._forward(index)
+            if index in self._units:
+                share = self._weights[index] / self._total
+                local += value.item() * share
+                nonfinite += not math.isfinite(value.item())
+                # The backend averages over the world; the mean over the batch is a weighted sum.
+                value = value * (share * self.backend.world)
+            else:
+                value = select_out(value)
+            self.backend.backward(value)
+        return local, nonfinite

@@ -1,0 +1,215 @@
+"""Leaving the weights and coming back bit for bit.
+
+    with space.displaced(direction, scale): ...          one move
+    with space.excursion() as walk: walk.move(d, s); …   any number of moves
+
+[Note: what an excursion keeps] The way back is never computed as (w + e) - e, which differs from w by rounding. An
+outermost excursion on a backend with a separate master rebuilds the working copy from the master and keeps nothing;
+every other excursion keeps a copy of this rank's working shard as it found it. So nested excursions return to exactly
+the displaced weights that they started from.
+
+[Note: returning after an exception] The rank that raises restores its own shard without a collective, because the
+other ranks may be anywhere. Gathered copies stay wrong until the collective `space.settle()`, and are refused till
+then. So one rank's failure never hangs another in a restore.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from elastic_lsopt.errors import NonFinite
+from elastic_lsopt.space.layout import row_spans
+from elastic_lsopt.space.noise import add_normal_, block_seed, fill_normal_
+from elastic_lsopt.space.vector import Scales, Vector
+
+if TYPE_CHECKING:
+    from elastic_lsopt.space.geometry import ParameterSpace
+
+CHUNK = 1 << 20
+"""Elements of the scratch through which a move in fp32 reaches narrower weights (4 MiB)."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard normal noise, drawn piece by piece where it is used, so that it never needs a vector of memory.
+
+    An element depends on (seed, step, draw, parameter name, its index in the parameter): the same at any sharding.
+    """
+
+    space: ParameterSpace
+    step: int
+    draw: int
+
+    @property
+    def _seed(self) -> int:
+        return block_seed(self.space.seed, self.step, self.draw)
+
+    def vector(self) -> Vector:
+        """The same numbers, kept: one number an element."""
+        out = self.space.empty()
+        for i, t in enumerate(out.tensors):
+            name, offset = self._at(i)
+            fill_normal_(t, seed=self._seed, name=name, offset=offset)
+        return out
+
+    def _at(self, i: int) -> tuple[str, int]:
+        piece = self.space.layout.pieces[i]
+        return self.space.layout.parameters[piece.parameter].name, piece.offset
+
+    def add_to(self, i: int, out: Tensor, begin: int, scale: float | Tensor, row_length: int | None = None) -> None:
+        """out += scale * the noise of piece i from its element `begin` on; `scale` is a number or one a row."""
+        name, offset = self._at(i)
+        add_normal_(out, seed=self._seed, name=name, offset=offset + begin, scale=scale, row_length=row_length)
+
+
+Direction = Vector | Noise
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How a requested displacement looks to the forward pass, after rounding to its precision (global figures)."""
+
+    requested_norm: float
+    realised_norm: float
+    cosine: float
+
+    @property
+    def norm_ratio(self) -> float:
+        return self.realised_norm / self.requested_norm if self.requested_norm else 1.0
+
+
+class Excursion:
+    """A way out of the weights and back; see [Note: what an excursion keeps]. `fidelity` is filled when asked for."""
+
+    def __init__(self, space: ParameterSpace, moves_once: bool) -> None:
+        self.space = space
+        self.fidelity: Fidelity | None = None
+        self._moves_once = moves_once
+        self._moves = 0
+        self._saved: list[Tensor] | None = None
+        self._position: list[Tensor] | None = None
+
+    def __enter__(self) -> Excursion:
+        space, shards = self.space, self.space.shards
+        space.check_generation()
+        space.refuse_stale("an excursion")
+        shards.retract()
+        if space.excursions or not shards.separate_master:
+            self._saved = [t.detach().clone() for t in shards.working]
+        space.excursions.append(self)
+        return self
+
+    def move(self, direction: Direction, scale: float | Scales = 1.0) -> None:
+        """Weights += scale * direction, in fp32 arithmetic whatever the working precision (collective).
+
+        `scale` is a number, or one a parameter or row (`Scales`).
+        """
+        if self._moves_once and self._moves:
+            raise RuntimeError("displaced() is one move; use space.excursion() for several.")
+        space, shards = self.space, self.space.shards
+        shards.retract()
+        working = list(shards.working)
+        narrow = any(t.element_size() < 4 for t in working)
+        base: list[Tensor] = working if self._saved is not None or self._moves else list(shards.masters)
+        if narrow and not self._moves_once:
+            if self._position is None:
+                self._position = [t.float() if t.element_size() < 4 else t.clone() for t in base]
+            base = self._position
+        before = [t.to(shards.compute_dtype, copy=True) for t in base] if space.measure_fidelity else None
+        with torch.no_grad():
+            for i, (out, origin) in enumerate(zip(working, base, strict=True)):
+                _add_piece(space, i, out, origin, direction, scale, keep_position=self._position is not None)
+        if before is not None:
+            self.fidelity = space.last_fidelity = _measure(space, before, working, direction, scale)
+        self._moves += 1
+        shards.publish()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        space, shards = self.space, self.space.shards
+        space.excursions.remove(self)
+        self._position = None
+        shards.retract()
+        with torch.no_grad():
+            torch._foreach_copy_(list(shards.working), self._saved if self._saved is not None else list(shards.masters))
+        self._saved = None
+        if error is None:
+            space.returned()
+            return
+        # See [Note: returning after an exception]
+        space.mark_stale(f"{type(error).__name__} inside a displaced pass")
+        if isinstance(error, Exception) and not isinstance(error, NonFinite):
+            shards.report_failure(error)
+
+
+def _add_piece(
+    space: ParameterSpace,
+    i: int,
+    out: Tensor,
+    origin: Tensor,
+    direction: Direction,
+    scale: float | Scales,
+    *,
+    keep_position: bool,
+) -> None:
+    """out = origin + scale * direction for piece i; in fp32 through a bounded scratch where `out` is narrower."""
+    if out.element_size() >= 4:
+        if out is not origin:
+            out.copy_(origin)
+        _add_run(space, i, out, 0, direction, scale)
+        return
+    for begin in range(0, out.numel(), CHUNK):
+        span = slice(begin, min(begin + CHUNK, out.numel()))
+        exact = origin[span] if keep_position else origin[span].to(torch.float32, copy=True)
+        _add_run(space, i, exact, begin, direction, scale)
+        out[span].copy_(exact)
+
+
+def _add_run(
+    space: ParameterSpace, i: int, out: Tensor, begin: int, direction: Direction, scale: float | Scales
+) -> None:
+    """out += scale * elements [begin, begin + len(out)) of piece i of the direction."""
+    piece = space.layout.pieces[i]
+    if isinstance(scale, Scales) and scale.per == "row":
+        parameter = space.layout.parameters[piece.parameter]
+        first = space.layout.first_row[piece.parameter]
+        rows = scale.values[first : first + parameter.rows]
+        if isinstance(direction, Noise):
+            direction.add_to(i, out, begin, rows, parameter.row_length)
+            return
+        d = direction.tensors[i][begin : begin + out.numel()]
+        for span in row_spans(piece.offset + begin, out.numel(), parameter.row_length):
+            part, s = slice(span.begin, span.end), rows[span.first : span.first + span.rows]
+            out[part].view(span.rows, -1).addcmul_(d[part].view(span.rows, -1).to(out.dtype), s[:, None].to(out.dtype))
+        return
+    s = scale.values[piece.parameter].item() if isinstance(scale, Scales) else float(scale)
+    if isinstance(direction, Noise):
+        direction.add_to(i, out, begin, s)
+    else:
+        out.add_(direction.tensors[i][begin : begin + out.numel()], alpha=s)
+
+
+def _measure(
+    space: ParameterSpace,
+    before: list[Tensor],
+    working: list[Tensor],
+    direction: Direction,
+    scale: float | Scales,
+) -> Fidelity:
+    """Requested against realised displacement; one all-reduce of three numbers, scratch of one piece."""
+    sums = torch.zeros(3, dtype=torch.float64, device=space.shards.device)
+    for i, (was, now) in enumerate(zip(before, working, strict=True)):
+        wide = torch.float64 if now.dtype == torch.float64 else torch.float32
+        asked = torch.zeros(now.numel(), dtype=wide, device=now.device)
+        _add_run(space, i, asked, 0, direction, scale)
+        got = now.to(space.shards.compute_dtype).to(wide) - was.to(wide)
+        sums += torch.stack([x.sum(dtype=torch.float64) for x in (asked.square(), got.square(), asked * got)])
+    asked2, got2, both = (float(x) for x in space.shards.sum_pieces_(sums))
+    cosine = both / (asked2 * got2) ** 0.5 if asked2 * got2 > 0 else float(asked2 == got2)
+    return Fidelity(asked2**0.5, got2**0.5, cosine)

@@ -1,0 +1,199 @@
+"""The space of all trainable parameters as one vector: lengths, angles, displacement, wherever its pieces lie.
+
+Every reduction is one all-reduce of a small fp64 tensor for the whole vector. Reductions say their group in the name:
+`norm` is global, `local_square` is this rank's part. Padding is never part of a piece, so it is never part of a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from elastic_lsopt.errors import StaleGeneration, StaleWeights
+from elastic_lsopt.space.excursion import Direction, Excursion, Fidelity, Noise
+from elastic_lsopt.space.layout import Layout, Shards
+from elastic_lsopt.space.vector import Lease, Scales, Vector
+
+
+def local_square(tensors: Sequence[Tensor]) -> Tensor:
+    """This rank's sum of squares, a 0-d fp64 tensor; no communication."""
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float64)
+    return torch.stack(norms).square().sum()
+
+
+class ParameterSpace:
+    """All trainable parameters as one vector, its pieces where the framework keeps them.
+
+    `shards` is the backend's account of the pieces; `seed` fixes every draw of noise. Collective methods (all norms,
+    `dot`, `displaced`, `excursion`, `settle`) must be called by all ranks in the same order.
+    """
+
+    def __init__(self, shards: Shards, seed: int = 0) -> None:
+        self.shards = shards
+        self.seed = seed
+        self.measure_fidelity = False
+        self.last_fidelity: Fidelity | None = None
+        self.excursions: list[Excursion] = []
+        self._generation_over = False
+        self._stale: str | None = None
+        self._unpublished = False
+        self._deferring = False
+        wide = any(t.dtype == torch.float64 for t in shards.masters)
+        self.dtype = torch.float64 if wide else torch.float32
+
+    # -- vectors -----------------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        return self.shards.layout
+
+    def empty(self) -> Vector:
+        """A vector of undefined values: one number an element, `layout.local_numel` of them on this rank."""
+        flat = torch.empty(self.layout.local_numel, dtype=self.dtype, device=self.shards.device)
+        return Vector(self, flat.split([piece.length for piece in self.layout.pieces]))
+
+    def zeros(self) -> Vector:
+        return self.empty().zero_()
+
+    @property
+    def weights(self) -> Vector:
+        """The weights themselves (the masters), live: read them, never write them; no memory."""
+        return Vector(self, self.shards.masters)
+
+    def noise(self, step: int, draw: int = 0) -> Noise:
+        """Standard normal noise that depends on (seed, step, draw, parameter, offset) and nothing else; drawn when used."""
+        return Noise(self, step, draw)
+
+    def base_state(self, key: str) -> Vector:
+        """The base optimizer's state of that name (live, read only). Raises KeyError where it keeps none."""
+        return Vector(self, self.shards.base_state(key))
+
+    # -- lengths and angles ------------------------------------------------------------------------------------
+
+    def dot(self, a: Vector, b: Vector) -> float:
+        """The global inner product <a, b>: products in the vectors' precision, summed in fp64; one all-reduce."""
+        parts = [(x * y).sum(dtype=torch.float64) for x, y in zip(a.tensors, b.tensors, strict=True)]
+        local = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
+        return self._sum(local.reshape(1))[0].item()
+
+    def norm(self, a: Vector) -> float:
+        """The global L2 norm; one all-reduce (none for a lease, whose pass has summed it)."""
+        if isinstance(a, Lease) and a.known_norm is not None and a.valid:
+            return a.known_norm
+        return self._sum(local_square(a.tensors).reshape(1))[0].sqrt().item()
+
+    def norm_per_parameter(self, a: Vector) -> Scales:
+        """The global L2 norm of each parameter; one all-reduce of one number a parameter."""
+        total = torch.zeros(len(self.layout.parameters), dtype=torch.float64, device=self.shards.device)
+        for piece, t in zip(self.layout.pieces, a.tensors, strict=True):
+            total[piece.parameter] += torch.linalg.vector_norm(t, dtype=torch.float64).square()
+        return Scales(self._sum(total).sqrt(), "parameter")
+
+    def norm_per_row(self, a: Vector) -> Scales:
+        """The global L2 norm of each row of each parameter (a 1-D parameter is one row); one all-reduce of one number a row."""
+        total = torch.zeros(self.layout.rows, dtype=torch.float64, device=self.shards.device)
+        for piece, spans, t in zip(self.layout.pieces, self.layout.row_spans, a.tensors, strict=True):
+            own = total[self.layout.first_row[piece.parameter] :]
+            for span in spans:
+                rows = t[span.begin : span.end].view(span.rows, -1)
+                square = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+                own[span.first : span.first + span.rows] += square
+        return Scales(self._sum(total).sqrt(), "row")
+
+    def _sum(self, local: Tensor) -> Tensor:
+        self.check_generation()
+        return self.shards.sum_pieces_(local.to(self.shards.device))
+
+    # -- moving ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def displaced(self, direction: Direction, scale: float | Scales = 1.0) -> Iterator[Excursion]:
+        """Weights at w + scale * direction inside the block, restored bit-exactly on exit (collective).
+
+        Memory: one shard in the weights' precision, none where the backend keeps a separate master (ZeRO-1/2, bf16
+        ZeRO-3); a displacement inside another always keeps one shard. After an exception this rank's part is right
+        and every gathered copy is refused until `settle()`.
+        """
+        with Excursion(self, moves_once=True) as walk:
+            walk.move(direction, scale)
+            yield walk
+
+    def excursion(self) -> Excursion:
+        """Any number of moves inside the block, then back (collective): `with space.excursion() as walk: walk.move(…)`.
+
+        Memory as `displaced`; where the forward's weights are narrower than fp32, one fp32 shard for the exact position.
+        """
+        return Excursion(self, moves_once=False)
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Inside, leaving an excursion does not publish: the step that follows rewrites all copies anyway.
+
+        The oracle publishes before the next forward if there is one; `settle` does in every case.
+        """
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def returned(self) -> None:
+        """An excursion has restored this rank's part: make the other copies right now, or before the next forward."""
+        if self._deferring:
+            self._unpublished = True
+        else:
+            self.shards.publish()
+
+    def stepped(self) -> None:
+        """The base optimizer has rewritten every copy."""
+        self._unpublished = False
+
+    def ready(self) -> None:
+        """Before a forward (collective): raise StaleWeights after an exception, publish what was deferred."""
+        self.check_generation()
+        self.refuse_stale("a forward pass")
+        if self._unpublished:
+            self.shards.publish()
+            self._unpublished = False
+
+    # -- safety ------------------------------------------------------------------------------------------------
+
+    @property
+    def settled(self) -> bool:
+        """Whether all copies of the weights are right."""
+        return self._stale is None and not self._unpublished
+
+    def mark_stale(self, reason: str) -> None:
+        """Refuse forward passes, saves and excursions until `settle()`."""
+        self._stale = reason
+
+    def refuse_stale(self, what: str) -> None:
+        if self._stale is not None:
+            raise StaleWeights(
+                f"{what} is refused: gathered copies of the weights may be wrong after {self._stale}; "
+                "call space.settle() on all ranks first."
+            )
+
+    def settle(self) -> None:
+        """Make all copies of the weights right again after an exception (collective; one gather of the weights)."""
+        self.check_generation()
+        self.shards.repair()
+        self.shards.retract()
+        self.shards.publish()
+        self._stale, self._unpublished = None, False
+
+    def retire(self) -> None:
+        """End this generation: every later use of the space or of its vectors raises StaleGeneration."""
+        self._generation_over = True
+
+    def check_generation(self) -> None:
+        if self._generation_over:
+            raise StaleGeneration(
+                "this parameter space belongs to an older generation of the model or its workers; "
+                "take space and vectors from the engine again."
+            )

@@ -1,0 +1,135 @@
+"""Vectors of a parameter space: one tensor a piece, arithmetic by `torch._foreach_*`, sums over all ranks in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from elastic_lsopt.errors import StaleLease
+
+if TYPE_CHECKING:
+    from elastic_lsopt.space.geometry import ParameterSpace
+
+
+class Vector:
+    """A point or direction of the space: this rank's pieces (1-D tensors in the order of `space.layout.pieces`).
+
+    Arithmetic is local and costs no communication; `dot` and the norms are methods of the space, because they are
+    sums over all ranks. Methods that end in `_` change this vector.
+    """
+
+    def __init__(self, space: ParameterSpace, tensors: Sequence[Tensor]) -> None:
+        self.space = space
+        self._tensors = list(tensors)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The pieces. Raises StaleGeneration after the space was rebuilt."""
+        self.space.check_generation()
+        return self._tensors
+
+    def clone(self) -> Vector:
+        """A copy in the space's own precision (fp32, or fp64 for fp64 weights): one number an element."""
+        out = self.space.empty()
+        torch._foreach_copy_(out.tensors, self.tensors)
+        return out
+
+    def copy_(self, other: Vector) -> Vector:
+        torch._foreach_copy_(self.tensors, other.tensors)
+        return self
+
+    def zero_(self) -> Vector:
+        torch._foreach_zero_(self.tensors)
+        return self
+
+    def add_(self, other: Vector | float, alpha: float = 1.0) -> Vector:
+        """self += alpha * other."""
+        if isinstance(other, Vector):
+            torch._foreach_add_(self.tensors, other.tensors, alpha=alpha)
+        else:
+            torch._foreach_add_(self.tensors, other * alpha)
+        return self
+
+    def mul_(self, other: Vector | float) -> Vector:
+        """self *= other, element by element."""
+        torch._foreach_mul_(self.tensors, other.tensors if isinstance(other, Vector) else other)
+        return self
+
+    def abs_(self) -> Vector:
+        torch._foreach_abs_(self.tensors)
+        return self
+
+    def __add__(self, other: Vector) -> Vector:
+        return self.clone().add_(other)
+
+    def __sub__(self, other: Vector) -> Vector:
+        return self.clone().add_(other, alpha=-1.0)
+
+    def __mul__(self, other: Vector | float) -> Vector:
+        return self.clone().mul_(other)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Vector:
+        return self.clone().mul_(-1.0)
+
+    @property
+    def local_bytes(self) -> int:
+        """Bytes that this rank holds of it."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+
+class Lease(Vector):
+    """The engine's own gradient buffer, lent until the next backward pass: reading it later raises StaleLease.
+
+    It costs no memory. Keep the values with `.clone()`. `known_norm` is its global L2 norm, which the pass that made
+    it has summed already.
+    """
+
+    def __init__(
+        self,
+        space: ParameterSpace,
+        tensors: Sequence[Tensor],
+        valid: Callable[[], bool],
+        known_norm: float | None,
+    ) -> None:
+        super().__init__(space, tensors)
+        self._valid = valid
+        self.known_norm = known_norm
+
+    @property
+    def valid(self) -> bool:
+        return self._valid()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        if not self._valid():
+            self._tensors = []
+            raise StaleLease(
+                "this gradient is a lease on the engine's buffer and a later backward pass has overwritten it; "
+                "call .clone() before the next pass to keep it."
+            )
+        return super().tensors
+
+
+@dataclass(frozen=True)
+class Scales:
+    """One number a parameter or a row of the whole model (fp64, 1-D, the same on every rank)."""
+
+    values: Tensor
+    per: Literal["parameter", "row"]
+
+    def __add__(self, number: float) -> Scales:
+        return Scales(self.values + number, self.per)
+
+    def __mul__(self, number: float) -> Scales:
+        return Scales(self.values * number, self.per)
+
+    __rmul__ = __mul__
+
+    def __rtruediv__(self, number: float) -> Scales:
+        return Scales(number / self.values, self.per)
