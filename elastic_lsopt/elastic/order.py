@@ -37,9 +37,7 @@ class SampleOrder:
 
     def __init__(self, samples: int, seed: int) -> None:
         if not 1 <= samples <= LARGEST:
-            raise UserError(
-                f"a dataset of {samples} samples cannot be ordered: give between 1 and 2**40 samples."
-            )
+            raise UserError(f"a dataset of {samples} samples cannot be ordered: give between 1 and 2**40 samples.")
         if not 0 <= seed < 2**64:
             raise UserError(f"seed={seed} must be between 0 and 2**64 - 1.")
         self.samples = samples

@@ -1,0 +1,189 @@
+"""Any world reads the same units, a killed run reads on where it stopped, each sample comes once an epoch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.stateful import Stateful
+
+from elastic_lsopt.elastic.loader import StepLoader
+from elastic_lsopt.errors import StaleGeneration, UserError
+
+pytestmark = pytest.mark.fast
+
+
+def make(n: int = 50, batch: int = 8, unit: int = 3, *, rank: int = 0, world: int = 1, steps: int = 20) -> StepLoader:
+    """A loader whose samples are their own numbers, times ten."""
+    return StepLoader(
+        [10 * i for i in range(n)],
+        list,
+        global_batch_size=batch,
+        unit_size=unit,
+        seed=4,
+        rank=rank,
+        world=world,
+        steps=steps,
+    )
+
+
+def samples(units: list[Any]) -> list[int]:
+    return [x for unit in units if not unit.idle for x in unit.batch]
+
+
+cuts = st.tuples(st.integers(1, 12), st.integers(1, 30)).filter(lambda c: c[0] <= c[1])
+
+
+@given(n=st.integers(1, 60), cut=cuts, world=st.integers(1, 9))
+def test_all_ranks_together_read_what_one_would(n: int, cut: tuple[int, int], world: int) -> None:
+    unit, batch = cut
+    alone = make(n, batch, unit)
+    ranks = [make(n, batch, unit, rank=rank, world=world) for rank in range(world)]
+    for position in (0, batch, 7 * batch, 1000):
+        mine = [loader.units_at(position) for loader in ranks]
+        assert all(mine)
+        union = sorted((u for units in mine for u in units if not u.idle), key=lambda u: u.index)
+        assert union == alone.units_at(position)
+        assert [u.index for u in union] == list(range(-(-batch // unit)))
+        assert {len(u.batch) for u in union[:-1]} <= {unit}
+        assert sum(len(u.batch) for u in union) == batch
+
+
+def test_a_rank_without_a_unit_gets_unit_0_to_idle_on() -> None:
+    busy, idle = make(batch=6, unit=3, world=3), make(batch=6, unit=3, rank=2, world=3)
+    [unit] = idle.units_at(0)
+    assert unit.idle and unit.index == 0 and unit.batch == busy.units_at(0)[0].batch
+    assert not busy.units_at(0)[0].idle
+
+
+@given(n=st.integers(1, 40), cut=cuts)
+def test_each_sample_once_an_epoch_across_batches(n: int, cut: tuple[int, int]) -> None:
+    unit, batch = cut
+    read = [x for units in make(n, batch, unit, steps=-(-3 * n // batch)) for x in samples(units)]
+    for epoch in range(3):
+        assert sorted(read[epoch * n : (epoch + 1) * n]) == [10 * i for i in range(n)]
+
+
+@settings(max_examples=25)
+@given(kills=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), max_size=4))
+def test_killed_and_resumed_anywhere_equals_never_stopped(kills: list[tuple[int, int]]) -> None:
+    """Each life commits some steps, has read one more when it dies, and goes on at another world size."""
+    undisturbed = [sorted(samples(units)) for units in make()]
+    seen, state = [], make().state_dict()
+    for steps, world in [*kills, (20, 2)]:
+        ranks = [make(rank=r, world=world) for r in range(world)]
+        for loader in ranks:
+            loader.load_state_dict(state)
+        for units in islice(zip(*ranks, strict=True), steps):
+            seen.append(sorted(x for mine in units for x in samples(mine)))
+            for loader in ranks:
+                loader.commit(8)
+        state = ranks[-1].state_dict()
+        next(iter(ranks[0]), None)
+    assert seen == undisturbed
+
+
+def test_a_cursor_off_the_batch_boundary_reads_on_exactly() -> None:
+    whole = [x for units in make(batch=1, unit=1, steps=160) for x in samples(units)]
+    loader = make()
+    loader.load_state_dict({**loader.state_dict(), "committed": 13})
+    read = [x for units in loader for x in samples(units)]
+    assert read[: 160 - 13] == whole[13:]
+
+
+def test_reading_ahead_is_not_saved() -> None:
+    loader = make()
+    steps = iter(loader)
+    first, _second = next(steps), next(steps)
+    assert loader.state_dict()["committed"] == 0
+    assert next(iter(loader)) == first
+    loader.commit(8)
+    assert loader.state_dict()["committed"] == 8
+
+
+def test_the_next_step_is_prepared_by_a_thread() -> None:
+    threads: list[str] = []
+
+    def collate(rows: list[int]) -> list[int]:
+        threads.append(threading.current_thread().name)
+        return rows
+
+    loader = make(batch=2, unit=2, steps=3)
+    loader.collate = collate
+    before = threading.active_count()
+    assert len(list(loader)) == 3
+    assert len(threads) == 3 and all(name.startswith("step-loader") for name in threads)
+    assert threading.active_count() == before
+
+
+def test_what_the_dataset_raises_comes_out_at_its_step() -> None:
+    class Rotten(list[int]):
+        def __getitem__(self, index: Any) -> Any:
+            raise OSError("disk is gone")
+
+    loader = StepLoader(Rotten([1, 2]), list, global_batch_size=1, unit_size=1, seed=0, rank=0, world=1, steps=1)
+    with pytest.raises(OSError, match="disk is gone"):
+        next(iter(loader))
+
+
+def test_an_iterator_from_before_a_load_is_stale() -> None:
+    loader = make()
+    steps = iter(loader)
+    next(steps)
+    loader.load_state_dict({**loader.state_dict(), "committed": 16})
+    with pytest.raises(StaleGeneration, match="iter"):
+        next(steps)
+    assert samples(next(iter(loader))) == samples(make().units_at(16))
+
+
+def test_a_state_of_other_data_is_refused() -> None:
+    with pytest.raises(UserError, match=r"samples=49 .* samples=50"):
+        make().load_state_dict(make(n=49).state_dict())
+    with pytest.raises(UserError, match="seed=5"):
+        make().load_state_dict({**make().state_dict(), "seed": 5})
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(UserError, match="0 samples"):
+        make(n=0)
+    with pytest.raises(UserError, match="global_batch_size"):
+        make(batch=2, unit=3)
+    with pytest.raises(ValueError, match="rank=2"):
+        make(rank=2, world=2)
+    with pytest.raises(ValueError, match="commit"):
+        make().commit(0)
+
+
+# The same checks on torchdata's own loader and on ours: what holds for one must hold for the other.
+
+
+def torchdatas() -> StatefulDataLoader:
+    return StatefulDataLoader(range(50), batch_size=5, collate_fn=list)
+
+
+def committing(loader: Any) -> Iterator[Any]:
+    """Steps as a trainer takes them: torchdata's loader has nothing to commit."""
+    for step in loader:
+        if isinstance(loader, StepLoader):
+            loader.commit(loader.global_batch_size)
+        yield step
+
+
+@pytest.mark.parametrize("new", [torchdatas, lambda: make(batch=5, unit=5, steps=10)], ids=["torchdata", "ours"])
+@pytest.mark.parametrize("taken", [0, 1, 4, 9])
+def test_torchdata_protocol(new: Callable[[], Any], taken: int) -> None:
+    loader = new()
+    assert isinstance(loader, Stateful) and len(loader) == 10
+    whole = list(committing(new()))
+    assert len(whole) == 10
+    assert list(islice(committing(loader), taken)) == whole[:taken]
+    resumed = new()
+    resumed.load_state_dict(loader.state_dict())
+    assert list(committing(resumed)) == whole[taken:]
+    assert loader.state_dict().keys() == resumed.state_dict().keys()
