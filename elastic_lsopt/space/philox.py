@@ -43,7 +43,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 def philox_normal(key: int, first: int, count: int) -> Tensor:
     """N(0, 1) numbers of elements [first, first + count) of the stream `key`, as fp32 (count,) on the CPU.
 
-    `key` has 64 bits. About 60 times slower than torch.randn: for tests and for reading, not for training.
+    `key` has 64 bits. About ten times slower than torch.randn: for tests and for reading, not for training.
     """
     chunks = torch.arange(first // (4 * LANE), -(-(first + count) // (4 * LANE)))
     c = chunks[:, None] * LANE + torch.arange(LANE)  # (chunks, LANE)
