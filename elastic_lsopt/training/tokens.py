@@ -1,0 +1,108 @@
+"""Text to token ids: the bytes themselves, or a Hugging Face tokenizer.
+
+bytes        ids 0 … 255 are the byte values, 256 ends a document (and pads a classifier's texts)
+tokenizer    AutoTokenizer.from_pretrained(folder); its own end and padding tokens
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastic_lsopt.config.settings import SettingError, TrainConfig
+
+END_OF_DOCUMENT = 256
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+class Tokens(Protocol):
+    """A vocabulary: `size` ids, of which `end` closes a document and `padding` fills a row (None: it has none)."""
+
+    size: int
+    end: int | None
+    padding: int | None
+
+    def encode(self, text: bytes) -> NDArray[Any]:
+        """The ids of a piece of running text, [n], without special tokens."""
+        ...
+
+    def encode_whole(self, text: bytes, limit: int) -> NDArray[Any]:
+        """The ids of one text to classify, with the model's special tokens, cut to `limit`."""
+        ...
+
+    def decode(self, ids: Any) -> str:
+        """The text of these ids."""
+        ...
+
+
+class ByteTokens:
+    """256 byte values and the end of a document: a vocabulary of 257 that needs no file and fits any text."""
+
+    size = 257
+    end: int | None = END_OF_DOCUMENT
+    padding: int | None = END_OF_DOCUMENT
+
+    def encode(self, text: bytes) -> NDArray[np.uint16]:
+        return np.frombuffer(text, np.uint8).astype(np.uint16)
+
+    def encode_whole(self, text: bytes, limit: int) -> NDArray[np.uint16]:
+        return self.encode(text[:limit])
+
+    def decode(self, ids: Any) -> str:
+        """The text; ends of documents vanish, broken UTF-8 becomes the replacement character."""
+        return bytes(int(i) for i in ids if int(i) < END_OF_DOCUMENT).decode("utf-8", errors="replace")
+
+
+class FolderTokens:
+    """A Hugging Face tokenizer. Text that is not UTF-8 is read with replacement characters.
+
+    Raises SettingError where the folder or name gives no tokenizer.
+    """
+
+    def __init__(self, name_or_path: str) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(str(Path(name_or_path).expanduser()))
+        except Exception as error:  # many kinds, by what is missing or broken in the folder
+            raise SettingError(
+                "tokenizer_name_or_path",
+                f"no tokenizer in {name_or_path!r} ({_first_line(error)}); give a folder that "
+                "AutoTokenizer reads, or leave tokenizer_name_or_path out for byte-level tokens.",
+            ) from None
+        self.size = len(self.tokenizer)
+        self.end: int | None = self.tokenizer.eos_token_id
+        padding = self.tokenizer.pad_token_id
+        self.padding: int | None = self.end if padding is None else padding
+        self._kind = np.uint16 if self.size <= 2**16 else np.int32
+
+    def encode(self, text: bytes) -> NDArray[Any]:
+        return self._ids(text, add_special_tokens=False)
+
+    def encode_whole(self, text: bytes, limit: int) -> NDArray[Any]:
+        return self._ids(text, truncation=True, max_length=limit)
+
+    def _ids(self, text: bytes, **how: Any) -> NDArray[Any]:
+        ids = self.tokenizer(text.decode("utf-8", errors="replace"), verbose=False, **how)["input_ids"]
+        return np.asarray(ids, dtype=self._kind)
+
+    def decode(self, ids: Any) -> str:
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def tokens_of(config: TrainConfig) -> Tokens:
+    """The tokenizer that is named, else the one in the model's own folder, else bytes."""
+    if config.tokenizer_name_or_path is not None:
+        return FolderTokens(config.tokenizer_name_or_path)
+    if config.model_name_or_path is None:
+        return ByteTokens()
+    folder = Path(config.model_name_or_path).expanduser()
+    has_one = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    return FolderTokens(config.model_name_or_path) if has_one or not folder.is_dir() else ByteTokens()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
