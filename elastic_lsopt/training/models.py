@@ -1,0 +1,218 @@
+"""The model of a job: a Hugging Face folder or name, a config from scratch, or a torch model by import path.
+
+    model_name_or_path: runs/a/export                                       # weights as saved
+    model: {model_type: llama, hidden_size: 192, num_hidden_layers: 4}      # from scratch, from config.seed
+    model: {import: "package.module:callable", args: {inputs: 64}}          # whatever the callable returns
+
+Weights are fp32 (the masters; a backend casts for bf16), on every rank the same, and each rank builds the whole
+model in host memory: streamed loading of a model that is larger than that is not supported yet.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from elastic_lsopt.config.settings import SettingError, TrainConfig
+from elastic_lsopt.config.spelling import did_you_mean
+from elastic_lsopt.errors import UserError
+from elastic_lsopt.training.tokens import ByteTokens, tokens_of
+
+
+def build_model(
+    config: TrainConfig,
+    *,
+    vocabulary_size: int | None = None,
+    classes: int | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """The model in training mode, its random weights drawn from `config.seed` alone; torch's generators stay.
+
+    `vocabulary_size` and `classes` (labels of sequence_classification) come from the data; None: the tokenizer's size,
+    and the number in `model`, the folder or Hugging Face's default of 2. `device="meta"` gives shapes without memory
+    (and without the weights of a folder); on any other device the weights are drawn on the CPU first, so they do not
+    depend on it.
+
+    Raises SettingError, one line, for a model that is missing, a key or import path that is wrong, a vocabulary or a
+    context that is too small.
+    """
+    target = torch.device(device or "cpu")
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if target.type == "meta" else "cpu"):
+        torch.manual_seed(config.seed)
+        if config.model is not None and "import" in config.model:
+            model = _imported(config.model["import"], config.model.get("args", {}))
+        else:
+            model = _transformer(config, vocabulary_size, classes, target.type == "meta")
+    return model.train().to(target)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks, in order: the children of each outermost ModuleList whose modules are of one class; or [].
+
+    These are the units of per-block sharding and activation checkpointing; lists inside a block (experts) belong to it.
+    """
+    if isinstance(model, nn.ModuleList) and len({type(child) for child in model}) == 1:
+        return list(model)
+    return [block for child in model.children() for block in blocks(child)]
+
+
+def apply_activation_checkpointing(model: nn.Module) -> None:
+    """Recompute each block's activations in the backward pass, with its dropout: memory for a third more arithmetic.
+
+    Raises UserError for a model without repeated blocks.
+    """
+    if hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return
+    repeated = blocks(model)
+    if not repeated:
+        raise UserError(
+            f"activation_checkpointing=true needs repeated blocks, and {type(model).__name__} has no ModuleList of "
+            "modules of one class; put its blocks in one, or set activation_checkpointing: false."
+        )
+    for block in repeated:
+        # Not torch's wrapper module: it would rename the parameters, and noise and checkpoints go by name.
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def _imported(path: str, args: Mapping[str, Any]) -> nn.Module:
+    module_name, _, name = path.partition(":")
+    try:
+        maker = getattr(import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise SettingError("model.import", f"model.import={path!r} cannot be imported: {error}.") from None
+    try:
+        inspect.signature(maker).bind(**args)
+    except TypeError as error:
+        raise SettingError("model.args", f"model.args do not fit {path}{inspect.signature(maker)}: {error}.") from None
+    model = maker(**args)
+    if not isinstance(model, nn.Module):
+        raise SettingError("model.import", f"{path} returned a {type(model).__name__}; it must return a torch module.")
+    return model
+
+
+def _transformer(config: TrainConfig, vocabulary_size: int | None, classes: int | None, meta: bool) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind = AutoModelForCausalLM if config.task == "causal_lm" else AutoModelForSequenceClassification
+    labels = {"num_labels": classes} if classes is not None and config.task != "causal_lm" else {}
+    # No remote code and no pickled weights: both would run what the folder's author wrote.
+    safe = {"trust_remote_code": False}
+    if config.model is not None:
+        shape, attention = _from_scratch(config, config.model, vocabulary_size, labels)
+        _check_fits(config, shape, vocabulary_size)
+        with _one_line("model.model_type", f"model_type={shape.model_type!r} for task={config.task}"):
+            model = kind.from_config(shape, attn_implementation=attention, dtype=torch.float32, **safe)
+    else:
+        where = config.model_name_or_path or ""
+        with _one_line("model_name_or_path", f"model_name_or_path={where!r}"):
+            shape = AutoConfig.from_pretrained(_folder(where), **safe, **labels)
+            _check_fits(config, shape, vocabulary_size)
+            if meta:
+                model = kind.from_config(shape, attn_implementation="sdpa", dtype=torch.float32, **safe)
+            else:
+                model = kind.from_pretrained(
+                    _folder(where),
+                    config=shape,
+                    attn_implementation="sdpa",
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    **safe,
+                )
+    model.config.use_cache = False
+    return model
+
+
+def _from_scratch(
+    config: TrainConfig, given: Mapping[str, Any], vocabulary_size: int | None, labels: Mapping[str, int]
+) -> tuple[Any, str]:
+    """The Hugging Face config of `model:`, what it leaves out filled in; and the attention's implementation."""
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    model_type = given["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        hint = did_you_mean(str(model_type), list(CONFIG_MAPPING))
+        raise SettingError("model.model_type", f"unknown model_type {model_type!r}{hint}")
+    shape = CONFIG_MAPPING[model_type]
+    own = set(inspect.signature(shape.__init__).parameters) - {"self", "kwargs"} | set(shape.attribute_map)
+    known = own | set(PretrainedConfig().to_dict()) | {"num_labels"}
+    keys = {key: value for key, value in given.items() if key not in ("model_type", "attn_implementation")}
+    for key in keys:
+        if key not in known:
+            hint = did_you_mean(key, sorted(own))
+            raise SettingError(f"model.{key}", f"{model_type} has no config key {key!r}{hint}")
+
+    tokens = tokens_of(config)
+    # A padding id in a language model would freeze that token's embedding, and the end of a document is a target.
+    padding = None if config.task == "causal_lm" else tokens.padding
+    filled: dict[str, Any] = {
+        "vocab_size": vocabulary_size or tokens.size,
+        "bos_token_id": None,
+        "eos_token_id": tokens.end,
+        "pad_token_id": padding,
+        "use_cache": False,
+        **labels,
+    }
+    aliases = shape.attribute_map  # GPT-2 calls hidden_size n_embd, and takes either
+    hidden, heads = (keys.get(k, keys.get(aliases.get(k))) for k in ("hidden_size", "num_attention_heads"))
+    default = {name: p.default for name, p in inspect.signature(shape.__init__).parameters.items()}
+    if "intermediate_size" in own and isinstance(hidden, int):
+        # Gated blocks have three matrices where others have two: 8/3 instead of 4 keeps the parameters.
+        gated = default.get("hidden_act") == "silu"
+        filled["intermediate_size"] = ceil(hidden * 8 / 3 / 64) * 64 if gated else 4 * hidden
+    if "num_key_value_heads" in own and heads is not None:
+        filled["num_key_value_heads"] = heads
+    context = aliases.get("max_position_embeddings", "max_position_embeddings")
+    if isinstance(default.get(context), int) and default[context] < config.block_size:
+        filled[context] = config.block_size
+    with _one_line("model", f"model: {{model_type: {model_type}, …}}"):
+        return shape(**(filled | keys)), given.get("attn_implementation", "sdpa")
+
+
+def _folder(where: str) -> str:
+    path = Path(where).expanduser()
+    if not path.exists() and (where[0] in "./~" or where.count("/") > 1):
+        raise SettingError("model_name_or_path", f"model_name_or_path={where!r} does not exist.")
+    return str(path)
+
+
+def _check_fits(config: TrainConfig, shape: Any, vocabulary_size: int | None) -> None:
+    """Ids beyond the embedding and positions beyond the table would fail inside a kernel, without a name."""
+    tokens = tokens_of(config)
+    size = vocabulary_size or tokens.size
+    rows = getattr(shape, "vocab_size", None)
+    saved = config.model_name_or_path is not None
+    if rows is not None and (rows < size or (saved and isinstance(tokens, ByteTokens) and rows != size)):
+        raise SettingError(
+            "tokenizer_name_or_path" if saved else "model.vocab_size",
+            f"the model has {rows} token ids but the tokenizer has {size}; "
+            + ("give the model's own tokenizer_name_or_path." if saved else "leave vocab_size out."),
+        )
+    context = getattr(shape, "max_position_embeddings", None)
+    if isinstance(context, int) and context < config.block_size:
+        raise SettingError(
+            "block_size",
+            f"block_size={config.block_size} is beyond the model's max_position_embeddings={context}; lower it.",
+        )
+
+
+@contextmanager
+def _one_line(key: str, what: str) -> Iterator[None]:
+    """Whatever transformers raises about a user's model, as one line."""
+    try:
+        yield
+    except SettingError:
+        raise
+    except Exception as error:  # OSError, ValueError, KeyError, safetensors' and validators' own, by what is wrong
+        reason = " ".join((str(error).strip() or type(error).__name__).split())
+        raise SettingError(key, f"{what} cannot be built: {reason[:300]}") from None
