@@ -36,9 +36,12 @@ def read_deepspeed_json(source: str | Path | Json) -> Json:
     for block, why in REFUSED_BLOCKS.items():
         if block in config:
             raise _refusal(block, why, name)
-    if _block(config, "fp16", name).get("enabled") is True:
+    for key in ("fp16", "bf16", "optimizer", "zero_optimization"):
+        if not isinstance(config.get(key, {}), dict):
+            raise SettingError("deepspeed", f"{name}: {key} must be a block of keys, but it is {config[key]!r}.")
+    if config.get("fp16", {}).get("enabled") is True:
         raise _refusal("fp16", "loss scaling is not supported; use bf16", name)
-    zero = _block(config, "zero_optimization", name)
+    zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in range(4):
         raise SettingError("deepspeed", f"{name}: zero_optimization.stage={stage!r} must be 0, 1, 2 or 3.")
@@ -126,19 +129,14 @@ def _parse(path: Path) -> Json:
         raise SettingError("deepspeed", f"the DeepSpeed JSON {path} does not exist.") from None
     except json.JSONDecodeError as error:
         raise SettingError("deepspeed", f"{path}:{error.lineno}: broken JSON: {error.msg}.") from None
+    except RecursionError:
+        raise SettingError("deepspeed", f"{path}: broken JSON: nested too deeply.") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise SettingError("deepspeed", f"the DeepSpeed JSON {path} cannot be read: {reason}.") from None
     if not isinstance(config, dict):
         raise SettingError("deepspeed", f"{path} must hold a JSON object.")
     return config
-
-
-def _block(config: Json, key: str, name: str) -> Json:
-    block = config.get(key, {})
-    if not isinstance(block, dict):
-        raise SettingError("deepspeed", f"{name}: {key} must be a block of keys, but it is {block!r}.")
-    return block
 
 
 def _get(config: Json, dotted: str) -> Any:

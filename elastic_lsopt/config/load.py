@@ -34,9 +34,14 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which reads 1e-3 as the number that it is (YAML 1.1 wants `1.0e-3`)."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Its counterpart, which therefore quotes a text such as a folder called 1e5."""
+
+
+for _reader_or_writer in (_Loader, _Dumper):
+    _reader_or_writer.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +129,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 def dump_config(config: TrainConfig) -> str:
     """The settings as YAML, every key written out; `load_config` reads it back to an equal config."""
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)  # ASCII: PyYAML does not escape NEL in unicode output
 
 
 def _parse(text: str, source: str, lines: dict[str, int] | None = None) -> Any:
@@ -149,12 +154,15 @@ def _mark(node: yaml.Node | None, prefix: str, source: str, lines: dict[str, int
     if not isinstance(node, yaml.MappingNode) or id(node) in seen:
         return
     seen.add(id(node))  # an alias may lead back to its own anchor
+    firsts: dict[tuple[str, str], int] = {}
     for key_node, value_node in node.value:
-        key = f"{prefix}{key_node.value}" if isinstance(key_node, yaml.ScalarNode) else f"{prefix}?"
+        if not isinstance(key_node, yaml.ScalarNode):
+            continue  # no key of ours; the loader refuses what cannot be one
         line = key_node.start_mark.line + 1
-        if key in lines:
-            raise UserError(f"{source}:{line}: key {key!r} stands twice, first in line {lines[key]}; keep one.")
-        lines[key] = line
+        key, name = f"{prefix}{key_node.value}", (key_node.tag, key_node.value)
+        if name in firsts:
+            raise UserError(f"{source}:{line}: key {key!r} stands twice, first in line {firsts[name]}; keep one.")
+        lines[key] = firsts[name] = line
         _mark(value_node, f"{key}.", source, lines, seen)
 
 

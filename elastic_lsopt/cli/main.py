@@ -1,0 +1,65 @@
+"""The command line: `elastic-lsopt train | validate FILE.yaml [key=value …]` and `elastic-lsopt schema`.
+
+Sub-commands import what they need when they run, so `--help` answers at once. A user's mistake is one line on stderr
+and exit code 2; whatever else goes wrong keeps its traceback, because it is ours to mend.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from elastic_lsopt import __version__
+from elastic_lsopt.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a mistake of the user's, 130 after an interrupt."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except UserError as error:
+        print(f"elastic-lsopt: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("elastic-lsopt: interrupted.", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    match arguments.command:
+        case "train":
+            from elastic_lsopt.cli.train import train
+
+            return train(arguments.file, arguments.overrides)
+        case "validate":
+            from elastic_lsopt.cli.validate import validate
+
+            return validate(arguments.file, arguments.overrides)
+        case _:
+            from elastic_lsopt.config.schema import schema_text
+
+            print(schema_text(), end="")
+            return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="elastic-lsopt", description="Landscape-aware optimizers on sharded parameters, one YAML file a job."
+    )
+    parser.add_argument("--version", action="version", version=f"elastic-lsopt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, purpose in (
+        ("train", "run a job; starts its own workers where no launcher did"),
+        ("validate", "check a file; print the batch arithmetic and the memory per rank, without a GPU"),
+    ):
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        command.add_argument("file", metavar="FILE.yaml", help="the job")
+        command.add_argument(
+            "overrides", metavar="key=value", nargs="*", help="laid over the file, such as landscape.rho=0.1"
+        )
+    commands.add_parser("schema", help="print the JSON schema of a job's YAML, for editors")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""`elastic-lsopt validate FILE.yaml`: is the job right, how is its batch cut, and what does a rank's memory hold.
+
+Neither a GPU nor the data is touched: the model is built on the meta device, which has shapes and no storage.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from elastic_lsopt.cli.job import Job, read_job
+from elastic_lsopt.config.deepspeed_json import read_deepspeed_json, zero_stage
+from elastic_lsopt.config.settings import BUILTIN_DATASETS, SettingError, TrainConfig, landscape_fields
+from elastic_lsopt.errors import UserError
+from elastic_lsopt.oracle.units import part_bounds, slots, unit_sizes, units_of_rank
+from elastic_lsopt.training.memory import memory_per_rank
+
+WORLDS = (1, 2, 4, 8)
+
+
+def validate(path: str | Path, overrides: Sequence[str] = ()) -> int:
+    """Check a job and print its batch arithmetic and its memory per rank; returns the exit code 0.
+
+    Raises UserError, one line with the place, for whatever is wrong.
+    """
+    job = read_job(path, overrides)
+    with job.file.located():
+        _check_paths(job.config)
+        cut = _cut(job)
+        size = _model_size(job.config)
+    worlds = sorted({*WORLDS, job.config.workers})
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(
+        f"{path}: {job.config.task}, {size.parameters:,} trainable parameters, backend {_backend(job.config)}"
+    )
+    console.print(f"{job.method!r}: {(type(job.method).__doc__ or '').strip().splitlines()[0]}", markup=False)
+    console.print(_batch_table(console, job.config, cut, worlds))
+    console.print(_memory_table(console, job.config, size, worlds))
+    console.print("Activations, communication buckets and the framework are not counted; * = workers of this file.")
+    console.print(f"{path} is right.")
+    return 0
+
+
+def _check_paths(config: TrainConfig) -> None:
+    data = Path(config.dataset)
+    looks_like_path = data.suffix or config.dataset.startswith((".", "/", "~"))
+    if config.dataset not in BUILTIN_DATASETS and looks_like_path and not data.exists():
+        raise SettingError("dataset", f"dataset={config.dataset} does not exist; give a file, a folder or a name.")
+    resume = config.resume_from_checkpoint
+    if resume not in ("auto", "none") and not Path(resume).exists():
+        raise SettingError(
+            "resume_from_checkpoint", f"resume_from_checkpoint={resume} does not exist; give a path, auto or none."
+        )
+    out = Path(config.output_dir).absolute()
+    parent = next(p for p in (out, *out.parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise SettingError("output_dir", f"output_dir={config.output_dir}: {parent} is not a folder to write to.")
+
+
+def _backend(config: TrainConfig) -> str:
+    return config.backend if config.deepspeed is None else f"deepspeed, ZeRO stage {_stage(config)}"
+
+
+def _stage(config: TrainConfig) -> int:
+    return 0 if config.deepspeed is None else zero_stage(read_deepspeed_json(config.deepspeed))
+
+
+# -- the batch ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A step's units and the bounds of the method's parts."""
+
+    sizes: tuple[int, ...]
+    parts: tuple[tuple[int, int], ...]
+
+    def forwards(self, world: int) -> int:
+        """Forwards of each rank in one pass over the global batch, idle ones included."""
+        return sum(len(slots(bounds, 0, world)) for bounds in self.parts)
+
+
+def _cut(job: Job) -> Cut:
+    config = job.config
+    sizes = unit_sizes(config.global_batch_size, config.per_device_train_batch_size)
+    try:
+        return Cut(sizes, part_bounds(len(sizes), job.method.parts))
+    except UserError as error:
+        raise SettingError("landscape.parts", str(error)) from None
+
+
+def _batch_table(console: Console, config: TrainConfig, cut: Cut, worlds: Sequence[int]) -> Table:
+    units = len(cut.sizes)
+    table = _table(
+        console,
+        f"A step: {config.global_batch_size} samples in {units} units of {cut.sizes[0]}"
+        + (f" (the last of {cut.sizes[-1]})" if cut.sizes[-1] != cut.sizes[0] else "")
+        + (f", in {len(cut.parts)} parts" if len(cut.parts) > 1 else ""),
+        ["ranks", "units a rank", "forwards a rank and pass", "idle slots"],
+    )
+    for world in worlds:
+        counts = {len(units_of_rank(units, rank, world)) for rank in range(world)}
+        forwards = cut.forwards(world)
+        each = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+        table.add_row(_rank_name(world, config), each, str(forwards), str(forwards * world - units))
+    return table
+
+
+# -- the memory --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Trainable elements, and those that are whole at once where the weights are sharded."""
+
+    parameters: int
+    gathered: int
+
+
+def _model_size(config: TrainConfig) -> ModelSize:
+    from elastic_lsopt.training.models import blocks, build_model  # transformers: seconds to import
+
+    model = build_model(config, device="meta")
+    parameters = _elements(model)
+    if config.fsdp_reshard_after_forward is False:
+        return ModelSize(parameters, parameters)
+    sizes = [_elements(block) for block in blocks(model)]
+    # What belongs to no block (embeddings, head) stays gathered from the first forward to the end of the backward.
+    return ModelSize(parameters, parameters - sum(sizes) + max(sizes, default=0))
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _memory_table(console: Console, config: TrainConfig, size: ModelSize, worlds: Iterable[int]) -> Table:
+    worlds = [world for world in worlds if world % config.fsdp_replicas == 0]
+    columns = [
+        memory_per_rank(
+            size.parameters,
+            backend=config.backend,
+            world=world,
+            stage=_stage(config),
+            bf16=config.bf16,
+            optim=config.optim,
+            momentum=config.momentum,
+            method=landscape_fields(config)[0],
+            gathered=size.gathered,
+            replicas=config.fsdp_replicas,
+        )
+        for world in worlds
+    ]
+    ranks = [f"{_rank_name(world, config)} rank{'s' if world > 1 else ''}" for world in worlds]
+    unit, unit_bytes = _unit(max(sum(column.values()) for column in columns))
+    table = _table(console, f"Memory a rank, in {unit}", ["for", *ranks])
+    for what in columns[0]:
+        if any(column[what] for column in columns):
+            table.add_row(what, *(f"{column[what] / unit_bytes:,.2f}" for column in columns))
+    table.add_row("sum", *(f"{sum(column.values()) / unit_bytes:,.2f}" for column in columns), style="bold")
+    return table
+
+
+def _unit(most_bytes: int) -> tuple[str, int]:
+    return next(
+        (name, size)
+        for name, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+        if most_bytes >= size or size == 2**10
+    )
+
+
+# -- on paper ----------------------------------------------------------------------------------------------------------
+
+
+def _rank_name(world: int, config: TrainConfig) -> str:
+    return f"{world}*" if world == config.workers else str(world)
+
+
+def _table(console: Console, title: str, columns: Sequence[str]) -> Table:
+    """A table with lines on a terminal, aligned plain text elsewhere."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD if console.is_terminal else None
+    )
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    return table

@@ -1,0 +1,162 @@
+"""`elastic-lsopt validate` as a user meets it: what it prints, what it refuses, and how."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from elastic_lsopt.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "configs/quickstart.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _somewhere_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(capsys, *arguments: str) -> str:
+    assert main(["validate", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def refusal(capsys, *arguments: str) -> str:
+    assert main(["validate", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("elastic-lsopt: ") and printed.err.count("\n") == 1
+    return printed.err
+
+
+def rows(text: str, title: str) -> dict[str, list[str]]:
+    """The rows of the printed table under a title, by their first column."""
+    lines = text[text.index(title) :].splitlines()[2:]
+    cells = [re.split(r"\s{2,}", line.strip()) for line in lines]
+    table = {}
+    for row in cells:
+        if len(row) < 4:
+            break
+        table[row[0].rstrip("*")] = row[1:]
+    return table
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-zero3", "digits"])
+def test_the_shipped_files_are_right(capsys, name):
+    path = str(ROOT / f"configs/{name}.yaml")
+    assert run(capsys, path).endswith(f"{path} is right.\n")
+
+
+@pytest.mark.parametrize(
+    ("samples", "unit", "parts"), [(32, 8, 1), (64, 4, 1), (28, 4, 3), (30, 4, 2), (96, 6, 5), (8, 8, 1)]
+)
+def test_the_batch_arithmetic_is_that_of_dealing_units_out_one_by_one(capsys, samples, unit, parts):
+    out = run(
+        capsys, QUICKSTART, f"global_batch_size={samples}", f"per_device_train_batch_size={unit}", "workers=7",
+        f"landscape={{method: lpf_sgd, parts: {parts}}}",
+    )  # fmt: skip
+    table = rows(out, "A step:")
+    assert list(table) == ["1", "2", "4", "7", "8"]
+    units = -(-samples // unit)
+    assert f"{samples} samples in {units} units of {unit}" in out
+    assert ("(the last of" in out) == bool(samples % unit)
+    for world in map(int, table):
+        hands = [[0] * parts for _ in range(world)]
+        for u in range(units):
+            part = next(p for p in range(parts) if u < units * (p + 1) // parts)
+            hands[u % world][part] += 1
+        held = sorted({sum(hand) for hand in hands})
+        forwards = sum(max(hand[p] for hand in hands) for p in range(parts))
+        each = " to ".join(map(str, [held[0], held[-1]][: len(held)]))
+        assert table[str(world)] == [each, str(forwards), str(forwards * world - units)]
+
+
+def test_the_memory_is_that_of_the_model(capsys):
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=257, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6)
+    )
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    whole = sum(p.numel() for p in model.parameters())
+    out = run(capsys, QUICKSTART, "model.intermediate_size=512", "model.tie_word_embeddings=false", "workers=3")
+    assert f"{whole:,} trainable parameters" in out
+    table = rows(out, "Memory a rank, in MiB")
+    per_world = {
+        "weights": 4, "gradient": 4, "optimizer state": 8, "way back of a displacement": 4,
+    }  # fmt: skip
+    for what, each in per_world.items():
+        assert table[what] == [f"{-(-whole // world) * each / 2**20:,.2f}" for world in (1, 2, 3, 4, 8)]
+    gathered = 4 * (whole - sum(layers) + layers[0]) / 2**20
+    assert table["gathered or cast copies"] == [f"{gathered:,.2f}"] * 5
+    assert "backend fsdp2" in out and "SAM(rho=0.05" in out
+
+
+def test_replica_groups_leave_out_the_worlds_that_they_cannot_divide(capsys):
+    out = run(capsys, QUICKSTART, "workers=6", "fsdp_replicas=2")
+    header = out[out.index("Memory a rank") :].splitlines()[1]
+    assert re.findall(r"\d+", header) == ["2", "4", "6", "8"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("landscape.rhoo=0.1", "method 'sam' has no field 'rhoo'; did you mean 'rho'?"),
+        ("landscape.rho=-1", "rho=-1 must be a number >= 0"),
+        ("landscape.rho=big", "rho='big' must be a valid number"),
+        ("landscape.every=1.5", "every=1.5 must be a valid integer"),
+        ("landscape.radius=ball", "radius='ball' must be 'model', 'parameter' or 'row'"),
+        ("landscape.method=samm", "unknown method 'samm'; did you mean 'sam'?"),
+        ("landscape={method: lpf_sgd}", "a step of 4 unit(s) cannot be cut into 8 part(s)"),
+        ("dataset=./no.txt", "dataset=./no.txt does not exist"),
+        ("resume_from_checkpoint=runs/no", "resume_from_checkpoint=runs/no does not exist"),
+        ("output_dir=/dev/null/runs", "output_dir=/dev/null/runs: /dev/null is not a folder"),
+        ("model.model_type=lama", "lama"),
+        ("model.hidden_sze=3", "hidden_sze"),
+        ("per_device_train_batch_size=64", "global_batch_size=32 must be at least per_device_train_batch_size=64"),
+        ("elastic={min_nodes: 1}", "elastic: elastic jobs are not supported yet"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_its_place(capsys, override, says):
+    message = refusal(capsys, QUICKSTART, override)
+    assert says in message
+    assert message.startswith("elastic-lsopt: ") and ("command line" in message or f"{QUICKSTART}:" in message)
+
+
+def test_a_methods_field_names_the_line_of_the_file(capsys, tmp_path):
+    text = Path(QUICKSTART).read_text().replace("rho: 0.05", "rhoo: 0.05")
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    line = text[: text.index("rhoo")].count("\n") + 1
+    assert f"{path}:{line}: method 'sam' has no field 'rhoo'" in refusal(capsys, str(path))
+
+
+def test_a_model_folder_that_is_not_there(capsys):
+    assert "nowhere" in refusal(capsys, QUICKSTART, "model=", "model_name_or_path=./nowhere")
+
+
+def test_from_a_shell_a_mistake_is_one_line_and_code_2():
+    command = [sys.executable, "-m", "elastic_lsopt.cli.main", "validate", "no.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "elastic-lsopt: no.yaml does not exist; give the path of a job's YAML file.\n"
+
+
+def test_the_schema_is_printed(capsys):
+    assert main(["schema"]) == 0
+    assert capsys.readouterr().out == (ROOT / "elastic_lsopt/config/schema.json").read_text()
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["validate", "--help"]])
+def test_what_argparse_answers(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+    assert "elastic-lsopt" in capsys.readouterr().out
+
+
+def test_a_missing_command_is_usage(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert "usage" in capsys.readouterr().err

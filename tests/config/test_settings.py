@@ -1,0 +1,137 @@
+"""The settings: what is refused, and that no key appears, disappears or goes undocumented unnoticed."""
+
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+from pydantic import ValidationError
+
+from elastic_lsopt.config.schema import json_schema
+from elastic_lsopt.config.settings import REFUSED, TrainConfig, landscape_fields
+
+pytestmark = pytest.mark.fast
+
+LEAST = {"dataset": "python-stdlib", "output_dir": "runs/a", "model": {"model_type": "llama"}, "max_steps": 10}
+
+# The public surface. A new key belongs here, in the CHANGELOG and in the shipped schema.
+KEYS = [
+    "model_name_or_path",
+    "model",
+    "task",
+    "tokenizer_name_or_path",
+    "dataset",
+    "dataset_text_field",
+    "dataset_label_field",
+    "block_size",
+    "eval_fraction",
+    "output_dir",
+    "backend",
+    "deepspeed",
+    "workers",
+    "fsdp_replicas",
+    "fsdp_reshard_after_forward",
+    "bf16",
+    "activation_checkpointing",
+    "per_device_train_batch_size",
+    "global_batch_size",
+    "max_steps",
+    "num_train_epochs",
+    "optim",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "max_grad_norm",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "momentum",
+    "landscape",
+    "seed",
+    "eval_steps",
+    "eval_batches",
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "report_to",
+    "export",
+]
+
+
+def test_the_keys_are_the_frozen_public_surface():
+    assert [f.name for f in fields(TrainConfig)] == KEYS
+
+
+def test_every_key_says_what_it_is():
+    for key, schema in json_schema()["properties"].items():
+        assert len(schema["description"]) > 20, key
+
+
+def test_settings_are_frozen():
+    config = TrainConfig(**LEAST)
+    with pytest.raises(FrozenInstanceError):
+        config.max_steps = 11
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_keys_of_other_trainers_are_refused_by_name(key):
+    with pytest.raises(ValidationError, match=f"{key}: "):
+        TrainConfig(**LEAST, **{key: True})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_name_or_path": "folder"}, "exactly one of model_name_or_path"),
+        ({"model": None}, "exactly one of model_name_or_path"),
+        ({"model": {"hidden_size": 4}}, "exactly one of model_type"),
+        ({"model": {"model_type": "llama", "import": "a:b"}}, "exactly one of model_type"),
+        ({"model": {"import": "a.b"}}, "package.module:callable"),
+        ({"model": {"import": "a:b", "hidden": 4}}, "model.hidden does not go beside import"),
+        ({"model": {"import": "a:b", "args": [4]}}, "must be a mapping"),
+        ({"task": "classification"}, "needs a torch model"),
+        ({"dataset": "digits"}, "digits goes with classification"),
+        ({"num_train_epochs": 1.0}, "exactly one of max_steps"),
+        ({"max_steps": None}, "exactly one of max_steps"),
+        ({"per_device_train_batch_size": 33}, "global_batch_size=32 must be at least per_device_train_batch_size=33"),
+        ({"backend": "deepspeed"}, "needs a DeepSpeed JSON"),
+        ({"deepspeed": "a.json"}, "set backend: deepspeed"),
+        ({"fsdp_replicas": 2}, "backend fsdp2"),
+        ({"fsdp_reshard_after_forward": False}, "backend fsdp2"),
+        ({"backend": "fsdp2", "workers": 3, "fsdp_replicas": 2}, "must divide workers=3"),
+        ({"momentum": 0.9}, "momentum is for optim sgd"),
+        ({"optim": "sgd", "adam_beta2": 0.9}, "adam_beta2 is for optim adam"),
+        ({"landscape": {"rho": 0.1}}, "needs `method`"),
+        ({"landscape": {"method": 3}}, "needs `method`"),
+    ],
+)
+def test_values_that_contradict_each_other(changes, says):
+    with pytest.raises(ValidationError, match=says):
+        TrainConfig(**{**LEAST, **changes})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"learning_rate": -1e-9}, {"learning_rate": float("nan")}, {"max_grad_norm": float("inf")},
+        {"warmup_ratio": 1.0}, {"eval_fraction": 1.0}, {"adam_beta1": 1.0}, {"adam_epsilon": 0.0},
+        {"max_steps": 0}, {"max_steps": 2.5}, {"max_steps": True}, {"workers": "2"}, {"eval_steps": 0},
+        {"save_steps": 0}, {"save_total_limit": 0}, {"block_size": 1}, {"seed": -1}, {"bf16": 1}, {"bf16": "yes"},
+        {"backend": "ddp"}, {"optim": "lion"}, {"report_to": ["wandb"]}, {"report_to": "tensorboard"},
+        {"output_dir": ""}, {"landscape": "sam"}, {"fsdp_reshard_after_forward": 0},
+    ],
+)  # fmt: skip
+def test_values_out_of_range(wrong):
+    with pytest.raises(ValidationError):
+        TrainConfig(**{**LEAST, **wrong})
+
+
+def test_values_at_the_edge_are_taken():
+    edge = {"learning_rate": 0, "max_grad_norm": 0.0, "warmup_ratio": 0.0, "eval_fraction": 0.0, "global_batch_size": 8}
+    assert TrainConfig(**{**LEAST, **edge}).global_batch_size == 8
+
+
+def test_the_method_and_its_own_fields():
+    config = TrainConfig(**LEAST, landscape={"method": "sam", "rho": 0.1})
+    assert landscape_fields(config) == ("sam", {"rho": 0.1})
+    assert config.landscape == {"method": "sam", "rho": 0.1}
+    assert landscape_fields(TrainConfig(**LEAST)) == ("none", {})
