@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -41,6 +42,7 @@ class Transport:
         self.cut = False
         self._prefix = f"elastic_lsopt/{Transport._made}"
         self._failures = 0
+        self._reported: BaseException | None = None
         self._group: dist.ProcessGroup | None = None
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -65,20 +67,23 @@ class Transport:
 
     def report(self, error: BaseException) -> None:
         """See [Note: cutting the transport]. Takes AGREE_S at most; raises nothing."""
-        if self.world == 1 or self.cut:
+        if self.world == 1 or self.cut or error is self._reported:
             return
-        store = dist.distributed_c10d._get_default_store()
+        self._reported = error
         self._failures += 1
         key = f"{self._prefix}/failure/{self._failures}"
         try:
+            store = dist.distributed_c10d._get_default_store()
             store.set(f"{key}/{self.rank}", f"{type(error).__name__}: {error}"[:500])
             others = [f"{key}/{r}" for r in range(self.world) if r != self.rank]
             end = time.monotonic() + AGREE_S
             while not (together := store.check(others)) and time.monotonic() < end:
                 time.sleep(0.01)
+            # The first verdict counts, so that a rank that reports at the last moment draws the same conclusion.
+            verdict = store.compare_set(f"{key}/verdict", "", "together" if together else "cut")
         except (RuntimeError, OSError):  # the store's host has died: nobody can be asked
-            together = False
-        if not together:
+            verdict = b"cut"
+        if verdict == b"cut":
             self.cut = True
             _shut_down(self._ports)
 
@@ -146,10 +151,6 @@ def _shut_down(ports: set[int]) -> None:
     keep = master.port if isinstance(master, dist.TCPStore) else -1
     for fd, local, remote, state in _sockets():
         if state == ESTABLISHED and keep not in (local, remote) and (local in ports or remote in ports):
-            copy = socket.socket(fileno=os.dup(fd))
-            try:
-                copy.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-            finally:
-                copy.close()
+            with suppress(OSError):  # gloo may have closed it meanwhile
+                with socket.socket(fileno=os.dup(fd)) as copy:
+                    copy.shutdown(socket.SHUT_RDWR)

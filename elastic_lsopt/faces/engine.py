@@ -44,7 +44,7 @@ class Engine:
         self._stop_requested = False
         self._inside = False
         self.last_step: StepReport | None = None
-        backend.module.register_forward_pre_hook(self._refuse_stale_forward)
+        backend.module.register_forward_pre_hook(self._refuse_stale_forward, prepend=True)
 
     @property
     def module(self) -> nn.Module:

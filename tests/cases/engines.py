@@ -1,0 +1,163 @@
+"""Models, batches and engines of every kind for the cases: small, uneven, and the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import elastic_lsopt as lso
+from elastic_lsopt.backends.detect import backend_for
+from tests.oracles.paper_loops import cross_entropy
+
+FRAMEWORK = ("plain", "ddp", "fsdp2", "fsdp2-kept", "hsdp")
+ZERO = ("zero0", "zero1", "zero2", "zero3")
+HYPERPARAMETERS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "sam": {"rho": 0.3},
+    "asam": {"rho": 0.5, "eta": 0.01},
+    "lpf_sgd": {"parts": 3, "gamma": 0.05, "alpha": 5.0},
+}
+FEATURES, CLASSES = 7, 3
+
+
+class Net(nn.Module):
+    """13 and 11 rows divide over no world size; `extra` turns on what is asked: tied, frozen, unused parameters, dropout."""
+
+    def __init__(self, extra: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, 13)
+        self.second = nn.Linear(13, 11)
+        self.norm = nn.LayerNorm(11)
+        self.last = nn.Linear(11, CLASSES)
+        self.tiny = nn.Parameter(torch.full((1,), 0.5))
+        self.dropout = nn.Dropout(0.3 if "dropout" in extra else 0.0)
+        if "unused" in extra:
+            self.unused = nn.Linear(5, 3)
+        if "frozen" in extra:
+            self.second.requires_grad_(False)
+        if "tied" in extra:
+            self.third = nn.Linear(13, 13)
+            self.fourth = nn.Linear(13, 13)
+            self.fourth.weight = self.third.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        if hasattr(self, "third"):
+            h = torch.tanh(self.fourth(torch.tanh(self.third(h))))
+        h = self.dropout(torch.tanh(self.second(h)))
+        return self.last(self.norm(h)) * self.tiny
+
+
+def net(extra: Sequence[str] = (), dtype: torch.dtype = torch.float32, seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net(extra).to(dtype)
+
+
+def batches(
+    steps: int, units: int, *, size: int = 4, last: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 1
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """`steps` global batches of `units` micro-batches of `size` samples, the last one of `last`."""
+    torch.manual_seed(seed)
+    sizes = [size] * (units - 1) + [last or size]
+    return [
+        [(torch.randn(n, FEATURES).to(dtype), torch.randint(0, CLASSES, (n,))) for n in sizes] for _ in range(steps)
+    ]
+
+
+def mine(units: Sequence[Any]) -> list[Any]:
+    """This rank's units, as the loader deals them; a rank without one gets a stand-in."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    own = [lso.Unit(u, units[u]) for u in range(rank, len(units), world)]
+    return own or [lso.Unit(0, units[0], idle=True)]
+
+
+def optimizer(name: str) -> Callable[[Any], torch.optim.Optimizer]:
+    match name:
+        case "sgd":
+            return lambda params: torch.optim.SGD(params, lr=0.1)
+        case "momentum":
+            return lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-3)
+        case _:
+            return lambda params: torch.optim.AdamW(params, lr=1e-2)
+
+
+def build(
+    kind: str,
+    model: nn.Module,
+    method: Any,
+    *,
+    base: str = "momentum",
+    clip: float = 0.0,
+    total_samples: int | None = None,
+    loss_fn: Any = cross_entropy,
+    zero: dict[str, Any] | None = None,
+    bf16: bool = False,
+) -> lso.Engine:
+    """An engine of that kind around `model` (which becomes the engine's own)."""
+    make = optimizer(base)
+    if kind.startswith("zero"):
+        config = {
+            "zero_optimization": {"stage": int(kind[4]), **(zero or {})}, "gradient_clipping": clip, "bf16": {"enabled": bf16},
+        }  # fmt: skip
+        return lso.initialize(
+            model=model, config=config, method=method, base=make, loss_fn=loss_fn, total_samples=total_samples
+        )
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    elif kind != "plain":
+        model = sharded(kind, model, bf16)
+    named = (model.module if kind == "ddp" else model).named_parameters()
+    backend = backend_for(model, make([(n, p) for n, p in named if p.requires_grad]), max_grad_norm=clip)
+    return lso.Engine(backend, method, loss_fn=loss_fn, total_samples=total_samples)
+
+
+def sharded(kind: str, model: nn.Module, bf16: bool = False) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    world = dist.get_world_size()
+    if kind == "hsdp":
+        replicas = 2 if world % 2 == 0 else 1
+        mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": kind != "fsdp2-kept"}
+    if bf16:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for child in (getattr(model, n) for n in ("first", "second") if hasattr(model, n)):
+        fully_shard(child, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def whole(space: Any) -> dict[str, Tensor]:
+    """Every trainable parameter, whole, on every rank: gathered from the masters by offset."""
+    layout = space.layout
+    out = {p.name: torch.zeros(p.numel, dtype=space.dtype) for p in layout.parameters}
+    seen = {p.name: torch.zeros(p.numel, dtype=space.dtype) for p in layout.parameters}
+    for piece, t in zip(layout.pieces, space.weights.tensors, strict=True):
+        name = layout.parameters[piece.parameter].name
+        out[name][piece.offset : piece.offset + piece.length] = t.to(space.dtype)
+        seen[name][piece.offset : piece.offset + piece.length] = 1
+    for p in layout.parameters:
+        dist.all_reduce(out[p.name])
+        dist.all_reduce(seen[p.name])
+        assert bool((seen[p.name] > 0).all()), f"no rank holds some element of {p.name}"
+        out[p.name] = (out[p.name] / seen[p.name]).view(p.shape)
+    return out
+
+
+def furthest(space: Any, model: nn.Module) -> float:
+    """max |dw| between the space's weights and a plain model's."""
+    ours, plain = whole(space), dict(model.named_parameters())
+    return max(float((ours[n].double() - plain[n].detach().double()).abs().max()) for n in ours)
+
+
+def close(engine: lso.Engine) -> None:
+    """Free what the next case must not meet."""
+    if engine.backend.name.startswith("zero"):
+        engine.backend.engine.destroy()  # type: ignore[attr-defined]

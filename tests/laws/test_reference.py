@@ -1,0 +1,69 @@
+"""Law 1: the sharded run equals the paper's plain single-process loop on the same global batch."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+LIMIT = {"fp32": 1e-6, "fp64": 1e-12}
+METHODS = ("none", "sam", "asam", "lpf_sgd")
+
+
+def check(out: list[dict[str, float]], dtype: str, passes: int) -> None:
+    for rank, r in enumerate(out):
+        assert r["dw"] <= LIMIT[dtype], f"rank {rank}: {r}"
+        assert r["dloss"] <= LIMIT[dtype], f"rank {rank}: {r}"
+        assert r["passes"] == passes, f"rank {rank}: {r}"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp2"])
+def test_one_rank_in_fp64(ranks: Any, kind: str, method: str) -> None:
+    out = ranks(1).run("tests.cases.laws:reference", kind=kind, method=method, dtype="fp64", clip=0.5)
+    check(out, "fp64", 2 if "sam" in method else 1)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_in_fp64(ranks: Any, kind: str, method: str) -> None:
+    """Three units of 4, 4 and 2 samples on two ranks: an idle slot, exact weights."""
+    out = ranks(2).run("tests.cases.laws:reference", kind=kind, method=method, dtype="fp64", last=2, clip=0.5)
+    check(out, "fp64", 2 if "sam" in method else 1)
+
+
+@pytest.mark.parametrize("more", [{"radius": "parameter"}, {"radius": "row"}, {"every": 2}], ids=str)
+@pytest.mark.parametrize("kind,world", [("plain", 1), ("fsdp2", 3), ("ddp", 2)])
+def test_sam_variants_in_fp64(ranks: Any, kind: str, world: int, more: dict[str, Any]) -> None:
+    out = ranks(world).run("tests.cases.laws:reference", kind=kind, method="sam", dtype="fp64", more=more)
+    check(out, "fp64", 1 if "every" in more else 2)
+
+
+@pytest.mark.parametrize("extra", [["tied"], ["frozen"], ["unused"], ["tied", "frozen", "unused"]], ids="+".join)
+@pytest.mark.parametrize(
+    "kind,world", [("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 2), ("hsdp", 4), ("fsdp2-kept", 2)]
+)
+def test_unusual_parameters(ranks: Any, kind: str, world: int, extra: list[str]) -> None:
+    for method in ("sam", "lpf_sgd"):
+        out = ranks(world).run(
+            "tests.cases.laws:reference", kind=kind, method=method, dtype="fp64", extra=extra, units=5, clip=0.5
+        )
+        check(out, "fp64", 2 if method == "sam" else 1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "kind,world,method,units,clip,dtype",
+    [
+        c
+        for c in itertools.product(
+            ["ddp", "fsdp2", "fsdp2-kept", "hsdp"], [1, 2, 3, 4], METHODS, [3, 9], [0.0, 0.5], ["fp32", "fp64"]
+        )
+    ],
+)
+def test_full_product(ranks: Any, kind: str, world: int, method: str, units: int, clip: float, dtype: str) -> None:
+    out = ranks(world).run("tests.cases.laws:reference", kind=kind, method=method, units=units, clip=clip, dtype=dtype)
+    check(out, dtype, 2 if "sam" in method else 1)
