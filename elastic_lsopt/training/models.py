@@ -71,9 +71,6 @@ def apply_activation_checkpointing(model: nn.Module) -> None:
 
     Raises UserError for a model without repeated blocks.
     """
-    if hasattr(model, "gradient_checkpointing_enable"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return
     repeated = blocks(model)
     if not repeated:
         raise UserError(
@@ -81,7 +78,8 @@ def apply_activation_checkpointing(model: nn.Module) -> None:
             "modules of one class; put its blocks in one, or set activation_checkpointing: false."
         )
     for block in repeated:
-        # Not torch's wrapper module: it would rename the parameters, and noise and checkpoints go by name.
+        # Not torch's wrapper module: it would rename the parameters, and noise and checkpoints go by name. The
+        # block's own hooks stay outside, so a sharded block is gathered once in the backward pass, not twice.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
