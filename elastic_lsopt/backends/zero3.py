@@ -1,0 +1,101 @@
+"""ZeRO stage 3: each parameter cut into equal parts over the ranks, gathered module by module around its use.
+
+    sub-group 0, this rank's slot     [ a.weight, part | a.bias, part, padding | b.weight, part ]
+
+In fp32 the slot is master and working copy in one; in bf16 the master is a copy. Small parameters stay gathered between
+steps (`persistent_parameters`): they are dropped before an edit of the slots and gathered again after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor
+
+from elastic_lsopt.backends.zero import ZeroBackend
+from elastic_lsopt.space.layout import Piece
+
+
+class Zero3(ZeroBackend):
+    """DeepSpeedZeroOptimizer_Stage3 in fp32 and bf16; the slots are the flat masters, one a sub-group.
+
+    The gradient lies in one flat buffer that DeepSpeed keeps for the engine's life.
+    """
+
+    name = "zero3"
+
+    @property
+    def separate_master(self) -> bool:
+        return any(
+            low.data_ptr() != high.data_ptr() for low, high in zip(self._working_slots, self.slot_keys, strict=True)
+        )
+
+    @property
+    def _groups(self) -> Sequence[Sequence[Any]]:
+        return self._wrapper.fp16_groups
+
+    @property
+    def slot_keys(self) -> Sequence[Tensor]:
+        return self._wrapper.fp32_partitioned_groups_flat
+
+    @property
+    def _working_slots(self) -> Sequence[Tensor]:
+        return self._wrapper.fp16_partitioned_groups_flat
+
+    def _pieces(self) -> list[Piece]:
+        pieces = []
+        for slot, group in enumerate(self._groups):
+            start = 0
+            for p in group:
+                size = p.partition_numel()
+                offset = self.rank * size
+                if length := max(0, min(size, p.ds_numel - offset)):  # what is left of the part is padding
+                    pieces.append(Piece(self._number[id(p)], offset, length, slot, start))
+                start += size
+        return pieces
+
+    def retract(self) -> None:
+        broken: Exception | None = None
+        for _ in range(1 + sum(1 for _ in self.module.parameters())):
+            try:
+                self._wrapper._partition_all_parameters()
+                return
+            except (RuntimeError, AssertionError) as error:
+                # A gather that a dead peer broke can neither be waited for nor released: forget it, and try the next.
+                broken = error
+                for p in self.module.parameters():
+                    if p.ds_status == ZeroParamStatus.INFLIGHT:
+                        p.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        assert broken is not None
+        raise broken
+
+    def publish(self) -> None:
+        kept = self._wrapper.persistent_parameters
+        # After a cut no forward can gather, so none runs: with every gathered copy dropped, no copy is wrong.
+        if kept and self.transport.settle_group is None:
+            kept[0].all_gather(kept)
+
+    def clear_gradient(self) -> None:
+        self._wrapper.zero_grad(set_to_none=True)  # the next backward overwrites the buffer, where it writes at all:
+        # a parameter that it does not use would step with the gradient of an earlier pass.
+        self._wrapper.grad_partitions_flat_buffer.zero_()
+
+    def gradients(self) -> list[Tensor]:
+        return self.views(self._wrapper.grad_partitions_flat_buffer.split([slot.numel() for slot in self.slots]))
+
+    def repair(self) -> None:
+        super().repair()
+        self.retract()
+        z, coordinator = self._wrapper, self._wrapper._get_param_coordinator()
+        coordinator.release_backward_leftovers()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()  # half a pass recorded as a whole one would misguide the prefetch
+        for bucket in z.ipg_buckets.values():
+            bucket.clear_params()
+        for module in self.module.modules():
+            module.ds_grads_remaining = module.applied_pre_backward_ref_cnt = 0
+        z.params_already_reduced = dict.fromkeys(z.params_already_reduced, False)
+        z._backward_active_depth = 0
+        self.clear_gradient()

@@ -1,0 +1,66 @@
+"""DeepSpeed's own start: process group, engine. Its defaults that would cost a minute or change a number are set here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from elastic_lsopt.backends.zero import ZeroBackend, check_version, zero_backend
+from elastic_lsopt.backends.zero_tested import refuse_untested
+from elastic_lsopt.errors import Unsupported, UserError
+
+# Set by the launchers whose environment DeepSpeed reads (the second by Open MPI).
+LAUNCHED = ("RANK", "OMPI_COMM_WORLD_SIZE")
+# They see a flat piece of many parameters (ZeRO 1 to 3), where each would compute something else than on the parameters.
+NEED_SHAPES = ("Muon", "Adafactor", "LBFGS", "SparseAdam")
+
+
+def start_distributed() -> int:
+    """Bring up the process group where there is none; returns the world size (1 without a launcher)."""
+    check_version()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Else DeepSpeed compiles a C++ all-reduce for one host at start: a minute, and a lock file that outlives a kill.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not dist.is_initialized() and not any(name in os.environ for name in LAUNCHED):
+        backend = deepspeed.get_accelerator().communication_backend_name()
+        dist.init_process_group("gloo" if backend == "ccl" else backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(verbose=False)
+    return dist.get_world_size()
+
+
+def start_engine(model: nn.Module, base: Callable[[Any], torch.optim.Optimizer], config: dict[str, Any]) -> ZeroBackend:
+    """`deepspeed.initialize` and the adapter for its engine (collective). `config` is the whole DeepSpeed JSON.
+
+    Raises Unsupported before DeepSpeed starts for a JSON that is not tested, UserError where `base` gives no torch
+    optimizer.
+    """
+    refuse_untested(config)
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+
+    def made(params: Any) -> torch.optim.Optimizer:
+        optimizer = base(params)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UserError(f"base gave a {type(optimizer).__name__}; it takes parameters and gives a torch optimizer.")
+        if stage and type(optimizer).__name__ in NEED_SHAPES:
+            raise Unsupported(
+                f"base {type(optimizer).__name__} needs whole parameters and ZeRO stage {stage} gives it flat pieces; "
+                "use one that works element by element (SGD, Adam, AdamW …), or stage 0."
+            )
+        return optimizer
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise UserError("the model has no trainable parameter; set requires_grad on at least one.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, optimizer=made, config=config)
+    return zero_backend(engine)
