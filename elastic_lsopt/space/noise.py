@@ -83,8 +83,8 @@ def add_normal_(
             _multiply_rows_(step, first, scale, row_length)
         else:
             step.mul_(scale)
-        # Two roundings on purpose. `add_(z, alpha=scale)` may fuse them in its vector loop but not in the loop's tail,
-        # and then the sum would depend on where the shards are cut.
+        # Two roundings on purpose. `add_(z, alpha=scale)` fuses them with AVX2 and not without, and none promises that
+        # a loop's tail does as its body: a sum that depends on the machine, or on where the shards are cut.
         piece.add_(step)
     return out
 

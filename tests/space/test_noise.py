@@ -91,7 +91,7 @@ def test_same_numbers_at_any_sharding(ends: list[int]) -> None:
 @settings(max_examples=10, deadline=None)
 @given(cuts)
 def test_same_sum_at_any_sharding(dtype: torch.dtype, ends: list[int]) -> None:
-    """Bit for bit, though vector loops and their tails round differently when an addition and a product are fused."""
+    """Bit for bit, in every type: a vector loop and its tail must round alike."""
     start = torch.linspace(-3, 3, SIZE).to(dtype)
     scale = torch.linspace(0.1, 0.7, SIZE // 1000 + 1)
     for by_row in ({"scale": 0.37}, {"scale": scale, "row_length": 1000}):
@@ -239,8 +239,7 @@ def test_philox_known_answers() -> None:
         assert drawn == words
 
 
-@pytest.mark.fast
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**40), st.integers(0, 9000), st.integers(0, 9000))
 def test_philox_same_numbers_at_any_sharding(key: int, first: int, count: int, cut: int) -> None:
     cut = min(cut, count)
@@ -255,9 +254,10 @@ def compare_kernel_with_slow_form(device: str) -> None:
 
     places = [(7, 0, 6000), (2**64 - 5, 12_345, 5000), (2**63, 2**36 + 2047, 4097), (block_seed(1, "w"), 2048, 1)]
     # The interpreter cuts bf16 and fp16 off where a GPU rounds, so a whole last place is allowed, not half.
-    tolerances = {torch.float32: 1e-6, torch.float64: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+    tolerances = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7, torch.float16: 2**-10}
     for (key, first, count), (dtype, tolerance) in itertools.product(places, tolerances.items()):
-        z = philox_normal(key, first, count).double()
+        z = normal_(torch.empty(count, dtype=torch.float64, device=device), key=key, first=first).cpu()
+        torch.testing.assert_close(z, philox_normal(key, first, count).double(), rtol=1e-6, atol=1e-6)
         start = torch.linspace(-2, 2, count).to(dtype)
         place = torch.arange(first, first + count)
         scaled = [({}, z), ({"scale": 0.25}, start.double() + 0.25 * z)]
