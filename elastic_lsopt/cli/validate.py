@@ -30,7 +30,7 @@ def validate(path: str | Path, overrides: Sequence[str] = ()) -> int:
     """
     job = read_job(path, overrides)
     with job.file.located():
-        _check_paths(job.config)
+        check_paths(job.config)
         cut = _cut(job)
         size = _model_size(job.config)
     worlds = sorted({*WORLDS, job.config.workers})
@@ -46,7 +46,7 @@ def validate(path: str | Path, overrides: Sequence[str] = ()) -> int:
     return 0
 
 
-def _check_paths(config: TrainConfig) -> None:
+def check_paths(config: TrainConfig) -> None:
     data = Path(config.dataset)
     looks_like_path = data.suffix or config.dataset.startswith((".", "/", "~"))
     if config.dataset not in BUILTIN_DATASETS and looks_like_path and not data.exists():

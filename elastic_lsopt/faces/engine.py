@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class Engine:
     def oracle(self, microbatches: Sequence[Any]) -> UnitsOracle:
         """The loss on these micro-batches of all ranks, as something one can ask."""
         return UnitsOracle(
-            self.space, self.backend, self.loss, microbatches, self.clock, stop_requested=self._stop_requested
+            self.space, self.backend, self.loss, microbatches, self.clock, stop_requested=lambda: self._stop_requested
         )
 
     def train_batch(self, microbatches: Sequence[Any]) -> float:
@@ -112,16 +112,25 @@ class Engine:
             self._inside = False
         return self.last_step.loss
 
-    def eval_loss(self, microbatches: Sequence[Any]) -> float:
-        """The mean loss over all ranks' micro-batches, in eval mode, without gradients."""
+    def evaluate(self, rounds: Iterable[Sequence[Any]]) -> float:
+        """The mean loss over all ranks' micro-batches of all rounds, in eval mode, without gradients.
+
+        `rounds` yields lists of micro-batches as `train_batch` takes them, equally many lists on every rank; one is in
+        memory at a time.
+        """
         training = self.module.training
         self.module.eval()
         self._inside = True
+        total = weight = 0.0
         try:
-            return self.oracle(microbatches).loss()
+            for microbatches in rounds:
+                oracle = self.oracle(microbatches)
+                total += oracle.loss() * oracle.weight
+                weight += oracle.weight
         finally:
             self._inside = False
             self.module.train(training)
+        return total / weight
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the method's state, and the clock. (Checkpoints for any world size: `lso.checkpoint`.)"""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -65,7 +65,12 @@ class Oracle(ABC):
     """
 
     def __init__(
-        self, space: ParameterSpace, backend: Passes, clock: SampleClock, *, stop_requested: bool = False
+        self,
+        space: ParameterSpace,
+        backend: Passes,
+        clock: SampleClock,
+        *,
+        stop_requested: Callable[[], bool] | None = None,
     ) -> None:
         self.space, self.backend, self.clock = space, backend, clock
         self.losses: list[float] = []
@@ -144,8 +149,9 @@ class Oracle(ABC):
     def _close(self, total: Pass) -> None:
         gradients = self.backend.gradients()
         square = local_square(gradients).item() / self.backend.replicas
+        asked = self._stop_requested is not None and self._stop_requested()
         values = torch.tensor(
-            [total.local_loss, square, total.nonfinite, self._stop_requested],
+            [total.local_loss, square, total.nonfinite, asked],
             dtype=torch.float64, device=self.backend.device,
         )  # fmt: skip
         loss, square, nonfinite, stop = self.backend.sum_world_(values).tolist()

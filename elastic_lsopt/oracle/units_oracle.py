@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,7 +44,7 @@ class UnitsOracle(Oracle):
         microbatches: Sequence[Any],
         clock: SampleClock,
         *,
-        stop_requested: bool = False,
+        stop_requested: Callable[[], bool] | None = None,
     ) -> None:
         super().__init__(space, backend, clock, stop_requested=stop_requested)
         if backend.module is not None:
@@ -76,6 +76,11 @@ class UnitsOracle(Oracle):
         self._total, self._count = total, int(max(ends))
         if int(count) != self._count and count > self._count:
             raise UserError(f"{int(count)} units share {self._count} indices; every unit needs an index of its own.")
+
+    @property
+    def weight(self) -> float:
+        """The total weight of the global batch: its samples or unmasked tokens."""
+        return self._total
 
     def parts(self, m: int) -> list[Part]:
         return [

@@ -1,0 +1,13 @@
+"""The main job as a module, for launchers:
+
+torchrun --nproc-per-node 2 -m elastic_lsopt.train FILE.yaml [key=value …]
+deepspeed --module elastic_lsopt.train FILE.yaml [key=value …]
+"""
+
+import sys
+
+from elastic_lsopt.cli.main import main
+
+if __name__ == "__main__":
+    # The deepspeed launcher adds --local_rank=N, which the environment says too.
+    sys.exit(main(["train", *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))]))

@@ -1,0 +1,76 @@
+"""What a person sees while a job runs: a few lines, and a progress bar where there is a terminal. Rank 0 alone speaks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.faces.engine import Engine
+from elastic_lsopt.training.data import Data
+
+LINE_EVERY_S = 10.0
+"""Without a terminal, a line of progress about so often."""
+
+
+class Console:
+    """`say` a line, `step` a step; a context manager around the steps. Silent on other ranks than 0."""
+
+    def __init__(self, speaks: bool, steps: int) -> None:
+        self._speaks, self._steps = speaks, steps
+        self._terminal = Terminal(file=sys.stderr, soft_wrap=True, highlight=False)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._eval_loss: float | None = None
+        self._said = 0.0
+
+    def say(self, text: str) -> None:
+        if self._speaks:
+            self._terminal.print(text, markup=False)
+
+    def start(self, config: TrainConfig, engine: Engine, data: Data) -> None:
+        """The first lines: what is trained, on what, how."""
+        layout = engine.space.layout
+        self.say(
+            f"{type(engine.module).__name__.removeprefix('FSDP')}, {layout.numel:,} trainable parameters; "
+            f"{engine.backend.name} on {engine.backend.world} rank(s) of {engine.backend.device.type}; {engine.method!r} "
+            f"over {type(engine.base).__name__}"
+        )
+        self.say(
+            f"{config.dataset}: {len(data.train):,} training and {len(data.eval):,} held-out samples; "
+            f"{self._steps} steps of {config.global_batch_size}"
+        )
+        if data.bigram_entropy is not None:
+            self.say(f"byte-bigram entropy of the corpus: {data.bigram_entropy:.4f} nats a byte")
+
+    def __enter__(self) -> Console:
+        if self._speaks and self._terminal.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("<"),
+                TimeRemainingColumn(), TextColumn("{task.fields[facts]}"), console=self._terminal,
+            )  # fmt: skip
+            self._task = self._bar.add_task("", total=self._steps, facts="")
+            self._bar.start()
+        return self
+
+    def step(self, row: dict[str, Any]) -> None:
+        if not self._speaks:
+            return
+        self._eval_loss = row.get("eval_loss", self._eval_loss)
+        facts = f"loss {row['loss']:.3f}" + (f"  held out {self._eval_loss:.3f}" if self._eval_loss is not None else "")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"], facts=facts)
+            return
+        now = time.monotonic()
+        if now - self._said > LINE_EVERY_S or "eval_loss" in row or row["step"] == self._steps:
+            self._said = now
+            self.say(f"step {row['step']}/{self._steps}  {facts}  {row['seconds']:.2f} s a step")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()

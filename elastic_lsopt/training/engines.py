@@ -1,0 +1,119 @@
+"""From the settings to an engine: the model, where its weights lie, the base optimizer, the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from elastic_lsopt.backends.detect import backend_for
+from elastic_lsopt.config.deepspeed_json import check_job, read_deepspeed_json
+from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.errors import UserError
+from elastic_lsopt.faces.engine import Engine
+from elastic_lsopt.faces.initialize import initialize
+from elastic_lsopt.optimizers.registry import Method
+from elastic_lsopt.oracle.loss import Loss, causal_lm_loss, classification_loss
+from elastic_lsopt.training.data import Data
+from elastic_lsopt.training.models import apply_activation_checkpointing, blocks, build_model
+from elastic_lsopt.training.world import World
+
+
+def build_engine(config: TrainConfig, method: Method, data: Data, world: World, total_samples: int) -> Engine:
+    """The engine that the settings describe (collective).
+
+    Each rank first builds the whole model in host memory; loading a model that is larger than that comes later.
+    """
+    model = build_model(
+        config, vocabulary_size=data.vocabulary_size, classes=len(data.classes) or None, device=world.device
+    )
+    if config.activation_checkpointing:
+        apply_activation_checkpointing(model)
+    loss, base = _loss(config), _base(config, model)
+    options: dict[str, Any] = {"seed": config.seed, "total_samples": total_samples}
+    if config.backend == "deepspeed":
+        assert config.deepspeed is not None
+        settings = read_deepspeed_json(config.deepspeed)
+        check_job(settings, config)
+        settings["bf16"] = {**settings.get("bf16", {}), "enabled": config.bf16}
+        return initialize(
+            model=model,
+            config=settings,
+            method=method,
+            base=base,
+            loss_fn=loss,
+            max_grad_norm=config.max_grad_norm,
+            **options,
+        )
+    if config.backend == "fsdp2":
+        _shard(config, model, world)
+    elif world.size > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    backend = backend_for(model, base(model.parameters()), max_grad_norm=config.max_grad_norm)
+    if config.bf16 and config.backend == "replicated":
+        backend.compute_dtype = torch.bfloat16  # autocast rounds the weights in the forward
+    return Engine(backend, method, loss_fn=loss, **options)
+
+
+def _shard(config: TrainConfig, model: nn.Module, world: World) -> None:
+    """`fully_shard` every block, then the rest; two mesh dimensions where there are replica groups."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if world.size % config.fsdp_replicas:
+        raise UserError(f"fsdp_replicas={config.fsdp_replicas} must divide the {world.size} ranks of the job.")
+    if config.fsdp_replicas > 1:
+        shape, names = (config.fsdp_replicas, world.size // config.fsdp_replicas), ("replicate", "shard")
+    else:
+        shape, names = (world.size,), ("shard",)
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(world.device.type, shape, mesh_dim_names=names),
+        "reshard_after_forward": config.fsdp_reshard_after_forward,
+    }
+    if config.bf16:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in blocks(model):
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+def _base(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.optim.Optimizer]:
+    """The base optimizer over given parameters; weight decay leaves vectors (biases, norm gains) alone, as usual."""
+    decayed = {id(p) for p in model.parameters() if p.dim() > 1}
+
+    def build(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        given = [p for p in parameters if p.requires_grad]
+        groups = [{"params": given, "weight_decay": config.weight_decay}]
+        if config.weight_decay:
+            matrices = [p for p in given if p.dim() > 1 or id(p) in decayed]
+            vectors = [p for p in given if not (p.dim() > 1 or id(p) in decayed)]
+            groups = [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ]
+            groups = [g for g in groups if g["params"]]
+        if config.optim == "sgd":
+            return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+        kind = torch.optim.AdamW if config.optim == "adamw" else torch.optim.Adam
+        return kind(
+            groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon
+        )
+
+    return build
+
+
+def _loss(config: TrainConfig) -> Loss:
+    loss = causal_lm_loss() if config.task == "causal_lm" else classification_loss()
+    if not config.bf16 or config.backend == "fsdp2":
+        return loss
+
+    def forward(model: Any, batch: Any) -> Any:
+        if config.backend == "deepspeed":  # its weights are bfloat16, and so must be what they meet
+            return loss.forward(model, {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()})
+        device = next(iter(batch.values())).device.type
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return loss.forward(model, batch)
+
+    return Loss(forward, loss.criterion, loss.count)
