@@ -122,13 +122,14 @@ def test_the_standard_library() -> None:
 
 
 def folder_tokenizer(folder: Path) -> Path:
-    """Words of a small vocabulary, saved as a Hugging Face tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """Words of a small vocabulary, each whole text closed by <end>, saved as a Hugging Face tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     words = {w: i for i, w in enumerate(["<unk>", "<end>", "the", "cat", "sat"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
     fast.save_pretrained(folder)
     return folder
