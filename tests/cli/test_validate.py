@@ -105,6 +105,8 @@ def test_replica_groups_leave_out_the_worlds_that_they_cannot_divide(capsys):
         ("landscape.rho=-1", "rho=-1 must be a number >= 0"),
         ("landscape.rho=big", "rho='big' must be a valid number"),
         ("landscape.every=1.5", "every=1.5 must be a valid integer"),
+        ("landscape.every=true", "every=True must be a valid integer"),
+        ("landscape.rho='0.1'", "rho='0.1' must be a valid number"),
         ("landscape.radius=ball", "radius='ball' must be 'model', 'parameter' or 'row'"),
         ("landscape.method=samm", "unknown method 'samm'; did you mean 'sam'?"),
         ("landscape={method: lpf_sgd}", "a step of 4 unit(s) cannot be cut into 8 part(s)"),
