@@ -1,0 +1,188 @@
+"""What a checkpoint holds: everything that training goes on from, by parameter name and offset.
+
+    weights/<parameter>              the master weights
+    base/<parameter>/<key>           the base optimizer's state, any key that is element by element
+    method/<vector>/<parameter>      the method's Vectors
+    buffers/<name>                   the module's persistent buffers, rank 0's
+    rng/<rank>/cpu, rng/<rank>/gpu   the state of torch's random generators
+
+Each is a flat tensor, written as the chunks that the ranks hold. Numbers (`step`, lr, betas, the clock, the user's own
+JSON) are `facts`. Frozen parameters are not saved: they come with the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from elastic_lsopt.backends.backend import Backend, local
+from elastic_lsopt.checkpoint.json_values import ELEMENTS, encode
+from elastic_lsopt.errors import StaleWeights, Unsupported, UserError
+from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.layout import Piece
+from elastic_lsopt.space.vector import Vector
+
+FORMAT = 1
+HOW_NOT_WHAT = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
+"""Entries of a param group that say on what machine a step is computed, not what it computes: not saved."""
+
+
+class TrainingState(Protocol):
+    """What is saved and restored; an `Engine` is one. `clock` is set and `method_state` filled by a resume."""
+
+    @property
+    def backend(self) -> Backend: ...
+    @property
+    def space(self) -> ParameterSpace: ...
+    @property
+    def method_state(self) -> dict[str, Any]: ...
+
+    clock: SampleClock
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this rank holds of a flat tensor of `numel` elements: (offset, 1-D tensor) each."""
+
+    numel: int
+    chunks: list[tuple[int, Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A training state at one moment: the tensors that this rank writes, and the numbers."""
+
+    tensors: dict[str, Held]
+    facts: dict[str, Any]
+
+
+def chunk_of(backend: Backend, piece: Piece) -> tuple[str, int, int]:
+    """A piece as any rank knows it: (parameter, offset, length)."""
+    return backend.layout.parameters[piece.parameter].name, piece.offset, piece.length
+
+
+def take_snapshot(
+    state: TrainingState, step: int, extra: dict[str, Any], mine: set[tuple[str, int, int]], *, copy: bool
+) -> Snapshot:
+    """The state as it is now; the pieces in `mine` are this rank's to write.
+
+    With `copy` the tensors are copied to host memory (weights, base state and method state of `mine`), else they are
+    the live ones. No communication. Raises StaleWeights inside a displaced pass or before `settle`, Unsupported for
+    state that cannot be resharded, UserError where `extra` is not JSON.
+    """
+    backend, space = state.backend, state.space
+    space.check_generation()
+    space.refuse_stale("a save")
+    if space.excursions:
+        raise StaleWeights("a save is refused inside a displaced pass; save when the step has ended.")
+    keep: Callable[[Tensor], Tensor] = (lambda t: t.detach().to("cpu", copy=True)) if copy else torch.Tensor.detach
+    layout, tensors = backend.layout, dict[str, Held]()
+
+    def hold(key: str, piece: Piece, value: Tensor) -> None:
+        if chunk_of(backend, piece) in mine:
+            held = tensors.setdefault(key, Held(layout.parameters[piece.parameter].numel))
+            held.chunks.append((piece.offset, keep(value)))
+
+    def name(piece: Piece) -> str:
+        return layout.parameters[piece.parameter].name
+
+    for piece, weights in zip(layout.pieces, backend.masters, strict=True):
+        hold(f"weights/{name(piece)}", piece, weights)
+    base: dict[str, dict[str, Any]] = {}
+    _refuse_state_elsewhere(backend)
+    for piece, key, value in backend.base_states() if backend.base is not None else ():
+        if isinstance(value, Tensor) and value.dim() and value.numel() == piece.length:
+            hold(f"base/{name(piece)}/{key}", piece, value)
+            noted = ELEMENTS
+        else:
+            noted = encode(value, f"the optimizer's state {key!r} of parameter {name(piece)}")
+        base.setdefault(name(piece), {})[key] = noted
+    method: dict[str, Any] = {}
+    for key, value in state.method_state.items():
+        if isinstance(value, Vector):
+            for piece, part in zip(layout.pieces, value.tensors, strict=True):
+                hold(f"method/{key}/{name(piece)}", piece, part)
+            method[key] = ELEMENTS
+        else:
+            method[key] = encode(value, f"the method's state {key!r}")
+    if backend.rank == 0:
+        for key, buffer in persistent_buffers(backend.module).items():
+            tensors[f"buffers/{key}"] = Held(buffer.numel(), [(0, keep(local(buffer).reshape(-1)))])
+    for key, generator in random_states(backend).items():
+        tensors[key] = Held(generator.numel(), [(0, generator)])
+    facts = {
+        "format": FORMAT, "step": step, "world": backend.world, "backend": backend.name,
+        "parameters": {p.name: list(p.shape) for p in layout.parameters},
+        "base": base, "groups": encode_groups(backend), "method": method,
+        "clock": {"samples": state.clock.samples, "steps": state.clock.steps},
+        "extra": _as_json(extra),
+    }  # fmt: skip
+    return Snapshot(tensors, facts)
+
+
+def encode_groups(backend: Backend) -> list[dict[str, Any]]:
+    """The hyper-parameters of each param group, as JSON."""
+    return [
+        {k: encode(v, f"hyper-parameter {k!r} of param group {i}") for k, v in group.items() if k not in HOW_NOT_WHAT}
+        for i, group in enumerate(backend.param_groups)
+    ]
+
+
+def persistent_buffers(module: nn.Module | None) -> dict[str, Tensor]:
+    """The buffers that belong to the module's `state_dict`."""
+    if module is None:
+        return {}
+    lasting = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in lasting}
+
+
+def random_states(backend: Backend) -> dict[str, Tensor]:
+    """This rank's generators: bytes on the host, by key."""
+    out = {f"rng/{backend.rank}/cpu": torch.get_rng_state()}
+    if backend.device.type == "cuda":
+        out[f"rng/{backend.rank}/gpu"] = torch.cuda.get_rng_state(backend.device)
+    return out
+
+
+def _refuse_state_elsewhere(backend: Backend) -> None:
+    known = {id(key) for key in backend.slot_keys}
+    for key in backend.base.state if backend.base is not None else ():
+        if id(key) not in known:
+            what = f"of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
+            raise Unsupported(
+                f"{type(backend.base).__name__} keeps state under {what}, which is none of the trained parameters; "
+                "a checkpoint holds state by parameter."
+            )
+
+
+def _as_json(extra: dict[str, Any]) -> dict[str, Any]:
+    for key, value in extra.items():
+        try:
+            json.dumps({key: value})
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"extra[{key!r}] cannot be saved: {error}; give numbers, strings, lists and dicts."
+            ) from None
+    return extra
+
+
+def merge_facts(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One account of all ranks': what each knows of the base's state, rank 0's for the rest.
+
+    Raises Unsupported where ranks hold different numbers for one parameter: no other world size could go on from them.
+    """
+    base: dict[str, dict[str, Any]] = {}
+    for rank, own in enumerate(facts):
+        for name, state in own["base"].items():
+            if json.dumps(base.setdefault(name, state)) != json.dumps(state):
+                raise Unsupported(
+                    f"the optimizer's state of parameter {name} differs between ranks ({base[name]} and on rank {rank} "
+                    f"{state}); numbers must be the same on all ranks to be saved."
+                )
+    return {**facts[0], "base": base}

@@ -1,0 +1,214 @@
+"""The trained weights as a folder that others load: Hugging Face's layout; safetensors and a note for a plain module.
+
+Rank 0 writes; the other ranks send it their pieces parameter by parameter, so no rank holds more of the model than one
+parameter beside its own shard. The folder gets its name by a rename when all is on disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from elastic_lsopt.backends.backend import Backend
+from elastic_lsopt.checkpoint.checkpointer import one_line
+from elastic_lsopt.checkpoint.contents import persistent_buffers
+from elastic_lsopt.checkpoint.folder import rename, staging, sync, write_json
+from elastic_lsopt.checkpoint.safetensors_file import Head, write_tensors
+from elastic_lsopt.errors import Unsupported, UserError
+
+SHARD_BYTES = 5_000_000_000
+TIMEOUT = timedelta(hours=1)
+NOTE = "HOW_TO_LOAD.txt"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the export; `source` is the parameter or buffer it is read from, its own or the one it is tied to."""
+
+    head: Head
+    source: str
+
+
+def export_huggingface(
+    backend: Backend, module: nn.Module, folder: str | Path, tokenizer: Any = None, *, shard_bytes: int = SHARD_BYTES
+) -> Path:
+    """Write the module's weights, frozen parameters and buffers to `folder` (collective); returns the folder.
+
+    A `transformers` model becomes a folder for `from_pretrained`, in the dtype of its config (else of its parameters),
+    in files of at most `shard_bytes`; `tokenizer` goes beside it. A plain module becomes model.safetensors and a note.
+    An earlier export of that name is replaced. Raises UserError where the folder holds something else or cannot be
+    written, Unsupported for an adapter (merge it first), on all ranks.
+    """
+    folder = Path(folder)
+    if hasattr(module, "peft_config"):
+        raise Unsupported("exporting a PEFT adapter is not supported; call merge_and_unload() and export its result.")
+    backend.retract()  # FSDP2 hides the shards of a gathered group
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT) if backend.world > 1 else None
+    try:
+        _agree(folder, _foreign(folder) if backend.rank == 0 else None, group)
+        entries = _entries(backend, module)
+        stream = _stream(backend, module, entries, group)
+        failure: str | None = None
+        if backend.rank == 0:
+            try:
+                _write(module, folder, entries, stream, tokenizer=tokenizer, limit=shard_bytes)
+            except OSError as error:
+                failure = one_line(error)
+        for _ in stream:  # the other ranks send; rank 0, after a failure, still takes what they send
+            pass
+        _agree(folder, failure, group)
+    finally:
+        if group is not None:
+            dist.destroy_process_group(group)
+    return folder
+
+
+def cut(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+    """Consecutive files of at most `limit` bytes; a larger tensor gets one of its own."""
+    out: list[list[Entry]] = []
+    room = 0
+    for entry in entries:
+        if not out or entry.head.bytes > room:
+            out.append([])
+            room = limit
+        out[-1].append(entry)
+        room -= entry.head.bytes
+    return out
+
+
+def _agree(folder: Path, failure: str | None, group: dist.ProcessGroup | None) -> None:
+    """All ranks raise what rank 0 met."""
+    said = [failure]
+    if group is not None:
+        dist.broadcast_object_list(said, src=0, group=group)
+    if said[0] is not None:
+        raise UserError(f"the export to {folder} failed: {said[0]}.")
+
+
+def _foreign(folder: Path) -> str | None:
+    if not folder.exists():
+        return None
+    if not folder.is_dir() or (any(folder.iterdir()) and not any(folder.glob("model*.safetensors"))):
+        return "it exists and is no earlier export; give a new folder"
+    return None
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def _entries(backend: Backend, module: nn.Module) -> list[Entry]:
+    """Each parameter and lasting buffer; a tied one also under its other names, unless the loader ties it itself."""
+    config_dtype = getattr(getattr(module, "config", None), "dtype", None)
+    tied_by_loader = getattr(module, "all_tied_weights_keys", None) or {}
+    names: dict[int, list[str]] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    out = []
+    for p in {id(p): p for p in module.parameters()}.values():
+        first, *others = names[id(p)]
+        shape, dtype = backend.full_shape(p), p.dtype
+        if isinstance(config_dtype, torch.dtype) and dtype.is_floating_point:
+            dtype = config_dtype
+        out += [Entry(Head(n, dtype, shape), first) for n in [first, *(o for o in others if o not in tied_by_loader)]]
+    for name, buffer in persistent_buffers(module).items():
+        out.append(Entry(Head(name, buffer.dtype, tuple(buffer.shape)), name))
+    return out
+
+
+def _write(
+    module: nn.Module, folder: Path, entries: list[Entry], stream: Iterator[Tensor], *, tokenizer: Any, limit: int
+) -> None:
+    staged = staging(folder)
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        files = cut(entries, limit)
+        names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+        names = names if len(files) > 1 else ["model.safetensors"]
+        for name, part in zip(names, files, strict=True):
+            write_tensors(staged / name, [e.head for e in part], islice(stream, len(part)))
+        if len(files) > 1:
+            where = {e.head.name: name for name, part in zip(names, files, strict=True) for e in part}
+            total = sum(e.head.bytes for e in entries)
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            write_json(staged / "model.safetensors.index.json", index)
+        _describe(module, staged, names)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+        for path in (*staged.iterdir(), staged):
+            sync(path)
+        rename(staged, folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _describe(module: nn.Module, staged: Path, names: list[str]) -> None:
+    """config.json for `from_pretrained`; for a plain module a note."""
+    # fully_shard has put a class of its own before the user's
+    kind = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+    config = getattr(module, "config", None)
+    if not hasattr(config, "save_pretrained"):
+        (staged / NOTE).write_text(
+            f"Weights of {kind.__module__}.{kind.__qualname__}, named as in its state_dict:\n\n"
+            "    from safetensors.torch import load_file\n"
+            f"    model.load_state_dict({{k: v for f in {names} for k, v in load_file(f).items()}})\n"
+        )
+        return
+    config = copy.deepcopy(config)
+    config.architectures = [kind.__name__]
+    if getattr(config, "dtype", None) is None:
+        config.dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+    config.save_pretrained(staged)
+    if getattr(module, "generation_config", None) is not None:
+        module.generation_config.save_pretrained(staged)
+
+
+# -- from the ranks to rank 0 ------------------------------------------------------------------------------------------
+
+
+def _stream(
+    backend: Backend, module: nn.Module, entries: list[Entry], group: dist.ProcessGroup | None
+) -> Iterator[Tensor]:
+    """The entries' tensors, whole, one at a time, on rank 0's host; on the other ranks nothing of use."""
+    layout = backend.layout
+    pieces = [(layout.parameters[p.parameter].name, p.offset, p.length) for p in layout.pieces]
+    mine = dict(zip(pieces, backend.masters, strict=True))
+    everyones: list[Any] = [pieces]
+    if group is not None:
+        everyones = [None] * backend.world
+        dist.all_gather_object(everyones, pieces, group=group)
+    sender: dict[str, dict[tuple[int, int], int]] = {p.name: {} for p in layout.parameters}
+    for rank, held in enumerate(everyones):  # the lowest holder sends: rank 0 has no need to ask for what it holds
+        for name, offset, length in held:
+            sender[name].setdefault((offset, length), rank)
+    parameters, buffers = dict(module.named_parameters()), persistent_buffers(module)
+    source, whole = "", torch.empty(0)
+    for entry in entries:
+        head = entry.head
+        if entry.source != source:
+            source = entry.source
+            if source in sender:
+                whole = torch.empty(head.shape if backend.rank == 0 else (), dtype=head.dtype)
+                for (offset, length), rank in sender[source].items():
+                    own = mine.get((source, offset, length))
+                    if backend.rank == 0:
+                        part = whole.view(-1)[offset : offset + length]
+                        part.copy_(own) if own is not None and rank == 0 else dist.recv(part, rank, group)
+                    elif backend.rank == rank and own is not None:
+                        dist.send(own.detach().to("cpu", head.dtype).contiguous(), 0, group)
+            elif source in buffers:
+                whole = buffers[source]
+            else:
+                whole = backend.full_parameter(parameters[source]).detach().to("cpu", head.dtype)
+        yield whole

@@ -1,0 +1,174 @@
+"""Put a checkpoint into a training state of any layout: weights, base state, method state, hyper-parameters, clock.
+
+The saved chunks are read straight into the tensors that training goes on with. Base state that the target has not
+made yet is made (a fresh Adam has none before its first step), also for a slot that is nothing but padding, because
+its step counter must agree with the others'; state that the checkpoint does not have is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_lsopt.backends.backend import Backend, local
+from elastic_lsopt.checkpoint.contents import (
+    FORMAT,
+    HOW_NOT_WHAT,
+    Held,
+    TrainingState,
+    persistent_buffers,
+    random_states,
+)
+from elastic_lsopt.checkpoint.json_values import ELEMENTS, decode, number
+from elastic_lsopt.checkpoint.safetensors_file import BY_NAME
+from elastic_lsopt.checkpoint.storage import SafetensorsReader
+from elastic_lsopt.errors import UserError
+from elastic_lsopt.space.layout import Piece
+from elastic_lsopt.space.vector import Vector
+
+log = logging.getLogger("elastic_lsopt")
+Fill = Callable[[dict[str, Held]], None]
+
+
+@torch.no_grad()
+def restore(state: TrainingState, saved: SafetensorsReader, fill: Fill, *, hyperparameters: bool) -> None:
+    """Make `state` what the checkpoint says (collective); `fill` reads the named chunks into the given tensors.
+
+    Torch's random generators go on where they were if the number of ranks is the same. `hyperparameters` says whether
+    the param groups' entries (learning rate, betas …) are taken too. Raises UserError, before anything has changed,
+    for a checkpoint of another model or another number of param groups.
+    """
+    backend, facts = state.backend, saved.facts
+    refuse_other_model(state, facts, hyperparameters=hyperparameters)
+    wanted: dict[str, Held] = {}
+    for piece, master in zip(backend.layout.pieces, backend.masters, strict=True):
+        _want(wanted, backend, "weights/{}", piece, master)
+    if backend.base is not None:
+        _base(wanted, backend, saved)
+    _method(wanted, state, facts["method"])
+    buffers = {
+        key: (buffer, local(buffer).reshape(-1))
+        for name, buffer in persistent_buffers(backend.module).items()
+        if (key := f"buffers/{name}") in saved.tensors
+    }
+    wanted |= {key: Held(flat.numel(), [(0, flat)]) for key, (_, flat) in buffers.items()}
+    generators = random_states(backend) if facts["world"] == backend.world else {}
+    generators = {key: g for key, g in generators.items() if key in saved.tensors}
+    wanted |= {key: Held(g.numel(), [(0, g)]) for key, g in generators.items()}
+
+    state.space.mark_stale("a load that did not end")
+    fill(wanted)
+    for buffer, flat in buffers.values():  # a buffer that is not contiguous was read into a copy
+        local(buffer).copy_(flat.view(local(buffer).shape))
+    for key, generator in generators.items():
+        torch.set_rng_state(generator) if key.endswith("cpu") else torch.cuda.set_rng_state(generator, backend.device)
+    if hyperparameters:
+        for group, kept in zip(backend.param_groups, facts["groups"], strict=True):
+            group.update({k: decode(v, backend.device) for k, v in kept.items() if k not in HOW_NOT_WHAT})
+    state.clock = replace(state.clock, samples=facts["clock"]["samples"], steps=facts["clock"]["steps"])
+    if backend.separate_master and backend.layout.pieces:
+        torch._foreach_copy_(list(backend.working), backend.masters)
+    state.space.settle()
+
+
+def refuse_other_model(state: TrainingState, facts: dict[str, Any], *, hyperparameters: bool) -> None:
+    """Raise UserError, in one line, for a checkpoint that does not fit."""
+    if facts["format"] != FORMAT:
+        raise UserError(f"the checkpoint has format {facts['format']}; this version reads format {FORMAT}.")
+    mine = {p.name: list(p.shape) for p in state.backend.layout.parameters}
+    theirs = facts["parameters"]
+    for name in [*mine, *theirs]:
+        if mine.get(name) != theirs.get(name):
+            here, there = mine.get(name, "absent"), theirs.get(name, "absent")
+            raise UserError(
+                f"the checkpoint is of another model: parameter {name} is {there} in it and {here} here "
+                "(shapes of trainable parameters); give the model that it was saved from."
+            )
+    groups = len(state.backend.param_groups)
+    if hyperparameters and groups != len(facts["groups"]):
+        raise UserError(
+            f"the checkpoint has {len(facts['groups'])} param groups, this optimizer {groups}; build the same groups, "
+            "or resume with hyperparameters=False to keep those of this optimizer."
+        )
+
+
+def _want(wanted: dict[str, Held], backend: Backend, key: str, piece: Piece, target: Tensor) -> None:
+    """Note that `target` is to be filled from `key`, whose {} stands for the parameter's name."""
+    parameter = backend.layout.parameters[piece.parameter]
+    held = wanted.setdefault(key.format(parameter.name), Held(parameter.numel))
+    held.chunks.append((piece.offset, target))
+
+
+def _base(wanted: dict[str, Held], backend: Backend, saved: SafetensorsReader) -> None:
+    """Make the base optimizer's state slot by slot, numbers at once, and note which tensors are to be filled."""
+    base: dict[str, dict[str, Any]] = saved.facts["base"]
+    anyones = max(base.values(), key=len, default={})
+    for slot in range(len(backend.slot_keys)):
+        pieces = [p for p in backend.layout.pieces if p.slot == slot]
+        names = {p: backend.layout.parameters[p.parameter].name for p in pieces}
+        state, key_tensor = backend.state_of(Piece(0, 0, 0, slot, 0))
+        found = [base[n] for n in names.values() if n in base] if pieces else [anyones]
+        keys = {key: None for values in found for key in values}
+        for gone in [k for k in state if k not in keys]:
+            del state[gone]
+        for key in keys:
+            values = [v[key] for v in found if key in v]
+            if all(v != ELEMENTS for v in values):
+                state[key] = decode(_one_of(values, key, list(names.values())), backend.device)
+                continue
+            flat = _elements(state, key, key_tensor, _dtype(saved, names.values(), key, key_tensor))
+            for p in pieces:
+                view = flat[p.start : p.start + p.length]
+                value = base.get(names[p], {}).get(key)
+                if value == ELEMENTS:
+                    _want(wanted, backend, f"base/{{}}/{key}", p, view)
+                else:  # a parameter without dimensions keeps its moment as a number, one that never had a gradient none
+                    view.fill_(number(value))
+
+
+def _elements(state: dict[str, Any], key: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The slot's state `key` as a flat view, made of zeros where there is none."""
+    have = state.get(key)
+    if not isinstance(have, Tensor) or local(have).numel() != local(like).numel():
+        state[key] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
+    flat = local(state[key]).view(-1)
+    return flat.zero_()
+
+
+def _dtype(saved: SafetensorsReader, names: Any, key: str, like: Tensor) -> torch.dtype:
+    """State in the weights' precision follows the weights here (bf16 to fp32); other state keeps its own."""
+    for name in names:
+        if (tensor := saved.tensors.get(f"base/{name}/{key}")) is not None:
+            same = tensor["dtype"] == saved.tensors[f"weights/{name}"]["dtype"]
+            return like.dtype if same else BY_NAME[tensor["dtype"]]
+    return like.dtype
+
+
+def _one_of(values: list[Any], key: str, names: list[str]) -> Any:
+    """A slot of several parameters has one number for all of them."""
+    if any(v != values[0] for v in values):
+        log.warning(
+            "the saved %r differs between %s … %s, which share one partition here; the largest is used.",
+            key, names[0], names[-1],
+        )  # fmt: skip
+        return max(values, key=number)
+    return values[0]
+
+
+def _method(wanted: dict[str, Held], state: TrainingState, saved: dict[str, Any]) -> None:
+    mine = state.method_state
+    for key in mine.keys() - saved.keys():
+        log.warning("the checkpoint has no method state %r (another method?); it starts anew.", key)
+    for key, value in saved.items():
+        if value != ELEMENTS:
+            mine[key] = decode(value, state.backend.device)
+            continue
+        if not isinstance(mine.get(key), Vector):
+            mine[key] = state.space.zeros()
+        for piece, target in zip(state.backend.layout.pieces, mine[key].tensors, strict=True):
+            _want(wanted, state.backend, f"method/{key}/{{}}", piece, target)
