@@ -79,7 +79,7 @@ class Backend(Passes):
         return out
 
     def base_states(self) -> Iterator[tuple[Piece, str, Any]]:
-        """(piece, key, value) of all base state: a 1-D view of the piece where it is element by element, else the value."""
+        """(piece, key, value) of all base state: a 1-D view where it is element by element, else the value itself."""
         for piece in self.layout.pieces:
             state, _ = self.state_of(piece)
             size = self.slots[piece.slot].numel()
@@ -88,6 +88,16 @@ class Backend(Passes):
                     yield piece, key, local(value).view(-1)[piece.start : piece.start + piece.length]
                 else:
                     yield piece, key, value
+
+    # -- whole parameters --------------------------------------------------------------------------------------
+
+    def full_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """The shape of a module's parameter when it is whole."""
+        return tuple(parameter.shape)
+
+    def full_parameter(self, parameter: Tensor) -> Tensor:
+        """A module's parameter that is not trained, whole on this rank (collective where it is sharded)."""
+        return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
     # -- failures ----------------------------------------------------------------------------------------------
 

@@ -90,7 +90,7 @@ def build(
     model: nn.Module,
     method: Any,
     *,
-    base: str = "momentum",
+    base: str | Callable[[Any], torch.optim.Optimizer] = "momentum",
     clip: float = 0.0,
     total_samples: int | None = None,
     loss_fn: Any = cross_entropy,
@@ -98,7 +98,7 @@ def build(
     bf16: bool = False,
 ) -> lso.Engine:
     """An engine of that kind around `model` (which becomes the engine's own)."""
-    make = optimizer(base)
+    make = optimizer(base) if isinstance(base, str) else base
     if kind.startswith("zero"):
         config = {
             "zero_optimization": {"stage": int(kind[4]), **(zero or {})}, "gradient_clipping": clip, "bf16": {"enabled": bf16},
