@@ -110,7 +110,7 @@ class Backend(Passes):
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; the tensor itself otherwise."""
-    return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def scale_to_norm_(tensors: list[Tensor], norm: float, max_norm: float) -> None:

@@ -27,9 +27,7 @@ def backend_for(
 
         return zero_backend(model)
     module = getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model
-    if named_parameters is None:
-        named_parameters = module.named_parameters()
-    named = list(named_parameters)
+    named = list(module.named_parameters() if named_parameters is None else named_parameters)
     sharded = hasattr(module, "reshard") or any(hasattr(p, "_local_tensor") for _, p in named)
     if sharded:
         from elastic_lsopt.backends.fsdp2 import FSDP2

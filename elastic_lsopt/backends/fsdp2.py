@@ -56,7 +56,7 @@ class FSDP2(Backend):
             raise UserError("the model has no trainable parameter; set requires_grad on at least one.")
         if model is None:
             ours = {id(p) for _, p in named}
-            self._modules = [m for m in self._modules if any(id(p) in ours for p in m.parameters())]
+            self._modules = [m for m in self._modules if any(id(p) in ours for p in _parameters(m))]
         for name, p in named:
             _refuse(name, p)
         _refuse_offload(self._modules)
@@ -153,6 +153,11 @@ def _fsdp_modules(model: nn.Module | None) -> list[FSDPModule]:
     """The FSDP modules of the model, or every one of the process (torch keeps a weak registry of them)."""
     modules = model.modules() if model is not None else list(_module_state_mapping)
     return [m for m in modules if isinstance(m, FSDPModule)]
+
+
+def _parameters(module: FSDPModule) -> Iterable[nn.Parameter]:
+    assert isinstance(module, nn.Module)
+    return module.parameters()
 
 
 def _refuse(name: str, p: nn.Parameter) -> None:

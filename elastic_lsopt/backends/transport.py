@@ -43,7 +43,7 @@ class Transport:
         self._prefix = f"elastic_lsopt/{Transport._made}"
         self._failures = 0
         self._reported: BaseException | None = None
-        self._group: dist.ProcessGroup | None = None
+        self._group: dist.ProcessGroupGloo | None = None
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._ports: set[int] = set()
@@ -54,7 +54,7 @@ class Transport:
             self._ports = {port for ports in everyones if ports for port in ports}
 
     @property
-    def settle_group(self) -> dist.ProcessGroup | None:
+    def settle_group(self) -> dist.ProcessGroupGloo | None:
         """The group over which `settle` makes the copies right after a cut; None: the framework's own works."""
         return self._group
 
@@ -151,6 +151,6 @@ def _shut_down(ports: set[int]) -> None:
     keep = master.port if isinstance(master, dist.TCPStore) else -1
     for fd, local, remote, state in _sockets():
         if state == ESTABLISHED and keep not in (local, remote) and (local in ports or remote in ports):
-            with suppress(OSError):  # gloo may have closed it meanwhile
-                with socket.socket(fileno=os.dup(fd)) as copy:
-                    copy.shutdown(socket.SHUT_RDWR)
+            # gloo may have closed it meanwhile
+            with suppress(OSError), socket.socket(fileno=os.dup(fd)) as copy:
+                copy.shutdown(socket.SHUT_RDWR)

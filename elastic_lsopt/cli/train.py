@@ -16,7 +16,7 @@ from elastic_lsopt.errors import UserError
 
 
 def train(path: str | Path, overrides: Sequence[str] = ()) -> int:
-    """Run the job; returns the exit code. Raises UserError before any worker has started for what the file says wrong."""
+    """Run the job; returns the exit code. Raises UserError, before a worker starts, for a wrong file."""
     from elastic_lsopt.training.world import launched, start_workers
 
     job = read_job(path, overrides)

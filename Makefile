@@ -1,0 +1,52 @@
+# Two commands do everything on a machine with Python 3.11, git and a C compiler: `make quickstart` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-fast test-all lint format bench schema clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+install: $(INSTALLED)  ## make .venv and install the package with all that tests and jobs need
+
+quickstart: $(INSTALLED)  ## train a small Llama on Python's standard library: SAM, FSDP2, two workers, about 3 minutes
+	$(BIN)/elastic-lsopt train configs/quickstart.yaml
+
+test: $(INSTALLED)  ## all laws and contracts on two cores, at most 15 minutes
+	$(BIN)/python -m pytest tests -m "not full"
+
+test-fast: $(INSTALLED)  ## the minute before a commit
+	$(BIN)/python -m pytest tests -m "fast and not full"
+
+test-all: $(INSTALLED)  ## the full product of methods, backends, worlds and settings; takes what it takes
+	$(BIN)/python -m pytest tests
+
+lint: $(INSTALLED)  ## ruff, pyright, import-linter, no rebinding of .data
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+	@! grep -rnE "\.data *= " elastic_lsopt --include='*.py' || { echo "never rebind .data: FSDP2 ignores it silently"; exit 1; }
+
+format: $(INSTALLED)  ## let ruff lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)  ## measure against the peers; writes benchmarks/results
+	$(BIN)/python -m benchmarks.run
+
+schema: $(INSTALLED)  ## write the JSON schema of a job's YAML
+	$(BIN)/python -m elastic_lsopt.config.schema
+
+clean:  ## remove the virtual environment and what runs left here
+	rm -rf $(VENV) runs build *.egg-info
