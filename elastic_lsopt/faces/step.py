@@ -70,6 +70,7 @@ class LandscapeStep:
 
     def _skip(self, oracle: Oracle, error: NonFinite) -> StepReport:
         self.space.settle()
+        self.space.end_lease()
         self.backend.clear_gradient()
         self.skipped_steps += 1
         log.warning("skipped a step on all ranks (%d so far): %s", self.skipped_steps, error)

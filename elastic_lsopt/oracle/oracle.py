@@ -77,7 +77,6 @@ class Oracle(ABC):
         self.stop = False
         self._stop_requested = stop_requested
         self._running: Pass | None = None
-        self._leased = 0
 
     @property
     def step(self) -> int:
@@ -114,7 +113,7 @@ class Oracle(ABC):
     def accumulating(self) -> Iterator[Pass]:
         """One pass made of parts, each run once and in order, wherever the weights are meanwhile."""
         self.space.check_generation()
-        self._leased += 1
+        self.space.end_lease()
         self.backend.clear_gradient()
         self._running = total = Pass()
         try:
@@ -128,8 +127,8 @@ class Oracle(ABC):
     def install(self, vector: Vector) -> None:
         """Make `vector` the gradient that the engine steps with (nothing to do for the last pass's own lease)."""
         if not (isinstance(vector, Lease) and vector.valid):
+            self.space.end_lease()
             self.backend.install(vector)
-            self._leased += 1
 
     def _run(self, part: Part) -> None:
         total = self._running
@@ -161,6 +160,5 @@ class Oracle(ABC):
             raise NonFinite(
                 f"step {self.step}, pass {self.passes}: the loss is {loss}, the gradient's norm {math.sqrt(abs(square))}"
             )
-        mine = self._leased
         total.loss = loss
-        total._gradient = Lease(self.space, gradients, lambda: self._leased == mine, math.sqrt(square))
+        total._gradient = self.space.lend(gradients, math.sqrt(square))

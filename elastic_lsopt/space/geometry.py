@@ -43,6 +43,7 @@ class ParameterSpace:
         self._stale: str | None = None
         self._unpublished = False
         self._deferring = False
+        self._lease: Lease | None = None
         wide = any(t.dtype == torch.float64 for t in shards.masters)
         self.dtype = torch.float64 if wide else torch.float32
 
@@ -69,6 +70,18 @@ class ParameterSpace:
         """Standard normal noise that depends on (seed, step, draw, parameter, offset) and nothing else; drawn when used."""
         return Noise(self, step, draw)
 
+    def lend(self, gradient: Sequence[Tensor], norm: float) -> Lease:
+        """A lease on the engine's gradient buffer, whose global norm is known; the one before it ends."""
+        self.end_lease()
+        self._lease = Lease(self, gradient, norm)
+        return self._lease
+
+    def end_lease(self) -> None:
+        """The gradient buffer is about to change: later reads of the lease raise StaleLease."""
+        if self._lease is not None:
+            self._lease.end()
+            self._lease = None
+
     def base_state(self, key: str) -> Vector:
         """The base optimizer's state of that name (live, read only). Raises KeyError where it keeps none."""
         return Vector(self, self.shards.base_state(key))
@@ -83,7 +96,8 @@ class ParameterSpace:
 
     def norm(self, a: Vector) -> float:
         """The global L2 norm; one all-reduce (none for a lease, whose pass has summed it)."""
-        if isinstance(a, Lease) and a.known_norm is not None and a.valid:
+        if isinstance(a, Lease) and a.valid:
+            self.check_generation()
             return a.known_norm
         return self._sum(local_square(a.tensors).reshape(1))[0].sqrt().item()
 
@@ -121,6 +135,7 @@ class ParameterSpace:
         """
         with Excursion(self, moves_once=True) as walk:
             walk.move(direction, scale)
+            del direction  # this frame lives as long as the block: a vector that the caller drops is free at once
             yield walk
 
     def excursion(self) -> Excursion:
@@ -150,8 +165,9 @@ class ParameterSpace:
             self.shards.publish()
 
     def stepped(self) -> None:
-        """The base optimizer has rewritten every copy."""
+        """The base optimizer has rewritten every copy of the weights, and clipped the gradient that it was lent."""
         self._unpublished = False
+        self.end_lease()
 
     def ready(self) -> None:
         """Before a forward (collective): raise StaleWeights after an exception, publish what was deferred."""

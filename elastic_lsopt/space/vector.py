@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -90,27 +90,21 @@ class Lease(Vector):
     it has summed already.
     """
 
-    def __init__(
-        self,
-        space: ParameterSpace,
-        tensors: Sequence[Tensor],
-        valid: Callable[[], bool],
-        known_norm: float | None,
-    ) -> None:
+    def __init__(self, space: ParameterSpace, tensors: Sequence[Tensor], known_norm: float) -> None:
         super().__init__(space, tensors)
-        self._valid = valid
         self.known_norm = known_norm
+        self.valid = True
 
-    @property
-    def valid(self) -> bool:
-        return self._valid()
+    def end(self) -> None:
+        """Let go of the buffer: else it would live on beside the one that the next pass fills."""
+        self._tensors, self.valid = [], False
 
     @property
     def tensors(self) -> list[Tensor]:
-        if not self._valid():
-            self._tensors = []
+        self.space.check_generation()
+        if not self.valid:
             raise StaleLease(
-                "this gradient is a lease on the engine's buffer and a later backward pass has overwritten it; "
+                "this gradient is a lease on the engine's buffer and a later backward pass has changed it; "
                 "call .clone() before the next pass to keep it."
             )
         return super().tensors
