@@ -1,0 +1,41 @@
+"""The README's programs run as they stand, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import ROOT, rank_environment
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_is_a_program_a_face() -> None:
+    assert [next(f for f in ("LandscapeOptimizer", "initialize", "attach") if f"lso.{f}(" in p) for p in PROGRAMS] == [
+        "LandscapeOptimizer", "initialize", "attach",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(PROGRAMS)))
+def test_program_runs(number: int, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAMS[number]], cwd=tmp_path, env=rank_environment(), capture_output=True, text=True, timeout=120
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [float(w) for w in re.findall(r"\d\.\d+", done.stdout)]
+    assert losses, done.stdout
+
+
+def test_every_link_leads_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"^    make ([a-z-]+)", README, re.MULTILINE)) <= targets
