@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from elastic_lsopt.checkpoint.export import export_huggingface
 from tests.cases import engines
 
 STEPS, UNITS = 6, 3
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 
 
 class Drifting(torch.optim.Optimizer):
@@ -45,9 +46,28 @@ class Drifting(torch.optim.Optimizer):
                 p.add_(state["drift"], alpha=-group["lr"] / state["count"] ** 0.5)
 
 
-def _engine(kind: str, base: str, dtype: str, extra: list[str], seed: int = 0) -> lso.Engine:
-    model = engines.net(extra, DTYPES[dtype], seed)
-    return engines.build(kind, model, lso.SAM(rho=0.3), base=Drifting if base == "drifting" else base)
+@dataclass(frozen=True, kw_only=True)
+class Remembering:
+    """A method with a memory of every kind: it steps with the running mean of the gradients."""
+
+    parts: int = 1
+
+    def init(self, space: Any) -> dict[str, Any]:
+        return {"mean": space.zeros(), "calls": 0}
+
+    def gradient(self, space: Any, oracle: Any, state: dict[str, Any]) -> Any:
+        state["calls"] += 1
+        state["mean"].mul_(0.9).add_(oracle.gradient(), alpha=1.0 / state["calls"])
+        return state["mean"].clone()
+
+
+def _engine(kind: str, base: str, dtype: str, seed: int = 0) -> lso.Engine:
+    """`zero3+small` has a sub-group a parameter; bf16 is ZeRO's, beside fp32 masters."""
+    kind, *small = kind.split("+")
+    zero = {"sub_group_size": 1} if small else {}
+    model = engines.net(("tied", "unused"), torch.float32 if dtype == "bf16" else DTYPES[dtype], seed)
+    chosen = Drifting if base == "drifting" else base
+    return engines.build(kind, model, Remembering(), base=chosen, zero=zero, bf16=dtype == "bf16")
 
 
 def _train(engine: lso.Engine, first: int, last: int, dtype: str) -> list[float]:
@@ -59,11 +79,9 @@ def _weights(engine: lso.Engine) -> dict[str, list[float]]:
     return {name: w.double().flatten().tolist() for name, w in engines.whole(engine.space).items()}
 
 
-def save_midway(
-    path: str, kind: str, base: str = "momentum", dtype: str = "fp32", extra: list[str] | None = None
-) -> dict[str, list[float]]:
+def save_midway(path: str, kind: str, base: str = "momentum", dtype: str = "fp32") -> dict[str, list[float]]:
     """Train 6 steps, saving after 3; the weights at the end."""
-    engine = _engine(kind, base, dtype, extra or [])
+    engine = _engine(kind, base, dtype)
     checkpoints = Checkpointer(path)
     _train(engine, 0, 3, dtype)
     for group in engine.param_groups:
@@ -78,11 +96,9 @@ def save_midway(
     return out
 
 
-def resume_and_finish(
-    path: str, kind: str, base: str = "momentum", dtype: str = "fp32", extra: list[str] | None = None
-) -> dict[str, list[float]]:
+def resume_and_finish(path: str, kind: str, base: str = "momentum", dtype: str = "fp32") -> dict[str, list[float]]:
     """Another model, used for a step, takes the checkpoint over and trains the 3 steps that are left."""
-    engine = _engine(kind, base, dtype, extra or [], seed=5)
+    engine = _engine(kind, base, dtype, seed=5)
     _train(engine, 5, 6, dtype)
     checkpoints = Checkpointer(path)
     found = checkpoints.resume(engine)
@@ -93,3 +109,41 @@ def resume_and_finish(
     out = _weights(engine)
     engines.close(engine)
     return out
+
+
+def transfer(path: str, kind: str, base: str = "adamw") -> dict[str, Any]:
+    """Save after 3 steps on the first call, load on the next: weights, base state and method state, whole, by name."""
+    engine = _engine(kind, base, "fp32", seed=5)
+    checkpoints = Checkpointer(path)
+    if folder.latest(path) is None:
+        _train(engine, 0, 3, "fp32")
+        checkpoints.save(engine, 3)
+    else:
+        assert checkpoints.resume(engine) is not None
+    report = checkpoints.wait()
+    assert report is None or report.error is None, report
+    space = engine.space
+    steps = [float(v) for _, key, v in engine.backend.base_states() if key == "step"]
+    out = {
+        "weights": _weights(engine), "mean": _whole(space, engine.method_state["mean"].tensors),
+        "exp_avg": _whole(space, space.base_state("exp_avg").tensors),
+        "exp_avg_sq": _whole(space, space.base_state("exp_avg_sq").tensors),
+        "calls": engine.method_state["calls"], "steps": sorted(set(steps)), "lr": engine.param_groups[0]["lr"],
+    }  # fmt: skip
+    checkpoints.close()
+    engines.close(engine)
+    return out
+
+
+def _whole(space: Any, tensors: list[torch.Tensor]) -> dict[str, list[float]]:
+    """A vector by parameter name, gathered by offset in this file's own way."""
+    out = {p.name: torch.zeros(p.numel, dtype=torch.float64) for p in space.layout.parameters}
+    count = {name: torch.zeros_like(t) for name, t in out.items()}
+    for piece, t in zip(space.layout.pieces, tensors, strict=True):
+        name = space.layout.parameters[piece.parameter].name
+        out[name][piece.offset : piece.offset + piece.length] += t.double()
+        count[name][piece.offset : piece.offset + piece.length] += 1
+    for name in out:
+        dist.all_reduce(out[name])
+        dist.all_reduce(count[name])
+    return {name: (t / count[name]).tolist() for name, t in out.items()}
