@@ -33,8 +33,8 @@ VERSIONS = ("0.19.8",)
 # All that is read or written of DeepSpeed beyond its documented interface, by class. Nothing else may be used.
 PRIVATE = {
     "DeepSpeedEngine": (
-        "_config", "_is_gradient_accumulation_boundary", "dp_world_size", "sequence_parallel_size", "pipeline_parallelism",
-        "has_moe_layers", "mpu",
+        "_config", "_is_gradient_accumulation_boundary", "dp_world_size", "sequence_parallel_size",
+        "pipeline_parallelism", "has_moe_layers", "mpu",
     ),
     "FP16_UnfusedOptimizer": ("optimizer", "fp16_groups", "fp32_groups"),
     "DeepSpeedZeroOptimizer": (
@@ -60,9 +60,9 @@ def zero_backend(engine: Any) -> ZeroBackend:
 
     Raises Unsupported for another version of DeepSpeed, a wrapper class without adapter, and all that is not tested.
     """
+    from elastic_lsopt.backends.zero0 import Zero0
     from elastic_lsopt.backends.zero3 import Zero3
     from elastic_lsopt.backends.zero12 import Bf16Zero1, Zero12
-    from elastic_lsopt.backends.zero0 import Zero0
 
     check_version()
     if type(engine).__name__ != "DeepSpeedEngine":

@@ -2,8 +2,9 @@
 
     sub-group 0, this rank's slot     [ a.weight, part | a.bias, part, padding | b.weight, part ]
 
-In fp32 the slot is master and working copy in one; in bf16 the master is a copy. Small parameters stay gathered between
-steps (`persistent_parameters`): they are dropped before an edit of the slots and gathered again after it.
+The working copy is the part that a gather reads, the master an fp32 copy of it (DeepSpeed 0.19.8 makes one in fp32 too;
+where it does not, an excursion keeps a shard). Small parameters stay gathered between steps (`persistent_parameters`):
+they are dropped before an edit of the working copy and gathered again after it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 from torch import Tensor
 
 from elastic_lsopt.backends.zero import ZeroBackend
@@ -57,15 +58,16 @@ class Zero3(ZeroBackend):
         return pieces
 
     def retract(self) -> None:
+        module: Any = self.module
         broken: Exception | None = None
-        for _ in range(1 + sum(1 for _ in self.module.parameters())):
+        for _ in range(1 + sum(1 for _ in module.parameters())):
             try:
                 self._wrapper._partition_all_parameters()
                 return
             except (RuntimeError, AssertionError) as error:
                 # A gather that a dead peer broke can neither be waited for nor released: forget it, and try the next.
                 broken = error
-                for p in self.module.parameters():
+                for p in module.parameters():
                     if p.ds_status == ZeroParamStatus.INFLIGHT:
                         p.ds_status = ZeroParamStatus.NOT_AVAILABLE
         assert broken is not None
@@ -78,12 +80,20 @@ class Zero3(ZeroBackend):
             kept[0].all_gather(kept)
 
     def clear_gradient(self) -> None:
-        self._wrapper.zero_grad(set_to_none=True)  # the next backward overwrites the buffer, where it writes at all:
-        # a parameter that it does not use would step with the gradient of an earlier pass.
+        # After zero_grad the next backward overwrites the buffer, but only where it writes at all: a parameter that it
+        # does not use would step with the gradient of an earlier pass.
+        self._wrapper.zero_grad(set_to_none=True)
         self._wrapper.grad_partitions_flat_buffer.zero_()
 
     def gradients(self) -> list[Tensor]:
         return self.views(self._wrapper.grad_partitions_flat_buffer.split([slot.numel() for slot in self.slots]))
+
+    def full_shape(self, parameter: Any) -> tuple[int, ...]:
+        return tuple(parameter.ds_shape)
+
+    def full_parameter(self, parameter: Any) -> Tensor:
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
 
     def repair(self) -> None:
         super().repair()
@@ -94,8 +104,11 @@ class Zero3(ZeroBackend):
             coordinator._invalidate_trace()  # half a pass recorded as a whole one would misguide the prefetch
         for bucket in z.ipg_buckets.values():
             bucket.clear_params()
-        for module in self.module.modules():
-            module.ds_grads_remaining = module.applied_pre_backward_ref_cnt = 0
+        module: Any = self.module
+        for child in module.modules():
+            child.ds_grads_remaining = child.applied_pre_backward_ref_cnt = 0
+        for p in module.parameters():
+            p.grad = None  # zero_grad() fails on one that is left: it wants a stream, which a CPU has not
         z.params_already_reduced = dict.fromkeys(z.params_already_reduced, False)
         z._backward_active_depth = 0
         self.clear_gradient()

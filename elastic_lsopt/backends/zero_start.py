@@ -1,4 +1,4 @@
-"""DeepSpeed's own start: process group, engine. Its defaults that would cost a minute or change a number are set here."""
+"""Start DeepSpeed: process group and engine, without the defaults of its that cost a minute or change a number."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from elastic_lsopt.backends.zero import ZeroBackend, check_version, zero_backend
@@ -19,22 +20,29 @@ from elastic_lsopt.errors import Unsupported, UserError
 
 # Set by the launchers whose environment DeepSpeed reads (the second by Open MPI).
 LAUNCHED = ("RANK", "OMPI_COMM_WORLD_SIZE")
-# They see a flat piece of many parameters (ZeRO 1 to 3), where each would compute something else than on the parameters.
+# On the flat pieces of many parameters that ZeRO 1 to 3 gives them they would compute something else.
 NEED_SHAPES = ("Muon", "Adafactor", "LBFGS", "SparseAdam")
 
 
 def start_distributed() -> int:
     """Bring up the process group where there is none; returns the world size (1 without a launcher)."""
     check_version()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_tested)
     # Else DeepSpeed compiles a C++ all-reduce for one host at start: a minute, and a lock file that outlives a kill.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized() and not any(name in os.environ for name in LAUNCHED):
-        backend = deepspeed.get_accelerator().communication_backend_name()
+        backend = get_accelerator().communication_backend_name()
         dist.init_process_group("gloo" if backend == "ccl" else backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(verbose=False)
     return dist.get_world_size()
+
+
+def _tested(record: logging.LogRecord) -> bool:
+    """Drop DeepSpeed's advice of caution with an optimizer that is not on its list: the laws test it."""
+    return "untested optimizer" not in str(record.msg)
 
 
 def start_engine(model: nn.Module, base: Callable[[Any], torch.optim.Optimizer], config: dict[str, Any]) -> ZeroBackend:
@@ -57,7 +65,7 @@ def start_engine(model: nn.Module, base: Callable[[Any], torch.optim.Optimizer],
             )
         return optimizer
 
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable: Any = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise UserError("the model has no trainable parameter; set requires_grad on at least one.")
     with warnings.catch_warnings():
