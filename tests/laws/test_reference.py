@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -52,18 +51,3 @@ def test_unusual_parameters(ranks: Any, kind: str, world: int, extra: list[str])
             "tests.cases.laws:reference", kind=kind, method=method, dtype="fp64", extra=extra, units=5, clip=0.5
         )
         check(out, "fp64", 2 if method == "sam" else 1)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    "kind,world,method,units,clip,dtype",
-    [
-        c
-        for c in itertools.product(
-            ["ddp", "fsdp2", "fsdp2-kept", "hsdp"], [1, 2, 3, 4], METHODS, [3, 9], [0.0, 0.5], ["fp32", "fp64"]
-        )
-    ],
-)
-def test_full_product(ranks: Any, kind: str, world: int, method: str, units: int, clip: float, dtype: str) -> None:
-    out = ranks(world).run("tests.cases.laws:reference", kind=kind, method=method, units=units, clip=clip, dtype=dtype)
-    check(out, dtype, 2 if "sam" in method else 1)
