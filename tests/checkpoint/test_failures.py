@@ -1,4 +1,4 @@
-"""A crash, a full disk, a state that cannot be saved: the last good checkpoint stays and all ranks are told the same."""
+"""A crash, a full disk, a state that cannot be saved: the last good checkpoint stays and all ranks know why."""
 
 from __future__ import annotations
 

@@ -1,0 +1,46 @@
+"""The export: `from_pretrained` gives bit-equal logits, a plain module loads strictly, other files stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from elastic_lsopt.checkpoint.export import Entry, cut
+from elastic_lsopt.checkpoint.safetensors_file import Head
+
+CASES = "tests.cases.checkpoint_export:"
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "tied", "frozen"),
+    [("fsdp2", 2, True, False), ("fsdp2", 2, False, True), ("ddp", 2, True, True), ("zero3", 2, True, False)],
+)
+def test_from_pretrained_gives_the_same_logits(
+    ranks: Any, tmp_path: Path, kind: str, world: int, tied: bool, frozen: bool
+) -> None:
+    path = str(tmp_path / "model")
+    for told in ranks(world).run(CASES + "hugging_face", path=path, kind=kind, tied=tied, frozen=frozen):
+        assert told["equal"] and told["kind"] == "LlamaForCausalLM" and told["dtype"] == "torch.float32"
+        assert "model.safetensors.index.json" in told["files"] and "config.json" in told["files"]
+        assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "fsdp2"])
+def test_a_plain_module_loads_strictly(ranks: Any, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "model"
+    assert all(ranks(1 if kind == "plain" else 2).run(CASES + "plain_module", path=str(path), kind=kind))
+    assert sorted(p.name for p in path.iterdir()) == ["HOW_TO_LOAD.txt", "model.safetensors"]
+
+
+def test_other_files_stay(ranks: Any, tmp_path: Path) -> None:
+    for told in ranks(2).run(CASES + "export_over", path=str(tmp_path)):
+        assert told == f"the export to {tmp_path} failed: it exists and is no earlier export; give a new folder."
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_files_are_cut_by_bytes() -> None:
+    entries = [Entry(Head(str(i), torch.float32, (n,)), str(i)) for i, n in enumerate([2, 3, 9, 1, 1])]
+    assert [[e.source for e in part] for part in cut(entries, 20)] == [["0", "1"], ["2"], ["3", "4"]]
