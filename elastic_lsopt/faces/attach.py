@@ -17,7 +17,7 @@ from elastic_lsopt.space.geometry import ParameterSpace
 def attach(
     model_or_engine: Any, loss_fn: Loss | LossFunction | None, microbatches: Sequence[Any], *, seed: int = 0
 ) -> tuple[ParameterSpace, Oracle]:
-    """The parameter space of a model (plain, DDP, FSDP2) or engine, and the loss on this rank's micro-batches (collective).
+    """The space of a model (plain, DDP, FSDP2) or engine, and the loss on the ranks' micro-batches (collective).
 
     Raises Unsupported and UserError as the engine does.
     """

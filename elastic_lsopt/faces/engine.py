@@ -14,8 +14,7 @@ from elastic_lsopt.faces.report import StepReport
 from elastic_lsopt.faces.step import LandscapeStep
 from elastic_lsopt.optimizers.registry import Method, State
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.loss import Loss, LossFunction, as_loss, samples
-from elastic_lsopt.oracle.units import Unit
+from elastic_lsopt.oracle.loss import Loss, LossFunction, as_loss
 from elastic_lsopt.oracle.units_oracle import UnitsOracle
 from elastic_lsopt.space.geometry import ParameterSpace
 
@@ -103,11 +102,8 @@ class Engine:
         self._inside = True
         try:
             self.space.refuse_stale("a step")
-            local = sum(
-                samples(m.batch if isinstance(m, Unit) else m) for m in microbatches if not getattr(m, "idle", False)
-            )
             oracle = self.oracle(microbatches)
-            self.last_step = self._landscape.take(oracle, self._sum(local))
+            self.last_step = self._landscape.take(oracle, oracle.samples)
         finally:
             self._inside = False
         return self.last_step.loss
@@ -138,10 +134,6 @@ class Engine:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._landscape.load_state_dict(state_dict)
-
-    def _sum(self, number: int) -> int:
-        values = torch.tensor([number], dtype=torch.float64, device=self.backend.device)
-        return int(self.backend.sum_world_(values).item())
 
     def _refuse_stale_forward(self, module: nn.Module, inputs: Any) -> None:
         if not self._inside and not self.space.settled:

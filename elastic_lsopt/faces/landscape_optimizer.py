@@ -104,7 +104,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         if closure is None:
             raise UserError(
                 "step() needs a closure, because the method takes its gradients itself: def closure(): "
-                "optimizer.zero_grad(); loss = …; loss.backward(); return loss. (DeepSpeed: lso.initialize().train_batch.)"
+                "optimizer.zero_grad(); loss = …; loss.backward(); return loss (DeepSpeed: lso.initialize)."
             )
         current = self._current()
         closures = [closure] if callable(closure) else list(closure)

@@ -58,12 +58,12 @@ class LandscapeStep:
                 norm = space.norm(gradient)
                 if not math.isfinite(norm):
                     raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")
+                self.backend.step(gradient, norm)
+                space.stepped()
         except NonFinite as error:
             return self._skip(oracle, error)
         finally:
             space.measure_fidelity = asked
-        self.backend.step(gradient, norm)
-        space.stepped()
         return StepReport(
             oracle.losses[0], oracle.passes, norm, False, oracle.stop, self._faithful(space.last_fidelity)
         )

@@ -1,4 +1,4 @@
-"""The sample clock: every schedule of ours is a function of committed samples, so a change of batch or world keeps its shape."""
+"""The sample clock: schedules run on committed samples, so a change of batch or world keeps their shape."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ Closure = Callable[[], Tensor]
 
 
 class ClosureOracle(Oracle):
-    """`closures`, one a part, each: zero_grad, forward, backward, return its mean loss (its gradient averaged over ranks).
+    """`closures`, one a part, each: zero_grad, forward, backward (averaged over ranks), return the mean loss.
 
     Each sees the same dropout in every pass of a step. `loss` of a pass is the mean over ranks and closures. With
     several closures `zero_grad` of the wrapping optimizer does nothing between them, so their gradients add up.
@@ -38,7 +38,7 @@ class ClosureOracle(Oracle):
     def parts(self, m: int) -> list[Part]:
         if m != len(self._closures):
             raise UserError(
-                f"the method takes {m} part(s), step() got {len(self._closures)} closure(s); give a list with a closure a part."
+                f"the method takes {m} part(s), step() got {len(self._closures)} closure(s); give a closure a part."
             )
         return [Part(self, i, m, 1 / m) for i in range(m)]
 
@@ -57,7 +57,8 @@ class ClosureOracle(Oracle):
             g is not None and p.grad is not g for p, g in zip(self.backend.slot_keys, before, strict=True)
         ):
             raise UserError(
-                "a closure threw away the gradient of the part before it; call the LandscapeOptimizer's zero_grad(), not the model's."
+                "a closure threw away the gradient of the part before it; "
+                "call the LandscapeOptimizer's zero_grad(), not the model's."
             )
         if last and part.of > 1:
             with torch.no_grad():

@@ -51,8 +51,8 @@ def samples(batch: Any) -> int:
         if isinstance(value, Tensor) and value.dim():
             return value.shape[0]
     raise UserError(
-        f"a micro-batch of type {type(batch).__name__} holds no tensor with a first dimension, so its samples cannot be "
-        "counted; pass lso.Loss(forward, criterion, count)."
+        f"a micro-batch of type {type(batch).__name__} holds no tensor with a first dimension, so its samples "
+        "cannot be counted; pass lso.Loss(forward, criterion, count)."
     )
 
 
@@ -61,7 +61,7 @@ def _unmasked_targets(batch: Mapping[str, Tensor]) -> float:
 
 
 def causal_lm_loss() -> Loss:
-    """The mean cross-entropy of the next token over the unmasked targets (label -100 is masked); logits are cast to fp32."""
+    """The mean cross-entropy of the next token over the unmasked targets (-100 masks); logits are cast to fp32."""
 
     def forward(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return model(**{k: v for k, v in batch.items() if k != "labels"}).logits
@@ -114,7 +114,7 @@ def as_loss(loss_fn: Loss | LossFunction | None, module: nn.Module) -> Loss | _W
 
 
 def refuse_coupled_samples(module: nn.Module) -> None:
-    """Batch norm in training mode couples the samples of a unit, so no world size would compute the same sums: refuse it."""
+    """Raise UserError for batch norm in training mode: it couples the samples of a unit."""
     for name, child in module.named_modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
             raise UserError(

@@ -158,7 +158,7 @@ class Oracle(ABC):
         self.stop = self.stop or stop > 0
         if nonfinite or not math.isfinite(loss) or not math.isfinite(square):
             raise NonFinite(
-                f"step {self.step}, pass {self.passes}: the loss is {loss}, the gradient's norm {math.sqrt(abs(square))}"
+                f"step {self.step}, pass {self.passes}: loss {loss}, gradient norm {math.sqrt(abs(square))}"
             )
         total.loss = loss
         total._gradient = self.space.lend(gradients, math.sqrt(square))

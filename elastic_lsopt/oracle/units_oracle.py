@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.loss import Loss, refuse_coupled_samples, select_out
+from elastic_lsopt.oracle.loss import Loss, refuse_coupled_samples, samples, select_out
 from elastic_lsopt.oracle.oracle import Oracle, Part
 from elastic_lsopt.oracle.passes import Passes
 from elastic_lsopt.oracle.units import Unit, as_units, part_bounds, slots
@@ -32,8 +32,8 @@ class UnitsOracle(Oracle):
     """The mean loss over this step's units, given whole to ranks; see `oracle/units.py`.
 
     Each unit is weighed by its count of samples or unmasked tokens. Its dropout depends on (seed, step, index), so a
-    second pass, another rank and another world size see the same masks. Making one costs one all-reduce of
-    3 + world numbers. Raises UserError where a rank has no micro-batch at all.
+    second pass, another rank and another world size see the same masks. `samples` counts the global batch. Making one
+    costs one all-reduce of 5 + world numbers. Raises UserError where a rank has no micro-batch, or another's.
     """
 
     def __init__(
@@ -59,12 +59,20 @@ class UnitsOracle(Oracle):
     def _agree(self, units: Sequence[Unit]) -> None:
         """All ranks learn the total weight, the number of units, and whether a rank has nothing to run."""
         world, rank = self.backend.world, self.backend.rank
-        values = torch.zeros(3 + world, dtype=torch.float64, device=self.backend.device)
-        values[0] = sum(self._weights.values())
-        values[1] = float(not units)
-        values[2] = len(self._units)
-        values[3 + rank] = max(self._units, default=-1) + 1
-        total, empty, count, *ends = self.backend.sum_world_(values).tolist()
+        own = [
+            sum(self._weights.values()),
+            sum(samples(u.batch) for u in self._units.values()),
+            not units,
+            any(u % world != rank for u in self._units),
+            len(self._units),
+            *(max(self._units, default=-1) + 1 if r == rank else 0 for r in range(world)),
+        ]
+        values = torch.tensor(own, dtype=torch.float64, device=self.backend.device)
+        total, number, empty, misplaced, count, *ends = self.backend.sum_world_(values).tolist()
+        if misplaced:
+            raise UserError(
+                f"{int(misplaced)} rank(s) got a unit that is another's: unit u belongs to rank u mod {world}."
+            )
         if empty:
             raise UserError(
                 f"{int(empty)} of {world} ranks got no micro-batch; give every rank at least one (or Unit(idle=True))."
@@ -73,8 +81,8 @@ class UnitsOracle(Oracle):
             raise UserError(
                 f"the total weight of the global batch is {total}; it must be > 0 (are all labels masked?)."
             )
-        self._total, self._count = total, int(max(ends))
-        if int(count) != self._count and count > self._count:
+        self._total, self.samples, self._count = total, int(number), int(max(ends))
+        if count > self._count:
             raise UserError(f"{int(count)} units share {self._count} indices; every unit needs an index of its own.")
 
     @property
