@@ -207,7 +207,7 @@ def test_another_model_is_refused_before_anything_changes(trained: tuple[lso.Eng
     assert "\n" not in str(error.value)
     assert all(torch.equal(w, before[n]) for n, w in weights(other).items()) and other.space.settled
     two = engine()
-    two.base.add_param_group({"params": [torch.zeros(1)]})  # type: ignore[union-attr]
+    two.base.add_param_group({"params": [("x", torch.zeros(1))]})  # type: ignore[union-attr]
     with pytest.raises(UserError, match="1 param groups, this optimizer 2"):
         trained[1].resume(two)
 
