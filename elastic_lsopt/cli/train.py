@@ -2,55 +2,71 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from elastic_lsopt.cli.job import read_job
+from elastic_lsopt.cli.job import Job, read_job
 from elastic_lsopt.cli.validate import check_paths
 from elastic_lsopt.errors import UserError
+
+if TYPE_CHECKING:
+    from elastic_lsopt.training.world import World
+
+USAGE = "usage: "
+"""Before a user's mistake in what the ranks tell each other; see training/world.py [Note: who says what went wrong]."""
 
 
 def train(path: str | Path, overrides: Sequence[str] = ()) -> int:
     """Run the job; returns the exit code. Raises UserError, before a worker starts, for a wrong file."""
     from elastic_lsopt.training.world import launched, start_workers
 
-    job = read_job(path, overrides)
-    with job.file.located():
-        check_paths(job.config)
+    try:
+        job = read_job(path, overrides)
+        with job.file.located():
+            check_paths(job.config)
+    except UserError:
+        if launched() and os.environ.get("LOCAL_RANK", "0") != "0":
+            return 2  # a neighbour reads the same file, and says it
+        raise
     if not launched() and job.config.workers > 1:
         return start_workers(job.config.workers, [str(path), *overrides])
-    return _one_rank(path, overrides)
+    return _one_rank(job)
 
 
-def _one_rank(path: str | Path, overrides: Sequence[str]) -> int:
+def _one_rank(job: Job) -> int:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    logging.basicConfig(format="elastic-lsopt: %(message)s", level=logging.WARNING)
     from elastic_lsopt.training.loop import train as run
     from elastic_lsopt.training.world import join
 
-    job = read_job(path, overrides)
     world = join()
-    logging.getLogger("elastic_lsopt").setLevel(logging.INFO if world.is_first else logging.ERROR)
-    code = 1
     try:
         with job.file.located():
             run(job.config, job.method, world)
         code = 0
-    except UserError as error:
-        if world.is_first:
-            print(f"elastic-lsopt: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
     except KeyboardInterrupt:
         code = 130
-    except Exception:
-        # One write a rank, so that the ranks' tracebacks do not run into each other.
-        sys.stderr.write("".join([f"rank {world.rank}:\n", traceback.format_exc()]))
+    except Exception as error:
+        code = _say(error, world)
     return _leave(code, world.size)
+
+
+def _say(error: Exception, world: World) -> int:
+    """Tell a failure as far as no other rank has; returns the exit code, 2 for a user's mistake and its followers."""
+    if isinstance(error, UserError):
+        mine = f"{USAGE}{world.rank}"
+        if world.first_failure(mine) == mine:
+            print(f"elastic-lsopt: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if world.first_failure(f"rank {world.rank}").startswith(USAGE):
+        return 2
+    # One write a rank, so that the ranks' tracebacks do not run into each other.
+    sys.stderr.write("".join([f"rank {world.rank}:\n", traceback.format_exc()]))
+    return 1
 
 
 def _leave(code: int, world: int) -> int:

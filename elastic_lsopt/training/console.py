@@ -1,7 +1,8 @@
-"""What a person sees while a job runs: a few lines, and a progress bar where there is a terminal. Rank 0 alone speaks."""
+"""What a person sees while a job runs: a few lines, and a progress bar on a terminal. Rank 0 alone speaks."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from types import TracebackType
@@ -19,7 +20,10 @@ LINE_EVERY_S = 10.0
 
 
 class Console:
-    """`say` a line, `step` a step; a context manager around the steps. Silent on other ranks than 0."""
+    """`say` a line, `step` a step; a context manager around the steps. Silent on other ranks than 0.
+
+    The package's own warnings are said here as well, above the bar; other ranks' are not, because they are the same.
+    """
 
     def __init__(self, speaks: bool, steps: int) -> None:
         self._speaks, self._steps = speaks, steps
@@ -28,25 +32,30 @@ class Console:
         self._task: Any = None
         self._eval_loss: float | None = None
         self._said = 0.0
+        log = logging.getLogger("elastic_lsopt")
+        log.handlers, log.propagate = [_Lines(self)], False
 
     def say(self, text: str) -> None:
+        """One line, as it is."""
         if self._speaks:
             self._terminal.print(text, markup=False)
 
     def start(self, config: TrainConfig, engine: Engine, data: Data) -> None:
         """The first lines: what is trained, on what, how."""
-        layout = engine.space.layout
+        backend, ranks = engine.backend, engine.backend.world
         self.say(
-            f"{type(engine.module).__name__.removeprefix('FSDP')}, {layout.numel:,} trainable parameters; "
-            f"{engine.backend.name} on {engine.backend.world} rank(s) of {engine.backend.device.type}; {engine.method!r} "
+            f"{type(engine.module).__name__.removeprefix('FSDP')}, {engine.space.layout.numel:,} trainable parameters; "
+            f"{backend.name} on {ranks} {backend.device.type} rank{'s' if ranks > 1 else ''}; {engine.method!r} "
             f"over {type(engine.base).__name__}"
         )
         self.say(
             f"{config.dataset}: {len(data.train):,} training and {len(data.eval):,} held-out samples; "
-            f"{self._steps} steps of {config.global_batch_size}"
+            f"{self._steps:,} steps of {config.global_batch_size}"
         )
         if data.bigram_entropy is not None:
             self.say(f"byte-bigram entropy of the corpus: {data.bigram_entropy:.4f} nats a byte")
+        if engine.clock.steps >= self._steps:
+            self.say("all steps are done; raise max_steps or num_train_epochs to train on")
 
     def __enter__(self) -> Console:
         if self._speaks and self._terminal.is_terminal:
@@ -59,6 +68,7 @@ class Console:
         return self
 
     def step(self, row: dict[str, Any]) -> None:
+        """Show one step's row of metrics.jsonl."""
         if not self._speaks:
             return
         self._eval_loss = row.get("eval_loss", self._eval_loss)
@@ -71,6 +81,19 @@ class Console:
             self._said = now
             self.say(f"step {row['step']}/{self._steps}  {facts}  {row['seconds']:.2f} s a step")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class _Lines(logging.Handler):
+    """Log records as the console's lines."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.say(f"{record.levelname.lower()}: {record.getMessage()}")

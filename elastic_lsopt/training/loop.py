@@ -1,31 +1,33 @@
 """The training loop, top to bottom: data, engine, checkpoint, steps, evaluation, export.
 
-[Note: ending on a signal] SIGTERM only sets a flag. It travels in the all-reduce that ends a pass, so all ranks see it
-after the same step; they save, and leave. Nothing is interrupted inside a pass, where weights may be displaced.
+[Note: ending on a signal] SIGTERM and Ctrl-C only set a flag. It travels in the all-reduce that ends a pass, so all
+ranks see it after the same step; they save, and leave. Nothing is interrupted inside a pass, where weights may be
+displaced.
 """
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_lsopt.checkpoint.checkpointer import Checkpointer, SaveReport
+from elastic_lsopt.checkpoint.checkpointer import Checkpointer
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.loader import StepLoader
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.faces.engine import Engine
+from elastic_lsopt.faces.report import StepReport
 from elastic_lsopt.optimizers.registry import Method
 from elastic_lsopt.oracle.units import Unit
 from elastic_lsopt.schedules.learning_rate import LearningRate
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.data import Data, build_data
 from elastic_lsopt.training.engines import build_engine
-from elastic_lsopt.training.result import finish
+from elastic_lsopt.training.result import finish, say_unsaved
 from elastic_lsopt.training.run_folder import RunFolder
 from elastic_lsopt.training.world import World
 
@@ -39,6 +41,7 @@ class Outcome:
 
     step: int
     eval_loss: float | None
+    """The last held-out loss of this process's life, nats a token or a sample; None where there was none."""
     stopped: bool
     """By a signal, after a checkpoint; the same command goes on from there."""
 
@@ -53,41 +56,36 @@ def train(config: TrainConfig, method: Method, world: World) -> Outcome:
         data.train, lambda rows: _placed(data.collate(rows), world), global_batch_size=config.global_batch_size,
         unit_size=config.per_device_train_batch_size, seed=config.seed, rank=world.rank, world=world.size, steps=steps,
     )  # fmt: skip
-    checkpoints = Checkpointer(Path(config.output_dir) / "checkpoints", save_total_limit=config.save_total_limit)
-    folder = RunFolder(config) if world.is_first else None
+    folder = world.on_first(lambda: RunFolder(config))
     console = Console(world.is_first, steps)
-    found = checkpoints.resume(engine, config.resume_from_checkpoint)
-    if found is not None:
-        loader.load_state_dict(found.extra["loader"])
-        console.say(f"resumed from {found.path} at step {engine.clock.steps}")
+    checkpoints = Checkpointer(Path(config.output_dir) / "checkpoints", save_total_limit=config.save_total_limit)
+    _resume(config, engine, loader, checkpoints, console)
     console.start(config, engine, data)
     rate = LearningRate(peak=config.learning_rate, shape=config.lr_scheduler_type, warmup=config.warmup_ratio)
-    saved: SaveReport | None = None
+
     eval_loss, stopped = None, False
-    with _stopping_on_sigterm(engine), console:
+    with _stopping_on_signals(engine), console:
         for units in loader:
             start = time.monotonic()
             lr = rate.at(engine.clock)
             for group in engine.param_groups:
                 group["lr"] = lr
-            loss = engine.train_batch(units)
+            engine.train_batch(units)
             loader.commit(config.global_batch_size)
-            report, step = engine.last_step, engine.clock.steps
+            report, step, last = engine.last_step, engine.clock.steps, engine.clock.samples >= total_samples
             assert report is not None
-            stopped = report.stop and step < steps
             row = {
-                "generation": 0, "step": step, "samples": engine.clock.samples, "loss": loss, "lr": lr,
+                "generation": 0, "step": step, "samples": engine.clock.samples, "loss": report.loss, "lr": lr,
                 "batch": config.global_batch_size, "world": world.size, "seconds": time.monotonic() - start,
-                "passes": report.passes, "gradient_norm": report.gradient_norm, "skipped": report.skipped,
+                **_told(report),
             }  # fmt: skip
-            if report.fidelity is not None:
-                row |= {"fidelity_cosine": report.fidelity.cosine, "fidelity_norm_ratio": report.fidelity.norm_ratio}
-            if len(data.eval) and (_due(step, config.eval_steps) or step == steps):
+            if len(data.eval) and (last or _due(step, config.eval_steps)):
                 row["eval_loss"] = eval_loss = evaluate(engine, data, config, world)
             if folder is not None:
                 folder.write(row)
             console.step(row)
-            if _due(step, config.save_steps) or step == steps or stopped:
+            stopped = report.stop and not last
+            if last or stopped or _due(step, config.save_steps):
                 checkpoints.save(engine, step, extra={"loader": loader.state_dict()})
             if stopped:
                 break
@@ -95,13 +93,12 @@ def train(config: TrainConfig, method: Method, world: World) -> Outcome:
     checkpoints.close()
     if folder is not None:
         folder.close()
-    last = engine.clock.steps
     if stopped:
-        kept = saved.path if saved is not None and saved.error is None else "no checkpoint (the save failed)"
-        console.say(f"stopped after step {last} of {steps}; saved {kept}. The same command goes on from there.")
+        console.say(f"stopped after step {engine.clock.steps} of {steps}; the same command goes on from there.")
     else:
-        finish(config, engine, data, world, console)
-    return Outcome(last, eval_loss, stopped)
+        finish(config, engine, data, console, is_first=world.is_first)
+    say_unsaved(saved, checkpoints.folder, console)
+    return Outcome(engine.clock.steps, eval_loss, stopped)
 
 
 def evaluate(engine: Engine, data: Data, config: TrainConfig, world: World) -> float:
@@ -123,6 +120,22 @@ def evaluate(engine: Engine, data: Data, config: TrainConfig, world: World) -> f
     return engine.evaluate(rounds())
 
 
+def _resume(
+    config: TrainConfig, engine: Engine, loader: StepLoader, checkpoints: Checkpointer, console: Console
+) -> None:
+    # The settings say what the optimizer's hyper-parameters are: a weight_decay that the user has changed counts.
+    found = checkpoints.resume(engine, config.resume_from_checkpoint, hyperparameters=False)
+    if found is None:
+        return
+    if "loader" not in found.extra:
+        raise UserError(
+            f"resume_from_checkpoint: {found.path} was not saved by `elastic-lsopt train` (it has no place in the "
+            "data); give one that was, or none."
+        )
+    loader.load_state_dict(found.extra["loader"])
+    console.say(f"resumed from {found.path}, after step {engine.clock.steps}")
+
+
 def _steps(config: TrainConfig, samples: int) -> int:
     if config.max_steps is not None:
         return config.max_steps
@@ -136,6 +149,16 @@ def _steps(config: TrainConfig, samples: int) -> int:
     return steps
 
 
+def _told(report: StepReport) -> dict[str, Any]:
+    """What the method reports of a step, beside its loss."""
+    told: dict[str, Any] = {
+        "passes": report.passes, "gradient_norm": report.gradient_norm, "skipped": report.skipped,
+    }  # fmt: skip
+    if report.fidelity is not None:
+        told |= {"fidelity_cosine": report.fidelity.cosine, "fidelity_norm_ratio": report.fidelity.norm_ratio}
+    return told
+
+
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
@@ -145,9 +168,9 @@ def _placed(batch: dict[str, Any], world: World) -> dict[str, Any]:
 
 
 @contextmanager
-def _stopping_on_sigterm(engine: Engine, signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Iterator[None]:
+def _stopping_on_signals(engine: Engine) -> Iterator[None]:
     """See [Note: ending on a signal]."""
-    before = {s: signal.signal(s, lambda number, frame: engine.request_stop()) for s in signals}
+    before = {s: signal.signal(s, lambda *_: engine.request_stop()) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:

@@ -3,57 +3,79 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from elastic_lsopt.checkpoint.checkpointer import SaveReport
 from elastic_lsopt.checkpoint.export import export_huggingface
+from elastic_lsopt.checkpoint.folder import listing
 from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.errors import UserError
 from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.report.loss_curve import draw_loss
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.data import Data
-from elastic_lsopt.training.run_folder import read_metrics
-from elastic_lsopt.training.world import World
+from elastic_lsopt.training.run_folder import METRICS, read_metrics
+from elastic_lsopt.training.tokens import FolderTokens
 
 
-def finish(config: TrainConfig, engine: Engine, data: Data, world: World, console: Console) -> None:
-    """Export the model (collective), draw loss.png, say how it went (rank 0). A full disk is told, not raised."""
+def finish(config: TrainConfig, engine: Engine, data: Data, console: Console, *, is_first: bool) -> None:
+    """Export the model (collective), draw loss.png, say how it went (rank 0). What cannot be written is told."""
     run = Path(config.output_dir)
-    model = run / "model"
-    if config.export:
-        try:
-            export_huggingface(engine.backend, engine.module, model)
-        except OSError as error:
-            console.say(f"the model could not be exported to {model}: {error.strerror}")
-    if not world.is_first:
+    how_to_use = _export(config, engine, data, run / "model", console) if config.export else None
+    if not is_first:
         return
-    rows = read_metrics(run / "metrics.jsonl")
-    scale = data.bytes_per_token or 1.0
-    reference = None if data.bigram_entropy is None else ("byte-bigram entropy", data.bigram_entropy * scale)
+    rows = read_metrics(run / METRICS)
     try:
-        draw_loss(rows, run / "loss.png", title=f"{config.dataset}: {engine.method!r}", reference=reference)
+        _draw(config, engine, data, rows, run / "loss.png")
     except OSError as error:
         console.say(f"loss.png could not be drawn: {error.strerror}")
-    _say_result(rows, data, scale, console)
+    _say_result(rows, data, console)
     console.say(f"pictures, metrics and checkpoints: {run}/")
-    if config.export:
-        console.say(_how_to_use(config, model))
+    if how_to_use is not None:
+        console.say(how_to_use)
 
 
-def _say_result(rows: list[dict[str, float]], data: Data, scale: float, console: Console) -> None:
-    held_out = [r["eval_loss"] for r in rows if "eval_loss" in r]
-    if not held_out:
-        return
-    reached = held_out[-1] / scale
-    if data.bigram_entropy is None:
-        console.say(f"held-out loss: {reached:.4f} nats")
-        return
-    verdict = "below" if reached < data.bigram_entropy else "NOT below"
-    console.say(
-        f"held-out loss: {reached:.4f} nats a byte, {verdict} the corpus's byte-bigram entropy of {data.bigram_entropy:.4f}"
-    )
+def say_unsaved(saved: SaveReport | None, folder: Path, console: Console) -> None:
+    """The last line of a run whose end is in no checkpoint; nothing where it is."""
+    if saved is not None and saved.error is not None:
+        good = next(iter(listing(folder)), None)
+        kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint"
+        console.say(f"the end of this run is in no checkpoint, its save failed ({saved.error}); {kept}.")
 
 
-def _how_to_use(config: TrainConfig, folder: Path) -> str:
-    if config.task == "classification":
+def _export(config: TrainConfig, engine: Engine, data: Data, folder: Path, console: Console) -> str | None:
+    """Write the model; the line that says how to use it, None where it could not be written."""
+    tokenizer = data.tokens.tokenizer if isinstance(data.tokens, FolderTokens) else None
+    try:
+        export_huggingface(engine.backend, engine.module, folder, tokenizer)
+    except UserError as error:
+        console.say(str(error))
+        return None
+    if not (folder / "config.json").exists():
         return f"use it: model.load_state_dict(safetensors.torch.load_file('{folder}/model.safetensors'))"
     kind = "AutoModelForCausalLM" if config.task == "causal_lm" else "AutoModelForSequenceClassification"
-    return f"use it: transformers.{kind}.from_pretrained('{folder}')"
+    ids = "; its token ids are the bytes of the text" if tokenizer is None else ""
+    return f"use it: transformers.{kind}.from_pretrained('{folder}'){ids}"
+
+
+def _draw(config: TrainConfig, engine: Engine, data: Data, rows: list[dict[str, Any]], target: Path) -> None:
+    unit, reference = "nats", None
+    if data.bigram_entropy is not None and data.bytes_per_token is not None:
+        unit, reference = "nats a token", ("byte-bigram entropy", data.bigram_entropy * data.bytes_per_token)
+    title = f"{type(engine.method).__name__} over {type(engine.base).__name__}, {Path(config.dataset).name}"
+    draw_loss(rows, target, title=title, unit=unit, reference=reference)
+
+
+def _say_result(rows: list[dict[str, Any]], data: Data, console: Console) -> None:
+    held_out = [r["eval_loss"] for r in rows if r.get("eval_loss") is not None]
+    if not held_out:
+        return
+    if data.bigram_entropy is None or data.bytes_per_token is None:
+        console.say(f"held-out loss: {held_out[-1]:.4f} nats")
+        return
+    reached = held_out[-1] / data.bytes_per_token
+    verdict = "below" if reached < data.bigram_entropy else "NOT below"
+    console.say(
+        f"held-out loss: {reached:.4f} nats a byte, "
+        f"{verdict} the corpus's byte-bigram entropy of {data.bigram_entropy:.4f}"
+    )

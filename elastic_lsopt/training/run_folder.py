@@ -1,9 +1,11 @@
-"""What a run leaves behind: config.yaml, metrics.jsonl, TensorBoard events, checkpoints, pictures, the exported model."""
+"""What a run leaves behind: its settings, metrics, TensorBoard events, checkpoints, pictures, the exported model."""
 
 from __future__ import annotations
 
 import json
-import os
+import math
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,60 +13,82 @@ from elastic_lsopt.config.load import dump_config
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.errors import UserError
 
+CONFIG, METRICS, EVENTS = "config.yaml", "metrics.jsonl", "tensorboard"
+PARTS = (CONFIG, METRICS, EVENTS, "checkpoints", "loss.png", "model")
+"""What a run writes into its folder."""
+
 
 class RunFolder:
     """The folder of one run, written by rank 0 alone.
 
-    `metrics.jsonl` holds an object a step (generation, step, samples, loss, lr, batch, world, seconds, …); where a
-    step stands twice, because a run was resumed, the last counts. Raises UserError where the folder cannot be written.
+    `metrics.jsonl` holds an object a step (generation, step, samples, loss, lr, batch, world, seconds, …), null for
+    what is not finite; where a step stands twice, because a run was resumed, the last counts. What an earlier run has
+    left moves to `earlier-1` (2, 3 …) where this one starts anew by `resume_from_checkpoint: none`, so `auto` never
+    meets the checkpoints of another run. Raises UserError where the folder cannot be written.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = Path(config.output_dir)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+            if config.resume_from_checkpoint == "none":
+                self._set_earlier_run_aside()
+            (self.path / CONFIG).write_text(dump_config(config), encoding="utf-8")
+            self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"output_dir={config.output_dir!r} cannot be written: {error.strerror}; choose another."
+                f"output_dir={config.output_dir} cannot be written: {error.strerror}; choose another, or make room."
             ) from error
-        self._board: Any = None
-        if "tensorboard" in config.report_to:
+        self._to_board, self._board = "tensorboard" in config.report_to, None
+
+    def _set_earlier_run_aside(self) -> None:
+        earlier = [self.path / name for name in PARTS if (self.path / name).exists()]
+        if earlier:
+            aside = next(p for n in count(1) if not (p := self.path / f"earlier-{n}").exists())
+            aside.mkdir()
+            for part in earlier:
+                part.rename(aside / part.name)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One step's object. A full disk costs metrics, never the training."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with suppress(OSError):
+            self._metrics.write(json.dumps(finite) + "\n")
+            self._metrics.flush()  # what is here survives a kill
+        if self._to_board:
+            with suppress(OSError):
+                for key, value in finite.items():
+                    if value is not None and key not in ("step", "generation"):
+                        self._events(row["step"]).add_scalar(key, value, row["step"])
+
+    def _events(self, step: int) -> Any:
+        """The TensorBoard writer; steps that an earlier life of the run has written from here on are hidden."""
+        if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.path / "tensorboard"))
-
-    def write(self, step: dict[str, Any]) -> None:
-        """One step's object. A full disk costs lines of metrics, never the training."""
-        try:
-            self._metrics.write(json.dumps(step) + "\n")
-            self._metrics.flush()
-        except OSError:
-            return
-        if self._board is not None:
-            for key, value in step.items():
-                if isinstance(value, int | float) and key not in ("step", "generation"):
-                    self._board.add_scalar(key, value, step["step"])
+            self._board = SummaryWriter(str(self.path / EVENTS), purge_step=step)
+        return self._board
 
     def close(self) -> None:
-        try:
-            self._metrics.flush()
-            os.fsync(self._metrics.fileno())
-            self._metrics.close()
-            if self._board is not None:
-                self._board.close()
-        except OSError:
-            pass
+        """Bring all to the files."""
+        for writer in (self._metrics, self._board):
+            if writer is not None:
+                with suppress(OSError):
+                    writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps of a metrics.jsonl in order, the last object of each; a line that a crash cut short is passed over."""
-    steps: dict[int, dict[str, Any]] = {}
+    """The steps of a metrics.jsonl in order; a resumed run replaces what the one before wrote from there on.
+
+    A line that a crash cut short is passed over.
+    """
+    rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        steps[row["step"]] = row
-    return [steps[s] for s in sorted(steps)]
+        while rows and rows[-1]["step"] >= row["step"]:
+            rows.pop()
+        rows.append(row)
+    return rows

@@ -1,4 +1,9 @@
-"""The processes of a job: joined where a launcher started them, started here where none did."""
+"""The processes of a job: joined where a launcher started them, started here where none did.
+
+[Note: who says what went wrong] When a rank fails, its peers fail too, in the collective in which they wait for it. The
+first failure is noted in the job's store, so that a user's mistake is one line of one rank and not a line of each, and
+a rank that only followed knows that there is nothing to add.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,29 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from elastic_lsopt.errors import UserError
+
+T = TypeVar("T")
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+CHILD = "ELASTIC_LSOPT_CHILD"
+"""Set for the workers that `start_workers` starts."""
+HOST = "127.0.0.1"
 LEAVE_S = 30.0
 """How long the other workers have to end by themselves after one has failed."""
-COLLECTIVE_TIMEOUT_S = 1800.0
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+LINE_BYTES = 1000
+"""Longest error that `World.on_first` tells the other ranks."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +44,37 @@ class World:
     rank: int
     size: int
     device: torch.device
+    store: dist.Store
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def on_first(self, act: Callable[[], T]) -> T | None:
+        """`act()` on rank 0, None on the others; a UserError that it raises is raised on all (collective)."""
+        result, said = None, b""
+        if self.is_first:
+            try:
+                result = act()
+            except UserError as error:
+                said = str(error).encode()[:LINE_BYTES] or b"?"
+        line = torch.zeros(LINE_BYTES, dtype=torch.uint8)
+        line[: len(said)] = torch.tensor(list(said), dtype=torch.uint8)
+        line = line.to(self.device)
+        dist.broadcast(line, 0)
+        if told := bytes(line.tolist()).rstrip(b"\0"):
+            raise UserError(told.decode(errors="replace"))
+        return result
+
+    def first_failure(self, own: str) -> str:
+        """What failed first in this job: `own`, if this rank is the first to say so; "" where nobody can be asked.
+
+        See [Note: who says what went wrong].
+        """
+        try:
+            return self.store.compare_set("elastic_lsopt/first_failure", "", own).decode()
+        except (RuntimeError, OSError):  # the process that held the store has ended
+            return ""
 
 
 def launched() -> bool:
@@ -42,26 +84,43 @@ def launched() -> bool:
 
 def join() -> World:
     """Join the process group that the environment describes; a process by itself forms a world of one."""
-    if not launched():
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     local = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    if CHILD in os.environ:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    store, rank, size = next(dist.rendezvous("env://")) if launched() else (dist.HashStore(), 0, 1)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=dist.PrefixStore("default", store), rank=rank,
+        world_size=size, timeout=COLLECTIVE_TIMEOUT,
+    )  # fmt: skip
+    return World(rank, size, device, store)
+
+
+def _end_with_parent() -> None:
+    """Standard input is a pipe that the parent holds: where it ends, the parent is gone, and this worker stops too."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def start_workers(count: int, arguments: Sequence[str]) -> int:
     """Run `python -m elastic_lsopt.train ARGUMENTS` as `count` workers on this machine; returns the job's exit code.
 
-    SIGTERM and SIGINT are passed on, so that the workers end after their step. When one fails, the others get
-    LEAVE_S to end by themselves. The threads of a core are shared out.
+    SIGTERM and SIGINT are passed on as SIGTERM, so that the workers end after their step; the same happens when this
+    process is killed. When a worker fails, the others get LEAVE_S to end by themselves. Workers share the cores.
     """
-    shared = {
-        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+    # Held here, on the loopback address alone: no port to guess, and it outlives a failing worker.
+    with socket.create_server((HOST, 0)) as listener:
+        port = listener.getsockname()[1]
+        store = dist.TCPStore(
+            HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+        )
+    environment = {
+        **os.environ, CHILD: "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": HOST, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
     }  # fmt: skip
     workers: list[subprocess.Popen[bytes]] = []
@@ -69,7 +128,7 @@ def start_workers(count: int, arguments: Sequence[str]) -> int:
     def pass_on(number: int, frame: FrameType | None) -> None:
         for worker in workers:
             if worker.poll() is None:
-                worker.send_signal(signal.SIGTERM)
+                worker.terminate()
 
     before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -77,7 +136,9 @@ def start_workers(count: int, arguments: Sequence[str]) -> int:
             workers.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "elastic_lsopt.train", *arguments],
-                    env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdin=subprocess.PIPE,
+                    start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which passes it on
                 )
             )
         return _wait(workers)
@@ -85,8 +146,10 @@ def start_workers(count: int, arguments: Sequence[str]) -> int:
         for worker in workers:
             if worker.poll() is None:
                 worker.kill()
+            worker.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
+        del store
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
@@ -94,16 +157,13 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
     first_bad, end = 0, float("inf")
     while time.monotonic() < end:
         codes = [w.poll() for w in workers]
-        if not first_bad:
-            first_bad = next((c for c in codes if c), 0)
-            end = time.monotonic() + LEAVE_S if first_bad else end
+        if not first_bad and any(codes):
+            rank, first_bad = next((r, c) for r, c in enumerate(codes) if c)
+            end = time.monotonic() + LEAVE_S
+            if first_bad < 0:  # it could not say so itself
+                name = signal.Signals(-first_bad).name
+                print(f"elastic-lsopt: worker {rank} was ended by {name}; the others end too.", file=sys.stderr)
         if all(c is not None for c in codes):
             break
         time.sleep(0.05)
     return first_bad if first_bad >= 0 else 128 - first_bad
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
