@@ -101,9 +101,10 @@ class Engine:
         """
         self._inside = True
         try:
-            self.space.refuse_stale("a step")
-            oracle = self.oracle(microbatches)
-            self.last_step = self._landscape.take(oracle, oracle.samples)
+            with self._landscape.informing():
+                self.space.refuse_stale("a step")
+                oracle = self.oracle(microbatches)
+                self.last_step = self._landscape.take(oracle, oracle.samples)
         finally:
             self._inside = False
         return self.last_step.loss
@@ -119,10 +120,11 @@ class Engine:
         self._inside = True
         total = weight = 0.0
         try:
-            for microbatches in rounds:
-                oracle = self.oracle(microbatches)
-                total += oracle.loss() * oracle.weight
-                weight += oracle.weight
+            with self._landscape.informing():
+                for microbatches in rounds:
+                    oracle = self.oracle(microbatches)
+                    total += oracle.loss() * oracle.weight
+                    weight += oracle.weight
         finally:
             self._inside = False
             self.module.train(training)

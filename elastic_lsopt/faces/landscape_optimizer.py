@@ -110,7 +110,8 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         closures = [closure] if callable(closure) else list(closure)
         self._oracle = ClosureOracle(current.space, current.backend, closures, current.clock)
         try:
-            self.last_step = current.take(self._oracle, self.samples_per_step)
+            with current.informing():
+                self.last_step = current.take(self._oracle, self.samples_per_step)
         finally:
             self._oracle = None
         self._clock = current.clock

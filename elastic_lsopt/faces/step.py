@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,14 +38,22 @@ class LandscapeStep:
         """Ask the method for its gradient, step the base, advance the clock by `samples` (collective).
 
         A non-finite loss or gradient in any pass makes all ranks skip the step together: counted and logged, its
-        samples are committed. Any other exception leaves this rank's weights as they were and all ranks informed.
+        samples are committed. Any other exception leaves this rank's weights as they were; call it `informing()`.
         """
-        try:
-            report = self._take(oracle)
-        except Exception as error:
-            raise self._tell(error) from error
+        report = self._take(oracle)
         self.clock = self.clock.advanced(samples)
         return report
+
+    @contextmanager
+    def informing(self) -> Iterator[None]:
+        """What is raised inside is told to the other ranks: they may wait for this one in a collective."""
+        try:
+            yield
+        except Exception as error:
+            told = self._tell(error)
+            if told is error:
+                raise
+            raise told from error
 
     def _take(self, oracle: Oracle) -> StepReport:
         space = self.space

@@ -59,20 +59,23 @@ class UnitsOracle(Oracle):
     def _agree(self, units: Sequence[Unit]) -> None:
         """All ranks learn the total weight, the number of units, and whether a rank has nothing to run."""
         world, rank = self.backend.world, self.backend.rank
+        given = [u.index for u in units if not u.idle]
         own = [
             sum(self._weights.values()),
             sum(samples(u.batch) for u in self._units.values()),
             not units,
-            any(u % world != rank for u in self._units),
-            len(self._units),
+            any(u < 0 or u % world != rank for u in given),
+            len(given) - len(self._units),
             *(max(self._units, default=-1) + 1 if r == rank else 0 for r in range(world)),
         ]
         values = torch.tensor(own, dtype=torch.float64, device=self.backend.device)
-        total, number, empty, misplaced, count, *ends = self.backend.sum_world_(values).tolist()
+        total, number, empty, misplaced, twice, *ends = self.backend.sum_world_(values).tolist()
         if misplaced:
             raise UserError(
                 f"{int(misplaced)} rank(s) got a unit that is another's: unit u belongs to rank u mod {world}."
             )
+        if twice:
+            raise UserError(f"{int(twice)} unit(s) share the index of another; every unit needs an index of its own.")
         if empty:
             raise UserError(
                 f"{int(empty)} of {world} ranks got no micro-batch; give every rank at least one (or Unit(idle=True))."
@@ -82,8 +85,6 @@ class UnitsOracle(Oracle):
                 f"the total weight of the global batch is {total}; it must be > 0 (are all labels masked?)."
             )
         self._total, self.samples, self._count = total, int(number), int(max(ends))
-        if count > self._count:
-            raise UserError(f"{int(count)} units share {self._count} indices; every unit needs an index of its own.")
 
     @property
     def weight(self) -> float:
@@ -101,9 +102,13 @@ class UnitsOracle(Oracle):
         with torch.no_grad():
             for index in slots((0, self._count), self.backend.rank, self.backend.world):
                 value = self._forward(index)
-                if index in self._units:
-                    local += value.item() * self._weights[index] / self._total
+                if share := self._share(index):
+                    local += value.item() * share
         return self.backend.sum_world_(torch.tensor([local], dtype=torch.float64, device=self.backend.device)).item()
+
+    def _share(self, index: int | None) -> float:
+        """A slot's share of the total weight; 0 for an idle one and for a unit whose labels are all masked."""
+        return self._weights.get(index, 0.0) / self._total if index is not None else 0.0
 
     def _forward(self, index: int | None) -> Tensor:
         unit = self._units.get(index) if index is not None else None
@@ -119,8 +124,7 @@ class UnitsOracle(Oracle):
         for k, index in enumerate(mine):
             self.backend.begin(last=last and k == len(mine) - 1)
             value = self._forward(index)
-            if index in self._units:
-                share = self._weights[index] / self._total
+            if share := self._share(index):
                 local += value.item() * share
                 nonfinite += not math.isfinite(value.item())
                 # The backend averages over the world; the mean over the batch is a weighted sum.

@@ -148,7 +148,7 @@ def geometry(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) 
 
 
 def moves(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) -> dict[str, float]:
-    """Largest distance of displaced weights from plain ones: one scale, one a parameter, one a row; vectors and noise."""
+    """Largest distance of displaced weights from plain ones: a scale in all, a parameter, a row; vectors and noise."""
     engine = engine_of(kind, zero, bf16)
     space = engine.space
     plain = shapes(EXTRA)
@@ -215,9 +215,12 @@ def fidelity(kind: str, length: float, zero: dict[str, Any] | None = None, bf16:
     )
     asked = torch.cat([(scale * d[n].double()).reshape(-1) for n in d])
     out = {
-        "cosine": walk.fidelity.cosine, "ratio": walk.fidelity.norm_ratio, "asked": walk.fidelity.requested_norm,
-        "plain cosine": float(got @ asked / (got.norm() * asked.norm())), "plain ratio": float(got.norm() / asked.norm()),
-    }  # fmt: skip
+        "cosine": walk.fidelity.cosine,
+        "ratio": walk.fidelity.norm_ratio,
+        "asked": walk.fidelity.requested_norm,
+        "plain cosine": float(got @ asked / (got.norm() * asked.norm())),
+        "plain ratio": float(got.norm() / asked.norm()),
+    }
     engines.close(engine)
     return out
 
@@ -236,10 +239,17 @@ def retired(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) -
             pass
 
     uses: dict[str, Callable[[], Any]] = {
-        "tensors": lambda: vector.tensors, "clone": vector.clone, "norm": lambda: space.norm(vector), "lease": lambda: lease.tensors,
-        "norm of the lease": lambda: space.norm(lease), "weights": lambda: space.weights.tensors, "displaced": displace,
-        "gradient": oracle.gradient, "loss": oracle.loss, "settle": space.settle,
-    }  # fmt: skip
+        "tensors": lambda: vector.tensors,
+        "clone": vector.clone,
+        "norm": lambda: space.norm(vector),
+        "lease": lambda: lease.tensors,
+        "norm of the lease": lambda: space.norm(lease),
+        "weights": lambda: space.weights.tensors,
+        "displaced": displace,
+        "gradient": oracle.gradient,
+        "loss": oracle.loss,
+        "settle": space.settle,
+    }
     out = {}
     for name, use in uses.items():
         try:
