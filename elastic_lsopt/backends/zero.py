@@ -52,6 +52,9 @@ PRIVATE = {
         "grad_partitions_flat_buffer", "persistent_parameters", "_partition_all_parameters", "_get_param_coordinator",
         "ipg_buckets", "params_already_reduced", "_backward_active_depth",
     ),
+    "PartitionedParameterCoordinator": ("release_backward_leftovers", "is_invalid_trace", "_invalidate_trace"),
+    "Parameter": ("ds_shape", "ds_numel", "ds_status", "partition_numel", "all_gather"),
+    "Module": ("ds_grads_remaining", "applied_pre_backward_ref_cnt"),
 }  # fmt: skip
 
 
@@ -79,6 +82,10 @@ def zero_backend(engine: Any) -> ZeroBackend:
     check_private(engine, "DeepSpeedEngine")
     if kind in adapters:
         check_private(engine.optimizer, kind)
+        if kind.endswith("Stage3"):
+            check_private(engine.optimizer._get_param_coordinator(), "PartitionedParameterCoordinator")
+            for p in engine.module.parameters():
+                check_private(p, "Parameter")
         return adapters[kind](engine)
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         return Zero0(engine)

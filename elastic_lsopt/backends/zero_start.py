@@ -12,6 +12,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from pydantic import ValidationError
 from torch import nn
 
 from elastic_lsopt.backends.zero import ZeroBackend, check_version, zero_backend
@@ -34,7 +36,8 @@ def start_distributed() -> int:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized() and not any(name in os.environ for name in LAUNCHED):
-        backend = get_accelerator().communication_backend_name()
+        accelerator: Any = get_accelerator()
+        backend = accelerator.communication_backend_name()
         dist.init_process_group("gloo" if backend == "ccl" else backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(verbose=False)
     return dist.get_world_size()
@@ -52,6 +55,12 @@ def start_engine(model: nn.Module, base: Callable[[Any], torch.optim.Optimizer],
     optimizer.
     """
     refuse_untested(config)
+    try:
+        DeepSpeedConfig(config)
+    except (ValueError, AssertionError, DeepSpeedConfigError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        what = f"{first['loc'][-1]}={first['input']!r}: {first['msg']}" if first else " ".join(str(error).split())
+        raise UserError(f"DeepSpeed refuses the JSON: {what}") from error
     stage = config.get("zero_optimization", {}).get("stage", 0)
 
     def made(params: Any) -> torch.optim.Optimizer:

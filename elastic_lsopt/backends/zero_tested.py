@@ -31,7 +31,6 @@ FREE_IN_ZERO = {
 # Tested with these values only.
 LIMITED = {
     "gradient_accumulation_steps": (1,),
-    "data_types": ({}, {"grad_accum_dtype": None}, {"grad_accum_dtype": "fp32"}, {"grad_accum_dtype": "bf16"}),
     "prescale_gradients": (False,),
     "gradient_predivide_factor": (1, 1.0),
     "managed_gradient_accumulation": (True,),
@@ -41,6 +40,7 @@ FP16 = "fp16: loss scaling is refused, one scale cannot serve two passes: use bf
 
 def refuse_untested(config: Mapping[str, Any]) -> None:
     """Raise Unsupported for the first key of a DeepSpeed JSON that no test covers with that value; touches nothing."""
+    _refuse_sums(config)
     for key, value in config.items():
         if key == "zero_optimization":
             _refuse_in_zero(value)
@@ -51,7 +51,7 @@ def refuse_untested(config: Mapping[str, Any]) -> None:
         elif key in LIMITED:
             if value not in LIMITED[key]:
                 raise _untested(f"{key}={value!r}", f"tested: {' or '.join(map(repr, LIMITED[key]))}")
-        elif key not in FREE and not _off(value):
+        elif key not in (*FREE, "data_types") and not _off(value):
             raise _untested(key)
 
 
@@ -60,10 +60,12 @@ def _refuse_in_zero(block: Mapping[str, Any]) -> None:
     names.update((name, name) for name in DeepSpeedZeroConfig.model_fields)
     for key, value in block.items():
         name = names.get(key)
+        if name is None:
+            raise Unsupported(f"DeepSpeed has no option zero_optimization.{key}; remove it.")
         if name in FREE_IN_ZERO or _off_device(value):
             continue
-        default = DeepSpeedZeroConfig.model_fields[name].get_default(call_default_factory=True) if name else None
-        if name is None or value != default:
+        default = DeepSpeedZeroConfig.model_fields[name].get_default(call_default_factory=True)
+        if value != default:
             raise _untested(f"zero_optimization.{key}={value!r}", f"remove it, or leave it at {default!r}")
 
 
@@ -71,6 +73,17 @@ def _refuse_in_bf16(block: Mapping[str, Any]) -> None:
     for key, value in block.items():
         if key not in ("enabled", "immediate_grad_update", "check_grad_overflow") and not _off(value):
             raise _untested(f"bf16.{key}={value!r}")
+
+
+def _refuse_sums(config: Mapping[str, Any]) -> None:
+    """Gradients are summed in the weights' precision, or in fp32 beside bf16 weights under ZeRO."""
+    bf16 = (config.get("bf16") or {}).get("enabled", False)
+    fine: tuple[Any, ...] = (None, "bf16") if bf16 else (None, "fp32")
+    if bf16 and (config.get("zero_optimization") or {}).get("stage", 0):
+        fine += ("fp32",)
+    for key, value in (config.get("data_types") or {}).items():
+        if value is not None and (key != "grad_accum_dtype" or value not in fine):
+            raise _untested(f"data_types.{key}={value!r}", "remove it, or use fp32 with bf16 weights and ZeRO")
 
 
 def refuse_engine(engine: Any) -> None:

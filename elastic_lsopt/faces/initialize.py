@@ -47,12 +47,12 @@ def initialize(
     given, name, hyperparameters = split_method(read_deepspeed_json(config), registry.names())
     block = hyperparameters.pop("base", None) if name else given.pop("optimizer", None)
     if name and method is not None:
-        raise UserError(f"the method is given twice, method={method!r} and {name!r} in the JSON; remove one.")
+        raise UserError(f"the method is given twice, by method={method!r} and as {name!r} in the JSON; remove one.")
     chosen = registry.build(name or "none", **hyperparameters) if method is None else method
     if base is None:
         base = base_of(block)
     elif block is not None:
-        raise UserError(f"the base is given twice, base={base!r} and {block.get('type')!r} in the JSON; remove one.")
+        raise UserError(f"the base is given twice, by base=… and as {block.get('type')!r} in the JSON; remove one.")
     try:
         from elastic_lsopt.backends.zero_start import start_distributed, start_engine
     except ModuleNotFoundError as error:
