@@ -1,0 +1,88 @@
+"""Whole jobs inside ranks that are there already, which costs no start-up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from elastic_lsopt.cli.job import read_job
+from elastic_lsopt.errors import UserError
+from elastic_lsopt.training.data import build_data
+from elastic_lsopt.training.engines import build_engine
+from elastic_lsopt.training.loop import evaluate, train
+from elastic_lsopt.training.models import build_model
+from elastic_lsopt.training.world import World
+
+
+def this_world() -> World:
+    store = dist.distributed_c10d._get_default_store()
+    return World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), store)
+
+
+def job(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Run the job of a YAML file; how it ended."""
+    found = read_job(path, overrides)
+    outcome = train(found.config, found.method, this_world())
+    return {"step": outcome.step, "eval_loss": outcome.eval_loss, "stopped": outcome.stopped}
+
+
+def refused(path: str, overrides: Sequence[str] = ()) -> str:
+    """What the job of a YAML file is refused with."""
+    try:
+        job(path, overrides)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("the job was not refused")
+
+
+def evaluation(path: str) -> tuple[float, float]:
+    """(held-out loss in rounds over all ranks, the same by a plain loop over the samples on a whole model)."""
+    found = read_job(path)
+    data = build_data(found.config)
+    engine = build_engine(found.config, found.method, data, this_world(), total_samples=100)
+    model = build_model(found.config).eval()
+    total, targets = 0.0, 0
+    units = found.config.eval_batches or len(data.eval)
+    for i in range(min(len(data.eval), units * found.config.per_device_train_batch_size)):
+        ids = torch.from_numpy(data.eval[i].astype("int64"))
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0]
+        total += float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum"))
+        targets += len(ids) - 1
+    return evaluate(engine, data, found.config, this_world()), total / targets
+
+
+def decayed(path: str) -> list[tuple[float, list[str]]]:
+    """Each param group's weight decay and the names of its parameters."""
+    found = read_job(path)
+    data = build_data(found.config)
+    engine = build_engine(found.config, found.method, data, this_world(), total_samples=100)
+    names = {id(p): n for n, p in engine.module.named_parameters()}
+    return [(g["weight_decay"], sorted(names[id(p)] for p in g["params"])) for g in engine.param_groups]
+
+
+def told_by_first(fails: bool) -> str:
+    """What `on_first` gives on this rank, or raises."""
+
+    def act() -> str:
+        if fails:
+            raise UserError("the folder is märchenhaft")
+        return "done"
+
+    try:
+        return str(this_world().on_first(act))
+    except UserError as error:
+        return f"refused: {error}"
+
+
+def first_failures() -> list[str]:
+    """What each rank learns is the first failure when rank 1 is first."""
+    world = replace(this_world(), store=dist.PrefixStore("a test's own", this_world().store))
+    if world.rank == 1:
+        world.first_failure("of rank 1")
+    dist.barrier()
+    return [world.first_failure(f"of rank {world.rank}")]

@@ -1,0 +1,64 @@
+"""The real launchers, started as a user starts them, give the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.jobs import LLAMA, command, losses, rows, run, write_job
+from tests.ranks import ROOT
+
+BACKENDS: dict[str, dict[str, Any]] = {
+    "fsdp2": {},
+    "zero2": {"backend": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 2}}},
+    "zero3": {"backend": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 3}}},
+}
+STARTS = [
+    ("fsdp2", "none"), ("fsdp2", "torchrun"), ("fsdp2", "deepspeed"),
+    ("zero3", "deepspeed"), ("zero3", "torchrun"), ("zero2", "deepspeed"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
+    """(backend, launcher) -> the exported weights after six steps of SAM over SGD with momentum on two ranks."""
+    folder = tmp_path_factory.mktemp("launchers")
+    found = {}
+    for backend, launcher in STARTS:
+        job = write_job(folder / f"{backend}-{launcher}.yaml", model=LLAMA, max_steps=6, **BACKENDS[backend])
+        run(command(launcher, job), folder)
+        found[backend, launcher] = load_file(folder / job.stem / "model/model.safetensors")
+        assert {row["world"] for row in rows(folder / job.stem).values()} == {2}
+    return found
+
+
+def test_the_launcher_changes_no_bit(weights: dict[tuple[str, str], dict[str, torch.Tensor]]) -> None:
+    for backend, launcher in STARTS:
+        first = next(found for (b, _), found in weights.items() if b == backend)
+        for name, weight in weights[backend, launcher].items():
+            assert torch.equal(weight, first[name]), (backend, launcher, name)
+
+
+def test_the_backend_changes_little(weights: dict[tuple[str, str], dict[str, torch.Tensor]]) -> None:
+    """Weights of about 0.02, learning rate 0.1: what parts the sums of FSDP2 and DeepSpeed is rounding."""
+    fsdp2 = weights["fsdp2", "none"]
+    for key, found in weights.items():
+        for name, weight in found.items():
+            assert float((weight - fsdp2[name]).abs().max()) <= 1e-5, (key, name)
+
+
+def test_the_zero3_quickstart_starts(tmp_path: Path) -> None:
+    """The file itself, with a smaller model and three steps."""
+    run(
+        command(
+            "deepspeed", ROOT / "configs/quickstart-zero3.yaml", f"output_dir={tmp_path / 'run'}", "max_steps=3",
+            "eval_steps=3", "eval_batches=2", "model.hidden_size=24", "model.num_hidden_layers=1",
+        ),
+        tmp_path,
+    )  # fmt: skip
+    assert len(losses(tmp_path / "run")) == 3
+    assert (tmp_path / "run/model/config.json").exists()
