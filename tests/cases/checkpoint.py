@@ -114,7 +114,9 @@ def transfer(path: str, kind: str, base: str = "adamw") -> dict[str, Any]:
     report = checkpoints.wait()
     assert report is None or report.error is None, report
     space = engine.space
-    steps = [float(v) for _, key, v in engine.backend.base_states() if key == "step"]
+    assert engine.base is not None
+    # also of a slot that is empty or all padding on this rank
+    steps = [float(engine.base.state[key]["step"]) for key in engine.backend.slot_keys]
     out = {
         "weights": _weights(engine), "mean": _whole(space, engine.method_state["mean"].tensors),
         "exp_avg": _whole(space, space.base_state("exp_avg").tensors),

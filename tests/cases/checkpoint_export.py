@@ -48,12 +48,11 @@ def hugging_face(path: str, kind: str, tied: bool, frozen: bool = False) -> dict
         again = loaded(input_ids=TOKENS).logits
     engines.close(engine)
     files = sorted(p.name for p in Path(path).iterdir())
+    names = [name for file in Path(path).glob("*.safetensors") for name in load_file(file)]
     return {
-        "equal": torch.equal(logits, again),
-        "dtype": str(again.dtype),
-        "files": files,
-        "kind": type(loaded).__name__,
-    }
+        "equal": torch.equal(logits, again), "dtype": str(again.dtype), "kind": type(loaded).__name__,
+        "files": files, "head": "lm_head.weight" in names,
+    }  # fmt: skip
 
 
 class Plain(nn.Module):

@@ -27,7 +27,7 @@ class Net(nn.Module):
         super().__init__()
         self.a = nn.Linear(4, width)
         self.gain = nn.Parameter(torch.tensor(0.5))  # without dimensions
-        self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(2, 3, dtype=torch.int64).t())  # not contiguous
         self.register_buffer("scratch", torch.zeros(3), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,7 +113,8 @@ def test_a_damaged_checkpoint_is_skipped_with_a_reason(
 def test_a_manifest_cannot_lead_out_of_its_folder(trained: tuple[lso.Engine, Checkpointer], tmp_path: Path) -> None:
     file = tmp_path / "checkpoint-2" / "manifest.json"
     facts = json.loads(file.read_text())
-    facts["files"]["../../etc/passwd"] = facts["files"]["contents.json"]
+    (tmp_path / "outside.json").write_bytes((tmp_path / "checkpoint-2" / "contents.json").read_bytes())
+    facts["files"]["../outside.json"] = facts["files"]["contents.json"]
     file.write_text(json.dumps(facts))
     assert latest(tmp_path) == tmp_path / "checkpoint-1"
 
@@ -179,7 +180,8 @@ def test_an_asynchronous_save_holds_the_values_of_its_moment(tmp_path: Path) -> 
 def test_everything_comes_back(trained: tuple[lso.Engine, Checkpointer], tmp_path: Path) -> None:
     made, checkpoints = trained
     made.param_groups[0].update(lr=0.03, betas=(0.8, 0.95), initial_lr=0.1)
-    made.module.get_buffer("seen").fill_(3)
+    made.module.get_buffer("seen").copy_(torch.arange(6).view(3, 2))
+    torch.manual_seed(99)
     checkpoints.save(made, 3, extra={"scheduler": {"last_epoch": 4}, "cursor": 17})
     drawn = torch.rand(3)
     wanted = weights(made)
@@ -189,7 +191,7 @@ def test_everything_comes_back(trained: tuple[lso.Engine, Checkpointer], tmp_pat
     assert found is not None and found.same_world and found.extra == {"scheduler": {"last_epoch": 4}, "cursor": 17}
     assert torch.equal(torch.rand(3), drawn)
     assert all(torch.equal(w, wanted[n]) for n, w in weights(other).items())
-    assert other.module.get_buffer("seen").tolist() == [3, 3]
+    assert other.module.get_buffer("seen").tolist() == [[0, 1], [2, 3], [4, 5]]
     assert other.param_groups[0]["betas"] == (0.8, 0.95) and other.param_groups[0]["lr"] == 0.03
     for (name, p), q in zip(made.module.named_parameters(), other.module.parameters(), strict=True):
         mine, theirs = made.base.state[p], other.base.state[q]  # type: ignore[union-attr]
