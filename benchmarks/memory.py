@@ -1,0 +1,107 @@
+"""Extra bytes on a rank while a method steps: its peak over a step less the base's, both from the same state.
+
+On a CPU the allocator's own record is read (torch's profiler writes down each block that is taken or given back), on
+a GPU its peak counter. Units are short, so that activations do not hide the weights' copies.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import elastic_lsopt as lso
+from benchmarks.models import SIZES, beside, engine, units
+from benchmarks.workers import on_ranks
+from elastic_lsopt.training.models import blocks
+
+CASES = (
+    # backend, bf16: the forward's weights are then a copy of their own
+    ("ddp", False), ("fsdp2", False), ("zero1", False), ("zero1", True), ("zero2", False), ("zero2", True),
+    ("zero3", False), ("zero3", True),
+)  # fmt: skip
+METHODS = {
+    "sam": lso.SAM(rho=0.05),
+    "asam": lso.ASAM(rho=0.5),
+    "lpf_sgd": lso.LPFSGD(parts=2, gamma=0.0005, alpha=1.0),
+}
+MARK, STEPS = "measured step", 4
+PAUSE_S = 0.01
+
+
+def pause(*_: object) -> None:
+    """Between blocks: gloo's threads give the blocks of a finished collective back only when they next get a core."""
+    time.sleep(PAUSE_S)
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """How far the memory in use rises in one call above what it was at its start: the least of STEPS calls.
+
+    The least, because a busy machine lets a transport's threads hold on to blocks; see `pause`. Two calls come first.
+    """
+    step()
+    if torch.cuda.is_available():
+        return min(_peak_on_gpu(step) for _ in range(1 + STEPS))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()  # blocks older than the record are given back in here, unseen
+        for _ in range(STEPS):
+            with record_function(MARK):
+                step()
+    return min(_peaks(record))
+
+
+def _peak_on_gpu(step: Callable[[], object]) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peaks(record: profile) -> list[int]:
+    """The rise in each marked call, from the record's own list of blocks taken and given back."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        record.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    blocks = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    peaks = []
+    for mark in (e for e in events if e["name"] == MARK):
+        within = (size for at, size in blocks if mark["ts"] <= at <= mark["ts"] + mark["dur"])
+        peaks.append(max(accumulate(within), default=0))
+    return peaks
+
+
+def measure(kind: str, size: str, bf16: bool) -> dict[str, object]:
+    """Every method's extra bytes on one backend and in one precision (collective), all and beyond one fp32 shard."""
+    shape = replace(SIZES[size], bf16=bf16, sequence=min(SIZES[size].sequence, 32))
+    base = engine(kind, shape, lso.Plain())
+    for block in blocks(base.module):
+        block.register_forward_pre_hook(pause)
+        block.register_full_backward_pre_hook(pause)
+    batch = units(shape, 2)
+    shard = 4 * base.space.layout.local_numel
+    without = peak_bytes(lambda: base.train_batch(batch))
+    label = f"{kind}_{'bf16' if bf16 else 'fp32'}"
+    figures: dict[str, object] = {f"{label}_shard_bytes": shard, f"{label}_base_peak_bytes": without}
+    for name, method in METHODS.items():
+        ours = beside(base, method)
+        extra = peak_bytes(lambda ours=ours: ours.train_batch(batch)) - without
+        figures[f"{name}_{label}_extra_bytes"] = extra
+        figures[f"{name}_{label}_extra_beyond_shard_bytes"] = max(0, extra - shard)
+    return figures
+
+
+def run() -> dict[str, object]:
+    """All cases, one after another, each in processes of its own."""
+    size = "gpu" if torch.cuda.is_available() else "cpu"
+    figures: dict[str, object] = {"size": size}
+    for kind, bf16 in CASES:
+        figures |= on_ranks("benchmarks.memory:measure", kind=kind, size=size, bf16=bf16)
+    return figures

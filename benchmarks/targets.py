@@ -1,0 +1,80 @@
+"""What each figure must reach (the project's own limits); figures without a line here are reported only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """A limit on one figure of one benchmark: `at_most` or `at_least`."""
+
+    benchmark: str
+    figure: str
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def reached(self, value: float, spread: tuple[float, float]) -> str:
+        """yes; no; or within the spread: the median misses the limit and its quartile towards the limit does not."""
+        if self._holds(value):
+            return "yes"
+        return "within the spread" if self._holds(spread[0 if self.at_most is not None else 1]) else "no"
+
+    def _holds(self, value: float) -> bool:
+        return value <= self.at_most if self.at_most is not None else value >= (self.at_least or 0.0)
+
+    def __str__(self) -> str:
+        return f"≤ {self.at_most:,g}" if self.at_most is not None else f"≥ {self.at_least:,g}"
+
+
+SCRATCH_BYTES = 4 * 2**20
+"""The bounded scratch that counts as none: a move in fp32 reaches narrower weights through a chunk of this size."""
+
+TARGETS = (
+    *(Target("steps", f"sam_{b}_of_two_base_steps", at_most=1.05) for b in ("fsdp2", "ddp", "zero2", "zero3")),
+    *(Target("steps", f"lpf_sgd_{b}_of_base_step", at_most=1.05) for b in ("fsdp2", "ddp")),
+    *(Target("steps", f"lpf_sgd_{b}_of_base_step", at_most=1.10) for b in ("zero2", "zero3")),
+    Target("one_process", "sam_engine_of_pytorch_optimizer", at_most=1.0),
+    Target("one_process", "sam_landscape_optimizer_of_pytorch_optimizer", at_most=1.0),
+    Target("memory", "sam_fsdp2_fp32_extra_beyond_shard_bytes", at_most=4096),
+    *(
+        Target("memory", f"sam_{b}_extra_bytes", at_most=SCRATCH_BYTES)
+        for b in ("zero1_fp32", "zero1_bf16", "zero2_fp32", "zero2_bf16", "zero3_bf16")
+    ),
+    Target("imports", "import_beyond_torch_s", at_most=0.3),
+    Target("noise", "cpu_fill_speed_of_randn", at_least=0.5),
+    *(
+        Target("noise", f"gpu_{kind}_{dtype}_of_copy_bandwidth", at_least=0.7)
+        for kind in ("add", "add_by_row")
+        for dtype in ("float32", "bfloat16")
+    ),
+)  # fmt: skip
+
+
+def rows(benchmark: str, figures: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """(figure, value, spread, target, reached) of each number of a benchmark, those with a target first."""
+    targets = {t.figure: t for t in TARGETS if t.benchmark == benchmark}
+    out = []
+    for name in sorted((n for n, v in figures.items() if _number(v)), key=lambda n: n not in targets):
+        value, target = figures[name], targets.get(name)
+        low, high = figures.get(f"{name}_spread", (value, value))
+        spread = f"{show(low)} to {show(high)}" if f"{name}_spread" in figures else "-"
+        out.append(
+            (
+                name,
+                show(value),
+                spread,
+                str(target or "-"),
+                target.reached(value, (low, high)) if target else "-",
+            )
+        )
+    return out
+
+
+def show(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
