@@ -89,6 +89,14 @@ def test_a_parameter_unused_in_a_step_stays_where_it_is(ranks: Any, stage: int) 
 
 
 @pytest.mark.parametrize(
+    "stage,bf16,sums", [*((s, False, None) for s in STAGES), *((s, True, "fp32") for s in (1, 2, 3))]
+)
+def test_an_installed_vector_is_clipped_and_stepped_with(ranks: Any, stage: int, bf16: bool, sums: str | None) -> None:
+    for error in ranks(3).run("tests.cases.zero:installed", stage=stage, bf16=bf16, sums=sums):
+        assert error <= 1e-4
+
+
+@pytest.mark.parametrize(
     "stage,sums", [(0, None), (1, None), (1, "fp32"), (2, None), (2, "fp32"), (3, None), (3, "fp32")]
 )
 def test_bf16_is_as_near_as_the_base(ranks: Any, stage: int, sums: str | None) -> None:

@@ -94,6 +94,34 @@ def casting_step(master: nn.Module, low: nn.Module, units: Any, method: str) -> 
     return gradient([p + 0.05 * t / length for p, t in zip(w, g, strict=True)])
 
 
+class Installs(lso.Plain):
+    """Steps with a vector of its own after a pass: 10 x noise."""
+
+    def gradient(self, space: Any, oracle: Any, state: Any) -> Any:
+        oracle.gradient()
+        return space.noise(oracle.step).vector().mul_(10.0)
+
+
+def installed(stage: int, bf16: bool = False, sums: str | None = None) -> float:
+    """Largest error of w - lr v clip / |v| for an installed v, relative to the step; `unused` has a part of v too."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    engine = start(
+        stage, Installs(), model=engines.net(["unused"]), base="sgd", clip=0.5, bf16=bf16, sums=sums,
+        zero={"sub_group_size": 50} if stage == 3 else None,
+    )  # fmt: skip
+    space = engine.space
+    wanted = engines.whole(space)
+    v = [gathered(space, space.noise(k).vector().mul_(10.0)) for k in range(2)]
+    for k, units in enumerate(engines.batches(2, 3, dtype=dtype)):
+        engine.train_batch(engines.mine(units))
+        length = torch.cat([t.flatten() for t in v[k].values()]).norm()
+        wanted = {n: w - 0.1 * v[k][n] * (0.5 / length) for n, w in wanted.items()}
+    ours = engines.whole(space)
+    engines.close(engine)
+    step = max(float((0.1 * t * (0.5 / length)).abs().max()) for t in v[1].values())
+    return max(float((ours[n] - wanted[n]).abs().max()) for n in ours) / step
+
+
 def groups(stage: int, zero: dict[str, Any] | None = None) -> float:
     """Law 1 with two param groups of other learning rates, one of which is changed on the way."""
     plain = engines.net()

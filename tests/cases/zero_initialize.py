@@ -25,11 +25,11 @@ def file_equals_arguments(path: str) -> float:
     return max(float((runs[0][n] - runs[1][n]).abs().max()) for n in runs[0])
 
 
-def mistake(case: str) -> str:
+def mistake(what: str) -> str:
     """The message for a base, model or JSON that does not suit."""
     base: Any = engines.optimizer("sgd")
     model, config = engines.net(), {"zero_optimization": {"stage": 2}}
-    match case:
+    match what:
         case "no_optimizer":
             base = lambda params: {"params": params}  # noqa: E731
         case "leaves_out":

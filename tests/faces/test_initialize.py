@@ -95,7 +95,7 @@ def test_a_contradiction_is_one_line(arguments: dict[str, Any], words: str) -> N
 
 
 def test_a_base_that_does_not_suit(ranks: Any) -> None:
-    for case, words in (
+    for what, words in (
         ("no_optimizer", "base gave a dict"),
         ("leaves_out", "parameter tiny is trainable but in no group"),
         ("needs_shapes", "Adafactor needs whole parameters and ZeRO stage 2"),
@@ -103,7 +103,7 @@ def test_a_base_that_does_not_suit(ranks: Any) -> None:
         ("nothing_to_train", "no trainable parameter"),
         ("json_value", "DeepSpeed refuses the JSON: reduce_bucket_size=-5: Input should be greater than 0"),
     ):
-        [said] = ranks(1).run("tests.cases.zero_initialize:mistake", case=case)
+        [said] = ranks(1).run("tests.cases.zero_initialize:mistake", what=what)
         assert words in said
 
 
