@@ -47,6 +47,12 @@ def validate(path: str | Path, overrides: Sequence[str] = ()) -> int:
 
 
 def check_paths(config: TrainConfig) -> None:
+    """Refuse what looks like a path and is not there, before a library asks the network for a name of that kind."""
+    for key in ("model_name_or_path", "tokenizer_name_or_path"):
+        named = getattr(config, key)
+        looks_like_path = named is not None and (named[0] in "./~" or named.count("/") > 1)
+        if looks_like_path and not Path(named).expanduser().exists():
+            raise SettingError(key, f"{key}={named} does not exist; give a folder or a name in the local cache.")
     data = Path(config.dataset)
     looks_like_path = data.suffix or config.dataset.startswith((".", "/", "~"))
     if config.dataset not in BUILTIN_DATASETS and looks_like_path and not data.exists():

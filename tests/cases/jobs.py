@@ -26,7 +26,8 @@ def this_world() -> World:
 def job(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Run the job of a YAML file; how it ended."""
     found = read_job(path, overrides)
-    outcome = train(found.config, found.method, this_world())
+    with found.file.located():
+        outcome = train(found.config, found.method, this_world())
     return {"step": outcome.step, "eval_loss": outcome.eval_loss, "stopped": outcome.stopped}
 
 

@@ -36,6 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"landscape": {"method": "sma"}}, r":\d+: .*'sma'.*'sam'"),
         ({"landscape": {"method": "sam", "roh": 0.1}}, r":\d+: method 'sam' has no field 'roh'; did you mean 'rho'"),
         ({"dataset": "/no/such/text.txt"}, r":\d+: dataset=/no/such/text\.txt does not exist"),
+        ({"model": None, "model_name_or_path": "./no-model"}, r":\d+: model_name_or_path=\./no-model does not exist"),
+        ({"tokenizer_name_or_path": "/no/words"}, r":\d+: tokenizer_name_or_path=/no/words does not exist"),
         ({"global_batch_size": 1}, r"global_batch_size=1 must be at least per_device_train_batch_size=2"),
         ({"fp16": True}, r":\d+: fp16: loss scaling is refused: use bf16"),
         (ZERO | {"deepspeed": {"elasticity": {"enabled": True}}}, r":\d+: deepspeed: elasticity is refused"),
@@ -92,7 +94,6 @@ def test_a_folder_that_rank_0_alone_cannot_make(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model": None, "model_name_or_path": "./no-model"}, r":\d+: model_name_or_path='\./no-model' does not exist"),
         (
             {"model": LLAMA | {"max_position_embeddings": 8}},
             r": block_size=16 is beyond the model's max_position_embeddings=8",
