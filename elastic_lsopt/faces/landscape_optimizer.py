@@ -18,6 +18,9 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.closure_oracle import ClosureOracle
 from elastic_lsopt.space.geometry import ParameterSpace
 
+SAMPLES, STEPS = "landscape_samples", "landscape_steps"
+"""Keys of the first parameter group: the sample clock."""
+
 
 class LandscapeOptimizer(torch.optim.Optimizer):
     """`step(closure)` asks the method for its gradient and lets `base` step with it: plain torch, DDP, FSDP2.
@@ -53,6 +56,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         self._pending_state: dict[str, Any] | None = None
         self.last_step: StepReport | None = None
         self.defaults = base.defaults
+        self._keep_clock(self._clock)
         # What torch.optim.Optimizer.__init__ makes, less its own parameter list: the base's is the only one.
         for name in (
             "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks",
@@ -101,20 +105,26 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         is run once a pass, with the same dropout. A method with several parts takes a list of closures, one a part.
         Gradients left over from before are ignored. Raises UserError without a closure.
         """
+        if closure is None and not self.state and all(float(g.get("lr", 1.0)) == 0.0 for g in self.param_groups):
+            # torch.distributed.checkpoint makes a fresh optimizer's state so: zero gradients, learning rates of zero.
+            self.base.step()
+            return 0.0
         if closure is None:
             raise UserError(
                 "step() needs a closure, because the method takes its gradients itself: def closure(): "
                 "optimizer.zero_grad(); loss = …; loss.backward(); return loss (DeepSpeed: lso.initialize)."
             )
+        closures = [closure] if callable(closure) else closure
+        if not isinstance(closures, Sequence) or not all(callable(c) for c in closures):
+            raise UserError(f"step() takes a closure or a list of closures, got {type(closure).__name__}.")
         current = self._current()
-        closures = [closure] if callable(closure) else list(closure)
         self._oracle = ClosureOracle(current.space, current.backend, closures, current.clock)
         try:
             with current.informing():
                 self.last_step = current.take(self._oracle, self.samples_per_step)
         finally:
             self._oracle = None
-        self._clock = current.clock
+        self._keep_clock(current.clock)
         return self.last_step.loss
 
     def _current(self) -> LandscapeStep:
@@ -128,8 +138,14 @@ class LandscapeOptimizer(torch.optim.Optimizer):
             self._step = LandscapeStep(self._backend(params), self.method, self._seed, self._clock)
             if self._pending_state is not None:
                 self._step.load_state_dict(self._pending_state)
-                self._clock, self._pending_state = self._step.clock, None
+                self._keep_clock(self._step.clock)
+                self._pending_state = None
         return self._step
+
+    def _keep_clock(self, clock: SampleClock) -> None:
+        """In the first group too: torch.distributed.checkpoint carries the base's groups and state, nothing else."""
+        self._clock = clock
+        self.param_groups[0].update({SAMPLES: clock.samples, STEPS: clock.steps})
 
     def _backend(self, params: list[Tensor]) -> Backend:
         if any(p.dtype == torch.float16 for p in params):
@@ -150,11 +166,19 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         return {**self.base.state_dict(), "landscape": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; a state without "landscape" (the base's own) leaves the method as it is."""
+        """Load what `state_dict` gave, or the base's own state, which leaves the method's as it is.
+
+        torch.distributed.checkpoint's state (`get_optimizer_state_dict`) holds the base's state and the clock.
+        """
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "landscape"})
-        if "landscape" in state_dict:
-            self._pending_state = state_dict["landscape"]
+        first, own = self.param_groups[0], state_dict.get("landscape")
+        if own is None and STEPS in first:
+            own = {"method": {}, "clock": (int(first[SAMPLES]), int(first[STEPS])), "skipped_steps": 0}
+        if own is not None:
+            self._pending_state = own
             self._step, self._known = None, []
+        else:
+            self._keep_clock(self._clock)
 
     def __repr__(self) -> str:
         return f"LandscapeOptimizer({self.method!r}, {self.base!r})"

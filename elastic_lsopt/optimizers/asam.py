@@ -14,10 +14,9 @@ As the authors' code: a weight is a parameter whose name holds "weight" (norm ga
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from elastic_lsopt.optimizers.registry import State, register, require
+from elastic_lsopt.optimizers.registry import State, register, require, require_number
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
@@ -41,8 +40,8 @@ class ASAM:
     parts = 1
 
     def __post_init__(self) -> None:
-        require(math.isfinite(self.rho) and self.rho >= 0, "rho", self.rho, "a number >= 0")
-        require(math.isfinite(self.eta) and self.eta >= 0, "eta", self.eta, "a number >= 0")
+        require_number("rho", self.rho)
+        require_number("eta", self.eta)
 
     def init(self, space: ParameterSpace) -> State:
         require(

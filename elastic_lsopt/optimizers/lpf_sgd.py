@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.optimizers.registry import State, register, require
+from elastic_lsopt.optimizers.registry import State, register, require_count, require_number
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
@@ -44,9 +44,9 @@ class LPFSGD:
     """gamma at the end of the run over gamma0; >= 0 (1: constant)."""
 
     def __post_init__(self) -> None:
-        require(self.parts >= 1, "parts", self.parts, "a whole number >= 1")
-        require(math.isfinite(self.gamma) and self.gamma >= 0, "gamma", self.gamma, "a number >= 0")
-        require(math.isfinite(self.alpha) and self.alpha >= 0, "alpha", self.alpha, "a number >= 0")
+        require_count("parts", self.parts)
+        require_number("gamma", self.gamma)
+        require_number("alpha", self.alpha)
 
     def init(self, space: ParameterSpace) -> State:
         return {}

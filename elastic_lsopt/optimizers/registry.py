@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
@@ -31,7 +32,7 @@ class Method(Protocol):
         ...
 
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: State) -> Vector:
-        """The vector that the base optimizer steps with; may update `state` in place. The weights are back on return."""
+        """The vector that the base steps with; may update `state` in place. The weights are back on return."""
         ...
 
 
@@ -61,7 +62,13 @@ def get(name: str) -> type:
     """The method class of that name. Raises UserError, with the nearest name, where there is none."""
     if name not in _load_ours():
         for entry in entry_points(group=_GROUP, name=name):
-            register(name)(entry.load())
+            try:
+                method = entry.load()
+            except (ImportError, AttributeError) as error:
+                raise UserError(
+                    f"method {name!r} is announced as {entry.value!r}, which does not load: {error}."
+                ) from error
+            register(name)(method)
     if name not in _methods:
         near = difflib.get_close_matches(name, names(), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -96,3 +103,13 @@ def require(condition: bool, name: str, value: object, limit: str) -> None:
     """One line for a hyper-parameter out of range."""
     if not condition:
         raise UserError(f"{name}={value!r} must be {limit}.")
+
+
+def require_number(name: str, value: object) -> None:
+    """A finite number >= 0 (a string is none: YAML reads 5e-2 as one)."""
+    require(isinstance(value, int | float) and math.isfinite(value) and value >= 0, name, value, "a number >= 0")
+
+
+def require_count(name: str, value: object) -> None:
+    """A whole number >= 1."""
+    require(isinstance(value, int) and value >= 1, name, value, "a whole number >= 1")

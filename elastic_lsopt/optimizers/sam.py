@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from elastic_lsopt.optimizers.registry import State, register, require
+from elastic_lsopt.optimizers.registry import State, register, require, require_count, require_number
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Scales, Vector
@@ -50,8 +50,8 @@ class SAM:
     parts = 1
 
     def __post_init__(self) -> None:
-        require(math.isfinite(self.rho) and self.rho >= 0, "rho", self.rho, "a number >= 0")
-        require(self.every >= 1, "every", self.every, "a whole number >= 1")
+        require_number("rho", self.rho)
+        require_count("every", self.every)
         require(self.radius in ("model", "parameter", "row"), "radius", self.radius, "model, parameter or row")
         require(self.rho_scale in ("none", "sqrt_n"), "rho_scale", self.rho_scale, "none or sqrt_n")
 

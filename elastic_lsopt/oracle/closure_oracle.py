@@ -52,6 +52,8 @@ class ClosureOracle(Oracle):
         seed = block_seed(self.space.seed, "dropout", self.step, part.number * self.backend.world + self.backend.rank)
         with replayed(seed, self.backend.device), torch.enable_grad():
             value = self._closures[part.number]()
+        if not isinstance(value, Tensor | float | int):
+            raise UserError(f"the closure returned {value!r}; return the mean loss of its batch.")
         loss = value.item() if isinstance(value, Tensor) else float(value)
         if before and any(
             g is not None and p.grad is not g for p, g in zip(self.backend.slot_keys, before, strict=True)

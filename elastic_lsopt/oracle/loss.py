@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from elastic_lsopt.errors import UserError
 
@@ -123,6 +124,18 @@ def refuse_coupled_samples(module: nn.Module) -> None:
             )
 
 
-def select_out(loss: Tensor) -> Tensor:
-    """Zero, with zero gradient, but still connected: an idle slot takes part in every collective and adds nothing."""
-    return torch.where(torch.zeros((), dtype=torch.bool, device=loss.device), loss, torch.zeros_like(loss))
+def idle(loss: Loss | _Whole, model: Any, batch: Any) -> Tensor:
+    """Zero, with zero gradient, but still connected: an idle slot takes part in every collective and adds nothing.
+
+    Selected, never multiplied. A split loss is cut before its criterion, whose backward is NaN however small its weight
+    where it divides by a count of zero (all labels masked).
+    """
+    if isinstance(loss, Loss):
+        leaves = tree_leaves(loss.forward(model, batch))
+        values = [t.sum() for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+    else:
+        values = [loss(model, batch)]
+    if not values:
+        raise UserError("forward of lso.Loss returned no tensor that needs a gradient; return the logits.")
+    value = sum(values[1:], values[0])
+    return torch.where(torch.zeros((), dtype=torch.bool, device=value.device), value, torch.zeros_like(value))

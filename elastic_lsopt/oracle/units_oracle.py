@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.loss import Loss, refuse_coupled_samples, samples, select_out
+from elastic_lsopt.oracle.loss import Loss, idle, refuse_coupled_samples, samples
 from elastic_lsopt.oracle.oracle import Oracle, Part
 from elastic_lsopt.oracle.passes import Passes
 from elastic_lsopt.oracle.units import Unit, as_units, part_bounds, slots
@@ -110,11 +110,13 @@ class UnitsOracle(Oracle):
         """A slot's share of the total weight; 0 for an idle one and for a unit whose labels are all masked."""
         return self._weights.get(index, 0.0) / self._total if index is not None else 0.0
 
-    def _forward(self, index: int | None) -> Tensor:
+    def _forward(self, index: int | None, *, weightless: bool = False) -> Tensor:
         unit = self._units.get(index) if index is not None else None
         batch = unit.batch if unit else self._stand_in
         seed = block_seed(self.space.seed, "dropout", self.step, -1 if unit is None else unit.index)
         with replayed(seed, self.backend.device):
+            if weightless:
+                return idle(self._loss, self.backend.forward, batch)
             return self._loss(self.backend.forward, batch)
 
     def _backward(self, part: Part, *, last: bool) -> tuple[float, int]:
@@ -123,13 +125,12 @@ class UnitsOracle(Oracle):
         local, nonfinite = 0.0, 0
         for k, index in enumerate(mine):
             self.backend.begin(last=last and k == len(mine) - 1)
-            value = self._forward(index)
-            if share := self._share(index):
+            share = self._share(index)
+            value = self._forward(index, weightless=not share)
+            if share:
                 local += value.item() * share
                 nonfinite += not math.isfinite(value.item())
                 # The backend averages over the world; the mean over the batch is a weighted sum.
                 value = value * (share * self.backend.world)
-            else:
-                value = select_out(value)
             self.backend.backward(value)
         return local, nonfinite

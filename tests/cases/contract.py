@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,25 +20,11 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 EXTRA = ("tied", "frozen", "unused")
 
 
-@dataclass(frozen=True)
-class Account:
-    """What really happened on this rank: collectives by name, and bytes of CPU memory at the peak and kept at the end."""
-
-    collectives: list[str]
-    peak_bytes: int
-    kept_bytes: int
-
-
-def account(run: Callable[[], Any]) -> Account:
-    """Run it under torch's profiler, which sees every c10d collective and every allocation and release on the CPU."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+def collectives(run: Callable[[], Any]) -> list[str]:
+    """The gloo collectives that this rank really took part in while it ran, as torch's profiler saw them."""
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
         run()
-    events = list(prof.profiler.kineto_results.events())  # type: ignore[union-attr]
-    held = peak = 0
-    for e in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += e.nbytes()
-        peak = max(peak, held)
-    return Account([e.name() for e in events if e.name().startswith("gloo:")], peak, held)
+    return [e.name() for e in prof.profiler.kineto_results.events() if e.name().startswith("gloo:")]  # type: ignore[union-attr]
 
 
 def dtype_of(kind: str, dtype: str, bf16: bool) -> torch.dtype:
@@ -132,7 +117,7 @@ def geometry(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) 
             {n: 2 * t - b[n].double() * t - b[n].double() for n, t in wide.items()},
         ),
         "collectives": [
-            len(account(reduction).collectives)
+            len(collectives(reduction))
             for reduction in (
                 lambda: space.dot(va, vb),
                 lambda: space.norm(va),

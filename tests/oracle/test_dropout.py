@@ -9,9 +9,14 @@ import pytest
 CASES = [("ddp", 2), ("ddp", 3), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3), ("fsdp2-kept", 2), ("hsdp", 4)]
 
 
-@pytest.mark.parametrize("checkpointing", ["", "reentrant", "non-reentrant"])
 @pytest.mark.parametrize(
-    "kind,world", [pytest.param(*c, marks=pytest.mark.fast if c == ("fsdp2", 2) else ()) for c in CASES]
+    "kind,world,checkpointing",
+    [
+        pytest.param(*place, how, marks=pytest.mark.fast if place == ("fsdp2", 2) else ())
+        for place in CASES
+        for how in ("", "reentrant", "non-reentrant")
+        if not (place[0] == "ddp" and how == "reentrant")  # torch's DDP refuses it where it looks for unused parameters
+    ],
 )
 def test_same_masks(ranks: Any, kind: str, world: int, checkpointing: str) -> None:
     """Against a plain module on one rank without checkpointing: losses and weights of three SAM steps."""

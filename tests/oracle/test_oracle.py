@@ -41,7 +41,7 @@ def test_a_loss_that_is_not_finite(ranks: Any, kind: str, world: int, method: st
     """One unit's, on one rank, in either pass: nobody steps, the samples count, the next step is the paper's."""
     for r in ranks(world).run("tests.cases.oracle_contract:poisoned", kind=kind, method=method, bad_pass=bad_pass):
         assert r["skipped"] and r["count"] == 1 and r["same"] and r["settled"], r
-        assert (r["samples"], r["steps"]) == (2 * 28, 2), r
+        assert (r["samples"], r["steps"]) == (2 * 36, 2), r
         assert len(r["messages"]) == 1 and f"step 1, pass {passes}" in r["messages"][0], r
         assert not r["next skipped"] and r.get("dw", 0.0) < 1e-6, r
 

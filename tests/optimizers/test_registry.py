@@ -1,0 +1,147 @@
+"""Methods by name, ours and a third party's; ranges of their hyper-parameters; the public surface of the package."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import elastic_lsopt as lso
+from elastic_lsopt.optimizers import registry
+
+pytestmark = pytest.mark.fast
+OURS = ["asam", "lpf_sgd", "none", "sam"]
+
+
+def test_names_and_classes() -> None:
+    assert registry.names() == OURS
+    assert [registry.get(n) for n in OURS] == [lso.ASAM, lso.LPFSGD, lso.Plain, lso.SAM]
+
+
+def test_an_unknown_name_tells_the_nearest() -> None:
+    with pytest.raises(lso.UserError) as caught:
+        registry.get("lpf-sgd")
+    said = str(caught.value)
+    assert "unknown method 'lpf-sgd'" in said and "did you mean 'lpf_sgd'?" in said and "\n" not in said
+    assert all(n in said for n in OURS)
+    with pytest.raises(lso.UserError, match="Known: asam"):
+        registry.get("zzz")
+
+
+def test_a_method_is_a_frozen_keyword_only_dataclass() -> None:
+    for name in OURS:
+        method = registry.build(name)
+        assert dataclasses.is_dataclass(method) and type(method).__dataclass_params__.frozen
+        assert all(f.kw_only for f in dataclasses.fields(method)), name
+        assert method.parts >= 1 and method == registry.build(name)
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("sam", {"rho": -0.1}, "rho=-0.1 must be a number >= 0"),
+    ("sam", {"rho": float("nan")}, "rho=nan must be a number >= 0"),
+    ("sam", {"rho": float("inf")}, "rho=inf must be a number >= 0"),
+    ("sam", {"rho": "0.05"}, "rho='0.05' must be a number >= 0"),
+    ("sam", {"every": 0}, "every=0 must be a whole number >= 1"),
+    ("sam", {"every": 1.5}, "every=1.5 must be a whole number >= 1"),
+    ("sam", {"radius": "layer"}, "radius='layer' must be model, parameter or row"),
+    ("sam", {"rho_scale": "sqrt"}, "rho_scale='sqrt' must be none or sqrt_n"),
+    ("sam", {"roh": 0.1}, "method 'sam' has no hyper-parameter 'roh'; did you mean 'rho'? It has: rho, every"),
+    ("none", {"rho": 0.1}, "method 'none' has no hyper-parameter 'rho'; It has: none"),
+    ("asam", {"rho": -1.0}, "rho=-1.0 must be a number >= 0"),
+    ("asam", {"eta": -0.01}, "eta=-0.01 must be a number >= 0"),
+    ("lpf_sgd", {"parts": 0}, "parts=0 must be a whole number >= 1"),
+    ("lpf_sgd", {"parts": 2.5}, "parts=2.5 must be a whole number >= 1"),
+    ("lpf_sgd", {"gamma": -1e-4}, "gamma=-0.0001 must be a number >= 0"),
+    ("lpf_sgd", {"alpha": -1.0}, "alpha=-1.0 must be a number >= 0"),
+]
+
+
+@pytest.mark.parametrize("name,values,says", WRONG, ids=lambda v: str(v) if isinstance(v, dict) else "")
+def test_out_of_range(name: str, values: dict[str, Any], says: str) -> None:
+    with pytest.raises(lso.UserError) as caught:
+        registry.build(name, **values)
+    assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+def test_a_name_is_given_once() -> None:
+    class Other:
+        pass
+
+    with pytest.raises(ValueError, match="'sam' is taken by SAM"):
+        registry.register("sam")(Other)
+    assert registry.register("sam")(lso.SAM) is lso.SAM
+    assert registry.get("sam") is lso.SAM
+
+
+@pytest.fixture
+def third_party(tmp_path: Path) -> Path:
+    """An installed distribution: a module, and the entry points that its wheel would have written."""
+    (tmp_path / "theirs.py").write_text(
+        "from dataclasses import dataclass\n\n\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Theirs:\n    strength: float = 1.0\n    parts = 1\n"
+    )
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[elastic_lsopt.methods]\ntheirs = theirs:Theirs\nbroken = theirs:Nothing\n")
+    return tmp_path
+
+
+def python(code: str, *paths: Path) -> str:
+    root = Path(__file__).resolve().parents[2]
+    path = ":".join(str(p) for p in (*paths, root))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": path, "PATH": ""}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_third_partys_method(third_party: Path) -> None:
+    out = python(
+        "import elastic_lsopt as lso\n"
+        "print(lso.registry.names())\n"
+        "print(lso.registry.build('theirs', strength=2.0))\n"
+        "print(lso.registry.get('theirs') is lso.registry.get('theirs'))\n"
+        "try:\n    lso.registry.get('broken')\nexcept lso.UserError as e:\n    print(e)\n",
+        third_party,
+    )
+    names, built, same, broken = out.splitlines()
+    assert names == str(sorted([*OURS, "theirs", "broken"]))
+    assert built == "Theirs(strength=2.0)" and same == "True"
+    assert "'broken'" in broken and "theirs:Nothing" in broken
+
+
+def test_the_package_imports_no_framework() -> None:
+    """`import elastic_lsopt` works without DeepSpeed, transformers, accelerate, triton."""
+    heavy = ("deepspeed", "transformers", "accelerate", "triton", "datasets", "elastic_lsopt.space.noise_triton")
+    out = python(
+        "import torch, sys\nbefore = set(sys.modules)\nimport elastic_lsopt\n"
+        f"print([m for m in {heavy!r} if m in sys.modules and m not in before])\n"
+        "print('torch.distributed.fsdp' in set(sys.modules) - before)"
+    )
+    assert out.split() == ["[]", "False"]
+
+
+def test_the_public_surface() -> None:
+    """Adding a name is a decision; taking one away breaks users."""
+    assert sorted(lso.__all__) == sorted(
+        [
+            "ASAM", "LPFSGD", "SAM", "Engine", "LandscapeOptimizer", "Loss", "NonFinite", "PeerFailed", "Plain",
+            "StaleGeneration", "StaleLease", "StaleWeights", "StepReport", "Unit", "Unsupported", "UserError", "attach",
+            "initialize", "registry",
+        ]
+    )  # fmt: skip
+    assert all(hasattr(lso, name) for name in lso.__all__)
+    signatures = {
+        lso.SAM: ["rho", "every", "radius", "rho_scale"],
+        lso.ASAM: ["rho", "eta"],
+        lso.LPFSGD: ["parts", "gamma", "alpha"],
+        lso.Plain: [],
+    }
+    for method, names in signatures.items():
+        assert [f.name for f in dataclasses.fields(method)] == names
