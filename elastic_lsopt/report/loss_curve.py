@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def draw_loss(
     unit: str = "nats",
     reference: tuple[str, float] | None = None,
 ) -> None:
-    """Draw the steps' `loss` (faint, and its running mean) and `eval_loss`, with a dashed line at a named reference.
+    """Draw the steps' `loss` (faint, and smoothed) and `eval_loss`, with a dashed line at a named reference.
 
     Steps whose loss is null (skipped, not finite) leave a gap in nothing but themselves.
     """
@@ -30,7 +31,7 @@ def draw_loss(
     if points := _points(rows, "loss"):
         x, y = zip(*points, strict=True)
         axes.plot(x, y, color=TRAINING, alpha=0.3, linewidth=0.8)
-        axes.plot(x, running_mean(y), color=TRAINING, linewidth=1.6, label="training (running mean)")
+        axes.plot(x, smoothed(y), color=TRAINING, linewidth=1.6, label="training, smoothed")
     if points := _points(rows, "eval_loss"):
         x, y = zip(*points, strict=True)
         axes.plot(x, y, "o-", color=HELD_OUT, markersize=4, label=f"held out ({y[-1]:.3f} at the end)")
@@ -46,14 +47,14 @@ def draw_loss(
     figure.savefig(target, dpi=150)
 
 
-def running_mean(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """Exponential mean; its weights sum to one from the first value on, so it has no lag at the start."""
-    out: list[float] = []
-    total = weight = 0.0
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        out.append(total / weight)
-    return out
+def smoothed(values: Sequence[float], share: int = 60) -> list[float]:
+    """Each value's mean with its neighbours, as many on the left as on the right: no lag where the curve is steep.
+
+    At most 1/`share` of all values on each side, fewer near the ends.
+    """
+    sums, n = [0.0, *accumulate(values)], len(values)
+    reach = [min(n // share, i, n - 1 - i) for i in range(n)]
+    return [(sums[i + r + 1] - sums[i - r]) / (2 * r + 1) for i, r in enumerate(reach)]
 
 
 def _points(rows: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:

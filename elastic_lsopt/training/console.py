@@ -31,7 +31,7 @@ class Console:
         self._bar: Progress | None = None
         self._task: Any = None
         self._eval_loss: float | None = None
-        self._said = 0.0
+        self._said, self._begin = 0.0, 0
         log = logging.getLogger("elastic_lsopt")
         log.handlers, log.propagate = [_Lines(self)], False
 
@@ -42,6 +42,7 @@ class Console:
 
     def start(self, config: TrainConfig, engine: Engine, data: Data) -> None:
         """The first lines: what is trained, on what, how."""
+        self._begin = engine.clock.steps
         backend, ranks = engine.backend, engine.backend.world
         self.say(
             f"{type(engine.module).__name__.removeprefix('FSDP')}, {engine.space.layout.numel:,} trainable parameters; "
@@ -54,7 +55,7 @@ class Console:
         )
         if data.bigram_entropy is not None:
             self.say(f"byte-bigram entropy of the corpus: {data.bigram_entropy:.4f} nats a byte")
-        if engine.clock.steps >= self._steps:
+        if self._begin >= self._steps:
             self.say("all steps are done; raise max_steps or num_train_epochs to train on")
 
     def __enter__(self) -> Console:
@@ -63,7 +64,7 @@ class Console:
                 TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("<"),
                 TimeRemainingColumn(), TextColumn("{task.fields[facts]}"), console=self._terminal,
             )  # fmt: skip
-            self._task = self._bar.add_task("", total=self._steps, facts="")
+            self._task = self._bar.add_task("", total=self._steps, completed=self._begin, facts="")
             self._bar.start()
         return self
 

@@ -81,19 +81,18 @@ def _shard(config: TrainConfig, model: nn.Module, world: World) -> None:
 
 def _base(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.optim.Optimizer]:
     """The base optimizer over given parameters; weight decay leaves vectors (biases, norm gains) alone, as usual."""
-    decayed = {id(p) for p in model.parameters() if p.dim() > 1}
+    # By name and now: ZeRO-3 flattens the parameters before it asks for an optimizer, FSDP2 replaces them.
+    matrices = [name for name, p in model.named_parameters() if p.dim() > 1]
 
     def build(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         given = [p for p in parameters if p.requires_grad]
-        groups = [{"params": given, "weight_decay": config.weight_decay}]
-        if config.weight_decay:
-            matrices = [p for p in given if p.dim() > 1 or id(p) in decayed]
-            vectors = [p for p in given if not (p.dim() > 1 or id(p) in decayed)]
-            groups = [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ]
-            groups = [g for g in groups if g["params"]]
+        named = dict(model.named_parameters())
+        decayed = {id(named[name]) for name in matrices}
+        groups = [
+            {"params": [p for p in given if id(p) in decayed], "weight_decay": config.weight_decay},
+            {"params": [p for p in given if id(p) not in decayed], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
         if config.optim == "sgd":
             return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
         kind = torch.optim.AdamW if config.optim == "adamw" else torch.optim.Adam

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic_lsopt.report.loss_curve import draw_loss, running_mean
+from elastic_lsopt.report.loss_curve import draw_loss, smoothed
 
 pytestmark = pytest.mark.fast
 
@@ -22,11 +22,16 @@ def rows(steps: int) -> list[dict[str, float | None]]:
     return out
 
 
-def test_the_running_mean_is_an_exponential_mean_without_lag() -> None:
-    values = [3.0, 1.0, 4.0, 1.0, 5.0]
-    weights = 0.9 ** np.arange(5)
-    expected = [np.average(values[: n + 1], weights=weights[: n + 1][::-1]) for n in range(5)]
-    assert running_mean(values) == pytest.approx(expected)
+def test_smoothing_is_a_mean_of_neighbours_on_both_sides() -> None:
+    values = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0]
+    expected = [3.0, *(np.mean(values[i - 1 : i + 2]) for i in range(1, 6)), 2.0]
+    assert smoothed(values, share=7) == pytest.approx(expected)
+    assert smoothed(values) == pytest.approx(values)
+
+
+def test_smoothing_does_not_lag() -> None:
+    line = [10.0 - 0.01 * i for i in range(900)]
+    assert smoothed(line) == pytest.approx(line)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 400])
