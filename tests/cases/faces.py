@@ -136,7 +136,7 @@ def scheduled(name: str, kind: str, rewrite: bool = False) -> dict[str, Any]:
 
 
 def placeholders(optimizer: Any) -> None:
-    """What accelerate does before `fully_shard`: each parameter of the groups becomes one element that knows its origin."""
+    """What accelerate does before `fully_shard`: a parameter becomes one element that knows its origin."""
     for group in optimizer.param_groups:
         for i, p in enumerate(group["params"]):
             group["params"][i] = torch.empty(1, dtype=p.dtype)
@@ -164,7 +164,7 @@ def accelerator() -> Iterator[Any]:
 
 
 def accelerated(kind: str) -> dict[str, Any]:
-    """accelerate's prepare (DDP on several ranks), its optimizer's step(closure), its scheduler; against the paper's loop.
+    """accelerate's prepare (DDP on several ranks), optimizer and scheduler, against the paper's loop.
 
     On FSDP2 the model is sharded by hand and accelerate prepares the optimizer and the scheduler.
     """
@@ -200,7 +200,7 @@ def accelerated(kind: str) -> dict[str, Any]:
 
 
 def resumed(kind: str, way: str) -> dict[str, Any]:
-    """Two steps, saved, loaded into a new optimizer, two more; against four in one go. LPF-SGD, whose noise needs the clock."""
+    """Two steps, saved, loaded, two more, against four in one go; LPF-SGD, whose noise needs the clock."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_optimizer_state_dict,
