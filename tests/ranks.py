@@ -35,7 +35,11 @@ def free_port() -> int:
 
 def rank_environment(**more: str) -> dict[str, str]:
     """The environment of a rank: one thread each, no accelerator but the CPU, this checkout on the path."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
     return {
         **env, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false",
         "PYTHONFAULTHANDLER": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR", **more,
@@ -81,8 +85,12 @@ class Ranks:
             with log.open("wb") as out:
                 self._processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "tests.rank_main"], cwd=ROOT, env=env,
-                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out,
+                        [sys.executable, "-m", "tests.rank_main"],
+                        cwd=ROOT,
+                        env=env,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=out,
                     )  # fmt: skip
                 )
 
