@@ -135,11 +135,17 @@ def encode_groups(backend: Backend) -> list[dict[str, Any]]:
 
 
 def persistent_buffers(module: nn.Module | None) -> dict[str, Tensor]:
-    """The buffers that belong to the module's `state_dict`."""
-    if module is None:
-        return {}
-    lasting = module.state_dict().keys()
-    return {name: buffer for name, buffer in module.named_buffers() if name in lasting}
+    """The buffers that belong to the module's `state_dict`.
+
+    Found without asking for it: FSDP2 reshards in `state_dict()`, and where one rank alone reshards kept weights, it
+    gathers in the next forward while the others do not, and the job hangs.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, child in (module.named_modules() if module is not None else ())
+        for name, buffer in child.named_buffers(recurse=False)
+        if name not in child._non_persistent_buffers_set
+    }
 
 
 def random_states(backend: Backend) -> dict[str, Tensor]:
