@@ -77,6 +77,8 @@ def add_normal_(
 
         return normal_(out, key=key, first=offset, scale=scale, row_length=row_length)
     exact = torch.float64 if out.dtype == torch.float64 else torch.float32
+    if isinstance(scale, Tensor):
+        scale = scale.to(exact)
     for piece, z, first in _pieces(out, key, offset):
         step = z.to(exact)
         if isinstance(scale, Tensor) and row_length is not None:
@@ -93,11 +95,12 @@ def _pieces(out: Tensor, key: int, offset: int) -> Iterator[tuple[Tensor, Tensor
     """Cut `out` at the parameter's blocks, and further for one thread: (piece, its z in fp32, its first element)."""
     generator = torch.Generator()
     end = offset + out.numel()
+    run = BLOCK if torch.get_num_threads() == 1 else _SERIAL
     for block in range(offset // BLOCK, -(-end // BLOCK)):
         z = _block_normals(block_seed(key, block), generator)
         origin, stop = block * BLOCK, min(end, (block + 1) * BLOCK)
-        for first in range(max(offset, origin), stop, _SERIAL):
-            last = min(first + _SERIAL, stop)
+        for first in range(max(offset, origin), stop, run):
+            last = min(first + run, stop)
             yield out[first - offset : last - offset], z[first - origin : last - origin], first
 
 
@@ -115,7 +118,7 @@ def _block_normals(seed: int, generator: torch.Generator) -> Tensor:
 def _multiply_rows_(z: Tensor, first: int, scale: Tensor, row_length: int) -> None:
     """z[i] *= scale[(first + i) // row_length]: the row it starts in, whole rows as a matrix, the row it ends in."""
     row = first // row_length
-    scale = scale[row : (first + z.numel() - 1) // row_length + 1].to(z.dtype)
+    scale = scale[row : (first + z.numel() - 1) // row_length + 1]
     head = min(-first % row_length, z.numel())
     rows, tail = divmod(z.numel() - head, row_length)
     if head:
