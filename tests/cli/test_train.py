@@ -90,6 +90,7 @@ def test_what_it_says(finished: Finished) -> None:
 # -- signals and kills -------------------------------------------------------------------------------------------------
 
 STEPS = 40
+LONG = pytest.mark.timeout(900)  # the first test that asks for `battered` waits for five lives
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def battered(tmp_path_factory: pytest.TempPathFactory, ranks: object) -> tuple[d
 Battered = tuple[dict[str, Life], Path, Path]
 
 
+@LONG
 def test_a_battered_run_is_an_undisturbed_run(battered: Battered) -> None:
     _, run_folder, undisturbed = battered
     assert len(losses(run_folder)) == STEPS
@@ -156,6 +158,7 @@ def test_a_battered_run_is_an_undisturbed_run(battered: Battered) -> None:
         assert rows(run_folder)[step]["eval_loss"] == pytest.approx(rows(undisturbed)[step]["eval_loss"], rel=1e-6)
 
 
+@LONG
 def test_a_killed_worker_ends_the_job_and_is_named(battered: Battered) -> None:
     life = battered[0]["killed worker"]
     assert life.code == 128 + signal.SIGKILL
@@ -163,6 +166,7 @@ def test_a_killed_worker_ends_the_job_and_is_named(battered: Battered) -> None:
     assert max(life.checkpoints) == "checkpoint-5"
 
 
+@LONG
 @pytest.mark.parametrize("name", ["killed parent", "terminated parent", "terminated torchrun", "terminated worker"])
 def test_a_stop_saves_the_very_step(battered: Battered, name: str) -> None:
     life = battered[0][name]
@@ -175,6 +179,7 @@ def test_a_stop_saves_the_very_step(battered: Battered, name: str) -> None:
         assert f"stopped after step {life.last_step} of {STEPS}; the same command" in life.output
 
 
+@LONG
 @pytest.mark.parametrize("name", ["terminated parent", "terminated worker"])
 def test_a_stop_is_no_failure(battered: Battered, name: str) -> None:
     assert battered[0][name].code == 0
