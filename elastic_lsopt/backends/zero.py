@@ -39,7 +39,7 @@ PRIVATE = {
     "FP16_UnfusedOptimizer": ("optimizer", "fp16_groups", "fp32_groups"),
     "DeepSpeedZeroOptimizer": (
         "optimizer", "bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups", "averaged_gradients",
-        "all_grad_tensors", "ipg_buckets", "extra_large_param_to_reduce", "params_already_reduced",
+        "all_grad_tensors", "ipg_buckets", "params_already_reduced",
         "_release_ipg_buffers", "_backward_active_depth",
     ),
     "BF16_Optimizer": (
@@ -49,12 +49,10 @@ PRIVATE = {
     ),
     "DeepSpeedZeroOptimizer_Stage3": (
         "optimizer", "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat",
-        "grad_partitions_flat_buffer", "persistent_parameters", "_partition_all_parameters", "_get_param_coordinator",
-        "ipg_buckets", "params_already_reduced", "_backward_active_depth",
+        "grad_partitions_flat_buffer", "persistent_parameters", "_partition_all_parameters",
+        "ipg_buckets", "_backward_active_depth",
     ),
-    "PartitionedParameterCoordinator": ("release_backward_leftovers", "is_invalid_trace", "_invalidate_trace"),
     "Parameter": ("ds_shape", "ds_numel", "ds_status", "partition_numel", "all_gather"),
-    "Module": ("ds_grads_remaining", "applied_pre_backward_ref_cnt"),
 }  # fmt: skip
 
 
@@ -83,7 +81,6 @@ def zero_backend(engine: Any) -> ZeroBackend:
     if kind in adapters:
         check_private(engine.optimizer, kind)
         if kind.endswith("Stage3"):
-            check_private(engine.optimizer._get_param_coordinator(), "PartitionedParameterCoordinator")
             for p in engine.module.parameters():
                 check_private(p, "Parameter")
         return adapters[kind](engine)

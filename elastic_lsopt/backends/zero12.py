@@ -112,7 +112,6 @@ class Zero12(FlatZero):
     def repair(self) -> None:
         super().repair()
         z = self._wrapper
-        z.extra_large_param_to_reduce.clear()
         z.params_already_reduced = [False] * len(z.params_already_reduced)
         for bucket in z.ipg_buckets.values():
             bucket.clear()

@@ -75,7 +75,8 @@ class Zero3(ZeroBackend):
 
     def publish(self) -> None:
         kept = self._wrapper.persistent_parameters
-        # After a cut no forward can gather, so none runs: with every gathered copy dropped, no copy is wrong.
+        # One gather for all, as after DeepSpeed's step: the forward would fetch them one module at a time. After a cut
+        # it can fetch nothing, so none runs: with every gathered copy dropped, no copy is wrong.
         if kept and self.transport.settle_group is None:
             kept[0].all_gather(kept)
 
@@ -98,17 +99,10 @@ class Zero3(ZeroBackend):
     def repair(self) -> None:
         super().repair()
         self.retract()
-        z, coordinator = self._wrapper, self._wrapper._get_param_coordinator()
-        coordinator.release_backward_leftovers()
-        if not coordinator.is_invalid_trace():
-            coordinator._invalidate_trace()  # half a pass recorded as a whole one would misguide the prefetch
-        for bucket in z.ipg_buckets.values():
+        for bucket in self._wrapper.ipg_buckets.values():
             bucket.clear_params()
         module: Any = self.module
-        for child in module.modules():
-            child.ds_grads_remaining = child.applied_pre_backward_ref_cnt = 0
         for p in module.parameters():
             p.grad = None  # zero_grad() fails on one that is left: it wants a stream, which a CPU has not
-        z.params_already_reduced = dict.fromkeys(z.params_already_reduced, False)
-        z._backward_active_depth = 0
+        self._wrapper._backward_active_depth = 0
         self.clear_gradient()

@@ -149,13 +149,22 @@ def test_displacements_return_on_any_layout_of_stage_3(ranks: Any, zero: dict[st
             assert r == {"returned": True, "nested": True, "moved": True}
 
 
+@pytest.mark.parametrize("stage,zero", [(0, {}), (1, {}), (2, {}), *((3, z) for z in PIECEMEAL)], ids=str)
+def test_the_forward_follows_the_weights(ranks: Any, stage: int, zero: dict[str, Any]) -> None:
+    for apart in ranks(2).run("tests.cases.zero:forward_follows", stage=stage, zero=zero):
+        assert max(apart) <= 1e-6
+    for apart in ranks(2).run("tests.cases.zero:forward_follows", stage=stage, zero=zero, bf16=True):
+        assert max(apart) == 0
+
+
 BACK = {"local": True, "refused": True, "settled": True}
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_all_ranks_raise_in_the_displaced_pass_and_training_goes_on(ranks: Any, stage: int, where: str) -> None:
-    first, second = ranks(2).run("tests.cases.zero:raised", stage=stage, where=where, ranks=None)
+    small = {"reduce_bucket_size": 20}  # so that some gradients are reduced already
+    first, second = ranks(2).run("tests.cases.zero_failures:raised", stage=stage, where=where, ranks=None, zero=small)
     assert first == second
     assert first == {"error": "ValueError: on purpose", "goes_on": "0.8100", **BACK}
 
@@ -168,7 +177,9 @@ def test_one_rank_raises_in_the_displaced_pass(stage: int, where: str, bf16: boo
     group = Ranks(2)  # of its own: the case cuts the connections
     zero = {"stage3_param_persistence_threshold": 12} if stage == 3 else {}
     try:
-        first, second = group.run("tests.cases.zero:raised", stage=stage, where=where, ranks=[0], bf16=bf16, zero=zero)
+        first, second = group.run(
+            "tests.cases.zero_failures:raised", stage=stage, where=where, ranks=[0], bf16=bf16, zero=zero
+        )
     finally:
         group.stop()
     assert first == {"error": "ValueError: on purpose", "goes_on": "PeerFailed", **BACK}
@@ -178,7 +189,7 @@ def test_one_rank_raises_in_the_displaced_pass(stage: int, where: str, bf16: boo
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_that_is_not_finite_is_skipped_by_all(ranks: Any, stage: int) -> None:
-    assert ranks(2).run("tests.cases.zero:non_finite", stage=stage) == [{"skipped": 1, "same": True}] * 2
+    assert ranks(2).run("tests.cases.zero_failures:non_finite", stage=stage) == [{"skipped": 1, "same": True}] * 2
 
 
 # -- the contract of the space ---------------------------------------------------------------------------------------
@@ -270,7 +281,7 @@ OTHER_OPTIONS: list[dict[str, Any]] = [
     "config", [*({"zero_optimization": {"stage": s, **o}} for s, o in ZERO_OPTIONS), *OTHER_OPTIONS], ids=str
 )
 def test_what_is_not_tested_is_refused(ranks: Any, config: dict[str, Any]) -> None:
-    [said] = ranks(1).run("tests.cases.zero:refused", config=config)
+    [said] = ranks(1).run("tests.cases.zero_refusals:refused", config=config)
     blocks = [config, *(b for b in config.values() if isinstance(b, dict))]
     assert said.split(":")[0] in ("Unsupported", "SettingError"), said
     assert any(str(key) in said for block in blocks for key in block), said
@@ -286,14 +297,14 @@ def test_an_engine_of_the_users_own(ranks: Any) -> None:
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2"),
         ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}, **untested}, "round_robin_gradients"),
     ):
-        for said in ranks(2).run("tests.cases.zero:refused_engine", config=config):
+        for said in ranks(2).run("tests.cases.zero_refusals:refused_engine", config=config):
             assert wanted in said
 
 
 def test_another_deepspeed_is_refused(ranks: Any) -> None:
-    [said] = ranks(1).run("tests.cases.zero:refused_version", version="0.18.2")
+    [said] = ranks(1).run("tests.cases.zero_refusals:refused_version", version="0.18.2")
     assert said.startswith("Unsupported: DeepSpeed 0.18.2 was found") and "0.19.8" in said
-    [said] = ranks(1).run("tests.cases.zero:refused_insides", name="an_attribute")
+    [said] = ranks(1).run("tests.cases.zero_refusals:refused_insides", name="an_attribute")
     assert said.startswith("Unsupported: DeepSpeed 0.19.8: DeepSpeedZeroOptimizer has no an_attribute")
 
 
@@ -307,7 +318,7 @@ def test_all_private_names_stand_in_one_table() -> None:
     seen = set()
     for path in folder.glob("zero[0-9]*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("z", "self._wrapper", "coordinator"):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("z", "self._wrapper"):
                 seen.add(node.attr)
     assert len(seen) > 15
     assert seen <= known | public

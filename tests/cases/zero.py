@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.space.noise import block_seed, fill_normal_
+from elastic_lsopt.space.vector import Vector
 from tests.cases import engines
 from tests.oracles import paper_loops
 from tests.oracles.paper_loops import cross_entropy
@@ -224,6 +224,37 @@ def noise(stage: int, zero: dict[str, Any] | None = None) -> None:
     engines.close(engine)
 
 
+def forward_follows(stage: int, zero: dict[str, Any] | None = None, bf16: bool = False) -> list[float]:
+    """Largest difference of the logits from a plain net's at the gathered weights: displaced, nested, and back.
+
+    Each forward runs without a backward, so that copies which wait for one would be met by the next.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    engine = start(stage, lso.SAM(), zero=zero, bf16=bf16)
+    steps = engines.batches(3, 3, dtype=dtype)
+    for units in steps:
+        engine.train_batch(engines.mine(units))
+    space, plain, apart = engine.space, engines.net(dtype=dtype), []
+
+    def compare() -> None:
+        now = gathered(space, Vector(space, engine.backend.working))
+        with torch.no_grad():
+            for n, p in plain.named_parameters():
+                p.copy_(now[n])
+        x = steps[0][0][0]
+        apart.append(float((engine.backend.forward(x) - plain(x)).abs().max()))
+
+    compare()
+    with space.displaced(space.noise(0), 0.3):
+        compare()
+        with space.displaced(space.noise(1), 0.3):
+            compare()
+        compare()
+    compare()
+    engines.close(engine)
+    return apart
+
+
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -273,96 +304,6 @@ def lease_is_deepspeeds(stage: int, bf16: bool = False, sums: str | None = None)
         same.append(all(t.untyped_storage().data_ptr() in own for t in g.tensors))
     engines.close(engine)
     return all(same)
-
-
-# -- failures --------------------------------------------------------------------------------------------------------
-
-
-class Broken(nn.Module):
-    """A net that raises on request: in its forward, or in the backward of its middle."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.where = net, ""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.net.first(x))
-        if self.where == "forward":
-            raise ValueError("on purpose")
-        h = self.net.second(h)
-        if self.where == "backward" and h.requires_grad:
-            h.register_hook(self._raise)
-        return self.net.last(self.net.norm(torch.tanh(h))) * self.net.tiny
-
-    @staticmethod
-    def _raise(grad: Tensor) -> None:
-        raise ValueError("on purpose")
-
-
-class BreaksDisplaced(lso.SAM):
-    """SAM whose second pass breaks on the ranks that `break_in` names."""
-
-    def gradient(self, space: Any, oracle: Any, state: Any) -> Any:
-        g = oracle.gradient()
-        with space.displaced(g, 0.3):
-            model = oracle.backend.module
-            model.where = model.armed
-            try:
-                return oracle.gradient()
-            finally:
-                model.where = ""
-
-
-def raised(
-    stage: int, where: str, ranks: list[int] | None, bf16: bool = False, zero: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Law 3: the second pass raises on these ranks (None: all); the weights are back, and a common failure goes on."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    [units] = engines.batches(1, 3, dtype=dtype)
-    engine = start(stage, BreaksDisplaced(rho=0.3), model=Broken(engines.net()), bf16=bf16, zero=zero)
-    engine.module.armed = ""
-    engine.train_batch(engines.mine(units))
-    engine.train_batch(engines.mine(units))
-
-    def copies() -> list[Tensor]:
-        whole = engine.backend._flats if stage in (1, 2) else []  # type: ignore[attr-defined]
-        return [t.detach().clone() for t in (*engine.space.weights.tensors, *engine.backend.working, *whole)]
-
-    before, error = copies(), ""
-    engine.module.armed = where if ranks is None or dist.get_rank() in ranks else ""
-    try:
-        engine.train_batch(engines.mine(units))
-    except Exception as raised:
-        error = f"{type(raised).__name__}: {raised}"
-    engine.module.armed = ""
-    own = len(before) - (len(engine.backend.slots) if stage in (1, 2) else 0)
-    now = copies()
-    local = all(torch.equal(a, b) for a, b in zip(before[:own], now[:own], strict=True))
-    refused = not engine.space.settled
-    engine.space.settle()
-    settled = all(torch.equal(a, b) for a, b in zip(before, copies(), strict=True))
-    goes_on = ""
-    try:
-        for _ in range(3):
-            goes_on = f"{engine.train_batch(engines.mine(units)):.4f}"
-    except lso.PeerFailed as stopped:
-        goes_on = type(stopped).__name__
-    if not engine.backend.transport.cut:
-        engines.close(engine)
-    return {"error": error, "local": local, "refused": refused, "settled": settled, "goes_on": goes_on}
-
-
-def non_finite(stage: int) -> dict[str, Any]:
-    """A step whose loss is not finite on one rank is skipped by all, and the next one is as if it had not been."""
-    good, bad = engines.batches(2, 3)
-    bad[-1] = (bad[-1][0] * float("nan"), bad[-1][1])
-    losses = []
-    for batches in ((good, good), (good, bad, good)):
-        engine = start(stage, lso.SAM())
-        losses.append([engine.train_batch(engines.mine(b)) for b in batches][-1])
-        skipped = engine.skipped_steps
-        engines.close(engine)
-    return {"skipped": skipped, "same": losses[0] == losses[1]}
 
 
 # -- the engine ------------------------------------------------------------------------------------------------------
@@ -435,67 +376,3 @@ def same_with_evaluation(stage: int) -> bool:
         runs.append(engines.whole(engine.space))
         engines.close(engine)
     return all(torch.equal(runs[0][n], runs[1][n]) for n in runs[0])
-
-
-# -- refusals --------------------------------------------------------------------------------------------------------
-
-
-def refused(config: dict[str, Any], **keywords: Any) -> str:
-    """What `lso.initialize` says about this JSON: the error's type and its message."""
-    return said(
-        lambda: lso.initialize(
-            model=engines.net(), config=config, base=engines.optimizer("sgd"), loss_fn=cross_entropy, **keywords
-        )
-    )
-
-
-def refused_engine(config: dict[str, Any], optimizer: str = "sgd", **keywords: Any) -> str:
-    """What our backend says about an engine that the user made with DeepSpeed."""
-    import deepspeed
-
-    from elastic_lsopt.backends.zero_start import start_distributed
-
-    world = start_distributed()
-    model = engines.net()
-    whole = {
-        "train_batch_size": world * config.get("gradient_accumulation_steps", 1),
-        "train_micro_batch_size_per_gpu": 1,
-    }
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=engines.optimizer(optimizer)(model.parameters()), config={**whole, **config}
-    )
-    try:
-        return said(lambda: lso.attach(engine, cross_entropy, engines.mine(engines.batches(1, 3)[0])))
-    finally:
-        engine.destroy()
-
-
-def refused_version(version: str) -> str:
-    import deepspeed
-
-    found, deepspeed.__version__ = deepspeed.__version__, version
-    try:
-        return refused({})
-    finally:
-        deepspeed.__version__ = found
-
-
-def refused_insides(name: str) -> str:
-    """A DeepSpeed optimizer without one of the attributes that we use."""
-    from elastic_lsopt.backends import zero
-
-    zero.PRIVATE["DeepSpeedZeroOptimizer"] += (name,)
-    try:
-        return refused({"zero_optimization": {"stage": 2}})
-    finally:
-        zero.PRIVATE["DeepSpeedZeroOptimizer"] = zero.PRIVATE["DeepSpeedZeroOptimizer"][:-1]
-
-
-def said(call: Callable[[], Any]) -> str:
-    try:
-        engine = call()
-    except lso.UserError as error:
-        return f"{type(error).__name__}: {error}"
-    if isinstance(engine, lso.Engine):
-        engines.close(engine)
-    return "accepted"
