@@ -114,6 +114,7 @@ def scheduled(name: str, kind: str, rewrite: bool = False) -> dict[str, Any]:
     if rewrite:
         optimizer = lso.LandscapeOptimizer(make(list(model.named_parameters())), lso.SAM(rho=0.0))
         optimizer.load_state_dict(optimizer.state_dict())
+        assert optimizer.space.layout.numel  # it has read the layout that is about to change
         placeholders(optimizer)
         model = wrapped(kind, model)
         switch(optimizer, model)

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 KINDS = ("ddp", "fsdp2", "fsdp2-kept", "hsdp")
-CASES = [(kind, world) for kind in KINDS for world in (1, 2, 3, 4)]
+CASES = [(k, world, bf16) for k in KINDS for world in (1, 2, 3, 4) for bf16 in (False, True) if k != "ddp" or not bf16]
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind,world", [pytest.param(*c, marks=pytest.mark.fast if c[1] < 3 else ()) for c in CASES])
+@pytest.mark.parametrize(
+    "kind,world,bf16", [pytest.param(*c, marks=pytest.mark.fast if c[1:] == (2, False) else ()) for c in CASES]
+)
 def test_moves(ranks: Any, kind: str, world: int, bf16: bool) -> None:
     """The noise is that of the whole parameter, bit for bit; row-scaled moves are those of a plain loop over rows."""
     for r in ranks(world).run("tests.cases.contract:moves", kind=kind, bf16=bf16):

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 KINDS = ("ddp", "fsdp2", "fsdp2-kept", "hsdp")
-CASES = [(kind, world) for kind in KINDS for world in (1, 2, 3, 4)]
+CASES = [(k, world, bf16) for k in KINDS for world in (1, 2, 3, 4) for bf16 in (False, True) if k != "ddp" or not bf16]
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind,world", [pytest.param(*c, marks=pytest.mark.fast if c[1] < 3 else ()) for c in CASES])
+@pytest.mark.parametrize(
+    "kind,world,bf16", [pytest.param(*c, marks=pytest.mark.fast if c[1:] == (2, False) else ()) for c in CASES]
+)
 def test_reductions(ranks: Any, kind: str, world: int, bf16: bool) -> None:
     """A parameter of one element and one of three rows leave some ranks without a piece at worlds 2 to 4."""
     out = ranks(world).run("tests.cases.contract:geometry", kind=kind, bf16=bf16)
