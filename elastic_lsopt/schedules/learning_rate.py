@@ -1,4 +1,4 @@
-"""The learning rate as a function of committed samples: warm-up, then constant, a line or half a cosine down to zero."""
+"""The learning rate, a function of committed samples: warm-up, then constant, a line or half a cosine down to zero."""
 
 from __future__ import annotations
 
