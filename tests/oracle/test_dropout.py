@@ -20,10 +20,10 @@ CASES = [("ddp", 2), ("ddp", 3), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3), ("fsd
 )
 def test_same_masks(ranks: Any, kind: str, world: int, checkpointing: str) -> None:
     """Against a plain module on one rank without checkpointing: losses and weights of three SAM steps."""
-    [alone] = ranks(1).run("tests.cases.oracle_contract:dropout", kind="plain")
+    [alone] = ranks(1).run("tests.cases.dropout:dropout", kind="plain")
     assert alone["passes agree"]
     assert abs(alone["losses"][0] - alone["without"]) > 1e-5, "there was no dropout"
-    for r in ranks(world).run("tests.cases.oracle_contract:dropout", kind=kind, checkpointing=checkpointing):
+    for r in ranks(world).run("tests.cases.dropout:dropout", kind=kind, checkpointing=checkpointing):
         assert r["passes agree"] and r["random numbers untouched"] and r["loss agrees"] < 1e-12, r
         assert max(abs(a - b) for a, b in zip(r["losses"], alone["losses"], strict=True)) < 1e-12
         assert max(abs(a - b) for a, b in zip(r["weights"], alone["weights"], strict=True)) < 1e-12
@@ -31,5 +31,5 @@ def test_same_masks(ranks: Any, kind: str, world: int, checkpointing: str) -> No
 
 @pytest.mark.fast
 def test_each_step_draws_its_own_masks(ranks: Any) -> None:
-    [alone] = ranks(1).run("tests.cases.oracle_contract:own_masks")
+    [alone] = ranks(1).run("tests.cases.dropout:own_masks")
     assert alone["again"] == 0.0 and alone["next step"] > 1e-3

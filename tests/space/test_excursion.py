@@ -32,7 +32,6 @@ def test_fidelity_of_a_displacement_that_survives(ranks: Any, kind: str, world: 
         assert abs(r["cosine"] - r["plain cosine"]) < 1e-4 and abs(r["ratio"] - r["plain ratio"]) < 1e-4, r
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("kind,world", [("fsdp2", 2), ("fsdp2", 3)])
 def test_fidelity_of_a_displacement_lost_in_bf16(ranks: Any, kind: str, world: int) -> None:
     for r in ranks(world).run("tests.cases.contract:fidelity", kind=kind, bf16=True, length=1e-3):
