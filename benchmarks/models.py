@@ -39,7 +39,7 @@ class Size:
     sequence: int
     samples: int
     bf16: bool = False
-    pairs: int = 9
+    pairs: int = 7
 
 
 TOY = Size(16, 1, 32, 2, 32, 8, 2, pairs=2)

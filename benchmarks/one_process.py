@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytorch_optimizer
 import torch
 
 import elastic_lsopt as lso
-from benchmarks.models import LOSS, SIZES, engine, momentum, units
+from benchmarks.models import LOSS, SIZES, Size, engine, momentum, units
 from benchmarks.timing import ratio_of, rounds
 
 RHO = 0.05
 
 
-def compare(size: str) -> dict[str, object]:
+def compare(size: Size) -> dict[str, object]:
     """Three SAM steps and two plain torch steps a round; every figure is a ratio within the rounds."""
-    ours = engine("plain", SIZES[size], lso.SAM(rho=RHO))
-    model, batch = ours.module, units(SIZES[size], 1)
+    ours = engine("plain", size, lso.SAM(rho=RHO))
+    model, batch = ours.module, units(size, 1)
     plain = momentum(model.parameters())
     wrapped = lso.LandscapeOptimizer(momentum(model.parameters()), lso.SAM(rho=RHO))
     theirs = pytorch_optimizer.SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=1e-3, momentum=0.9)
@@ -38,7 +39,7 @@ def compare(size: str) -> dict[str, object]:
         theirs.step(lambda: loss_of(theirs))
 
     times = rounds(
-        SIZES[size].pairs,
+        size.pairs,
         base=two_base_steps,
         engine=lambda: ours.train_batch(batch),
         landscape_optimizer=lambda: wrapped.step(lambda: loss_of(wrapped)),
@@ -55,4 +56,4 @@ def compare(size: str) -> dict[str, object]:
 def run() -> dict[str, object]:
     """The comparison, in this process."""
     size = "gpu" if torch.cuda.is_available() else "cpu"
-    return {"size": size, **compare(size)}
+    return {"size": size, **compare(replace(SIZES[size], samples=4))}

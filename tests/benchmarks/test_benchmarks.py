@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import imports, one_process, run
+from benchmarks.models import TOY
 from benchmarks.targets import Target, rows
 from benchmarks.timing import ratio_of
 from tests.ranks import Ranks
@@ -24,7 +25,7 @@ def test_steps(ranks: Callable[[int], Ranks], kind: str) -> None:
 
 
 def test_one_process() -> None:
-    figures = one_process.compare("toy")
+    figures = one_process.compare(TOY)
     assert figures["sam_engine_of_pytorch_optimizer"] > 0
     assert figures["sam_landscape_optimizer_of_pytorch_optimizer"] > 0
 
@@ -32,6 +33,7 @@ def test_one_process() -> None:
 def test_memory_counts_the_weights_copy(ranks: Callable[[int], Ranks]) -> None:
     # On DDP each rank keeps one copy of all weights while displaced, and nothing of the toy's size hides it.
     figures = ranks(2).run("benchmarks.memory:measure", kind="ddp", size="toy", bf16=False)[0]
+    assert figures["displaced_ddp_fp32_bytes"] == pytest.approx(figures["ddp_fp32_shard_bytes"], rel=0.01)
     assert figures["sam_ddp_fp32_extra_bytes"] == pytest.approx(figures["ddp_fp32_shard_bytes"], rel=0.05)
 
 
