@@ -1,4 +1,4 @@
-"""Dropout replay, as cases for one engine kind each: the masks of a unit in every pass, on any rank, at any world size."""
+"""Dropout replay, as cases for one engine kind each: the masks of a unit are the same in every pass and world."""
 
 from __future__ import annotations
 
