@@ -1,4 +1,4 @@
-"""What the ZeRO adapters share: the version check, the engine's passes and step.
+"""What the ZeRO adapters share: the version check, the engine's passes and step. `zero_adapter.py` chooses among them.
 
 An adapter a wrapper class that DeepSpeed puts around the base optimizer:
 
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.transport import Transport
-from elastic_lsopt.backends.zero_tested import SUPPORTED, refuse_engine, refuse_untested
 from elastic_lsopt.errors import NonFinite, Unsupported, UserError
 from elastic_lsopt.space.layout import Layout, Parameter, Piece
 from elastic_lsopt.space.vector import Vector
@@ -54,39 +53,6 @@ PRIVATE = {
     ),
     "Parameter": ("ds_shape", "ds_numel", "ds_status", "partition_numel", "all_gather"),
 }  # fmt: skip
-
-
-def zero_backend(engine: Any) -> ZeroBackend:
-    """The adapter for a DeepSpeed engine (collective: a gather of port numbers).
-
-    Raises Unsupported for another version of DeepSpeed, a wrapper class without adapter, and all that is not tested.
-    """
-    from elastic_lsopt.backends.zero0 import Zero0
-    from elastic_lsopt.backends.zero3 import Zero3
-    from elastic_lsopt.backends.zero12 import Bf16Zero1, Zero12
-
-    check_version()
-    if type(engine).__name__ != "DeepSpeedEngine":
-        raise Unsupported(f"a {type(engine).__name__} of DeepSpeed is not tested. Supported: {SUPPORTED}.")
-    refuse_engine(engine)
-    refuse_untested(engine._config._param_dict)
-    kind = type(engine.optimizer).__name__
-    adapters: dict[str, type[ZeroBackend]] = {
-        "FP16_UnfusedOptimizer": Zero0,
-        "DeepSpeedZeroOptimizer": Zero12,
-        "BF16_Optimizer": Bf16Zero1,
-        "DeepSpeedZeroOptimizer_Stage3": Zero3,
-    }
-    check_private(engine, "DeepSpeedEngine")
-    if kind in adapters:
-        check_private(engine.optimizer, kind)
-        if kind.endswith("Stage3"):
-            for p in engine.module.parameters():
-                check_private(p, "Parameter")
-        return adapters[kind](engine)
-    if isinstance(engine.optimizer, torch.optim.Optimizer):
-        return Zero0(engine)
-    raise Unsupported(f"DeepSpeed's {kind} has no adapter. Supported: {SUPPORTED} ({', '.join(adapters)}).")
 
 
 def check_version() -> None:

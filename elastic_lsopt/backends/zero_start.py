@@ -16,7 +16,8 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 from torch import nn
 
-from elastic_lsopt.backends.zero import ZeroBackend, check_version, zero_backend
+from elastic_lsopt.backends.zero import ZeroBackend, check_version
+from elastic_lsopt.backends.zero_adapter import zero_backend
 from elastic_lsopt.backends.zero_tested import refuse_untested
 from elastic_lsopt.errors import Unsupported, UserError
 

@@ -15,6 +15,8 @@ from elastic_lsopt.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a mistake of the user's, 130 after an interrupt."""
     arguments = _parser().parse_args(argv)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a model's import path counts from the working directory, as under `python -m`
     try:
         return _run(arguments)
     except UserError as error:

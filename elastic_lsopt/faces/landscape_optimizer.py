@@ -13,7 +13,7 @@ from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.faces.report import StepReport
 from elastic_lsopt.faces.step import LandscapeStep
-from elastic_lsopt.optimizers.registry import Method
+from elastic_lsopt.optimizers.registry import Method, State
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.closure_oracle import ClosureOracle
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -97,6 +97,24 @@ class LandscapeOptimizer(torch.optim.Optimizer):
     def space(self) -> ParameterSpace:
         """The space of the parameters as they are now placed."""
         return self._current().space
+
+    @property
+    def backend(self) -> Backend:
+        """Where the parameters lie now. (With `space`, `method_state` and `clock`: what `Checkpointer` saves.)"""
+        return self._current().backend
+
+    @property
+    def method_state(self) -> State:
+        return self._current().state
+
+    @property
+    def clock(self) -> SampleClock:
+        return self._current().clock
+
+    @clock.setter
+    def clock(self, clock: SampleClock) -> None:
+        self._current().clock = clock
+        self._keep_clock(clock)
 
     def step(self, closure: Callable[[], Tensor] | Sequence[Callable[[], Tensor]] | None = None) -> float:  # type: ignore[override]
         """One optimizer step; returns the loss at the weights before it (the mean over ranks). `last_step` tells more.
