@@ -67,7 +67,7 @@ class ParameterSpace:
         return Vector(self, self.shards.masters)
 
     def noise(self, step: int, draw: int = 0) -> Noise:
-        """Standard normal noise that depends on (seed, step, draw, parameter, offset) and nothing else; drawn when used."""
+        """Standard normal noise of (seed, step, draw, parameter, offset) and nothing else; drawn when used."""
         return Noise(self, step, draw)
 
     def lend(self, gradient: Sequence[Tensor], norm: float) -> Lease:
@@ -109,7 +109,7 @@ class ParameterSpace:
         return Scales(self._sum(total).sqrt(), "parameter")
 
     def norm_per_row(self, a: Vector) -> Scales:
-        """The global L2 norm of each row of each parameter (a 1-D parameter is one row); one all-reduce of one number a row."""
+        """The global L2 norm of each row (a 1-D parameter is one row); one all-reduce of one number a row."""
         total = torch.zeros(self.layout.rows, dtype=torch.float64, device=self.shards.device)
         for piece, spans, t in zip(self.layout.pieces, self.layout.row_spans, a.tensors, strict=True):
             own = total[self.layout.first_row[piece.parameter] :]
@@ -141,7 +141,7 @@ class ParameterSpace:
     def excursion(self) -> Excursion:
         """Any number of moves inside the block, then back (collective): `with space.excursion() as walk: walk.move(…)`.
 
-        Memory as `displaced`; where the forward's weights are narrower than fp32, one fp32 shard for the exact position.
+        Memory as `displaced`; where the weights are narrower than fp32, one fp32 shard for the exact position.
         """
         return Excursion(self, moves_once=False)
 

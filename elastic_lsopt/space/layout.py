@@ -55,7 +55,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class RowSpan:
-    """Elements [begin, end) of a run that fill `rows` equal stretches of the parameter, the first of them row `first`."""
+    """Elements [begin, end) of a run: `rows` equal stretches of the parameter, the first of them in row `first`."""
 
     begin: int
     end: int
@@ -153,7 +153,7 @@ class Shards(ABC):
 
     @abstractmethod
     def base_state(self, key: str) -> Sequence[Tensor]:
-        """The base optimizer's state `key` (say "momentum_buffer"), one 1-D view a piece; KeyError where there is none."""
+        """The base's state `key` (say "momentum_buffer"), one 1-D view a piece; KeyError where there is none."""
 
     @abstractmethod
     def report_failure(self, error: BaseException) -> None:
