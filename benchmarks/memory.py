@@ -4,7 +4,8 @@ On a CPU the allocator's own record is read (torch's profiler writes down each b
 a GPU its peak counter. Units are short, so that activations do not hide the weights' copies.
 
 FSDP2 and gloo keep the buffers of finished gathers and reductions for a while, how many is chance: up to a few blocks
-in either peak. So the least of some steps counts, and `displaced` measures what a displacement takes by itself.
+in either peak. So the least of some steps counts, and `displaced` measures what a displacement takes by
+itself (on ZeRO-1/2 with gloo's own copy of what it gathers, which the base's step has too).
 """
 
 from __future__ import annotations

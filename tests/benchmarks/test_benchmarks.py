@@ -14,22 +14,24 @@ from benchmarks.targets import Target, rows
 from benchmarks.timing import ratio_of
 from tests.ranks import Ranks
 
-pytestmark = pytest.mark.fast
+fast = pytest.mark.fast
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=fast), pytest.param("fsdp2", marks=fast), "zero2", "zero3"])
 def test_steps(ranks: Callable[[int], Ranks], kind: str) -> None:
     figures = ranks(2).run("benchmarks.steps:compare", kind=kind, size="toy")[0]
     assert figures[f"sam_{kind}_of_two_base_steps"] > 0
     assert figures[f"lpf_sgd_{kind}_of_base_step"] > 0
 
 
+@fast
 def test_one_process() -> None:
     figures = one_process.compare(TOY)
     assert figures["sam_engine_of_pytorch_optimizer"] > 0
     assert figures["sam_landscape_optimizer_of_pytorch_optimizer"] > 0
 
 
+@fast
 def test_memory_counts_the_weights_copy(ranks: Callable[[int], Ranks]) -> None:
     # On DDP each rank keeps one copy of all weights while displaced, and nothing of the toy's size hides it.
     figures = ranks(2).run("benchmarks.memory:measure", kind="ddp", size="toy", bf16=False)[0]
@@ -37,15 +39,18 @@ def test_memory_counts_the_weights_copy(ranks: Callable[[int], Ranks]) -> None:
     assert figures["sam_ddp_fp32_extra_bytes"] == pytest.approx(figures["ddp_fp32_shard_bytes"], rel=0.05)
 
 
+@fast
 def test_imports() -> None:
     assert imports.compare(2, ours="json", base="string")["import_string_s"] > 0
 
 
+@fast
 def test_ratio_is_the_median_of_the_pairs() -> None:
-    ratio = ratio_of([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])
-    assert (ratio.median, ratio.low, ratio.high) == (2.0, 1.5, 2.5)
+    ratio = ratio_of([2.0, 9.0, 4.0], [1.0, 1.0, 4.0])
+    assert (ratio.median, ratio.low, ratio.high) == (2.0, 1.5, 5.5)
 
 
+@fast
 def test_a_target_is_reached_missed_or_within_the_spread() -> None:
     limit = Target("steps", "x", at_most=1.05)
     assert [limit.reached(v, (v - 0.02, v + 0.02)) for v in (1.05, 1.06, 1.08)] == [
@@ -61,6 +66,7 @@ def test_a_target_is_reached_missed_or_within_the_spread() -> None:
     ]
 
 
+@fast
 def test_the_page_shows_the_newest_run_and_says_what_is_unproved(tmp_path: Path) -> None:
     machine = dict.fromkeys(("python", "torch", "deepspeed", "transformers", "pytorch_optimizer"), "1")
     for day, value in (("2026-01-02", 0.1), ("2026-01-01", 0.7)):
@@ -81,6 +87,7 @@ def test_the_page_shows_the_newest_run_and_says_what_is_unproved(tmp_path: Path)
     assert "## steps on a GPU\n\nUnproved" in page
 
 
+@fast
 def test_rows_put_figures_with_a_target_first() -> None:
     figures = {
         "import_torch_s": 1.0,
@@ -94,6 +101,7 @@ def test_rows_put_figures_with_a_target_first() -> None:
     ]
 
 
+@fast
 def test_an_unknown_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["stpes"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
