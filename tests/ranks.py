@@ -41,7 +41,8 @@ def rank_environment(**more: str) -> dict[str, str]:
         if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     }
     return {
-        **env, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false",
+        **env, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT),
+        "TOKENIZERS_PARALLELISM": "false",
         "PYTHONFAULTHANDLER": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR", **more,
     }  # fmt: skip
 
@@ -91,7 +92,7 @@ class Ranks:
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         stderr=out,
-                    )  # fmt: skip
+                    )
                 )
 
     def _collect(self, answers: dict[int, Any], end: float) -> None:

@@ -97,7 +97,8 @@ class Backend(Passes):
 
     def full_parameter(self, parameter: Tensor) -> Tensor:
         """A module's parameter that is not trained, whole on this rank (collective where it is sharded)."""
-        return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        whole = getattr(parameter, "full_tensor", None)
+        return whole() if whole is not None else parameter
 
     # -- failures ----------------------------------------------------------------------------------------------
 

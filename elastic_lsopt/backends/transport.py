@@ -116,7 +116,7 @@ class Transport:
         assert self._group is not None
         own = own.detach().cpu().contiguous()
         out = [torch.empty_like(own) for _ in range(self.world)]
-        self._group.allgather([out], [own]).wait()
+        self._group.allgather([out], [own]).wait()  # type: ignore[attr-defined]
         return out
 
 

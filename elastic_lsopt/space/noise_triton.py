@@ -50,7 +50,7 @@ def normal_(
 
 
 @triton.jit(do_not_specialize=["key"])
-def _normal(  # noqa: PLR0917
+def _normal(
     out,
     scale,
     key: tl.uint64,
@@ -101,7 +101,7 @@ def _cos_sin(b):
 
 
 @triton.jit
-def _update(out, z, shift, start, row, scale, first, count, row_length, PER_ROW: tl.constexpr):  # noqa: PLR0917
+def _update(out, z, shift, start, row, scale, first, count, row_length, PER_ROW: tl.constexpr):
     """Write one lane: elements start + shift + j of the parameter, where the piece holds them."""
     j = shift + tl.arange(0, z.shape[0])
     here = start - first + j

@@ -25,7 +25,7 @@ FEATURES, CLASSES = 7, 3
 
 
 class Net(nn.Module):
-    """13 and 11 rows divide over no world size; `extra` turns on what is asked: tied, frozen, unused parameters, dropout."""
+    """13 and 11 rows divide over no world size; `extra`: tied, frozen, unused parameters, dropout."""
 
     def __init__(self, extra: Sequence[str] = ()) -> None:
         super().__init__()
@@ -101,8 +101,10 @@ def build(
     make = optimizer(base) if isinstance(base, str) else base
     if kind.startswith("zero"):
         config = {
-            "zero_optimization": {"stage": int(kind[4]), **(zero or {})}, "gradient_clipping": clip, "bf16": {"enabled": bf16},
-        }  # fmt: skip
+            "zero_optimization": {"stage": int(kind[4]), **(zero or {})},
+            "gradient_clipping": clip,
+            "bf16": {"enabled": bf16},
+        }
         return lso.initialize(
             model=model, config=config, method=method, base=make, loss_fn=loss_fn, total_samples=total_samples
         )

@@ -18,7 +18,8 @@ STEPS = 6
 
 def reference(
     kind: str, method: str, *, dtype: str = "fp32", units: int = 3, last: int | None = None, clip: float = 0.0,
-    extra: list[str] | None = None, base: str = "momentum", more: dict[str, Any] | None = None, zero: dict[str, Any] | None = None,
+    extra: list[str] | None = None, base: str = "momentum", more: dict[str, Any] | None = None,
+    zero: dict[str, Any] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Law 1: max |dw| and the largest difference of a loss, after 6 steps, from the paper's loop on one process."""
     hyper = {**engines.HYPERPARAMETERS[method], **(more or {})}
@@ -58,7 +59,7 @@ def rest(kind: str, method: str, rest_point: dict[str, Any], units: int = 3) -> 
 
 
 def returned(kind: str, dtype: str = "fp32", zero: dict[str, Any] | None = None, bf16: bool = False) -> dict[str, Any]:
-    """Law 3: after displacements, nested ones and excursions, masters, working copies and the forward are bit-identical."""
+    """Law 3: after displacements, nested ones and excursions, masters, working copies and forward are as before."""
     engine = engines.build(kind, engines.net(dtype=DTYPES[dtype]), lso.SAM(), zero=zero, bf16=bf16)
     space = engine.space
     [units] = engines.batches(1, 3, dtype=torch.bfloat16 if bf16 and kind.startswith("zero") else DTYPES[dtype])

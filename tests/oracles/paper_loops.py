@@ -147,7 +147,7 @@ def run(
     *,
     clip: float = 0.0,
 ) -> list[float]:
-    """The paper's loop over all steps on `model` itself; the losses. `optimizer` leaves parameters without gradient alone."""
+    """The paper's loop over all steps on `model` itself; the losses. Parameters without gradient are left alone."""
     losses, seen = [], 0
     total = sum(len(x) for units in steps for x, _ in units)
     for step, units in enumerate(steps):
