@@ -79,7 +79,9 @@ def test_the_memory_is_that_of_the_model(capsys):
     )
     layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
     whole = sum(p.numel() for p in model.parameters())
-    out = run(capsys, QUICKSTART, "model.intermediate_size=512", "model.tie_word_embeddings=false", "workers=3")
+    shape = ("hidden_size=192", "intermediate_size=512", "num_hidden_layers=4", "num_attention_heads=6")
+    overrides = [f"model.{key}" for key in (*shape, "tie_word_embeddings=false")]
+    out = run(capsys, QUICKSTART, *overrides, "workers=3")
     assert f"{whole:,} trainable parameters" in out
     table = rows(out, "Memory a rank, in MiB")
     per_world = {
