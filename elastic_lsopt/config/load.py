@@ -20,13 +20,20 @@ import yaml
 from pydantic import ValidationError
 
 from elastic_lsopt.config.deepspeed_json import check_job, read_deepspeed_json
-from elastic_lsopt.config.schema import allowed, json_schema
+from elastic_lsopt.config.elastic import ElasticConfig
+from elastic_lsopt.config.schema import allowed, setting
 from elastic_lsopt.config.settings import BUILTIN_DATASETS, REFUSED, SettingError, TrainConfig
 from elastic_lsopt.config.spelling import did_you_mean
 from elastic_lsopt.errors import UserError
 
 KEYS = tuple(f.name for f in fields(TrainConfig))
-PATH_KEYS = ("model_name_or_path", "tokenizer_name_or_path", "dataset", "deepspeed", "resume_from_checkpoint")
+BLOCKS = {"elastic": tuple(f.name for f in fields(ElasticConfig))}
+"""Keys that hold settings of their own, and which."""
+PATH_KEYS = (
+    "model_name_or_path", "tokenizer_name_or_path", "dataset", "deepspeed", "resume_from_checkpoint",
+    "elastic.secret_file",
+)  # fmt: skip
+HOME_KEYS = (*PATH_KEYS, "output_dir", "elastic.preemption_notice_file")
 NOT_PATHS = (*BUILTIN_DATASETS, "auto", "none")
 
 
@@ -100,6 +107,12 @@ class ConfigFile:
             for key in self.values:
                 if key not in KEYS and key not in REFUSED:
                     raise SettingError(str(key), f"unknown key {str(key)!r}{did_you_mean(str(key), KEYS)}")
+            for block, known in BLOCKS.items():
+                given = self.values.get(block)
+                for key in given if isinstance(given, dict) else ():
+                    if key not in known:
+                        dotted = f"{block}.{key}"
+                        raise SettingError(dotted, f"unknown key {dotted!r}{did_you_mean(str(key), known)}")
             try:
                 config = TrainConfig(**{key: self._resolved(key, value) for key, value in self.values.items()})
             except ValidationError as error:
@@ -109,7 +122,9 @@ class ConfigFile:
         return config
 
     def _resolved(self, key: str, value: Any) -> Any:
-        if key not in (*PATH_KEYS, "output_dir") or not isinstance(value, str) or value in NOT_PATHS:
+        if key in BLOCKS and isinstance(value, dict):
+            return {name: self._resolved(f"{key}.{name}", inner) for name, inner in value.items()}
+        if key not in HOME_KEYS or not isinstance(value, str) or value in NOT_PATHS:
             return value
         here = Path(value).expanduser() if value.startswith("~") else Path(value)
         beside = self.path.parent / here
@@ -189,10 +204,14 @@ def _setting_error(error: ValidationError, values: dict[str, Any]) -> SettingErr
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, SettingError):
         return cause
-    key = str(first["loc"][0])
+    names = [str(name) for name in first["loc"]]
+    key = ".".join(names[:2] if names[0] in BLOCKS and isinstance(values.get(names[0]), dict) else names[:1])
     if first["type"] == "missing":
-        return SettingError(key, f"{key} is missing: {json_schema()['properties'][key]['description']}")
-    return SettingError(key, f"{key}={_short(values[key])} must be {allowed(key)}.")
+        return SettingError(key, f"{key} is missing: {setting(key)['description']}")
+    value: Any = values
+    for name in key.split("."):
+        value = value[name]
+    return SettingError(key, f"{key}={_short(value)} must be {allowed(key)}.")
 
 
 def _short(value: Any) -> str:

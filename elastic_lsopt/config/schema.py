@@ -14,6 +14,8 @@ from pydantic import TypeAdapter
 
 from elastic_lsopt.config.settings import TrainConfig
 
+# Texts of a form, as one would write them.
+FORMS = {r"^[^:/\s]+:\d{1,5}$": "host:port", r"^etcd://[^:/\s]+:\d{1,5}$": "etcd://host:port"}
 SHIPPED = Path(__file__).with_name("schema.json")
 
 
@@ -30,11 +32,28 @@ def schema_text() -> str:
 
 
 def allowed(key: str) -> str:
-    """What a value of this key may be, in words: `a number >= 0 and < 1`, `one of adamw, adam, sgd`."""
-    return _words(json_schema()["properties"][key])
+    """What a value of this (dotted) key may be, in words: `a number >= 0 and < 1`, `one of adamw, adam, sgd`."""
+    return _words(setting(key))
+
+
+def setting(key: str) -> dict[str, Any]:
+    """The schema of one dotted key, such as `elastic.min_nodes`. Raises KeyError where there is none."""
+    schema = json_schema()
+    for name in key.split("."):
+        choices = [schema, *schema.get("anyOf", [])]
+        schema = next(s for s in map(_resolved, choices) if "properties" in s)["properties"][name]
+    return schema
+
+
+def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
+    reference = schema.get("$ref")
+    return json_schema()["$defs"][reference.rpartition("/")[2]] if reference else schema
 
 
 def _words(schema: dict[str, Any]) -> str:
+    schema = _resolved(schema)
+    if "pattern" in schema:
+        return FORMS[schema["pattern"]]
     if "anyOf" in schema:
         return " or ".join(_words(choice) for choice in schema["anyOf"])
     if "enum" in schema:

@@ -13,17 +13,13 @@ from collections.abc import Iterator
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
-from elastic_lsopt.errors import UserError
+from elastic_lsopt.config.elastic import ElasticConfig, Rule
+from elastic_lsopt.config.ranges import SETTINGS, BelowOne, Count, Name, NotNegative, Positive, SettingError
 
-Count = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(min_length=1)]
 LANDSCAPE_SCHEMA: dict[str, Any] = {"required": ["method"], "properties": {"method": {"type": "string"}}}
 
 # Data that comes with Python or with scikit-learn: names, never paths.
@@ -31,7 +27,6 @@ BUILTIN_DATASETS = ("python-stdlib", "digits")
 
 # Keys that a reader of other trainers' files may expect, and why they are refused.
 REFUSED = {
-    "elastic": "elastic jobs are not supported yet, they come in a later release; remove the block",
     "probes": "probes in a job are not supported yet, they come in a later release; remove the block",
     "fp16": "loss scaling is refused: use bf16: true",
     "gradient_accumulation_steps": "accumulation follows from global_batch_size, "
@@ -41,15 +36,7 @@ REFUSED = {
 }
 
 
-class SettingError(UserError):
-    """A value that cannot stand; `key` is the dotted YAML key, by which a reader finds the line."""
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(message)
-        self.key = key
-
-
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True))
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class TrainConfig:
     """One training job.
 
@@ -102,9 +89,9 @@ class TrainConfig:
     per_device_train_batch_size: Count = 8
     """Samples in a unit of work (one forward); the only batch size that a device feels."""
     global_batch_size: Count = 32
-    """Samples in an optimizer step, over all ranks; the same at every world size."""
+    """Samples in an optimizer step, over all ranks; the same at every world size (but see elastic.policy)."""
     max_steps: Count | None = None
-    """Optimizer steps of the job; exactly one of max_steps and num_train_epochs."""
+    """Optimizer steps of the job, at global_batch_size; exactly one of max_steps and num_train_epochs."""
     num_train_epochs: Positive | None = None
     """Passes over the training samples, may be a fraction; exactly one of max_steps and num_train_epochs."""
 
@@ -135,6 +122,8 @@ class TrainConfig:
     """The landscape method (none, sam, asam, lpf_sgd or a registered name) and its own fields."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of weights, sample order, dropout and noise; the world size has no part in any of them."""
+    elastic: ElasticConfig | None = None
+    """Nodes that come and go in mid-training; null: a job of fixed size."""
 
     # Evaluation, checkpoints, reports.
     eval_steps: Count | None = None
@@ -170,6 +159,11 @@ def landscape_fields(config: TrainConfig) -> tuple[str, dict[str, Any]]:
     """The name of the landscape method, and the fields that its dataclass takes."""
     own = dict(config.landscape)
     return own.pop("method"), own
+
+
+def lr_rule(config: TrainConfig, elastic: ElasticConfig) -> Rule:
+    """The rule by which the rate follows the batch: the one that is named, else that of the optimizer's paper."""
+    return elastic.lr_rule or ("linear" if config.optim == "sgd" else "sqrt")
 
 
 def _conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
@@ -220,6 +214,41 @@ def _conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
                 yield key, f"{key} is for optim adam and adamw, but optim=sgd; remove the key."
     if not isinstance(c.landscape.get("method"), str):
         yield "landscape", "landscape needs `method`, a name such as none, sam, asam or lpf_sgd."
+    if c.elastic is not None:
+        yield from _elastic_conflicts(c, c.elastic)
+
+
+def _elastic_conflicts(c: TrainConfig, e: ElasticConfig) -> Iterator[tuple[str, str]]:
+    unit, batch = c.per_device_train_batch_size, c.global_batch_size
+    if e.policy == "keep_batch":
+        return
+    if lr_rule(c, e) == "adascale" and c.optim != "sgd":
+        yield (
+            "elastic.lr_rule",
+            f"lr_rule=adascale is for optim sgd, whose step is the gradient that it measures, but optim={c.optim}; "
+            "use sqrt.",
+        )
+    assert e.reference_workers is not None
+    if batch % (unit * e.reference_workers):
+        yield (
+            "elastic.reference_workers",
+            f"global_batch_size={batch} must be a multiple of per_device_train_batch_size={unit} x reference_workers="
+            f"{e.reference_workers}: under scale_batch the units a worker stay.",
+        )
+    low, high = e.min_global_batch_size or 1, e.max_global_batch_size
+    if high is not None and high // unit * unit < low:
+        yield (
+            "elastic.max_global_batch_size",
+            f"no whole number of units of per_device_train_batch_size={unit} lies between min_global_batch_size={low} "
+            f"and max_global_batch_size={high}; widen the bounds or lower the unit.",
+        )
+    for name, value in (("global_batch_size", batch), ("learning_rate", c.learning_rate)):
+        low, high = getattr(e, f"min_{name}") or 0, getattr(e, f"max_{name}")
+        if value < low or (high is not None and value > high):
+            yield (
+                f"elastic.m{'in' if value < low else 'ax'}_{name}",
+                f"{name}={value:g} lies outside elastic.min_{name} and max_{name}; the bounds must hold the job's own.",
+            )
 
 
 def _model_conflicts(model: dict[str, Any], task: str) -> Iterator[tuple[str, str]]:

@@ -91,10 +91,34 @@ def test_a_missing_key_is_named_with_its_meaning(write):
     assert refusal(path).startswith(f"{path}: dataset is missing: A text or jsonl file")
 
 
-@pytest.mark.parametrize("key", ["elastic", "probes", "fp16", "gradient_accumulation_steps"])
+@pytest.mark.parametrize("key", ["probes", "fp16", "gradient_accumulation_steps"])
 def test_a_refused_key_names_its_line(write, key):
     path = write(f"{LEAST}{key}: {{a: 1}}\n")
     assert refusal(path).startswith(f"{path}:7: {key}: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("min_node: 3", "unknown key 'elastic.min_node'; did you mean 'min_nodes'?"),
+        ("min_nodes: 0", "elastic.min_nodes=0 must be an integer >= 1."),
+        ("min_nodes: 65", "min_nodes=65 is above max_nodes=64; raise max_nodes or lower it."),
+        ("endpoint: here", "elastic.endpoint='here' must be host:port or null."),
+        ("lr_rule: cubic", "elastic.lr_rule='cubic' must be one of linear, sqrt, adascale, none or null."),
+    ],
+)
+def test_a_mistake_inside_a_block_names_its_own_line(write, line, says):
+    path = write(f"{LEAST}elastic:\n  max_nodes: 64\n  {line}\n")
+    assert refusal(path) == f"{path}:9: {says}"
+
+
+def test_a_block_that_is_none_and_its_file_beside_the_yaml(write):
+    path = write(f"{LEAST}elastic: 3\n")
+    assert refusal(path) == f"{path}:7: elastic=3 must be a mapping or null."
+    path = write(f"{LEAST}elastic: {{secret_file: secret}}\n")
+    write("x", "secret")
+    assert load_config(path).elastic.secret_file == str(path.parent / "secret")
+    assert load_config(path, ["elastic.copies=2"]).elastic.copies == 2
 
 
 @pytest.mark.parametrize(
@@ -213,16 +237,17 @@ plain = st.recursive(
 
 
 @settings(deadline=None, max_examples=40)  # no deadline: other processes share the cores
-@example(rate=1e-5, own={"1e5": "0E0", "\x85": "null"}, reports=())  # a text that looks like a number
+@example(rate=1e-5, own={"1e5": "0E0", "\x85": "null"}, reports=(), elastic=None)  # a text that looks like a number
 @given(
     rate=st.floats(min_value=0, allow_nan=False, allow_infinity=False),
     own=st.dictionaries(st.text(max_size=6), plain, max_size=3),
     reports=st.sampled_from([(), ("tensorboard",)]),
+    elastic=st.sampled_from([None, {}, {"min_nodes": 2, "endpoint": "a:1", "lease_s": 1, "hang_timeout_s": 1.5}]),
 )
-def test_what_is_dumped_loads_back_equal(tmp_path_factory, rate, own, reports):
+def test_what_is_dumped_loads_back_equal(tmp_path_factory, rate, own, reports, elastic):
     config = TrainConfig(
         dataset="python-stdlib", output_dir="runs/ä", model={"model_type": "llama"}, num_train_epochs=0.5,
-        learning_rate=rate, landscape={**own, "method": "sam"}, report_to=reports,
+        learning_rate=rate, landscape={**own, "method": "sam"}, report_to=reports, elastic=elastic,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")

@@ -32,6 +32,7 @@ def test_the_shipped_files_fit_the_schema_and_load(path):
 @pytest.mark.parametrize(
     "wrong",
     [{"learning_rte": 1}, {"learning_rate": -1}, {"optim": "lion"}, {"max_steps": 0}, {"landscape": {"rho": 1}},
+     {"elastic": {"min_nodes": 0}}, {"elastic": {"max_node": 4}}, {"elastic": {"witness": "a:1"}},
      {"bf16": 1}, {"fsdp_reshard_after_forward": 0}, {"report_to": ["wandb"]}, {"fp16": True}],
 )  # fmt: skip
 def test_the_schema_refuses_what_we_refuse(wrong):
@@ -52,6 +53,10 @@ def test_the_schema_refuses_what_we_refuse(wrong):
         ("optim", "one of adamw, adam, sgd"),
         ("report_to", "a list of 'tensorboard'"),
         ("deepspeed", "a non-empty string or a mapping or null"),
+        ("elastic", "a mapping or null"),
+        ("elastic.min_nodes", "an integer >= 1"),
+        ("elastic.endpoint", "host:port or null"),
+        ("elastic.lr_rule", "one of linear, sqrt, adascale, none or null"),
     ],
 )
 def test_the_range_in_words(key, words):

@@ -5,8 +5,9 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 from pydantic import ValidationError
 
-from elastic_lsopt.config.schema import json_schema
-from elastic_lsopt.config.settings import REFUSED, TrainConfig, landscape_fields
+from elastic_lsopt.config.elastic import ElasticConfig
+from elastic_lsopt.config.schema import json_schema, setting
+from elastic_lsopt.config.settings import REFUSED, TrainConfig, landscape_fields, lr_rule
 
 pytestmark = pytest.mark.fast
 
@@ -47,6 +48,7 @@ KEYS = [
     "momentum",
     "landscape",
     "seed",
+    "elastic",
     "eval_steps",
     "eval_batches",
     "save_steps",
@@ -57,13 +59,25 @@ KEYS = [
 ]
 
 
+ELASTIC_KEYS = [
+    "min_nodes", "max_nodes", "policy", "reference_workers", "lr_rule", "ramp_samples", "min_global_batch_size",
+    "max_global_batch_size", "min_learning_rate", "max_learning_rate", "max_accumulation", "mirror_every", "copies",
+    "lease_s", "hang_timeout_s", "join_debounce_s", "drain_timeout_s", "join_timeout_s", "endpoint", "address",
+    "secret_file", "witness", "preemption_notice_file", "respawn", "max_respawns",
+]  # fmt: skip
+SCALING = {"policy": "scale_batch", "reference_workers": 2}
+
+
 def test_the_keys_are_the_frozen_public_surface():
     assert [f.name for f in fields(TrainConfig)] == KEYS
+    assert [f.name for f in fields(ElasticConfig)] == ELASTIC_KEYS
 
 
 def test_every_key_says_what_it_is():
     for key, schema in json_schema()["properties"].items():
         assert len(schema["description"]) > 20, key
+    for key in ELASTIC_KEYS:
+        assert len(setting(f"elastic.{key}")["description"]) > 20, key
 
 
 def test_settings_are_frozen():
@@ -102,6 +116,18 @@ def test_keys_of_other_trainers_are_refused_by_name(key):
         ({"optim": "sgd", "adam_beta2": 0.9}, "adam_beta2 is for optim adam"),
         ({"landscape": {"rho": 0.1}}, "needs `method`"),
         ({"landscape": {"method": 3}}, "needs `method`"),
+        ({"elastic": {"min_nodes": 9, "max_nodes": 8}}, "min_nodes=9 is above max_nodes=8"),
+        ({"elastic": {"policy": "scale_batch"}}, "policy=scale_batch needs reference_workers"),
+        ({"elastic": {"lr_rule": "sqrt"}}, "lr_rule is for policy scale_batch"),
+        ({"elastic": {"ramp_samples": 9}}, "ramp_samples is for policy scale_batch"),
+        ({"elastic": {"hang_timeout_s": 1.0}}, "hang_timeout_s=1 must be above lease_s=2"),
+        ({"elastic": {"max_nodes": 1, "witness": "etcd://a:1"}}, "witness breaks ties"),
+        ({"elastic": {**SCALING, "reference_workers": 3}}, "global_batch_size=32 must be a multiple of .*=8 x .*=3"),
+        ({"elastic": {**SCALING, "lr_rule": "adascale"}}, "adascale is for optim sgd"),
+        ({"elastic": {**SCALING, "min_global_batch_size": 9, "max_global_batch_size": 8}}, "9 is above .*=8"),
+        ({"elastic": {**SCALING, "min_global_batch_size": 25, "max_global_batch_size": 31}}, "no whole number of"),
+        ({"elastic": {**SCALING, "max_global_batch_size": 24}}, "global_batch_size=32 lies outside"),
+        ({"elastic": {**SCALING, "min_learning_rate": 1e-3}}, "learning_rate=5e-05 lies outside"),
     ],
 )
 def test_values_that_contradict_each_other(changes, says):
@@ -118,6 +144,9 @@ def test_values_that_contradict_each_other(changes, says):
         {"save_steps": 0}, {"save_total_limit": 0}, {"block_size": 1}, {"seed": -1}, {"bf16": 1}, {"bf16": "yes"},
         {"backend": "ddp"}, {"optim": "lion"}, {"report_to": ["wandb"]}, {"report_to": "tensorboard"},
         {"output_dir": ""}, {"landscape": "sam"}, {"fsdp_reshard_after_forward": 0},
+        {"elastic": True}, {"elastic": {"min_nodes": 0}}, {"elastic": {"min_nodes": "2"}}, {"elastic": {"lease_s": 0}},
+        {"elastic": {"respawn": 1}}, {"elastic": {"endpoint": "here"}}, {"elastic": {"witness": "a:1"}},
+        {"elastic": {"min_node": 1}}, {"elastic": {"copies": 0}},
     ],
 )  # fmt: skip
 def test_values_out_of_range(wrong):
@@ -135,3 +164,13 @@ def test_the_method_and_its_own_fields():
     assert landscape_fields(config) == ("sam", {"rho": 0.1})
     assert config.landscape == {"method": "sam", "rho": 0.1}
     assert landscape_fields(TrainConfig(**LEAST)) == ("none", {})
+
+
+def test_the_rule_is_that_of_the_optimizers_paper_unless_named():
+    def rule(optim, **named):
+        config = TrainConfig(**LEAST, optim=optim, elastic={**SCALING, **named})
+        assert config.elastic is not None
+        return lr_rule(config, config.elastic)
+
+    assert [rule(optim) for optim in ("sgd", "adam", "adamw")] == ["linear", "sqrt", "sqrt"]
+    assert (rule("sgd", lr_rule="sqrt"), rule("adamw", lr_rule="linear")) == ("sqrt", "linear")
