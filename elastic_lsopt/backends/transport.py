@@ -30,7 +30,7 @@ LISTENING, ESTABLISHED = "0A", "01"
 
 
 class Transport:
-    """The way in which this job's ranks talk (collective to make: one small gather of port numbers).
+    """The way in which this job's ranks talk (collective to make: two small gathers of numbers).
 
     Without a process group of several ranks it has nothing to do.
     """
@@ -38,20 +38,23 @@ class Transport:
     _made = 0
 
     def __init__(self) -> None:
-        Transport._made += 1
         self.cut = False
-        self._prefix = f"elastic_lsopt/{Transport._made}"
         self._failures = 0
         self._reported: BaseException | None = None
         self._group: dist.ProcessGroupGloo | None = None
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._ports: set[int] = set()
+        Transport._made += 1
         if self.world > 1:
             mine = sorted({local for _, local, _, state in _sockets() if state == LISTENING})
-            everyones: list[list[int] | None] = [None] * self.world
-            dist.all_gather_object(everyones, mine)
-            self._ports = {port for ports in everyones if ports for port in ports}
+            heads = _gather([Transport._made, len(mine)])
+            # a newcomer has made fewer than a survivor: all go on from the largest number
+            Transport._made = max(made for made, _ in heads)
+            longest = max(ports for _, ports in heads)
+            everyones = _gather([*mine, *[0] * (longest - len(mine))])
+            self._ports = {port for ports in everyones for port in ports if port}
+        self._prefix = f"elastic_lsopt/{Transport._made}"
 
     @property
     def settle_group(self) -> dist.ProcessGroupGloo | None:
@@ -84,7 +87,15 @@ class Transport:
         except (RuntimeError, OSError):  # the store's host has died: nobody can be asked
             verdict = b"cut"
         if verdict == b"cut":
-            self.cut = True
+            self.sever()
+
+    def sever(self) -> None:
+        """Shut down this rank's gloo sockets, from any thread: its own and its peers' collectives raise at once.
+
+        See [Note: cutting the transport].
+        """
+        self.cut = True
+        if self.world > 1:
             _shut_down(self._ports)
 
     def first_failure(self) -> str | None:
@@ -118,6 +129,15 @@ class Transport:
         out = [torch.empty_like(own) for _ in range(self.world)]
         self._group.allgather([out], [own]).wait()  # type: ignore[attr-defined]
         return out
+
+
+def _gather(own: list[int]) -> list[list[int]]:
+    """Every rank's numbers (equally many)."""
+    on_cpu = "cpu:" in dist.get_backend_config()
+    mine = torch.tensor(own, dtype=torch.int64, device="cpu" if on_cpu else torch.cuda.current_device())
+    out = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(out, mine)
+    return [numbers.tolist() for numbers in out]
 
 
 def _sockets() -> list[tuple[int, int, int, str]]:
