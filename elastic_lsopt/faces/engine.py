@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class Engine:
         self.loss = as_loss(loss_fn, backend.module)
         self._landscape = LandscapeStep(backend, method, seed, SampleClock(total_samples=total_samples))
         self._stop_requested = False
+        self.signals: Callable[[], Sequence[float]] | None = None
+        """Numbers of the elastic runtime that ride on each pass's all-reduce, as many on every rank."""
         self._inside = False
         self.last_step: StepReport | None = None
         backend.module.register_forward_pre_hook(self._refuse_stale_forward, prepend=True)
@@ -90,8 +92,9 @@ class Engine:
     def oracle(self, microbatches: Sequence[Any]) -> UnitsOracle:
         """The loss on these micro-batches of all ranks, as something one can ask."""
         return UnitsOracle(
-            self.space, self.backend, self.loss, microbatches, self.clock, stop_requested=lambda: self._stop_requested
-        )
+            self.space, self.backend, self.loss, microbatches, self.clock,
+            stop_requested=lambda: self._stop_requested, signals=self.signals,
+        )  # fmt: skip
 
     def train_batch(self, microbatches: Sequence[Any]) -> float:
         """One optimizer step on this rank's micro-batches; returns the mean loss of the global batch before it.

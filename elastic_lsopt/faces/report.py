@@ -26,6 +26,8 @@ class StepReport:
     """A loss or gradient was not finite in some pass, so no rank changed anything but its clock."""
     stop: bool = False
     """Some rank asked to stop; all ranks see it after the same step."""
+    signals: tuple[float, ...] = ()
+    """Sums over all ranks of what the elastic runtime gave to the step's last pass."""
     fidelity: Fidelity | None = None
     """Requested against realised displacement, where it was measured."""
 

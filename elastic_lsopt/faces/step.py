@@ -75,7 +75,13 @@ class LandscapeStep:
         finally:
             space.measure_fidelity = asked
         return StepReport(
-            oracle.losses[0], oracle.passes, norm, False, oracle.stop, self._faithful(space.last_fidelity)
+            oracle.losses[0],
+            oracle.passes,
+            norm,
+            False,
+            oracle.stop,
+            oracle.signals,
+            self._faithful(space.last_fidelity),
         )
 
     def _skip(self, oracle: Oracle, error: NonFinite) -> StepReport:
@@ -85,7 +91,7 @@ class LandscapeStep:
         self.skipped_steps += 1
         log.warning("skipped a step on all ranks (%d so far): %s", self.skipped_steps, error)
         loss = oracle.losses[0] if oracle.losses else math.nan
-        return StepReport(loss, oracle.passes, math.nan, True, oracle.stop)
+        return StepReport(loss, oracle.passes, math.nan, True, oracle.stop, oracle.signals)
 
     def _faithful(self, fidelity: Fidelity | None) -> Fidelity | None:
         if fidelity is not None and fidelity.cosine < FAITHFUL and not self._warned:

@@ -6,7 +6,7 @@
     total.gradient
 
 Every pass ends in one all-reduce of four numbers, (loss, sum of squares of the gradient, non-finite losses, stop
-requests), on which all ranks decide alike.
+requests), and of the runtime's `signals`, on which all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Part:
 class Oracle(ABC):
     """The global batch of one step as a function of the weights. All methods are collective.
 
-    `losses` holds the mean loss of each pass so far, `passes` their number.
+    `losses` holds the mean loss of each pass so far, `passes` their number, `signals` the sums over all ranks of the
+    numbers that the runtime gave at the last pass (as many on every rank).
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class Oracle(ABC):
         clock: SampleClock,
         *,
         stop_requested: Callable[[], bool] | None = None,
+        signals: Callable[[], Sequence[float]] | None = None,
     ) -> None:
         self.space, self.backend, self.clock = space, backend, clock
         self.losses: list[float] = []
         self.stop = False
-        self._stop_requested = stop_requested
+        self.signals: tuple[float, ...] = ()
+        self._stop_requested, self._signals = stop_requested, signals
         self._running: Pass | None = None
 
     @property
@@ -150,12 +153,13 @@ class Oracle(ABC):
         square = local_square(gradients).item() / self.backend.replicas
         asked = self._stop_requested is not None and self._stop_requested()
         values = torch.tensor(
-            [total.local_loss, square, total.nonfinite, asked],
+            [total.local_loss, square, total.nonfinite, asked, *(self._signals() if self._signals is not None else ())],
             dtype=torch.float64, device=self.backend.device,
         )  # fmt: skip
-        loss, square, nonfinite, stop = self.backend.sum_world_(values).tolist()
+        loss, square, nonfinite, stop, *signals = self.backend.sum_world_(values).tolist()
         self.losses.append(loss)
         self.stop = self.stop or stop > 0
+        self.signals = tuple(signals)
         if nonfinite or not math.isfinite(loss) or not math.isfinite(square):
             raise NonFinite(
                 f"step {self.step}, pass {self.passes}: loss {loss}, gradient norm {math.sqrt(abs(square))}"

@@ -45,8 +45,9 @@ class UnitsOracle(Oracle):
         clock: SampleClock,
         *,
         stop_requested: Callable[[], bool] | None = None,
+        signals: Callable[[], Sequence[float]] | None = None,
     ) -> None:
-        super().__init__(space, backend, clock, stop_requested=stop_requested)
+        super().__init__(space, backend, clock, stop_requested=stop_requested, signals=signals)
         if backend.module is not None:
             refuse_coupled_samples(backend.module)
         self._loss = loss
