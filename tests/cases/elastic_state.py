@@ -32,7 +32,7 @@ def reforming() -> Iterator[Any]:
         _formed["groups"] += 1
         if me not in members:
             return False
-        place = dist.PrefixStore(f"formed/{_formed["groups"]}", store)
+        place = dist.PrefixStore(f"formed/{_formed['groups']}", store)
         form_group("gloo", place, list(members).index(me), len(members), timedelta(seconds=30))
         return True
 
