@@ -18,9 +18,18 @@ from elastic_lsopt.backends.zero import ZeroBackend
 
 
 def end_engine(backend: Backend) -> None:
-    """Take DeepSpeed's hooks out of its engine. No communication."""
+    """Take DeepSpeed's hooks out of its engine, and its shards out of the parameters. No communication.
+
+    ZeRO-3's parameters refer to their engine through nodes of autograd, which Python's collector cannot see: left as
+    they are, masters, shards and gathered weights would stay in memory for good.
+    """
     if isinstance(backend, ZeroBackend):
         backend.engine.destroy()
+        if backend.name == "zero3":
+            for parameter in backend.engine.module.parameters():
+                vars(parameter).clear()
+                parameter.untyped_storage().resize_(0)
+        vars(backend.engine).clear()
 
 
 def forget_groups() -> None:

@@ -52,7 +52,7 @@ def train(engine: lso.Engine, first: int, last: int, dtype: torch.dtype = torch.
 
 
 def rebuild(kind: str, worlds: Sequence[int], sever: bool = False) -> dict[str, Any]:
-    """An engine at each world size in turn, in the same processes, from the same weights: losses and leftovers."""
+    """An engine at each world size in turn, in the same processes, from the same weights: losses, and bytes left."""
     losses, seconds, left = [], [], 0
     with reforming() as form:
         for world in worlds:
@@ -60,7 +60,10 @@ def rebuild(kind: str, worlds: Sequence[int], sever: bool = False) -> dict[str, 
                 continue
             engine = engines.build(kind, engines.net(), lso.SAM(rho=0.3))
             losses.append(train(engine, 0, 3))
-            parameter = weakref.ref(engine.backend.slot_keys[0])
+            weights = list(engine.module.parameters())
+            shards = [p.ds_tensor if kind == "zero3" else p for p in weights]
+            memory = [weakref.ref(t.untyped_storage()) for t in (*engine.backend.slots, *shards, *weights)]
+            del weights, shards
             space = engine.space
             if sever:
                 engine.backend.transport.sever()
@@ -73,5 +76,5 @@ def rebuild(kind: str, worlds: Sequence[int], sever: bool = False) -> dict[str, 
             except lso.StaleGeneration:
                 del space
             gc.collect()
-            left += parameter() is not None
+            left += sum(storage.nbytes() for ref in memory if (storage := ref()) is not None)
     return {"losses": losses, "seconds": seconds, "left": left}

@@ -19,4 +19,4 @@ def test_an_engine_is_rebuilt_at_another_world_size_in_the_same_processes(ranks:
         assert len(r["losses"]) == 5 - 2 * rank
         for losses in r["losses"]:
             assert losses == pytest.approx(alone, rel=1e-6), f"rank {rank}"
-        assert r["left"] == 0, f"rank {rank}: {r['left']} engines were not freed"
+        assert r["left"] == 0, f"rank {rank}: {r['left']} bytes were not freed"
