@@ -31,13 +31,14 @@ from elastic_lsopt.checkpoint.contents import Held, Snapshot, TrainingState, chu
 from elastic_lsopt.checkpoint.planner import ChunkLoadPlanner, ChunkSavePlanner, share_out
 from elastic_lsopt.checkpoint.restore import refuse_other_model, restore
 from elastic_lsopt.checkpoint.storage import SafetensorsReader, SafetensorsWriter
-from elastic_lsopt.errors import PeerFailed, UserError
+from elastic_lsopt.errors import PeerFailed, StaleGeneration, UserError
 from elastic_lsopt.oracle.clock import SampleClock
 
 log = logging.getLogger("elastic_lsopt")
 TIMEOUT = timedelta(hours=1)
 """How long a rank waits for the slowest one's file."""
 T = TypeVar("T")
+MayCommit = Callable[[int], bool]
 # Said at each save and load of a job of one process, where it is no news.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
@@ -73,13 +74,16 @@ class Checkpointer:
     """The checkpoints of one folder, which all ranks share. All methods are collective.
 
     `save_total_limit` is how many to keep (None: all; >= 1). Leftovers of a job that died while saving are deleted.
-    Raises UserError for a limit below 1 or a folder that cannot be made.
+    `may_commit(step)` is asked on rank 0 before a checkpoint gets its name: False where this group is no longer the
+    job's (the elastic runtime's fence). Raises UserError for a limit below 1 or a folder that cannot be made.
     """
 
-    def __init__(self, folder: str | Path, *, save_total_limit: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, *, save_total_limit: int | None = None, may_commit: MayCommit | None = None
+    ) -> None:
         if save_total_limit is not None and save_total_limit < 1:
             raise UserError(f"save_total_limit={save_total_limit} must be >= 1 (or null: keep all checkpoints).")
-        self.folder, self.save_total_limit = Path(folder), save_total_limit
+        self.folder, self.save_total_limit, self._may_commit = Path(folder), save_total_limit, may_commit
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         # A group of its own: the background write's collectives must never meet those of the training step.
@@ -133,6 +137,17 @@ class Checkpointer:
             dist.destroy_process_group(self._group)
             self._group = None
 
+    def abandon(self) -> None:
+        """Let go of a save that may be under way, whose peers may be dead. No communication; not for use after."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _fence(self, step: int) -> Callable[[], None]:
+        def refuse_outdated() -> None:
+            if self._may_commit is not None and not self._may_commit(step):
+                raise StaleGeneration("the job has gone on without this group, whose checkpoint does not count")
+
+        return refuse_outdated
+
     def _share(self, state: TrainingState) -> set[tuple[str, int, int]]:
         """The pieces that this rank writes: replicas of a piece share the work."""
         layout = state.backend.layout
@@ -142,7 +157,7 @@ class Checkpointer:
         return self._mine[1]
 
     def _write(self, snapshot: Snapshot, path: Path, step: int, start: float) -> SaveReport:
-        writer, error = SafetensorsWriter(path), None
+        writer, error = SafetensorsWriter(path, self._fence(step)), None
         try:
             dcp.save(
                 snapshot.tensors, storage_writer=writer, planner=ChunkSavePlanner(snapshot.facts),

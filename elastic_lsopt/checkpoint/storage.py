@@ -10,6 +10,7 @@ where `file` counts through "files". Inside a file the chunk of `weights/a` at o
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,13 @@ def tensor_name(index: MetadataIndex) -> str:
 
 
 class SafetensorsWriter(StorageWriter):
-    """Every rank writes one file into the staged folder; rank 0 adds contents and manifest and renames it to `path`."""
+    """Every rank writes one file into the staged folder; rank 0 adds contents and manifest and renames it to `path`.
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._staged = path, staging(path)
+    `refuse_outdated()` is called by rank 0 just before, and raises where the checkpoint must not get its name.
+    """
+
+    def __init__(self, path: Path, refuse_outdated: Callable[[], None] = lambda: None) -> None:
+        self._path, self._staged, self._refuse_outdated = path, staging(path), refuse_outdated
         self._rank = 0
         self.bytes = 0
         """What this rank has written."""
@@ -87,6 +91,7 @@ class SafetensorsWriter(StorageWriter):
             if isinstance(saved, TensorStorageMetadata)
         }  # fmt: skip
         contents = {"tensors": tensors, "files": [r.name for r in records], "facts": metadata.planner_data}
+        self._refuse_outdated()
         commit(self._path, [*records, write_json(self._staged / CONTENTS, contents)])
 
     @classmethod

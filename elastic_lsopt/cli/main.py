@@ -1,4 +1,4 @@
-"""The command line: `elastic-lsopt train | validate FILE.yaml [key=value …]` and `elastic-lsopt schema`.
+"""The command line: `elastic-lsopt train | agent | validate FILE.yaml [key=value …]`, `status RUN_FOLDER`, `schema`.
 
 Sub-commands import what they need when they run, so `--help` answers at once. A user's mistake is one line on stderr
 and exit code 2; whatever else goes wrong keeps its traceback, because it is ours to mend.
@@ -33,10 +33,21 @@ def _run(arguments: argparse.Namespace) -> int:
             from elastic_lsopt.cli.train import train
 
             return train(arguments.file, arguments.overrides)
+        case "agent":
+            from elastic_lsopt.cli.train import agent
+
+            return agent(arguments.file, arguments.overrides)
         case "validate":
             from elastic_lsopt.cli.validate import validate
 
             return validate(arguments.file, arguments.overrides)
+        case "status":
+            from elastic_lsopt.cli.status import status
+
+            return status(
+                arguments.run_folder, endpoint=arguments.endpoint, secret_file=arguments.secret_file,
+                once=arguments.once,
+            )  # fmt: skip
         case _:
             from elastic_lsopt.config.schema import schema_text
 
@@ -52,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, purpose in (
         ("train", "run a job; starts its own workers where no launcher did"),
+        ("agent", "be this node's agent in an elastic job: start, feed and fence its workers, and vote"),
         ("validate", "check a file; print the batch arithmetic and the memory per rank, without a GPU"),
     ):
         command = commands.add_parser(name, help=purpose, description=purpose)
@@ -59,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", metavar="key=value", nargs="*", help="laid over the file, such as landscape.rho=0.1"
         )
+    live = commands.add_parser("status", help="members, generation, throughput and last changes of an elastic job")
+    live.add_argument("run_folder", metavar="RUN_FOLDER", help="the job's output_dir")
+    live.add_argument("--endpoint", metavar="HOST:PORT", help="any living node's store (default: of the run folder)")
+    live.add_argument("--secret-file", metavar="FILE", help="as in the job's elastic block")
+    live.add_argument("--once", action="store_true", help="print once, also on a terminal")
     commands.add_parser("schema", help="print the JSON schema of a job's YAML, for editors")
     return parser
 

@@ -15,7 +15,7 @@ from elastic_lsopt.cli.validate import check_paths
 from elastic_lsopt.errors import UserError
 
 if TYPE_CHECKING:
-    from elastic_lsopt.training.world import World
+    from elastic_lsopt.elastic.world import World
 
 USAGE = "usage: "
 """Before a user's mistake in what the ranks tell each other; see training/world.py [Note: who says what went wrong]."""
@@ -33,9 +33,35 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> int:
         if launched() and os.environ.get("LOCAL_RANK", "0") != "0":
             return 2  # a neighbour reads the same file, and says it
         raise
+    if job.config.elastic is not None:
+        return _elastic(job, [str(path), *overrides])
     if not launched() and job.config.workers > 1:
         return start_workers(job.config.workers, [str(path), *overrides])
     return _one_rank(job)
+
+
+def agent(path: str | Path, overrides: Sequence[str] = ()) -> int:
+    """Be this node's agent; returns the exit code. Raises UserError for a file without an elastic block."""
+    if read_job(path, overrides).config.elastic is None:
+        raise UserError(f"{path} has no elastic block, so there is nothing for an agent to do; add one, or use train.")
+    return train(path, overrides)
+
+
+def _elastic(job: Job, arguments: Sequence[str]) -> int:
+    """This process is its node's agent, or a worker that the agent has started with the same arguments."""
+    from elastic_lsopt.elastic.link import is_worker
+    from elastic_lsopt.training.elastic_job import run_agent, run_worker
+
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    if is_worker():
+        return run_worker(job.config, job.method)
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"an elastic job has one agent a node, which starts the node's workers itself, but the launcher starts "
+            f"{os.environ['LOCAL_WORLD_SIZE']} processes on this node; use --nproc-per-node=1 (torchrun) or "
+            "--num_gpus=1 (deepspeed), and `workers:` for the number of workers a node."
+        )
+    return run_agent(job.config, arguments)
 
 
 def _one_rank(job: Job) -> int:

@@ -20,14 +20,18 @@ class LearningRate:
     """Share of the run over which the rate rises from 0 to its peak, in [0, 1)."""
 
     def at(self, clock: SampleClock) -> float:
+        return self.peak * self.share(clock)
+
+    def share(self, clock: SampleClock) -> float:
+        """The rate over its peak, in [0, 1]."""
         t = clock.progress
         if t < self.warmup:
-            return self.peak * t / self.warmup
+            return t / self.warmup
         left = (t - self.warmup) / (1 - self.warmup)
         match self.shape:
             case "constant":
-                return self.peak
+                return 1.0
             case "linear":
-                return self.peak * (1 - left)
+                return 1 - left
             case _:
-                return self.peak * (1 + math.cos(math.pi * left)) / 2
+                return (1 + math.cos(math.pi * left)) / 2

@@ -18,7 +18,7 @@ from elastic_lsopt.optimizers.registry import Method
 from elastic_lsopt.oracle.loss import Loss, causal_lm_loss, classification_loss
 from elastic_lsopt.training.data import Data
 from elastic_lsopt.training.models import apply_activation_checkpointing, blocks, build_model
-from elastic_lsopt.training.world import World
+from elastic_lsopt.elastic.world import World
 
 
 def build_engine(config: TrainConfig, method: Method, data: Data, world: World, total_samples: int) -> Engine:

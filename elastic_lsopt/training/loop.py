@@ -18,6 +18,8 @@ from typing import Any
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.loader import StepLoader
+from elastic_lsopt.elastic.rates import Rates
+from elastic_lsopt.elastic.world import World
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.faces.report import StepReport
@@ -29,7 +31,6 @@ from elastic_lsopt.training.data import Data, build_data
 from elastic_lsopt.training.engines import build_engine
 from elastic_lsopt.training.result import finish, say_unsaved
 from elastic_lsopt.training.run_folder import RunFolder
-from elastic_lsopt.training.world import World
 
 EVAL_UNITS_AT_ONCE = 8
 """Units of a rank in memory during an evaluation."""
@@ -48,57 +49,119 @@ class Outcome:
 
 def train(config: TrainConfig, method: Method, world: World) -> Outcome:
     """Run the job on this rank (collective). Raises UserError for whatever the user can mend."""
-    data = build_data(config)
-    steps = _steps(config, len(data.train))
-    total_samples = steps * config.global_batch_size
-    engine = build_engine(config, method, data, world, total_samples)
-    loader = StepLoader(
-        data.train, lambda rows: _placed(data.collate(rows), world), global_batch_size=config.global_batch_size,
-        unit_size=config.per_device_train_batch_size, seed=config.seed, rank=world.rank, world=world.size, steps=steps,
-    )  # fmt: skip
-    folder = world.on_first(lambda: RunFolder(config))
-    console = Console(world.is_first, steps)
-    checkpoints = Checkpointer(Path(config.output_dir) / "checkpoints", save_total_limit=config.save_total_limit)
-    _resume(config, engine, loader, checkpoints, console)
-    console.start(config, engine, data)
-    rate = LearningRate(peak=config.learning_rate, shape=config.lr_scheduler_type, warmup=config.warmup_ratio)
-
-    eval_loss, stopped = None, False
-    with _stopping_on_signals(engine), console:
-        for units in loader:
-            start = time.monotonic()
-            lr = rate.at(engine.clock)
-            for group in engine.param_groups:
-                group["lr"] = lr
-            engine.train_batch(units)
-            loader.commit(config.global_batch_size)
-            report, step, last = engine.last_step, engine.clock.steps, engine.clock.samples >= total_samples
-            assert report is not None
-            row = {
-                "generation": 0, "step": step, "samples": engine.clock.samples, "loss": report.loss, "lr": lr,
-                "batch": config.global_batch_size, "world": world.size, "seconds": time.monotonic() - start,
-                **_told(report),
-            }  # fmt: skip
-            if len(data.eval) and (last or _due(step, config.eval_steps)):
-                row["eval_loss"] = eval_loss = evaluate(engine, data, config, world)
-            if folder is not None:
-                folder.write(row)
-            console.step(row)
-            stopped = report.stop and not last
-            if last or stopped or _due(step, config.save_steps):
-                checkpoints.save(engine, step, extra={"loader": loader.state_dict()})
-            if stopped:
+    run = TrainingRun(config, method, build_data(config), world)
+    run.resume()
+    with _stopping_on_signals(run.engine), run.console:
+        for units in run.loader:
+            run.step(units)
+            if run.stopped:
                 break
-        saved = checkpoints.wait()
-    checkpoints.close()
-    if folder is not None:
-        folder.close()
-    if stopped:
-        console.say(f"stopped after step {engine.clock.steps} of {steps}; the same command goes on from there.")
-    else:
-        finish(config, engine, data, console, is_first=world.is_first)
-    say_unsaved(saved, checkpoints.folder, console)
-    return Outcome(engine.clock.steps, eval_loss, stopped)
+    run.finish()
+    return Outcome(run.engine.clock.steps, run.eval_loss, run.stopped)
+
+
+class TrainingRun:
+    """The job of a YAML file in one world: the engine, its data, and all that belongs to a step (collective).
+
+    In an elastic job one is made for each generation, and filled from memory instead of by `resume`.
+    """
+
+    def __init__(self, config: TrainConfig, method: Method, data: Data, world: World) -> None:
+        self.config, self.data, self.world = config, data, world
+        self.batch = config.global_batch_size if world.plan is None else world.plan.global_batch_size
+        steps = _steps(config, len(data.train))
+        self.total_samples = steps * config.global_batch_size
+        self.engine = build_engine(config, method, data, world, self.total_samples)
+        self.loader = StepLoader(
+            data.train, lambda rows: _placed(data.collate(rows), world), global_batch_size=self.batch,
+            unit_size=config.per_device_train_batch_size, seed=config.seed, rank=world.rank, world=world.size,
+            total_samples=self.total_samples,
+        )  # fmt: skip
+        self.console = Console(world.is_first, steps)
+        self.stopped, self.eval_loss = False, None
+        self._rate = LearningRate(peak=config.learning_rate, shape=config.lr_scheduler_type, warmup=config.warmup_ratio)
+        self._rates = None if world.plan is None else Rates(self.engine, world.plan)
+        self._checkpoints: Checkpointer | None = None
+        self._folder: RunFolder | None = None
+
+    def resume(self) -> None:
+        """Open the run folder, and start from its checkpoint or from the beginning."""
+        self._open(anew=self.config.resume_from_checkpoint == "none")
+        assert self._checkpoints is not None
+        # The settings say what the optimizer's hyper-parameters are: a weight_decay that the user has changed counts.
+        found = self._checkpoints.resume(self.engine, self.config.resume_from_checkpoint, hyperparameters=False)
+        if found is not None:
+            if "loader" not in found.extra:
+                raise UserError(
+                    f"resume_from_checkpoint: {found.path} was not saved by `elastic-lsopt train` (it has no place in "
+                    "the data); give one that was, or none."
+                )
+            self.loader.load_state_dict(found.extra["loader"])
+            self.console.say(f"resumed from {found.path}, after step {self.engine.clock.steps}")
+        self.console.start(self.config, self.engine, self.data)
+
+    def step(self, units: list[Unit]) -> dict[str, Any]:
+        """One optimizer step with its metrics, evaluation and checkpoint; returns its row of metrics.jsonl."""
+        if self._checkpoints is None:
+            self._open(anew=False)
+        assert self._checkpoints is not None
+        engine, config, start = self.engine, self.config, time.monotonic()
+        lr = self._set_rate()
+        engine.train_batch(units)
+        report, clock = engine.last_step, engine.clock
+        assert report is not None
+        self.loader.commit(clock.samples - self.loader.committed)
+        step, last = clock.steps, clock.samples >= self.total_samples
+        row = {
+            "generation": self.world.generation, "step": step, "samples": clock.samples, "loss": report.loss, "lr": lr,
+            "batch": self.batch, "world": self.world.size, "seconds": time.monotonic() - start, **_told(report),
+        }  # fmt: skip
+        if len(self.data.eval) and (last or _due(step, config.eval_steps)):
+            row["eval_loss"] = self.eval_loss = evaluate(engine, self.data, config, self.world)
+        if self._folder is not None:
+            self._folder.write(row)
+        self.console.step(row)
+        self.stopped = report.stop and not last
+        if last or self.stopped or _due(step, config.save_steps):
+            self._checkpoints.save(engine, step, extra={"loader": self.loader.state_dict()})
+        return row
+
+    def _set_rate(self) -> float:
+        """The learning rate of the step that begins now, in every param group."""
+        if self._rates is not None:
+            return self._rates.set(self._rate.share(self.engine.clock))
+        lr = self._rate.at(self.engine.clock)
+        for group in self.engine.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def finish(self) -> None:
+        """After the last step: wait for the last checkpoint, export the model, say how it went."""
+        assert self._checkpoints is not None
+        saved = self._checkpoints.wait()
+        self._checkpoints.close()
+        if self._folder is not None:
+            self._folder.close()
+        if self.stopped:
+            self.console.say(f"stopped after step {self.engine.clock.steps}; the same command goes on from there.")
+        else:
+            finish(self.config, self.engine, self.data, self.console, is_first=self.world.is_first)
+        say_unsaved(saved, self._checkpoints.folder, self.console)
+
+    def abandon(self) -> None:
+        """The generation has ended: let go of files and of a save that may be under way. No communication."""
+        if self._checkpoints is not None:
+            self._checkpoints.abandon()
+        if self._folder is not None:
+            self._folder.close()
+
+    def _open(self, *, anew: bool) -> None:
+        config = self.config
+        self._folder = self.world.on_first(lambda: RunFolder(config, anew=anew))
+        self._checkpoints = Checkpointer(
+            Path(config.output_dir) / "checkpoints", save_total_limit=config.save_total_limit,
+            may_commit=self.world.may_commit,
+        )  # fmt: skip
 
 
 def evaluate(engine: Engine, data: Data, config: TrainConfig, world: World) -> float:
@@ -118,22 +181,6 @@ def evaluate(engine: Engine, data: Data, config: TrainConfig, world: World) -> f
             yield mine or [unit(begin, 0, idle=True)]
 
     return engine.evaluate(rounds())
-
-
-def _resume(
-    config: TrainConfig, engine: Engine, loader: StepLoader, checkpoints: Checkpointer, console: Console
-) -> None:
-    # The settings say what the optimizer's hyper-parameters are: a weight_decay that the user has changed counts.
-    found = checkpoints.resume(engine, config.resume_from_checkpoint, hyperparameters=False)
-    if found is None:
-        return
-    if "loader" not in found.extra:
-        raise UserError(
-            f"resume_from_checkpoint: {found.path} was not saved by `elastic-lsopt train` (it has no place in the "
-            "data); give one that was, or none."
-        )
-    loader.load_state_dict(found.extra["loader"])
-    console.say(f"resumed from {found.path}, after step {engine.clock.steps}")
 
 
 def _steps(config: TrainConfig, samples: int) -> int:

@@ -11,10 +11,11 @@ from typing import Any
 
 from elastic_lsopt.config.load import dump_config
 from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.elastic.journal import JOURNAL
 from elastic_lsopt.errors import UserError
 
 CONFIG, METRICS, EVENTS = "config.yaml", "metrics.jsonl", "tensorboard"
-PARTS = (CONFIG, METRICS, EVENTS, "checkpoints", "loss.png", "model")
+PARTS = (CONFIG, METRICS, EVENTS, JOURNAL, "checkpoints", "loss.png", "members.png", "model")
 """What a run writes into its folder."""
 
 
@@ -23,15 +24,15 @@ class RunFolder:
 
     `metrics.jsonl` holds an object a step (generation, step, samples, loss, lr, batch, world, seconds, …), null for
     what is not finite; where a step stands twice, because a run was resumed, the last counts. What an earlier run has
-    left moves to `earlier-1` (2, 3 …) where this one starts anew by `resume_from_checkpoint: none`, so `auto` never
+    left moves to `earlier-1` (2, 3 …) where this one starts `anew`, by `resume_from_checkpoint: none`, so `auto` never
     meets the checkpoints of another run. Raises UserError where the folder cannot be written.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, anew: bool) -> None:
         self.path = Path(config.output_dir)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if config.resume_from_checkpoint == "none":
+            if anew:
                 self._set_earlier_run_aside()
             (self.path / CONFIG).write_text(dump_config(config), encoding="utf-8")
             self._metrics = (self.path / METRICS).open("a", encoding="utf-8")

@@ -14,18 +14,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import timedelta
 from types import FrameType
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from elastic_lsopt.errors import UserError
+from elastic_lsopt.elastic.world import World
 
-T = TypeVar("T")
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 CHILD = "ELASTIC_LSOPT_CHILD"
 """Set for the workers that `start_workers` starts."""
@@ -33,48 +30,6 @@ HOST = "127.0.0.1"
 LEAVE_S = 30.0
 """How long the other workers have to end by themselves after one has failed."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-LINE_BYTES = 1000
-"""Longest error that `World.on_first` tells the other ranks."""
-
-
-@dataclass(frozen=True)
-class World:
-    """This process's place in the job."""
-
-    rank: int
-    size: int
-    device: torch.device
-    store: dist.Store
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    def on_first(self, act: Callable[[], T]) -> T | None:
-        """`act()` on rank 0, None on the others; a UserError that it raises is raised on all (collective)."""
-        result, said = None, b""
-        if self.is_first:
-            try:
-                result = act()
-            except UserError as error:
-                said = str(error).encode()[:LINE_BYTES] or b"?"
-        line = torch.zeros(LINE_BYTES, dtype=torch.uint8)
-        line[: len(said)] = torch.tensor(list(said), dtype=torch.uint8)
-        line = line.to(self.device)
-        dist.broadcast(line, 0)
-        if told := bytes(line.tolist()).rstrip(b"\0"):
-            raise UserError(told.decode(errors="replace"))
-        return result
-
-    def first_failure(self, own: str) -> str:
-        """What failed first in this job: `own`, if this rank is the first to say so; "" where nobody can be asked.
-
-        See [Note: who says what went wrong].
-        """
-        try:
-            return self.store.compare_set("elastic_lsopt/first_failure", "", own).decode()
-        except (RuntimeError, OSError):  # the process that held the store has ended
-            return ""
 
 
 def launched() -> bool:

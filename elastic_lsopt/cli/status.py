@@ -1,0 +1,129 @@
+"""`elastic-lsopt status RUN_FOLDER`: members, generation, throughput and last changes of an elastic job, live.
+
+Asks any agent that answers; one that is not the host says who is. Reads the journal for the changes.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from elastic_lsopt.elastic.journal import read_journal
+from elastic_lsopt.elastic.mailbox import connect, reachable
+from elastic_lsopt.elastic.node_folder import addresses
+from elastic_lsopt.elastic.signing import Refused, job_secret, verified
+from elastic_lsopt.errors import UserError
+
+ASK = timedelta(seconds=2)
+CHANGES = 5
+EVERY_S = 0.5
+Status = dict[str, Any]
+
+
+def status(run_folder: str | Path, *, endpoint: str | None, secret_file: str | None, once: bool) -> int:
+    """Print the status; on a terminal until Ctrl-C. Returns the exit code; raises UserError where nobody answers."""
+    from rich.console import Console
+    from rich.live import Live
+
+    folder = Path(run_folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no run folder; give the output_dir of the job.")
+    secret = job_secret(secret_file, folder)
+    console = Console()
+    found = ask(folder, endpoint, secret)
+    if once or not console.is_terminal:
+        console.print(table(found, read_journal(folder)))
+        return 0
+    with Live(table(found, read_journal(folder)), console=console) as live, suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(EVERY_S)
+            try:
+                live.update(table(ask(folder, endpoint, secret), read_journal(folder)))
+            except UserError:
+                print("the job has ended.", file=sys.stderr)
+                return 0
+    return 0
+
+
+def ask(folder: Path, endpoint: str | None, secret: bytes) -> Status:
+    """What the host of the job says, found through any agent. Raises UserError where none answers."""
+    tried = [endpoint] if endpoint else addresses(folder)
+    best: Status | None = None
+    for address in tried:
+        with suppress(RuntimeError, OSError, Refused):
+            told = _read(address, secret)
+            host = told["host_address"]
+            if host and host != address and reachable(host):
+                with suppress(RuntimeError, OSError, Refused):
+                    told = _read(host, secret)
+            if best is None or _number(told) > _number(best):
+                best = told
+    if best is None:
+        raise UserError(
+            f"no agent of this job answers (tried {', '.join(tried) or 'none: no agent has written its address'}); "
+            "the job may have ended, or give --endpoint host:port of a living node."
+        )
+    return best
+
+
+def _number(told: Status) -> int:
+    return told["generation"]["number"] if told["generation"] else -1
+
+
+def _read(address: str, secret: bytes) -> Status:
+    if not reachable(address):
+        raise OSError(f"nobody listens at {address}")
+    store = connect(address, ASK)
+    return verified(store.get("status"), secret)
+
+
+def table(told: Status, changes: list[dict[str, Any]]) -> Any:
+    """The status as something that rich can print."""
+    from rich.console import Group
+    from rich.table import Table
+
+    generation = told["generation"]
+    if generation is None:
+        return f"no generation yet; waiting for nodes at {told['host_address']}"
+    members = Table(title=f"generation {generation['number']} · host {generation['host']} · {_speed(told)}")
+    for column in ("node", "worker", "rank", "step", "samples", "loss", "s a step"):
+        members.add_column(column, justify="left" if column in ("node", "worker") else "right")
+    rank = 0
+    for member in generation["members"]:
+        report = told["reports"].get(member["name"], {"workers": {}, "draining": False})
+        for worker in member["workers"]:
+            said = report["workers"].get(worker, {})
+            name = member["name"] + (" (leaving)" if report["draining"] else "")
+            members.add_row(
+                name, worker.rpartition("/")[2], str(rank), str(said.get("step", "")), str(said.get("samples", "")),
+                _short(said.get("loss")), _short(said.get("seconds")),
+            )  # fmt: skip
+            rank += 1
+    recent = Table(title="last changes")
+    for column in ("generation", "why", "world", "samples", "batch", "rate", "seconds", "from"):
+        recent.add_column(column)
+    for change in changes[-CHANGES:]:
+        after = change["after"]
+        recent.add_row(
+            str(change["generation"]), change["why"], str(len(change["workers"])), str(change["samples"]),
+            str(after.get("global_batch_size", "")), _short(after.get("learning_rate")),
+            f"{sum(change['seconds'].values()):.2f}", change["source"],
+        )  # fmt: skip
+    return Group(members, recent)
+
+
+def _speed(told: Status) -> str:
+    """Samples a second, from what the ranks say of their last step."""
+    said = [w for report in told["reports"].values() for w in report["workers"].values() if w.get("seconds")]
+    if not said:
+        return "no step yet"
+    newest = max(said, key=lambda w: w["step"])
+    return f"{newest['batch'] / newest['seconds']:.1f} samples a second" if newest.get("batch") else "running"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else ""

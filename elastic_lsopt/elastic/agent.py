@@ -1,0 +1,373 @@
+"""The node agent: votes for its node, starts, feeds, fences and reaps the node's workers.
+
+    events   records of other agents · lines and exits of own workers · signals · time
+      |
+    membership.advance(state, event, now)            pure
+      |
+    effects  persist · publish · enter · kill · leave
+
+[Note: one thread decides] Sockets and children are served by threads, which only put events into a queue; the main
+thread takes them out one by one, advances the state machine and carries out its effects in order. A vote is on disk
+(`Persist`) before the answer that gives it goes out (`Publish`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from elastic_lsopt.config.elastic import ElasticConfig
+from elastic_lsopt.elastic import membership, record
+from elastic_lsopt.elastic.generation import Generation
+from elastic_lsopt.elastic.mailbox import Mailbox, connect, reachable
+from elastic_lsopt.elastic.node_folder import NodeFolder
+from elastic_lsopt.elastic.signing import Refused, sign, verified
+from elastic_lsopt.elastic.witness import Witness
+from elastic_lsopt.elastic.worker_process import WorkerProcess
+from elastic_lsopt.errors import UserError
+
+log = logging.getLogger("elastic_lsopt")
+TICK_S = 0.05
+RETRY_S = 0.2
+STATUS_S = 0.5
+GRANT_TIMEOUT = timedelta(seconds=5)
+RESPAWN_WINDOW_S = 600.0
+"""`max_respawns` counts the workers that were started anew within it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What an agent is told at its start."""
+
+    folder: NodeFolder
+    rules: record.Rules
+    settings: ElasticConfig
+    secret: bytes
+    endpoint: str | None
+    """Where the job's first agent listens; None: this is it."""
+    address: str
+    """On which this node's store listens, host:port (port 0: any free one)."""
+    workers: int
+    command: Sequence[str]
+    """Starts one worker."""
+    environment: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+class Agent:
+    """Runs one node until the job has ended or the node has left; `main` returns the exit code.
+
+    Raises UserError where the endpoint is neither free on this machine nor answered by another.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._workers: dict[str, WorkerProcess] = {}
+        self._started: list[float] = []
+        self._names: dict[str, str] = {}
+        self._reports: dict[str, dict[str, Any]] = {}
+        self._refused: set[str] = set()
+        self._generation: Generation | None = None
+        self._draining = self._user_error = False
+        self._exit_code: int | None = None
+        witness = node.settings.witness
+        self._witness = None if witness is None else Witness(witness, node.rules.job, node.secret)
+        self._leave_by, self._status_due = float("inf"), 0.0
+        self.mailbox, self._state = self._begin()
+        node.folder.announce(self.mailbox.address)
+
+    def _begin(self) -> tuple[Mailbox, membership.State]:
+        """This node's store, and the state from which it starts: founder, newcomer, or the member that it was."""
+        node, kept = self.node, self.node.folder.remembered()
+        if kept is not None:
+            remembered = record.Remembered.from_json(kept)
+            own = remembered.generation.member.get(node.name)
+            if own is not None:
+                with suppress(UserError):  # the others know this address; where another has it now, join anew
+                    mailbox = self._mailbox(own.address)
+                    now = time.monotonic()
+                    return mailbox, membership.restarted(remembered, mailbox.address, node.rules, now)
+        mailbox, first = self._find_the_job()
+        if first is None:
+            return mailbox, membership.found(node.name, mailbox.address, node.rules)
+        return mailbox, membership.newcomer(node.name, mailbox.address, node.rules, first)
+
+    def _find_the_job(self) -> tuple[Mailbox, str | None]:
+        """This node's mailbox, and the address of an agent of the job; None: there is none yet, this one founds it."""
+        node = self.node
+        end = time.monotonic() + node.settings.join_timeout_s
+        while True:
+            for address in [node.endpoint, *node.folder.others()]:
+                if address is not None and reachable(address):
+                    return self._mailbox(node.address), address
+            try:
+                return self._mailbox(node.endpoint or node.address), None
+            except UserError:  # the endpoint is another machine's, whose agent has not started yet
+                if node.endpoint is None:
+                    raise
+            if time.monotonic() > end:
+                raise UserError(
+                    f"nobody answers at elastic.endpoint={node.endpoint} for {node.settings.join_timeout_s:.0f} s, and it is no "
+                    "free address of this machine; check the host name, the port, the firewall, and that the first "
+                    "node's agent runs."
+                )
+            time.sleep(RETRY_S)
+
+    def _mailbox(self, address: str) -> Mailbox:
+        return Mailbox(
+            self.node.name, address,
+            lambda message: self._events.put(lambda: self._hear(message)),
+            lambda address: self._events.put(lambda: self._lost(address)),
+        )  # fmt: skip
+
+    # -- the loop ----------------------------------------------------------------------------------------------
+
+    def main(self) -> int:
+        """See [Note: one thread decides]."""
+        before = {
+            s: signal.signal(s, lambda number, _: self._events.put(lambda: self._drain(number)))
+            for s in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            for _ in range(self.node.workers):
+                self._start_worker()
+            tick = time.monotonic()
+            while self._exit_code is None:
+                with suppress(queue.Empty):
+                    self._events.get(timeout=TICK_S)()
+                if time.monotonic() - tick >= TICK_S:
+                    tick = time.monotonic()
+                    self._tick()
+            return self._exit_code
+        finally:
+            for worker in self._workers.values():
+                worker.kill()
+            self.mailbox.close()
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _advance(self, event: record.Event) -> None:
+        self._state, effects = membership.advance(self._state, event, time.monotonic())
+        for effect in effects:
+            self._carry_out(effect)
+
+    def _carry_out(self, effect: record.Effect) -> None:
+        match effect:
+            case record.Persist(remembered):
+                self.node.folder.remember(remembered.to_json())
+            case record.Publish(to, said):
+                self._publish(to, said)
+            case record.Enter(generation):
+                self._enter(generation)
+            case record.KillWorkers(why):
+                log.warning("%s: %s; its workers are ended.", self.node.name, why)
+                for worker in self._workers.values():
+                    worker.kill()
+            case record.Leave(why):
+                self._leave(why)
+            case record.AskWitness():
+                threading.Thread(target=self._ask_witness, args=(effect,), daemon=True).start()
+            case record.Note(text):
+                log.info("%s: %s", self.node.name, text)
+
+    def _publish(self, to: tuple[tuple[str, str], ...], said: record.Record) -> None:
+        body = {"record": said.to_json(), "report": self._report()}
+        message = sign(body, self.node.secret)
+        for name, address in to:
+            if said.answer:
+                self.mailbox.answer(name, message)
+            else:
+                self.mailbox.send(address, message)
+
+    def _enter(self, generation: Generation) -> None:
+        self._generation = generation
+        ranks = generation.ranks
+        for worker in self._workers.values():
+            if worker.ready:
+                worker.tell(
+                    "enter", number=generation.number, workers=[w for _, w in ranks], nodes=[n for n, _ in ranks],
+                    store=self._host_address(), gone=generation.gone, why=generation.why, running=generation.running,
+                    node=self.node.name,
+                )  # fmt: skip
+
+    def _leave(self, why: str) -> None:
+        """The job goes on without this node."""
+        alive = [w for w in self._workers.values() if w.process.poll() is None]
+        log.warning("%s leaves the job: %s", self.node.name, why)
+        for worker in alive:
+            worker.kill()
+        if self._exit_code is None:
+            self._exit_code = 0 if self._draining else 1
+        if not self._draining:
+            print(f"elastic-lsopt: node {self.node.name} leaves the job: {why}", file=sys.stderr)
+
+    def _host_address(self) -> str:
+        """Where the present generation's store is; "" before the first."""
+        generation = self._generation
+        return "" if generation is None else generation.member[generation.host].address
+
+    # -- what happens ------------------------------------------------------------------------------------------
+
+    def _hear(self, message: bytes) -> None:
+        try:
+            body = verified(message, self.node.secret)
+            said = record.Record.from_json(body["record"])
+        except (Refused, ValueError, KeyError, TypeError) as error:
+            if str(error) not in self._refused:  # a stranger disturbs nobody, not even the log twice
+                self._refused.add(str(error))
+                log.warning("%s refused a message: %s", self.node.name, error)
+            return
+        self._reports[said.name] = body.get("report", {})
+        self._names[said.address] = said.name
+        self._advance(record.Heard(said))
+
+    def _lost(self, address: str) -> None:
+        self._advance(record.Unreachable(self._names.get(address, address)))
+
+    def _worker_said(self, worker: WorkerProcess, line: dict[str, Any]) -> None:
+        match line["kind"]:
+            case "ready":
+                worker.ready = True
+                self._advance(record.WorkerReady(worker.name))
+            case "drain":
+                self._advance(record.DrainWorker(worker.name))
+            case "may_commit":
+                self._grant(worker, line["generation"], line["step"])
+            case "finished":
+                worker.finished = True
+            case "failed":
+                print(f"elastic-lsopt: {line['error']}", file=sys.stderr)
+                self._user_error = self._user_error or bool(line["user"])
+            case "exited":
+                self._reaped(worker, line["code"])
+
+    def _reaped(self, worker: WorkerProcess, code: int) -> None:
+        del self._workers[worker.name]
+        if worker.finished:
+            if all(w.finished for w in self._workers.values()):
+                self._advance(record.Finished())
+                self._exit_code = 0
+            return
+        member = self._generation is not None and any(w == worker.name for _, w in self._generation.ranks)
+        self._advance(record.WorkerExited(worker.name))
+        if code == 0 and not member:  # it was drained
+            if not self._workers:
+                self._exit_code = 0
+            return
+        if self._user_error and not worker.ready:  # as it would fail again
+            self._exit_code = 2
+            return
+        log.warning("%s: worker %s ended with code %s.", self.node.name, worker.name, code)
+        now = time.monotonic()
+        recent = [t for t in self._started[self.node.workers :] if now - t < RESPAWN_WINDOW_S]
+        if self.node.settings.respawn and not self._draining and len(recent) < self.node.settings.max_respawns:
+            self._start_worker()
+        elif not self._workers:
+            print(f"elastic-lsopt: node {self.node.name} has no worker left and starts no more.", file=sys.stderr)
+            self._advance(record.Drain())
+            self._exit_code = 1
+
+    def _drain(self, number: int) -> None:
+        """SIGTERM, Ctrl-C or a preemption notice: the node's workers finish the step, hand over and leave."""
+        if self._draining:
+            return
+        self._draining = True
+        self._leave_by = time.monotonic() + self.node.settings.drain_timeout_s
+        mine = {w for w in self._workers}
+        others = [w for _, w in self._generation.ranks if w not in mine] if self._generation else []
+        if others:
+            self._advance(record.Drain())
+        else:  # nobody is left to hand over to: the state goes to a checkpoint
+            for worker in self._workers.values():
+                worker.tell("stop")
+            if self._generation is None:
+                self._exit_code = 0
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        for worker in self._workers.values():
+            if worker.ready and worker.silent_for() > self.node.settings.hang_timeout_s:
+                log.warning("%s: worker %s is silent for %.1f s and is ended.", self.node.name, worker.name,
+                            worker.silent_for())  # fmt: skip
+                worker.last_beat = now
+                worker.kill()
+        notice = self.node.settings.preemption_notice_file
+        if notice is not None and not self._draining and Path(notice).exists():
+            self._drain(signal.SIGTERM)
+        if now > self._leave_by and self._exit_code is None:
+            log.warning(
+                "%s: its workers did not leave within %.0f s.", self.node.name, self.node.settings.drain_timeout_s
+            )
+            self._exit_code = 1
+        self._advance(record.Tick())
+        if now >= self._status_due:
+            self._status_due = now + STATUS_S
+            self._say_status()
+
+    def _ask_witness(self, asked: record.AskWitness) -> None:
+        """In a thread of its own: etcd may be slow or away, which counts as no answer."""
+        assert self._witness is not None
+        with suppress(OSError):
+            said = self._witness.ask(asked.number, asked.ask)
+            event = record.WitnessSaid(said.number, said.vote, asked.sent_s)
+            self._events.put(lambda: self._advance(event))
+
+    # -- workers -----------------------------------------------------------------------------------------------
+
+    def _start_worker(self) -> None:
+        self._started.append(time.monotonic())
+        name = f"{self.node.name}/{os.getpid()}-{len(self._started)}"
+        self._workers[name] = WorkerProcess(
+            name, self.node.command, self.node.environment,
+            lambda worker, line: self._events.put(lambda: self._worker_said(worker, line)),
+        )  # fmt: skip
+
+    def _grant(self, worker: WorkerProcess, generation: int, step: int) -> None:
+        """Whether a checkpoint of this generation may get its name: by compare-and-set at the host, under a lease."""
+        seen = membership.view(self._state, time.monotonic())
+
+        def ask() -> None:
+            granted = False
+            with suppress(RuntimeError, OSError):
+                store, key = connect(self._host_address(), GRANT_TIMEOUT), f"manifest/{step}"
+                before = store.get(key).decode() if store.check([key]) else ""
+                if not before or int(before) <= generation:
+                    granted = store.compare_set(key, before, str(generation)) == str(generation).encode()
+            worker.tell("granted", step=step, granted=granted)
+
+        if seen.lease_left_s > 0 and seen.number == generation:
+            threading.Thread(target=ask, daemon=True).start()
+        else:
+            worker.tell("granted", step=step, granted=False)
+
+    # -- status ------------------------------------------------------------------------------------------------
+
+    def _report(self) -> dict[str, Any]:
+        """What this node tells of its workers, for `elastic-lsopt status`."""
+        return {"workers": {w.name: w.told for w in self._workers.values()}, "draining": self._draining}
+
+    def _say_status(self) -> None:
+        """Into this node's own store: all that is known at the host, elsewhere where the host is."""
+        seen = membership.view(self._state, time.monotonic())
+        status = {
+            "node": self.node.name, "host": seen.host, "host_address": self._host_address(),
+            "generation": None if self._generation is None else self._generation.to_json(),
+            "lease_left_s": seen.lease_left_s, "reports": {**self._reports, self.node.name: self._report()},
+        }  # fmt: skip
+        with suppress(RuntimeError):
+            self.mailbox.store.set("status", sign(status, self.node.secret))

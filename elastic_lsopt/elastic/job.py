@@ -1,0 +1,134 @@
+"""What `build(world)` makes: an engine, its data, and what belongs to a step."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from elastic_lsopt.checkpoint.checkpointer import Checkpointer
+from elastic_lsopt.elastic.loader import StepLoader
+from elastic_lsopt.elastic.plan import Plan
+from elastic_lsopt.elastic.rates import Rates
+from elastic_lsopt.errors import Unsupported
+from elastic_lsopt.faces.engine import Engine
+from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.units import Unit
+
+
+class Run(Protocol):
+    """One generation's training, as the elastic runtime drives it; every method is called on all ranks alike."""
+
+    engine: Engine
+    loader: StepLoader
+    stopped: bool
+    """Some rank asked to stop, and the state is saved: the runtime ends the job."""
+
+    def resume(self) -> None:
+        """Start from the newest checkpoint or from the beginning: no living worker holds a state."""
+        ...
+
+    def step(self, units: list[Unit]) -> dict[str, Any]:
+        """One optimizer step and all that belongs to it; returns its object for metrics.jsonl."""
+        ...
+
+    def finish(self) -> None:
+        """After the last step, or after `stopped`."""
+        ...
+
+    def abandon(self) -> None:
+        """The generation has ended: let go of threads and files. No communication; peers may be dead."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A user's own training: what `build(world)` returns to `lso.elastic.run`.
+
+    `plan` is `world.plan`. `schedule(clock)` is the share of the peak rate on committed samples (None: 1, the base
+    optimizer's own rate times the plan's factor). `on_step(job, row)` is called after each step and may use collectives,
+    `on_finish(job)` after the last. `checkpoints` is a folder that all nodes share; the state goes there every
+    `save_steps` steps, at the end and on a stop.
+    """
+
+    engine: Engine
+    loader: StepLoader
+    plan: Plan
+    schedule: Callable[[SampleClock], float] | None = None
+    on_step: Callable[[Job, dict[str, Any]], None] | None = None
+    on_finish: Callable[[Job], None] | None = None
+    checkpoints: Path | None = None
+    save_steps: int | None = None
+    save_total_limit: int | None = 2
+    may_commit: Callable[[int], bool] | None = None
+    """`world.may_commit`."""
+    stopped: bool = False
+    _checkpointer: Checkpointer | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._rates = Rates(self.engine, self.plan)
+
+    def resume(self) -> None:
+        if self.checkpoints is not None:
+            self._checkpointer = self._open(self.checkpoints)
+            found = self._checkpointer.resume(self.engine, hyperparameters=False)
+            if found is not None:
+                self.loader.load_state_dict(found.extra["loader"])
+
+    def step(self, units: list[Unit]) -> dict[str, Any]:
+        start = time.monotonic()
+        lr = self._rates.set(1.0 if self.schedule is None else self.schedule(self.engine.clock))
+        self.engine.train_batch(units)
+        report, clock = self.engine.last_step, self.engine.clock
+        assert report is not None
+        self.loader.commit(clock.samples - self.loader.committed)
+        row = {
+            "step": clock.steps, "samples": clock.samples, "loss": report.loss, "lr": lr,
+            "batch": self.loader.global_batch_size, "seconds": time.monotonic() - start, "skipped": report.skipped,
+        }  # fmt: skip
+        last = clock.samples >= self.loader.total_samples
+        self.stopped = report.stop and not last
+        due = self.save_steps is not None and clock.steps % self.save_steps == 0
+        if self.checkpoints is not None and (last or self.stopped or due):
+            if self._checkpointer is None:
+                self._checkpointer = self._open(self.checkpoints)
+            self._checkpointer.save(self.engine, clock.steps, extra={"loader": self.loader.state_dict()})
+        if self.on_step is not None:
+            self.on_step(self, row)
+        return row
+
+    def finish(self) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.close()
+        if self.on_finish is not None and not self.stopped:
+            self.on_finish(self)
+
+    def abandon(self) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.abandon()
+
+    def _open(self, folder: Path) -> Checkpointer:
+        return Checkpointer(folder, save_total_limit=self.save_total_limit, may_commit=self.may_commit)
+
+
+def refuse_what_counts_steps_or_ranks(engine: Engine) -> None:
+    """Raise Unsupported where a library has read WORLD_SIZE once and for all, or moves the rate by steps (law 6)."""
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate is not None and accelerate.PartialState._shared_state:
+        raise Unsupported(
+            "an elastic job cannot hold a Hugging Face Trainer or an Accelerator: they read WORLD_SIZE once, and go on "
+            "with it after a node has left; give build(world) an engine of lso, or leave out the elastic block."
+        )
+    if getattr(getattr(engine.backend, "engine", None), "lr_scheduler", None) is not None:
+        raise Unsupported(
+            "an elastic job refuses a DeepSpeed scheduler, which counts steps; give schedule, a function of the "
+            "sample clock."
+        )
+    if hasattr(getattr(engine.base, "step", None), "_wrapped_by_lr_sched"):
+        raise Unsupported(
+            "an elastic job refuses a torch scheduler, which counts steps; give schedule, a function of the sample "
+            "clock."
+        )

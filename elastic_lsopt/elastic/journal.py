@@ -1,0 +1,65 @@
+"""The journal: one JSON object a change of members, in the run folder's journal.jsonl, written by rank 0."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+JOURNAL = "journal.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What became of the job when its members changed."""
+
+    generation: int
+    why: str
+    workers: tuple[str, ...]
+    nodes: tuple[str, ...]
+    gone: tuple[str, ...]
+    """Workers that died; the rest of those that are no longer here left as planned."""
+    samples: int
+    """Committed samples when the new generation began: what the clock says."""
+    step: int
+    source: str
+    """memory, checkpoint or start: where the state came from."""
+    redone_steps: int
+    """Steps that survivors had finished beyond the state that went on, done again on the same samples."""
+    bytes_moved: int
+    """State that went from memory to memory, over all ranks."""
+    seconds: Mapping[str, float]
+    """By phase, of the slowest rank."""
+    before: Mapping[str, Any] | None
+    """Batch, rate, betas, epsilon, rho … under the plan before; None where there was none."""
+    after: Mapping[str, Any]
+    survives_node_loss: bool
+    """Whether each shard has a mirror on another node."""
+    time: float = field(default_factory=time.time)
+
+
+class Journal:
+    """Appends changes. A full disk costs the line, never the training."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.path = run_folder / JOURNAL
+
+    def write(self, change: Change) -> None:
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(asdict(change)) + "\n")
+
+
+def read_journal(run_folder: Path) -> list[dict[str, Any]]:
+    """The changes of a run, in order; a line that a crash cut short is passed over."""
+    rows = []
+    with suppress(FileNotFoundError):
+        for line in (run_folder / JOURNAL).read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows

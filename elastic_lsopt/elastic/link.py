@@ -1,0 +1,145 @@
+"""The line between a node's agent and one of its workers: a socket pair with a JSON object a line.
+
+    worker to agent    ready, beat, entered, drain, may_commit, finished, failed
+    agent to worker    enter (a new generation), stop, granted
+
+[Note: threads of the link] The worker's main thread may sit in a collective that never ends, or compute for seconds. So
+one thread reads what the agent says, and cuts the transport where the main thread cannot go on in its generation; one
+beats, by which the agent tells a stopped or dead process from a slow one. Both touch only what the lock guards. The end
+of the line means that the agent is dead, and then so is this worker, at once: another agent may already have given its
+place away.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+LINK = "ELASTIC_LSOPT_LINK"
+"""Names the file descriptor of the worker's end."""
+WORKER = "ELASTIC_LSOPT_WORKER"
+"""Names the worker."""
+AGENT_DIED = 113
+"""Exit code of a worker whose agent has gone."""
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Entered:
+    """A committed generation, as one worker is told of it."""
+
+    number: int
+    workers: tuple[str, ...]
+    """All workers, by rank."""
+    nodes: tuple[str, ...]
+    """The node of each rank."""
+    store: str
+    """Address of the store of this generation."""
+    gone: tuple[str, ...]
+    """Workers of the generation before that died: nobody must wait for them."""
+    why: str
+    running: bool
+    """False while there are too few nodes to train."""
+    node: str
+    """This worker's own node."""
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> Entered:
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k in cls.__annotations__}
+        return cls(**values)
+
+
+def is_worker() -> bool:
+    """Whether an agent has started this process."""
+    return LINK in os.environ
+
+
+class WorkerLink:
+    """The worker's end. `broken(entered)` is called by the reading thread for a generation that ends the present one
+    by force; see [Note: threads of the link]."""
+
+    def __init__(self, beat_s: float) -> None:
+        # Also where the reading thread cannot run: the kernel ends this worker with its agent.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        self._socket = socket.socket(fileno=int(os.environ[LINK]))
+        self._lock = threading.Condition()
+        self._newest: Entered | None = None
+        self._granted: dict[int, bool] = {}
+        self.name = os.environ[WORKER]
+        self.stop_requested = False
+        self._drain_requested = self._drain_told = False
+        self.broken: Callable[[Entered], None] = lambda entered: None
+        self._progress: dict[str, Any] = {}
+        self._send_lock = threading.Lock()
+        threading.Thread(target=self._read, daemon=True, name="link").start()
+        threading.Thread(target=self._beat, args=(beat_s,), daemon=True, name="beat").start()
+
+    @property
+    def newest(self) -> int:
+        """The number of the newest generation that the agent has told of, 0 for none."""
+        return self._newest.number if self._newest else 0
+
+    def next_generation(self, after: int, timeout_s: float | None = None) -> Entered | None:
+        """Wait for a generation newer than `after`; the newest one, None after `timeout_s`."""
+        with self._lock:
+            self._lock.wait_for(lambda: self.newest > after, timeout_s)
+            return self._newest if self.newest > after else None
+
+    def tell(self, kind: str, **more: Any) -> None:
+        """Send the agent a line."""
+        line = json.dumps({"kind": kind, **more}).encode() + b"\n"
+        with self._send_lock:
+            try:
+                self._socket.sendall(line)
+            except OSError:
+                os._exit(AGENT_DIED)
+
+    def progress(self, **values: Any) -> None:
+        """What the next beat tells (step, samples, samples a second)."""
+        self._progress = values
+
+    def request_drain(self) -> None:
+        """Ask the agent to let this worker leave after the step. Safe in a signal handler: the next beat says it."""
+        self._drain_requested = True
+
+    def may_commit(self, generation: int, step: int, timeout_s: float) -> bool:
+        """Whether this generation still is the job's, so that a checkpoint of `step` may get its name."""
+        with self._lock:
+            self._granted.pop(step, None)
+        self.tell("may_commit", generation=generation, step=step)
+        with self._lock:
+            self._lock.wait_for(lambda: step in self._granted, timeout_s)
+            return self._granted.get(step, False)
+
+    def _read(self) -> None:
+        for line in self._socket.makefile("rb"):
+            told = json.loads(line)
+            with self._lock:
+                match told["kind"]:
+                    case "enter":
+                        self._newest = Entered.from_json(told)
+                    case "granted":
+                        self._granted[told["step"]] = told["granted"]
+                    case "stop":
+                        self.stop_requested = True
+                self._lock.notify_all()
+            if told["kind"] == "enter" and told["gone"]:
+                assert self._newest is not None
+                self.broken(self._newest)
+        os._exit(AGENT_DIED)
+
+    def _beat(self, beat_s: float) -> None:
+        while True:
+            self.tell("beat", **self._progress)
+            if self._drain_requested and not self._drain_told:
+                self._drain_told = True
+                self.tell("drain")
+            time.sleep(beat_s)

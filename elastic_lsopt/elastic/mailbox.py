@@ -1,0 +1,184 @@
+"""Messages between agents over TCPStores: every agent hosts one, bound to its own address.
+
+    host's store     queue "in"         the others' records, for the host
+                     queue "to/<name>"  the host's answers, which <name> waits for there
+
+An agent opens a connection to another only to speak first (to the host, to a candidate); answers lie in the other's
+own store, so the host of a thousand nodes opens none. A message is at most sent: it may be lost with a store, come
+twice or late; whoever reads it (`membership`) takes it as news of a state, not as a command.
+
+[Note: threads of the mailbox] Each of these may wait for seconds in a dead network and is left alone then (daemons): one
+thread reads this agent's own queue; per outgoing connection one thread writes (the newest message only: an older one
+that was not sent yet is out of date) and one waits for answers. They share nothing but `_Line.next`, under its lock,
+and give what they hear to `heard`, which must be safe to call from any thread.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from elastic_lsopt.errors import UserError
+
+HERE = "127.0.0.1"
+CONNECT_S = 2.0
+WAIT = timedelta(hours=1)
+"""How long a reader waits for a message. A reader that gives up loses the message that comes then, so it hardly does."""
+RETRY_S = 0.2
+UNREAD = 64
+"""Answers that wait for one agent; where there are more, it has gone."""
+LONGEST_BYTES = 4 * 2**20
+"""A longer message is not read: a stranger must not fill this agent's memory with one."""
+Heard = Callable[[bytes], None]
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """host, port of "host:port". Raises UserError for anything else."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 <= int(port) < 65536:
+        raise UserError(f"the address {address!r} must read host:port, with a port in 0..65535.")
+    return host, int(port)
+
+
+def host_store(address: str) -> tuple[dist.TCPStore, str]:
+    """A TCPStore that listens on this address alone (port 0: any free one), and the address that it has.
+
+    Raises UserError where the address is taken or not this machine's. (TCPStore by itself listens on all interfaces.)
+    """
+    host, port = split_address(address)
+    try:
+        listener = socket.create_server((host, port))
+    except OSError as error:
+        raise UserError(
+            f"elastic.address={address}: cannot listen there: {error.strerror}; the port may be taken, or the host name "
+            "is not of this machine."
+        ) from None
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True,
+        timeout=WAIT,
+    )  # fmt: skip
+    return store, f"{host}:{port}"
+
+
+def reachable(address: str, timeout_s: float = CONNECT_S) -> bool:
+    """Whether somebody listens there."""
+    try:
+        socket.create_connection(split_address(address), timeout=timeout_s).close()
+    except OSError:
+        return False
+    return True
+
+
+def connect(address: str, timeout: timedelta = WAIT) -> dist.TCPStore:
+    """A client of the store at `address`. Raises OSError or RuntimeError where none answers."""
+    host, port = split_address(address)
+    socket.create_connection((host, port), timeout=CONNECT_S).close()  # a refusal at once and without torch's long log
+    store = dist.TCPStore(
+        host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_S), use_libuv=True
+    )
+    store.set_timeout(timeout)
+    return store
+
+
+class _Line:
+    """A connection to another agent's store. See [Note: threads of the mailbox]."""
+
+    def __init__(self, me: str, address: str, heard: Heard, failed: Callable[[], None]) -> None:
+        self.address, self._me, self._heard, self._failed = address, me, heard, failed
+        self._due = threading.Condition()
+        self._next: bytes | None = None
+        self._closed = False
+        threading.Thread(target=self._write, daemon=True, name=f"to-{address}").start()
+
+    def send(self, message: bytes) -> None:
+        with self._due:
+            self._next = message
+            self._due.notify()
+
+    def close(self) -> None:
+        with self._due:
+            self._closed = True
+            self._due.notify()
+
+    def _write(self) -> None:
+        store: dist.TCPStore | None = None
+        while True:
+            with self._due:
+                self._due.wait_for(lambda: self._next is not None or self._closed)
+                if self._closed:
+                    return
+                message, self._next = self._next, None
+            assert message is not None
+            try:
+                if store is None:
+                    store = connect(self.address)
+                    answers = connect(self.address)
+                    threading.Thread(target=self._read, args=(answers,), daemon=True).start()
+                store.queue_push("in", message)
+            except (RuntimeError, OSError):
+                store = None
+                if not self._closed:
+                    self._failed()
+                    time.sleep(RETRY_S)
+
+    def _read(self, store: dist.TCPStore) -> None:
+        with suppress(RuntimeError, OSError):  # the writer notices it as well, and connects anew
+            while not self._closed:
+                self._heard(store.queue_pop(f"to/{self._me}"))
+
+
+class Mailbox:
+    """This agent's store, its connections to others, and what comes in.
+
+    `heard(message)` gets every message as it is; `unreachable(address)` is told of a failed connection. Both are called
+    from any thread.
+    """
+
+    def __init__(self, name: str, address: str, heard: Heard, unreachable: Callable[[str], None]) -> None:
+        self.name, self._heard, self._unreachable = name, heard, unreachable
+        self.store, self.address = host_store(address)
+        self._lines: dict[str, _Line] = {}
+        self._closed = False
+        threading.Thread(target=self._read, daemon=True, name="in").start()
+
+    def send(self, address: str, message: bytes) -> None:
+        """Speak first: into the store at `address`, and listen there for answers to this agent's name."""
+        line = self._lines.get(address)
+        if line is None:
+            line = self._lines[address] = _Line(self.name, address, self._hear, lambda: self._unreachable(address))
+        line.send(message)
+
+    def answer(self, name: str, message: bytes) -> None:
+        """To agent `name`, which listens at this store."""
+        with suppress(RuntimeError):
+            if self.store.queue_len(f"to/{name}") < UNREAD:
+                self.store.queue_push(f"to/{name}", message)
+
+    def drop(self, address: str) -> None:
+        """Close the connection to `address`, if there is one."""
+        if line := self._lines.pop(address, None):
+            line.close()
+
+    def close(self) -> None:
+        self._closed = True
+        for line in self._lines.values():
+            line.close()
+
+    def _read(self) -> None:
+        own = connect(self.address)
+        while not self._closed:
+            try:
+                self._hear(own.queue_pop("in"))
+            except RuntimeError:
+                own = connect(self.address)
+
+    def _hear(self, message: bytes) -> None:
+        if not self._closed and len(message) <= LONGEST_BYTES:
+            self._heard(message)

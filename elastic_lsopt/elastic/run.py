@@ -1,0 +1,146 @@
+"""One program, two roles: started by a person or a launcher it is the node's agent; started by the agent, a worker.
+
+lso.elastic.run(build, "job.yaml")            # or an ElasticConfig; `build(world)` returns lso.elastic.Job
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from elastic_lsopt.config.elastic import ElasticConfig
+from elastic_lsopt.elastic.agent import Agent, Node
+from elastic_lsopt.elastic.journal import Journal
+from elastic_lsopt.elastic.link import WorkerLink, is_worker
+from elastic_lsopt.elastic.mailbox import HERE
+from elastic_lsopt.elastic.membership import Rules
+from elastic_lsopt.elastic.node_folder import NodeFolder
+from elastic_lsopt.elastic.plan import Policy
+from elastic_lsopt.elastic.rendezvous import ENDPOINT, JOB
+from elastic_lsopt.elastic.runtime import Build, Runtime
+from elastic_lsopt.elastic.signing import job_secret
+from elastic_lsopt.errors import UserError
+
+log = logging.getLogger("elastic_lsopt")
+BEATS_PER_TIMEOUT = 10
+LONGEST_BEAT_S = 1.0
+NODE = "ELASTIC_LSOPT_NODE"
+"""Names a node where the host's name does not, as for several agents on one machine."""
+
+
+def work(build: Build, settings: ElasticConfig, policy: Policy, run_folder: Path) -> int:
+    """The life of this worker; returns its exit code. What is its own mistake is told to the agent, in one line."""
+    link = WorkerLink(min(settings.hang_timeout_s / BEATS_PER_TIMEOUT, LONGEST_BEAT_S))
+    runtime = Runtime(build, settings, policy, Journal(run_folder), link)
+    try:
+        runtime.main()
+    except UserError as error:
+        link.tell("failed", error=" ".join(str(error).split()), user=True)
+        os._exit(2)  # peers may wait in a collective, and are told by the end of this process
+    except BaseException:
+        import traceback
+
+        sys.stderr.write(f"worker {link.name}:\n{traceback.format_exc()}")
+        sys.stderr.flush()
+        os._exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads need not be waited for
+
+
+def serve(
+    settings: ElasticConfig, run_folder: Path, *, workers: int, command: Sequence[str], fingerprint: Mapping[str, str]
+) -> int:
+    """The life of this node's agent; returns its exit code. Raises UserError for a wrong address or secret."""
+    endpoint = settings.endpoint or _endpoint_of_launcher()
+    address = settings.address or (_own_address(endpoint) if endpoint else HERE)
+    folder = NodeFolder(run_folder, os.environ.get(NODE) or socket.gethostname())
+    rules = Rules(
+        min_nodes=settings.min_nodes, max_nodes=settings.max_nodes, lease_s=settings.lease_s,
+        join_debounce_s=settings.join_debounce_s, witness=settings.witness, job=_job(run_folder),
+        fingerprint=dict(fingerprint),
+    )  # fmt: skip
+    node = Node(
+        folder=folder, rules=rules, settings=settings, secret=job_secret(settings.secret_file, run_folder),
+        endpoint=endpoint, address=address if ":" in address else f"{address}:0", workers=workers, command=command,
+        environment=_environment(workers),
+    )  # fmt: skip
+    return Agent(node).main()
+
+
+def fingerprint_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """What must be equal on all nodes: versions, this package's own source, every key of the configuration."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "deepspeed", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    source = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.parent.rglob("*.py")):
+        source.update(file.read_bytes())
+    found["elastic_lsopt"] = source.hexdigest()[:16]
+    return found | {f"config.{key}": str(value) for key, value in sorted(config.items())}
+
+
+def _job(run_folder: Path) -> str:
+    """The job's id: torchrun's, or the run folder's name."""
+    given = os.environ.get(JOB) or os.environ.get("TORCHELASTIC_RUN_ID")
+    return given if given and given != "none" else run_folder.resolve().name
+
+
+def _endpoint_of_launcher() -> str | None:
+    """What torchrun (by our rendezvous), deepspeed or mpirun says of the first node."""
+    if given := os.environ.get(ENDPOINT):
+        return given
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ:
+        return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return None
+
+
+def _own_address(endpoint: str) -> str:
+    """This machine's address as the endpoint's network sees it."""
+    host, _, port = endpoint.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, int(port) or 1))  # a datagram socket sends nothing by that
+        except OSError as error:
+            raise UserError(
+                f"elastic.endpoint={endpoint}: no way to {host}: {error.strerror}; check the name."
+            ) from None
+        return probe.getsockname()[0]
+
+
+def _environment(workers: int) -> dict[str, str]:
+    """Of a worker: this process's, without what a launcher has said of this process's own place."""
+    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+    kept = {
+        k: v for k, v in os.environ.items() if k not in own and not k.startswith(("TORCHELASTIC_", "OMPI_", "PMI_"))
+    }
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    return {**kept, "OMP_NUM_THREADS": threads, "LOCAL_WORLD_SIZE": str(workers), "TORCH_CPP_LOG_LEVEL": "FATAL"}
+
+
+def run(build: Callable[..., Any], config: ElasticConfig | Mapping[str, Any], *, policy: Policy, output_dir: str | Path,
+        workers: int = 1) -> int:  # fmt: skip
+    """Run `build`'s training elastically; returns the exit code (0: done, or this node has left as it was asked to).
+
+    The same program is this node's agent and, started again by it, each of the node's workers.
+    """
+    settings = config if isinstance(config, ElasticConfig) else ElasticConfig(**config)
+    folder = Path(output_dir)
+    if is_worker():
+        return work(build, settings, policy, folder)
+    command = [sys.executable, *sys.orig_argv[1:]]
+    return serve(
+        settings, folder, workers=workers, command=command, fingerprint=fingerprint_of({"policy": asdict(policy)})
+    )

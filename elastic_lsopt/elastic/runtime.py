@@ -1,0 +1,325 @@
+"""A worker's life: one process, many generations.
+
+    warm up, say ready
+    for each committed generation:
+        form the process group               survivors keep their process, their CUDA context, their data
+        gather what everybody holds, choose S*, plan, build(world), reshard, mirror, barrier
+        step, step, step …                   until a flag in a step's all-reduce, or a collective that breaks
+        take the group down                  host versions stay
+
+[Note: a broken generation] A dead peer is noticed by whoever talks with it: its sockets close. The others wait for
+somebody who is still waiting. So every worker severs its own sockets when a collective of its breaks, and the link's
+thread severs them when the agent says that somebody has gone: the main thread, wherever it waits, gets an error within
+milliseconds. From there on device state means nothing; only host versions count.
+
+[Note: a planned change] Members that join or leave are no error. The agent tells its worker of the committed
+generation; the worker raises a flag that rides on the next step's all-reduce, so all workers see it after the same step.
+They mirror that step to the end, hand over what only leavers hold, and only then take the group down.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from elastic_lsopt.backends.rebuild import tear_down
+from elastic_lsopt.backends.transport import Transport
+from elastic_lsopt.config.elastic import ElasticConfig
+from elastic_lsopt.elastic.exchange import gather_json
+from elastic_lsopt.elastic.job import Run, refuse_what_counts_steps_or_ranks
+from elastic_lsopt.elastic.journal import Journal
+from elastic_lsopt.elastic.link import Entered, WorkerLink
+from elastic_lsopt.elastic.mailbox import connect
+from elastic_lsopt.elastic.mirror import Mirror
+from elastic_lsopt.elastic.plan import Plan, Policy, Worker, plan
+from elastic_lsopt.elastic.reshard import Resharded, choose, inventory, reshard
+from elastic_lsopt.elastic.versions import HostVersions
+from elastic_lsopt.elastic.world import World
+from elastic_lsopt.errors import PeerFailed, UserError
+from elastic_lsopt.oracle.clock import SampleClock
+
+Build = Callable[[World], Run]
+FORM_TIMEOUT_S = 20.0
+"""How long a new group may take to connect; a peer that dies meanwhile costs the rest of it."""
+POLL_S = 0.002
+LAGS = 8
+"""How many mirrored versions C may trail behind; the runtime waits for the mirror before it trails further."""
+DRAIN_BEAT_S = 0.1
+
+
+class Interrupted(Exception):
+    """A newer generation has come while this one was being formed."""
+
+
+@dataclass
+class Phases:
+    """Seconds by phase of one change, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.monotonic)
+
+    def end(self, phase: str) -> None:
+        now = time.monotonic()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+        self._since = now
+
+
+class Runtime:
+    """Drives `build` through the generations that the agent tells of; `main` returns when the job or this worker ends.
+
+    Cost a step without a change: a host copy of this rank's state each `mirror_every` steps, its transfer beside the
+    compute, 1 + LAGS more numbers in the step's all-reduce.
+    """
+
+    def __init__(
+        self, build: Build, settings: ElasticConfig, policy: Policy, journal: Journal, link: WorkerLink
+    ) -> None:
+        self._build, self._settings, self._policy = build, settings, policy
+        self._journal, self._link = journal, link
+        self._versions = HostVersions()
+        self._number = 0
+        self._entered: Entered | None = None
+        self._transport: Transport | None = None
+        self._mirror: Mirror | None = None
+        self._run: Run | None = None
+        self._plan: Plan | None = None
+        self._broken_since: float | None = None
+        link.broken = self._sever
+        signal.signal(signal.SIGTERM, lambda *_: link.request_drain())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the agent's to answer
+
+    def main(self) -> None:
+        """Until the job ends or this worker is no longer one of it. Raises what is this worker's own mistake."""
+        self._warm_up()
+        self._link.tell("ready")
+        phases = Phases()
+        while (entered := self._next()) is not None:
+            phases.end("wait")
+            try:
+                if self._generation(entered, phases):
+                    return
+            except Interrupted:
+                pass
+            except Exception as error:
+                if not self._is_peers(error):
+                    raise
+                self._sever(None)
+                self._link.tell("broken", generation=self._number, error=one_line(error))
+            phases = Phases(_since=self._broken_since or time.monotonic())
+            self._broken_since = None
+            phases.end("detect")
+            self._take_down()
+            phases.end("take_down")
+
+    def _next(self) -> Entered | None:
+        """The next generation in which there is something to do; None when this worker has no place in it."""
+        while True:
+            entered = self._link.next_generation(after=self._number)
+            assert entered is not None
+            self._number, self._entered = entered.number, entered
+            if self._link.name not in entered.workers:
+                return None
+            if entered.running:
+                return entered
+
+    # -- one generation ----------------------------------------------------------------------------------------
+
+    def _generation(self, entered: Entered, phases: Phases) -> bool:
+        """Form, fill, train; True when the job has ended, False after a planned change."""
+        world, group = self._form(entered)
+        phases.end("form")
+        inventories = gather_json(group, inventory(self._versions))
+        chosen = choose(inventories)
+        self._plan = self._planned(entered, chosen)
+        phases.end("choose")
+        run = self._run = self._build(
+            World(world.rank, world.size, world.device, world.store, entered.number, self._plan)
+        )
+        refuse_what_counts_steps_or_ranks(run.engine)
+        run.engine.signals = self._signals
+        run.engine.backend.transport.at_once = True
+        phases.end("build")
+        moved: Resharded | None = None
+        if chosen is not None:
+            moved = reshard(run.engine, self._versions, chosen, inventories, group)
+            run.loader.load_state_dict(moved.extra["loader"])
+        else:
+            run.resume()
+        phases.end("reshard")
+        self._mirror = Mirror(
+            dist.new_group(backend="gloo", timeout=self._timeout), world.rank, world.size, entered.nodes,
+            self._settings.copies,
+        )  # fmt: skip
+        self._keep(wait=True)
+        dist.barrier(group)
+        self._versions.drop_older_generations(entered.number)
+        phases.end("mirror")
+        return self._train(run, world, entered, moved, phases)
+
+    def _train(self, run: Run, world: World, entered: Entered, moved: Resharded | None, phases: Phases) -> bool:
+        first = True
+        for units in run.loader:
+            start = time.monotonic()
+            row = run.step(units)
+            if first:
+                phases.end("first_step")
+                self._write_journal(world, entered, moved, phases)
+                first = False
+            seconds = time.monotonic() - start
+            self._link.progress(step=row["step"], samples=row["samples"], loss=row["loss"], seconds=seconds)
+            if run.stopped:
+                break
+            pending = self._heard(run)
+            if pending or row["step"] % self._settings.mirror_every == 0:
+                self._keep(wait=pending)
+            if pending:
+                self._leave_together(entered)
+                return False
+        run.finish()
+        dist.barrier()
+        return True
+
+    # -- host versions -----------------------------------------------------------------------------------------
+
+    def _keep(self, *, wait: bool) -> None:
+        """A host version of this step, on its way to the mirror; with `wait` every shard of it has arrived."""
+        run, mirror = self._run, self._mirror
+        assert run is not None and mirror is not None and self._plan is not None
+        if len(self._pushed) - self._acknowledged() >= LAGS:  # buffers are bounded: a slow network slows the steps
+            mirror.wait(self._pushed[-LAGS + 1], timeout_s=self._timeout.total_seconds())
+        step = run.engine.clock.steps
+        extra = {"loader": run.loader.state_dict(), "plan": self._plan.to_json()}
+        mirror.push(self._versions.take(run.engine, generation=self._number, step=step, extra=extra))
+        self._pushed.append(step)
+        if wait:
+            mirror.wait(step, timeout_s=self._timeout.total_seconds())
+
+    def _acknowledged(self) -> int:
+        """How many of this generation's pushed versions, from the first, are complete on this rank and its wards."""
+        assert self._mirror is not None
+        newest = self._mirror.acknowledged
+        return sum(step <= newest for step in self._pushed)
+
+    def _signals(self) -> Sequence[float]:
+        """What rides on a step's all-reduce: whether I know of a newer generation; whether my mirror trails by j."""
+        trail = len(self._pushed) - self._acknowledged()
+        return [float(self._link.newest > self._number), *(float(trail > j) for j in range(LAGS))]
+
+    def _heard(self) -> bool:
+        """Commit what every mirror has acknowledged (C); whether a change of members is due after this step."""
+        assert self._run is not None and self._mirror is not None
+        report = self._run.engine.last_step
+        assert report is not None
+        pending, *trailing = report.signals
+        trail = next((j for j, ranks in enumerate(trailing) if not ranks), len(trailing))
+        if len(self._pushed) > trail:
+            self._versions.commit(self._number, self._pushed[-1 - trail])
+            del self._pushed[: -1 - trail]
+        if self._link.stop_requested:
+            self._run.engine.request_stop()
+        return pending > 0
+
+    def _leave_together(self, entered: Entered) -> None:
+        """See [Note: a planned change]."""
+        assert self._mirror is not None
+        newer = self._link.next_generation(after=self._number, timeout_s=self._timeout.total_seconds())
+        if newer is None:
+            raise PeerFailed("a worker flagged a new generation of which this node's agent does not know.")
+        leaving = [rank for rank, worker in enumerate(entered.workers) if worker not in newer.workers]
+        if leaving and len(leaving) < len(entered.workers):
+            self._mirror.hand_over(self._versions.newest, leaving)
+        dist.barrier()  # whoever took the group down now would break it for those that still receive
+
+    # -- groups ------------------------------------------------------------------------------------------------
+
+    @property
+    def _timeout(self) -> timedelta:
+        """Of a collective: a peer that is merely slow must not be taken for a dead one."""
+        return timedelta(seconds=10 * self._settings.hang_timeout_s)
+
+    def _form(self, entered: Entered) -> World:
+        """The process group of this generation. Raises Interrupted where a newer one comes first."""
+        rank, size = entered.workers.index(self._link.name), len(entered.workers)
+        local = [r for r, node in enumerate(entered.nodes) if node == entered.node].index(rank)
+        self._place(rank, size, local)
+        store = dist.PrefixStore(
+            f"generation/{entered.number}", connect(entered.store, timedelta(seconds=FORM_TIMEOUT_S))
+        )
+        self._meet(store, size)
+        device = _device(local)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size,
+            timeout=timedelta(seconds=FORM_TIMEOUT_S), device_id=device if device.type == "cuda" else None,
+        )  # fmt: skip
+        self._transport = Transport()
+        dist.distributed_c10d._get_default_group()._set_default_timeout(self._timeout)
+        return World(rank, size, device, store, entered.number)
+
+    def _meet(self, store: dist.Store, size: int) -> None:
+        """Wait until all have come, so that the group itself forms at once: nothing can interrupt that."""
+        store.add("met", 1)
+        while store.add("met", 0) < size:
+            if self._link.newest > self._number:
+                raise Interrupted
+            time.sleep(POLL_S)
+
+    def _place(self, rank: int, size: int, local: int) -> None:
+        """What libraries read of a launcher's environment."""
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))
+
+    def _take_down(self) -> None:
+        """Let go of everything but the host versions. No communication."""
+        run, self._run = self._run, None
+        mirror, self._mirror = self._mirror, None
+        self._pushed.clear()
+        if run is not None:
+            run.abandon()
+        if mirror is not None:
+            self._versions.adopt(mirror.close())
+        self._transport = None
+        tear_down(run.engine if run is not None else None)
+
+    def _sever(self, entered: Entered | None) -> None:
+        """See [Note: a broken generation]. From any thread."""
+        if self._broken_since is None:
+            self._broken_since = time.monotonic()
+        if (transport := self._transport) is not None:
+            transport.sever()
+
+    def _is_peers(self, error: Exception) -> bool:
+        """Whether an error comes from a peer's end, and not from this worker's own program."""
+        if isinstance(error, UserError):
+            return isinstance(error, PeerFailed)
+        severed = self._transport is not None and self._transport.cut
+        network = isinstance(error, dist.DistError | OSError) or any(sign in str(error) for sign in GLOO)
+        return (severed and isinstance(error, RuntimeError)) or network
+
+    def _planned(self, entered: Entered, before: Plan | None, clock: SampleClock) -> Plan:
+        workers = [Worker(rank, node, None) for rank, node in enumerate(entered.nodes)]
+        return plan(workers, self._policy, clock, before=before, gain=None)
+
+    def _warm_up(self) -> None:
+        """Form a group of one and build once, so that imports, compilers and caches are behind this worker when it
+        says ready: the others wait for nothing of that."""
+        self._place(0, 1, 0)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        clock = SampleClock()
+        alone = plan([Worker(0, "", None)], self._policy, clock, before=None, gain=None)
+        run = self._build(World(0, 1, _device(0), dist.HashStore(), 0, alone))
+        run.abandon()
+        tear_down(run.engine)
+
+
+def _device(local: int) -> torch.device:
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        device = torch.device("cuda", local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")

@@ -1,0 +1,77 @@
+"""One worker as its node's agent sees it: started, heard, fenced, reaped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from elastic_lsopt.elastic.link import LINK, WORKER
+
+Event = Callable[["WorkerProcess", dict[str, Any]], None]
+
+
+class WorkerProcess:
+    """A running worker. `event(worker, line)` gets every line that it says, and `{"kind": "exited", "code": …}` at its
+    end, from threads of this object; nothing after that."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], event: Event, log: Any = None
+    ) -> None:
+        self.name, self.ready, self.finished = name, False, False
+        self.last_beat = time.monotonic()
+        self.told: dict[str, Any] = {}
+        """What the last beat told: step, samples, loss, seconds of a step."""
+        self._event = event
+        ours, theirs = socket.socketpair()
+        os.set_inheritable(theirs.fileno(), True)
+        self._socket, self._send_lock = ours, threading.Lock()
+        self.process = subprocess.Popen(
+            list(command), env={**environment, LINK: str(theirs.fileno()), WORKER: name}, pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            start_new_session=True,  # a terminal's Ctrl-C reaches the agent alone
+        )  # fmt: skip
+        theirs.close()
+        threading.Thread(target=self._listen, daemon=True, name=f"{name}-link").start()
+        threading.Thread(target=self._reap, daemon=True, name=f"{name}-reaper").start()
+
+    def tell(self, kind: str, **more: Any) -> None:
+        """Send a line; nothing where the worker is dead (its end is reaped)."""
+        with self._send_lock, suppress(OSError):
+            self._socket.sendall(json.dumps({"kind": kind, **more}).encode() + b"\n")
+
+    def silent_for(self) -> float:
+        """Seconds since its last beat."""
+        return time.monotonic() - self.last_beat
+
+    def kill(self) -> None:
+        """Fence it: after this returns and it is reaped, nothing of it runs. Also its own children."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def drain(self) -> None:
+        """Ask it to leave after the step."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def _listen(self) -> None:
+        with suppress(OSError, ValueError):
+            for line in self._socket.makefile("rb"):
+                self.last_beat = time.monotonic()
+                told = json.loads(line)
+                if told["kind"] == "beat":
+                    self.told = told
+                else:
+                    self._event(self, told)
+
+    def _reap(self) -> None:
+        code = self.process.wait()
+        self.kill()  # whatever it started
+        self._event(self, {"kind": "exited", "code": code})
