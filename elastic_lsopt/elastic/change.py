@@ -1,0 +1,128 @@
+"""What the leader proposes: the difference between the generation and what its agents report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from elastic_lsopt.elastic.generation import FINISHED, Change, Generation, Member
+from elastic_lsopt.elastic.record import Record
+from elastic_lsopt.elastic.state import Peer, State
+
+
+def differs(generation: Generation, record: Record) -> bool:
+    """Whether a record asks for a change: workers came, died or leave, or a newcomer has ready ones."""
+    member = generation.member.get(record.name)
+    if member is None:
+        return bool(record.workers) and record.vote is None and not record.departing
+    if record.departing:
+        return True
+    return member.workers != record.workers or bool(record.leaving)
+
+
+def urgent(generation: Generation, record: Record) -> bool:
+    """Whether the change cannot wait for more joins: somebody of the generation is dead or leaves."""
+    member = generation.member.get(record.name)
+    if member is None:
+        return False
+    return record.departing or any(w not in record.workers or w in record.leaving for w in member.workers)
+
+
+def joins_due(state: State, now: float) -> bool:
+    """Whether the waiting joins have been still for join_debounce_s, or waited three times that in all."""
+    if state.joins_s is None:
+        return False
+    first_s, newest_s = state.joins_s
+    debounce_s = state.rules.join_debounce_s
+    return now >= min(newest_s + debounce_s, first_s + 3 * debounce_s)
+
+
+def next_change(state: State, own: Record, now: float) -> Change | None:
+    """The change that this leader should propose now, None for none. `own` is the leader's own record.
+
+    A death, a drain or a lost host is proposed at once, and ready joins ride along; joins alone wait for each other,
+    and for min_nodes where the generation is not running. O(members).
+    """
+    generation, campaign, rules = state.generation, state.campaign, state.rules
+    assert generation is not None and campaign is not None and campaign.led_s is not None
+    led_s = campaign.led_s
+    peers = dict(state.peers)
+    evicted = tuple(
+        m.name
+        for m in generation.members
+        if m.name != state.name and _heard(peers, m.name, led_s) + rules.evict_s <= now
+    )
+    rehost = generation.host != state.name
+    if (
+        rehost
+        and now < led_s + rules.evict_s
+        and any(
+            m.name != state.name and (m.name not in peers or peers[m.name].heard_s < led_s) for m in generation.members
+        )
+    ):
+        return None  # Who is silent may be alive and hold a lease: [Note: leases].
+
+    records = [own, *(peers[name].record for name, _ in state.restless if name in peers)]
+    members = [r for r in records if r.name in generation.member and r.name not in evicted]
+    left = tuple(r.name for r in members if r.departing)
+    gone, drained, joined = [], [], []
+    for r in members:
+        before = generation.member[r.name].workers
+        gone += [w for w in before if w not in r.workers]
+        drained += [w for w in before if w in r.workers and (w in r.leaving or r.departing)]
+        if not r.departing and (new := tuple(w for w in r.workers if w not in before and w not in r.leaving)):
+            joined.append(Member(r.name, r.address, new))
+    staying = [m for m in generation.members if m.name not in evicted and m.name not in left]
+    room = rules.max_nodes - len(staying)
+    waiting = [r for r in records if r.name not in generation.member and differs(generation, r)]
+    joined += [Member(r.name, r.address, r.workers) for r in waiting[: max(0, room)]]
+
+    lost = {*gone, *drained}
+    growing = {m.name for m in joined}
+    working = sum(m.name in growing or any(w not in lost for w in m.workers) for m in staying)
+    working += sum(m.name not in generation.member for m in joined)
+    running = working >= rules.min_nodes
+    finished = [m for m in staying if m.workers]
+    if finished and all(own.finished if m.name == state.name else _finished(peers, m.name) for m in finished):
+        return Change(FINISHED, state.name, campaign.ballot.round, running=False)
+    host = state.name
+    if own.departing:
+        host = next((m.name for m in staying), "")
+    full = len(staying) + sum(m.name not in generation.member for m in joined) >= rules.max_nodes
+    joins = joined and (running or generation.running) and (joins_due(state, now) or full)
+    if not host or not (evicted or left or gone or drained or rehost or joins):
+        return None
+    return Change(
+        why=_why(evicted, left, gone, drained, rehost, joined),
+        host=host,
+        term=campaign.ballot.round,
+        running=running,
+        evicted=evicted,
+        left=left,
+        gone=tuple(gone),
+        drained=tuple(drained),
+        joined=tuple(joined),
+    )
+
+
+def _heard(peers: dict[str, Peer], name: str, led_s: float) -> float:
+    return max(peers[name].heard_s, led_s) if name in peers else led_s
+
+
+def _finished(peers: dict[str, Peer], name: str) -> bool:
+    return name in peers and peers[name].record.finished
+
+
+def _why(evicted, left, gone, drained, rehost, joined) -> str:
+    """One clause a kind of change, the first few names of each."""
+    said = [
+        f"{verb} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+        for verb, names in (
+            ("silent:", evicted),
+            ("leaving:", left),
+            ("died:", gone),
+            ("drained:", drained),
+            ("joined:", [m.name for m in joined]),
+        )
+        if names
+    ]
+    return "; ".join([*said, *(["the host was lost"] if rehost else [])])
