@@ -1,22 +1,25 @@
 """Units of work for this rank, step after step, from one cursor of committed samples.
 
-    loader = StepLoader(dataset, collate, global_batch_size=32, unit_size=8, seed=0, rank=0, world=2, steps=400)
+    loader = StepLoader(dataset, collate, global_batch_size=32, unit_size=8, seed=0, rank=0, world=2,
+                        total_samples=12800)
     for units in loader:                    # one optimizer step: list[Unit]
         ...
         loader.commit(32)                   # the step has ended: its samples are used up
 
 The cursor counts committed samples over all ranks, so it is the same number everywhere and says all there is to
 save: a run that is killed and resumed reads on at the first sample that no finished step has used, at any world
-size. What iteration has read ahead is not in it.
+size and with any batch. What iteration has read ahead is not in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import ceil
 from typing import Any, Protocol
 
 from elastic_lsopt.elastic.order import SampleOrder
+from elastic_lsopt.elastic.shards import ShardStream
 from elastic_lsopt.errors import StaleGeneration, UserError
 from elastic_lsopt.oracle.units import Unit, unit_sizes, units_of_rank
 
@@ -28,12 +31,39 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
+class Shuffled:
+    """A dataset as an endless run of samples, in the order of `SampleOrder`."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.order = SampleOrder(len(dataset), seed)
+
+    def read(self, first: int, count: int) -> list[Any]:
+        """The samples at positions first … first + count - 1."""
+        return [self.dataset[i] for i in self.order.at(range(first, first + count)).tolist()]
+
+    def state_dict(self, committed: int) -> dict[str, int]:
+        """The dataset's size and the seed, without which a cursor means nothing."""
+        return {"samples": self.order.samples, "seed": self.order.seed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Raises UserError where the dataset's size or the seed is not the saved one."""
+        for name, now in (("samples", self.order.samples), ("seed", self.order.seed)):
+            if state_dict.get(name) != now:
+                raise UserError(
+                    f"the checkpoint was made with {name}={state_dict.get(name)} in the training set's order, but this "
+                    f"job has {name}={now}; use the same data and seed, or start anew."
+                )
+
+
 class StepLoader:
     """Iterates over the optimizer steps that are left, each a list of this rank's units of the global batch.
 
-    `collate` makes the batch of a unit from its list of samples; it must be a pure function (a thread prepares the
-    next step while this one computes). `steps` is the length of the whole job, so iteration ends once
-    steps * global_batch_size samples are read. A rank without a unit in a small batch gets unit 0 as an idle one.
+    `dataset` has samples by number, or is a `ShardStream` (whose own seed counts). `collate` makes the batch of a unit
+    from its list of samples; it must be a pure function (a thread prepares the next step while this one computes).
+    `total_samples` is the length of the whole job: the last step takes what is left, cut into at least `parts` units (a
+    rest of fewer samples than `parts` joins the step before it). `units` are this rank's where a plan deals them
+    unevenly; None: unit u belongs to rank u mod world. A rank without a unit gets unit 0 of the step as an idle one.
     State is torchdata's protocol: state_dict, load_state_dict, __iter__, __len__.
 
     Raises UserError for an empty dataset or a batch smaller than one unit. Memory: two steps of this rank's batches.
@@ -41,7 +71,7 @@ class StepLoader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | ShardStream,
         collate: Callable[[list[Any]], Any],
         *,
         global_batch_size: int,
@@ -49,53 +79,73 @@ class StepLoader:
         seed: int,
         rank: int,
         world: int,
-        steps: int,
+        total_samples: int,
+        parts: int = 1,
+        units: Sequence[int] | None = None,
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank={rank} must be between 0 and world-1={world - 1}.")
-        self.dataset = dataset
+        self.source = dataset if isinstance(dataset, ShardStream) else Shuffled(dataset, seed)
         self.collate = collate
-        self.order = SampleOrder(len(dataset), seed)
         self.sizes = unit_sizes(global_batch_size, unit_size)
         self.global_batch_size = global_batch_size
         self.unit_size = unit_size
-        self.rank, self.world, self.steps = rank, world, steps
+        self.rank, self.world = rank, world
+        self.total_samples, self.parts = total_samples, parts
         self.committed = 0
+        self._own = units
         self._loads = 0
+        self._closed = False
 
     def __len__(self) -> int:
-        """Steps of the whole job, those behind the cursor included."""
-        return self.steps
+        """Steps of the whole job at this batch, those behind the cursor included."""
+        return ceil(self.total_samples / self.global_batch_size)
 
     def __iter__(self) -> Iterator[list[Unit]]:
         """From the cursor to the end of the job.
 
-        Raises StaleGeneration at the first step that is asked of an iterator older than `load_state_dict`.
+        Raises StaleGeneration at the first step that is asked of an iterator older than `load_state_dict` or `close`;
+        what it has read ahead is dropped.
         """
         loads, position = self._loads, self.committed
-        end = self.steps * self.global_batch_size
-        if position >= end:
+        self._refuse_stale(loads)
+        if position >= self.total_samples:
             return
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader") as thread:
             ahead = thread.submit(self.units_at, position)
-            while position < end:
+            while position < self.total_samples:
                 units = ahead.result()
-                position += self.global_batch_size
-                if position < end:
+                position += self.samples_at(position)
+                if position < self.total_samples:
                     ahead = thread.submit(self.units_at, position)
                 yield units
-                if loads != self._loads:
-                    raise StaleGeneration("load_state_dict moved the loader; call iter(loader) again.")
+                self._refuse_stale(loads)
+
+    def samples_at(self, position: int) -> int:
+        """Samples of the step that begins at `position`, over all ranks: the global batch, or what is left."""
+        left = self.total_samples - position
+        return left if left < self.global_batch_size + self.parts else self.global_batch_size
 
     def units_at(self, position: int) -> list[Unit]:
-        """This rank's units of the global batch that begins at `position`; a pure function, it moves nothing."""
-        mine = units_of_rank(len(self.sizes), self.rank, self.world)
-        return [self._unit(u, position) for u in mine] or [self._unit(0, position, idle=True)]
+        """This rank's units of the global batch that begins at `position`; a pure function, it moves no cursor."""
+        samples = self.samples_at(position)
+        if samples == self.global_batch_size:
+            sizes, own = self.sizes, self._own
+        else:
+            sizes, own = unit_sizes(samples, min(self.unit_size, max(1, samples // self.parts))), None
+        mine = units_of_rank(len(sizes), self.rank, self.world) if own is None else own
+        return [self._unit(u, position, sizes) for u in mine] or [self._unit(0, position, sizes, idle=True)]
 
-    def _unit(self, index: int, position: int, idle: bool = False) -> Unit:
-        first = position + index * self.unit_size
-        ids = self.order.at(range(first, first + self.sizes[index]))
-        return Unit(index, self.collate([self.dataset[i] for i in ids.tolist()]), idle)
+    def _unit(self, index: int, position: int, sizes: Sequence[int], idle: bool = False) -> Unit:
+        # All units but the last are equally large.
+        rows = self.source.read(position + index * sizes[0], sizes[index])
+        return Unit(index, self.collate(rows), idle)
+
+    def _refuse_stale(self, loads: int) -> None:
+        if self._closed:
+            raise StaleGeneration("the loader was closed; take the new generation's.")
+        if loads != self._loads:
+            raise StaleGeneration("load_state_dict moved the loader; call iter(loader) again.")
 
     def commit(self, samples: int) -> None:
         """Count `samples` (>= 1, over all ranks) of a finished or skipped step as used."""
@@ -104,20 +154,19 @@ class StepLoader:
         self.committed += samples
 
     def state_dict(self) -> dict[str, int]:
-        """The committed cursor, and the dataset's size and the seed, without which it means nothing."""
-        return {"committed": self.committed, "samples": self.order.samples, "seed": self.order.seed}
+        """The committed cursor, and what the source needs to find its place again."""
+        return {"committed": self.committed, **self.source.state_dict(self.committed)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Move the cursor; iterators that are running go stale.
 
-        Raises UserError where the dataset's size or the seed is not the saved one: the same cursor would then
-        repeat some samples and skip others.
+        Raises UserError where the source is not the saved one: the same cursor would then repeat some samples and
+        skip others.
         """
-        for name, now in (("samples", self.order.samples), ("seed", self.order.seed)):
-            if state_dict[name] != now:
-                raise UserError(
-                    f"the checkpoint was made with {name}={state_dict[name]} in the training set's order, but this "
-                    f"job has {name}={now}; use the same data and seed, or start anew."
-                )
+        self.source.load_state_dict(state_dict)
         self.committed = state_dict["committed"]
         self._loads += 1
+
+    def close(self) -> None:
+        """End the loader: its iterators go stale, nothing that they have read ahead is given out."""
+        self._closed = True

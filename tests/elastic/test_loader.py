@@ -19,7 +19,9 @@ from elastic_lsopt.errors import StaleGeneration, UserError
 pytestmark = pytest.mark.fast
 
 
-def make(n: int = 50, batch: int = 8, unit: int = 3, *, rank: int = 0, world: int = 1, steps: int = 20) -> StepLoader:
+def make(
+    n: int = 50, batch: int = 8, unit: int = 3, *, rank: int = 0, world: int = 1, steps: int = 20, **more: Any
+) -> StepLoader:
     """A loader whose samples are their own numbers, times ten."""
     return StepLoader(
         [10 * i for i in range(n)],
@@ -29,7 +31,7 @@ def make(n: int = 50, batch: int = 8, unit: int = 3, *, rank: int = 0, world: in
         seed=4,
         rank=rank,
         world=world,
-        steps=steps,
+        **{"total_samples": steps * batch, **more},
     )
 
 
@@ -40,11 +42,12 @@ def samples(units: list[Any]) -> list[int]:
 cuts = st.tuples(st.integers(1, 12), st.integers(1, 30)).filter(lambda c: c[0] <= c[1])
 
 
+@settings(max_examples=50, deadline=None)
 @given(n=st.integers(1, 60), cut=cuts, world=st.integers(1, 9))
 def test_all_ranks_together_read_what_one_would(n: int, cut: tuple[int, int], world: int) -> None:
     unit, batch = cut
-    alone = make(n, batch, unit)
-    ranks = [make(n, batch, unit, rank=rank, world=world) for rank in range(world)]
+    alone = make(n, batch, unit, steps=2000)
+    ranks = [make(n, batch, unit, rank=rank, world=world, steps=2000) for rank in range(world)]
     for position in (0, batch, 7 * batch, 1000):
         mine = [loader.units_at(position) for loader in ranks]
         assert all(mine)
@@ -62,6 +65,7 @@ def test_a_rank_without_a_unit_gets_unit_0_to_idle_on() -> None:
     assert not busy.units_at(0)[0].idle
 
 
+@settings(max_examples=50, deadline=None)
 @given(n=st.integers(1, 40), cut=cuts)
 def test_each_sample_once_an_epoch_across_batches(n: int, cut: tuple[int, int]) -> None:
     unit, batch = cut
@@ -70,7 +74,7 @@ def test_each_sample_once_an_epoch_across_batches(n: int, cut: tuple[int, int]) 
         assert sorted(read[epoch * n : (epoch + 1) * n]) == [10 * i for i in range(n)]
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(kills=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), max_size=4))
 def test_killed_and_resumed_anywhere_equals_never_stopped(kills: list[tuple[int, int]]) -> None:
     """Each life commits some steps, has read one more when it dies, and goes on at another world size."""
@@ -94,7 +98,67 @@ def test_a_cursor_off_the_batch_boundary_reads_on_exactly() -> None:
     loader = make()
     loader.load_state_dict({**loader.state_dict(), "committed": 13})
     read = [x for units in loader for x in samples(units)]
-    assert read[: 160 - 13] == whole[13:]
+    assert read == whole[13:]
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 40), cut=cuts, total=st.integers(1, 100), parts=st.integers(1, 8), world=st.integers(1, 5))
+def test_the_job_ends_at_its_last_sample(n: int, cut: tuple[int, int], total: int, parts: int, world: int) -> None:
+    """No sample more, none twice; the last step is cut finely enough for the method's parts."""
+    unit, batch = cut
+    whole = [x for units in make(n, 1, 1, total_samples=total) for x in samples(units)]
+    ranks = [make(n, batch, unit, rank=r, world=world, total_samples=total, parts=parts) for r in range(world)]
+    position, read = 0, []
+    for units in zip(*ranks, strict=True):
+        union = sorted((u for mine in units for u in mine if not u.idle), key=lambda u: u.index)
+        assert [u.index for u in union] == list(range(len(union)))
+        taken = ranks[0].samples_at(position)
+        assert sum(len(u.batch) for u in union) == taken
+        if taken != batch:
+            assert position + taken == total and len(union) >= min(parts, taken)
+        read += samples(union)
+        position += taken
+    assert read == whole and position == total
+
+
+changes = st.lists(
+    st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 6), st.integers(0, 4)), min_size=1, max_size=6
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(changes=changes)
+def test_each_sample_once_whatever_world_and_batch_each_generation_has(changes: Any) -> None:
+    """Each generation: (world, units a step, unit, steps committed), one more in flight that the next does again."""
+    total, committed, state = 137, [], make(total_samples=137).state_dict()
+    for world, units, unit, steps in [*changes, (3, 4, 2, 1000)]:
+        ranks = [make(50, units * unit, unit, rank=r, world=world, total_samples=total) for r in range(world)]
+        for loader in ranks:
+            loader.load_state_dict(state)
+        for n, mine in enumerate(zip(*map(iter, ranks), strict=True)):
+            if n == steps:
+                break  # read, perhaps computed, not committed
+            union = sorted((u for own in mine for u in own if not u.idle), key=lambda u: u.index)
+            committed += samples(union)
+            for loader in ranks:
+                loader.commit(len(samples(union)))
+        state = ranks[0].state_dict()
+        for loader in ranks:
+            loader.close()
+    assert committed == [x for units in make(batch=1, unit=1, total_samples=total) for x in samples(units)]
+
+
+def test_a_plans_uneven_shares() -> None:
+    shares = [(0, 2, 3, 4), (1, 5)]
+    ranks = [make(batch=12, unit=2, rank=r, world=2, units=shares[r], total_samples=31) for r in range(2)]
+    alone = make(batch=12, unit=2, total_samples=31)
+    for position in (0, 12, 24):
+        own = [loader.units_at(position) for loader in ranks]
+        union = sorted((u for mine in own for u in mine if not u.idle), key=lambda u: u.index)
+        assert union == alone.units_at(position)
+        if position < 24:
+            assert [[u.index for u in mine] for mine in own] == [[0, 2, 3, 4], [1, 5]]
+    assert [u.index for u in ranks[0].units_at(24)] == [0, 2]  # the small last step is dealt evenly
 
 
 def test_reading_ahead_is_not_saved() -> None:
@@ -127,7 +191,9 @@ def test_what_the_dataset_raises_comes_out_at_its_step() -> None:
         def __getitem__(self, index: Any) -> Any:
             raise OSError("disk is gone")
 
-    loader = StepLoader(Rotten([1, 2]), list, global_batch_size=1, unit_size=1, seed=0, rank=0, world=1, steps=1)
+    loader = StepLoader(
+        Rotten([1, 2]), list, global_batch_size=1, unit_size=1, seed=0, rank=0, world=1, total_samples=1
+    )
     with pytest.raises(OSError, match="disk is gone"):
         next(iter(loader))
 
@@ -140,6 +206,18 @@ def test_an_iterator_from_before_a_load_is_stale() -> None:
     with pytest.raises(StaleGeneration, match="iter"):
         next(steps)
     assert samples(next(iter(loader))) == samples(make().units_at(16))
+
+
+def test_a_closed_loader_gives_out_nothing_that_it_has_read_ahead() -> None:
+    loader = make()
+    steps = iter(loader)
+    next(steps)
+    before = threading.active_count()
+    loader.close()
+    for again in (steps, iter(loader)):
+        with pytest.raises(StaleGeneration, match="closed"):
+            next(again)
+    assert threading.active_count() < before
 
 
 def test_a_state_of_other_data_is_refused() -> None:
