@@ -115,7 +115,7 @@ def test_the_job_ends_at_its_last_sample(n: int, cut: tuple[int, int], total: in
         taken = ranks[0].samples_at(position)
         assert sum(len(u.batch) for u in union) == taken
         if taken != batch:
-            assert position + taken == total and len(union) >= min(parts, taken)
+            assert position + taken == total and len(union) >= min(parts, total)
         read += samples(union)
         position += taken
     assert read == whole and position == total
