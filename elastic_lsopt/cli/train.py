@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from elastic_lsopt.cli.job import Job, read_job
 from elastic_lsopt.cli.validate import check_paths
@@ -34,7 +34,7 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> int:
             return 2  # a neighbour reads the same file, and says it
         raise
     if job.config.elastic is not None:
-        return _elastic(job, [str(path), *overrides])
+        _elastic(job, [str(path), *overrides])
     if not launched() and job.config.workers > 1:
         return start_workers(job.config.workers, [str(path), *overrides])
     return _one_rank(job)
@@ -47,21 +47,21 @@ def agent(path: str | Path, overrides: Sequence[str] = ()) -> int:
     return train(path, overrides)
 
 
-def _elastic(job: Job, arguments: Sequence[str]) -> int:
+def _elastic(job: Job, arguments: Sequence[str]) -> NoReturn:
     """This process is its node's agent, or a worker that the agent has started with the same arguments."""
     from elastic_lsopt.elastic.link import is_worker
     from elastic_lsopt.training.elastic_job import run_agent, run_worker
 
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     if is_worker():
-        return run_worker(job.config, job.method)
+        run_worker(job.config, job.method)
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise UserError(
             f"an elastic job has one agent a node, which starts the node's workers itself, but the launcher starts "
             f"{os.environ['LOCAL_WORLD_SIZE']} processes on this node; use --nproc-per-node=1 (torchrun) or "
             "--num_gpus=1 (deepspeed), and `workers:` for the number of workers a node."
         )
-    return run_agent(job.config, arguments)
+    run_agent(job.config, arguments)
 
 
 def _one_rank(job: Job) -> int:

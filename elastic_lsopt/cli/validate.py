@@ -1,5 +1,7 @@
 """`elastic-lsopt validate FILE.yaml`: is the job right, how is its batch cut, and what does a rank's memory hold.
 
+Of an elastic job also what its policy makes of each world, and the host memory of the mirror.
+
 Neither a GPU nor the data is touched: the model is built on the meta device, which has shapes and no storage.
 """
 
@@ -15,10 +17,12 @@ from torch import nn
 
 from elastic_lsopt.cli.job import Job, read_job
 from elastic_lsopt.config.deepspeed_json import read_deepspeed_json, zero_stage
-from elastic_lsopt.config.settings import BUILTIN_DATASETS, SettingError, TrainConfig, landscape_fields
+from elastic_lsopt.config.settings import BUILTIN_DATASETS, SettingError, TrainConfig, landscape_fields, lr_rule
+from elastic_lsopt.elastic.plan import Plan, Policy, Worker, plan
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.units import part_bounds, slots, unit_sizes, units_of_rank
-from elastic_lsopt.training.memory import memory_per_rank
+from elastic_lsopt.training.memory import memory_per_rank, mirror_per_rank
 
 WORLDS = (1, 2, 4, 8)
 
@@ -32,6 +36,7 @@ def validate(path: str | Path, overrides: Sequence[str] = ()) -> int:
     with job.file.located():
         check_paths(job.config)
         cut = _cut(job)
+        plans = _plans(job)
         size = _model_size(job.config)
     worlds = sorted({*WORLDS, job.config.workers})
     console = Console(soft_wrap=True, highlight=False)
@@ -41,6 +46,9 @@ def validate(path: str | Path, overrides: Sequence[str] = ()) -> int:
     console.print(f"{job.method!r}: {(type(job.method).__doc__ or '').strip().splitlines()[0]}", markup=False)
     console.print(_batch_table(console, job.config, cut, worlds))
     console.print(_memory_table(console, job.config, size, worlds))
+    if job.config.elastic is not None:
+        console.print(_plan_table(console, job.config, plans))
+        console.print(_mirror_table(console, job.config, size, plans))
     console.print("Activations, communication buckets and the framework are not counted; * = workers of this file.")
     console.print(f"{path} is right.")
     return 0
@@ -177,6 +185,70 @@ def _unit(most_bytes: int) -> tuple[str, int]:
         for name, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
         if most_bytes >= size or size == 2**10
     )
+
+
+# -- elastic jobs ------------------------------------------------------------------------------------------------------
+
+
+def _plans(job: Job) -> list[Plan]:
+    """The plan at each world that the job may have, as if it began there; none for a job of fixed size."""
+    elastic = job.config.elastic
+    if elastic is None:
+        return []
+    least, most = (nodes * job.config.workers for nodes in (elastic.min_nodes, elastic.max_nodes))
+    worlds = {least, *(w for w in (*WORLDS, elastic.reference_workers or least) if least <= w <= most)}
+    try:
+        policy = Policy.of(job.config, parts=job.method.parts)
+        return [plan([Worker(r, "") for r in range(world)], policy, SampleClock()) for world in sorted(worlds)]
+    except UserError as error:
+        raise SettingError("elastic", str(error)) from None
+
+
+def _plan_table(console: Console, config: TrainConfig, plans: Sequence[Plan]) -> Table:
+    elastic = config.elastic
+    assert elastic is not None
+    rule = f", lr_rule {lr_rule(config, elastic)}" if elastic.policy == "scale_batch" else ""
+    adam = config.optim != "sgd"
+    table = _table(
+        console,
+        f"Elastic: {elastic.min_nodes} to {elastic.max_nodes} nodes, {elastic.policy}{rule}",
+        ["ranks", "batch", "forwards", "peak rate", *(["betas"] if adam else []), "weight decay", "held by a bound"],
+    )
+    for made in plans:
+        now = made.hyperparameters(SampleClock())
+        betas = [", ".join(f"{beta:.4g}" for beta in now.betas)] if adam and now.betas else []
+        table.add_row(
+            _rank_name(made.world, config), str(now.global_batch_size), str(made.accumulation),
+            f"{now.learning_rate:.3g}", *betas, f"{now.weight_decay:.3g}", made.why or "-",
+        )  # fmt: skip
+    return table
+
+
+def _mirror_table(console: Console, config: TrainConfig, size: ModelSize, plans: Sequence[Plan]) -> Table:
+    elastic = config.elastic
+    assert elastic is not None
+    worlds = [made.world for made in plans if made.world % config.fsdp_replicas == 0]
+    columns = [
+        mirror_per_rank(
+            size.parameters,
+            backend=config.backend,
+            world=world,
+            stage=_stage(config),
+            optim=config.optim,
+            momentum=config.momentum,
+            vectors=int(elastic.policy == "scale_batch" and lr_rule(config, elastic) == "adascale"),
+            copies=elastic.copies,
+            replicas=config.fsdp_replicas,
+        )
+        for world in worlds
+    ]
+    unit, unit_bytes = _unit(max((sum(column.values()) for column in columns), default=0))
+    ranks = [f"{_rank_name(world, config)} rank{'s' if world > 1 else ''}" for world in worlds]
+    table = _table(console, f"Host memory a rank, for versions of the state, in {unit}", ["for", *ranks])
+    for what in columns[0] if columns else ():
+        table.add_row(what, *(f"{column[what] / unit_bytes:,.2f}" for column in columns))
+    table.add_row("sum", *(f"{sum(column.values()) / unit_bytes:,.2f}" for column in columns), style="bold")
+    return table
 
 
 # -- on paper ----------------------------------------------------------------------------------------------------------

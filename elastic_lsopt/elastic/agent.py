@@ -29,7 +29,7 @@ from typing import Any
 
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic import membership, record
-from elastic_lsopt.elastic.generation import Generation
+from elastic_lsopt.elastic.generation import FINISHED, Generation
 from elastic_lsopt.elastic.mailbox import Mailbox, connect, reachable
 from elastic_lsopt.elastic.node_folder import NodeFolder
 from elastic_lsopt.elastic.signing import Refused, sign, verified
@@ -199,6 +199,7 @@ class Agent:
         ranks = generation.ranks
         for worker in self._workers.values():
             if worker.ready:
+                worker.entered = worker.entered or any(w == worker.name for _, w in ranks)
                 worker.tell(
                     "enter", number=generation.number, workers=[w for _, w in ranks], nodes=[n for n, _ in ranks],
                     store=self._host_address(), gone=generation.gone, why=generation.why, running=generation.running,
@@ -206,14 +207,13 @@ class Agent:
                 )  # fmt: skip
 
     def _leave(self, why: str) -> None:
-        """The job goes on without this node."""
-        alive = [w for w in self._workers.values() if w.process.poll() is None]
-        log.warning("%s leaves the job: %s", self.node.name, why)
-        for worker in alive:
+        """This node has no further part in the job: what still runs of it ends."""
+        for worker in self._workers.values():
             worker.kill()
+        self.node.folder.forget()
         if self._exit_code is None:
-            self._exit_code = 0 if self._draining else 1
-        if not self._draining:
+            self._exit_code = 0 if why == FINISHED or self._draining else 1
+        if self._exit_code:
             print(f"elastic-lsopt: node {self.node.name} leaves the job: {why}", file=sys.stderr)
 
     def _host_address(self) -> str:
@@ -261,26 +261,28 @@ class Agent:
         if worker.finished:
             if all(w.finished for w in self._workers.values()):
                 self._advance(record.Finished())
-                self._exit_code = 0
             return
-        member = self._generation is not None and any(w == worker.name for _, w in self._generation.ranks)
+        told_to_go = worker.entered and code == 0
         self._advance(record.WorkerExited(worker.name))
-        if code == 0 and not member:  # it was drained
-            if not self._workers:
-                self._exit_code = 0
-            return
-        if self._user_error and not worker.ready:  # as it would fail again
-            self._exit_code = 2
-            return
-        log.warning("%s: worker %s ended with code %s.", self.node.name, worker.name, code)
-        now = time.monotonic()
+        if told_to_go:  # drained
+            if not self._workers and not self._draining:
+                self._drain(signal.SIGTERM)
+        elif self._user_error and self._generation is None:
+            self._exit_code = 2  # it would fail again
+        else:
+            log.warning("%s: worker %s ended with code %s.", self.node.name, worker.name, code)
+            self._respawn()
+
+    def _respawn(self) -> None:
+        now, settings = time.monotonic(), self.node.settings
         recent = [t for t in self._started[self.node.workers :] if now - t < RESPAWN_WINDOW_S]
-        if self.node.settings.respawn and not self._draining and len(recent) < self.node.settings.max_respawns:
+        if self._draining or self._exit_code is not None:
+            return
+        if settings.respawn and len(recent) < settings.max_respawns:
             self._start_worker()
         elif not self._workers:
             print(f"elastic-lsopt: node {self.node.name} has no worker left and starts no more.", file=sys.stderr)
-            self._advance(record.Drain())
-            self._exit_code = 1
+            self._exit_code = 2 if self._user_error else 1
 
     def _drain(self, number: int) -> None:
         """SIGTERM, Ctrl-C or a preemption notice: the node's workers finish the step, hand over and leave."""
@@ -288,15 +290,13 @@ class Agent:
             return
         self._draining = True
         self._leave_by = time.monotonic() + self.node.settings.drain_timeout_s
-        mine = {w for w in self._workers}
-        others = [w for _, w in self._generation.ranks if w not in mine] if self._generation else []
-        if others:
+        others = [w for _, w in self._generation.ranks if w not in self._workers] if self._generation else []
+        ours = [w for _, w in self._generation.ranks if w in self._workers] if self._generation else []
+        if others or not ours:
             self._advance(record.Drain())
         else:  # nobody is left to hand over to: the state goes to a checkpoint
             for worker in self._workers.values():
                 worker.tell("stop")
-            if self._generation is None:
-                self._exit_code = 0
 
     def _tick(self) -> None:
         now = time.monotonic()

@@ -15,13 +15,16 @@ and give what they hear to `heard`, which must be safe to call from any thread.
 
 from __future__ import annotations
 
+import ctypes
 import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from elastic_lsopt.errors import UserError
@@ -36,6 +39,16 @@ UNREAD = 64
 LONGEST_BYTES = 4 * 2**20
 """A longer message is not read: a stranger must not fill this agent's memory with one."""
 Heard = Callable[[bytes], None]
+
+
+def silence_torch() -> None:
+    """Keep torch's C++ log of lost connections, a page each, out of this process: they are an agent's daily life.
+
+    (TORCH_CPP_LOG_LEVEL is read once, when torch is imported.)
+    """
+    library = Path(torch.__file__).parent / "lib" / "libc10.so"
+    with suppress(OSError, ValueError):
+        ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "FLAGS_caffe2_log_level").value = 3
 
 
 def split_address(address: str) -> tuple[str, int]:

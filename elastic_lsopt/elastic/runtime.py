@@ -23,23 +23,24 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from elastic_lsopt.backends.rebuild import tear_down
+from elastic_lsopt.backends.rebuild import form_group, tear_down
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.exchange import gather_json
 from elastic_lsopt.elastic.job import Run, refuse_what_counts_steps_or_ranks
-from elastic_lsopt.elastic.journal import Journal
+from elastic_lsopt.elastic.journal import Change, Journal
 from elastic_lsopt.elastic.link import Entered, WorkerLink
 from elastic_lsopt.elastic.mailbox import connect
 from elastic_lsopt.elastic.mirror import Mirror
 from elastic_lsopt.elastic.plan import Plan, Policy, Worker, plan
-from elastic_lsopt.elastic.reshard import Resharded, choose, inventory, reshard
+from elastic_lsopt.elastic.reshard import choose, inventory, reshard
 from elastic_lsopt.elastic.versions import HostVersions
 from elastic_lsopt.elastic.world import World
 from elastic_lsopt.errors import PeerFailed, UserError
@@ -51,7 +52,9 @@ FORM_TIMEOUT_S = 20.0
 POLL_S = 0.002
 LAGS = 8
 """How many mirrored versions C may trail behind; the runtime waits for the mirror before it trails further."""
-DRAIN_BEAT_S = 0.1
+GRANT_S = 5.0
+GLOO = ("Connection closed by peer", "Connection reset", "gloo", "Broken pipe", "Timed out", "Socket", "recvBytes")
+"""What torch's messages say when a peer, and not this program, has failed (they are plain RuntimeErrors)."""
 
 
 class Interrupted(Exception):
@@ -84,6 +87,8 @@ class Runtime:
         self._build, self._settings, self._policy = build, settings, policy
         self._journal, self._link = journal, link
         self._versions = HostVersions()
+        self._pushed: list[int] = []
+        """Steps of this generation that were pushed to the mirror, from the committed one on."""
         self._number = 0
         self._entered: Entered | None = None
         self._transport: Transport | None = None
@@ -91,6 +96,8 @@ class Runtime:
         self._run: Run | None = None
         self._plan: Plan | None = None
         self._broken_since: float | None = None
+        self._seen = 0
+        """The last step that this process has finished, committed or not."""
         link.broken = self._sever
         signal.signal(signal.SIGTERM, lambda *_: link.request_drain())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the agent's to answer
@@ -137,54 +144,67 @@ class Runtime:
         phases.end("form")
         inventories = gather_json(group, inventory(self._versions))
         chosen = choose(inventories)
-        self._plan = self._planned(entered, chosen)
-        phases.end("choose")
-        run = self._run = self._build(
-            World(world.rank, world.size, world.device, world.store, entered.number, self._plan)
-        )
+        before = None if chosen is None else Plan.from_json(chosen.extra["plan"])
+        clock = SampleClock() if chosen is None else chosen.clock
+        self._plan = self._planned(entered, before, clock)
+        phases.end("agree")
+        run = self._run = self._build(replace(world, plan=self._plan))
         refuse_what_counts_steps_or_ranks(run.engine)
         run.engine.signals = self._signals
         run.engine.backend.transport.at_once = True
         phases.end("build")
-        moved: Resharded | None = None
-        if chosen is not None:
-            moved = reshard(run.engine, self._versions, chosen, inventories, group)
-            run.loader.load_state_dict(moved.extra["loader"])
-        else:
+        moved = 0
+        if chosen is None:
             run.resume()
+        else:
+            moved = reshard(run.engine, self._versions, chosen, inventories, group).received_bytes
+            run.loader.load_state_dict(chosen.extra["loader"])
         phases.end("reshard")
-        self._mirror = Mirror(
-            dist.new_group(backend="gloo", timeout=self._timeout), world.rank, world.size, entered.nodes,
-            self._settings.copies,
-        )  # fmt: skip
+        mirrors = dist.new_group(backend="gloo", timeout=self._timeout)
+        self._mirror = Mirror(mirrors, world.rank, world.size, entered.nodes, self._settings.copies)
         self._keep(wait=True)
         dist.barrier(group)
         self._versions.drop_older_generations(entered.number)
         phases.end("mirror")
-        return self._train(run, world, entered, moved, phases)
+        source = "memory" if chosen is not None else "checkpoint" if run.engine.clock.steps else "start"
+        change = Change(
+            generation=entered.number, why=entered.why, workers=entered.workers, nodes=entered.nodes,
+            gone=entered.gone, samples=run.engine.clock.samples, step=run.engine.clock.steps, source=source,
+            redone_steps=max(0, self._seen - run.engine.clock.steps), bytes_moved=moved, seconds={},
+            before=None if before is None else _told(before), after=_told(self._plan),
+            survives_node_loss=self._mirror.survives_node_loss,
+        )  # fmt: skip
+        return self._train(run, entered, group, change, phases)
 
-    def _train(self, run: Run, world: World, entered: Entered, moved: Resharded | None, phases: Phases) -> bool:
-        first = True
+    def _train(self, run: Run, entered: Entered, group: dist.ProcessGroup, change: Change, phases: Phases) -> bool:
         for units in run.loader:
-            start = time.monotonic()
             row = run.step(units)
-            if first:
+            self._seen = row["step"]
+            if row["step"] == change.step + 1:
                 phases.end("first_step")
-                self._write_journal(world, entered, moved, phases)
-                first = False
-            seconds = time.monotonic() - start
-            self._link.progress(step=row["step"], samples=row["samples"], loss=row["loss"], seconds=seconds)
+                self._write_journal(change, phases, group)
+            self._link.progress(**{key: row[key] for key in ("step", "samples", "loss", "seconds", "batch")})
             if run.stopped:
                 break
-            pending = self._heard(run)
+            pending = self._heard()
             if pending or row["step"] % self._settings.mirror_every == 0:
                 self._keep(wait=pending)
             if pending:
                 self._leave_together(entered)
                 return False
         run.finish()
-        dist.barrier()
+        dist.barrier(group)
+        self._link.tell("finished")
         return True
+
+    def _write_journal(self, change: Change, phases: Phases, group: dist.ProcessGroup) -> None:
+        """One line, from rank 0: the slowest rank's seconds, all ranks' bytes (collective)."""
+        everyones = gather_json(group, [phases.seconds, change.bytes_moved, change.redone_steps])
+        if dist.get_rank() == 0:
+            names = dict.fromkeys(name for seconds, _, _ in everyones for name in seconds)
+            slowest = {name: max(s.get(name, 0.0) for s, _, _ in everyones) for name in names}
+            moved, redone = sum(b for _, b, _ in everyones), max(r for _, _, r in everyones)
+            self._journal.write(replace(change, seconds=slowest, bytes_moved=moved, redone_steps=redone))
 
     # -- host versions -----------------------------------------------------------------------------------------
 
@@ -221,6 +241,7 @@ class Runtime:
         trail = next((j for j, ranks in enumerate(trailing) if not ranks), len(trailing))
         if len(self._pushed) > trail:
             self._versions.commit(self._number, self._pushed[-1 - trail])
+            self._mirror.commit(self._pushed[-1 - trail])
             del self._pushed[: -1 - trail]
         if self._link.stop_requested:
             self._run.engine.request_stop()
@@ -234,7 +255,7 @@ class Runtime:
             raise PeerFailed("a worker flagged a new generation of which this node's agent does not know.")
         leaving = [rank for rank, worker in enumerate(entered.workers) if worker not in newer.workers]
         if leaving and len(leaving) < len(entered.workers):
-            self._mirror.hand_over(self._versions.newest, leaving)
+            self._mirror.hand_over(self._versions.newest, leaving, timeout_s=self._timeout.total_seconds())
         dist.barrier()  # whoever took the group down now would break it for those that still receive
 
     # -- groups ------------------------------------------------------------------------------------------------
@@ -244,23 +265,29 @@ class Runtime:
         """Of a collective: a peer that is merely slow must not be taken for a dead one."""
         return timedelta(seconds=10 * self._settings.hang_timeout_s)
 
-    def _form(self, entered: Entered) -> World:
+    def _form(self, entered: Entered) -> tuple[World, dist.ProcessGroup]:
         """The process group of this generation. Raises Interrupted where a newer one comes first."""
         rank, size = entered.workers.index(self._link.name), len(entered.workers)
         local = [r for r, node in enumerate(entered.nodes) if node == entered.node].index(rank)
-        self._place(rank, size, local)
+        os.environ["LOCAL_RANK"] = str(local)
         store = dist.PrefixStore(
             f"generation/{entered.number}", connect(entered.store, timedelta(seconds=FORM_TIMEOUT_S))
         )
         self._meet(store, size)
         device = _device(local)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size,
-            timeout=timedelta(seconds=FORM_TIMEOUT_S), device_id=device if device.type == "cuda" else None,
+        form_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store, rank, size,
+            timedelta(seconds=FORM_TIMEOUT_S),
         )  # fmt: skip
         self._transport = Transport()
-        dist.distributed_c10d._get_default_group()._set_default_timeout(self._timeout)
-        return World(rank, size, device, store, entered.number)
+        default = dist.distributed_c10d._get_default_group()
+        dist.distributed_c10d._set_pg_timeout(self._timeout, default)
+        group = default if device.type == "cpu" else dist.new_group(backend="gloo", timeout=self._timeout)
+        fence = self._may_commit if rank == 0 else None
+        return World(rank, size, device, store, entered.number, None, fence), group
+
+    def _may_commit(self, step: int) -> bool:
+        return self._link.may_commit(self._number, step, timeout_s=self._settings.lease_s + GRANT_S)
 
     def _meet(self, store: dist.Store, size: int) -> None:
         """Wait until all have come, so that the group itself forms at once: nothing can interrupt that."""
@@ -269,10 +296,6 @@ class Runtime:
             if self._link.newest > self._number:
                 raise Interrupted
             time.sleep(POLL_S)
-
-    def _place(self, rank: int, size: int, local: int) -> None:
-        """What libraries read of a launcher's environment."""
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))
 
     def _take_down(self) -> None:
         """Let go of everything but the host versions. No communication."""
@@ -308,13 +331,23 @@ class Runtime:
     def _warm_up(self) -> None:
         """Form a group of one and build once, so that imports, compilers and caches are behind this worker when it
         says ready: the others wait for nothing of that."""
-        self._place(0, 1, 0)
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        os.environ["LOCAL_RANK"] = "0"
+        form_group("gloo", dist.HashStore(), 0, 1, timedelta(seconds=FORM_TIMEOUT_S))
         clock = SampleClock()
         alone = plan([Worker(0, "", None)], self._policy, clock, before=None, gain=None)
         run = self._build(World(0, 1, _device(0), dist.HashStore(), 0, alone))
         run.abandon()
         tear_down(run.engine)
+
+
+def _told(plan: Plan) -> dict[str, Any]:
+    """The hyper-parameters that a plan is heading for, without what the job does not have."""
+    target = plan.target.of(plan.reference, plan.global_batch_size)
+    return {key: value for key, value in asdict(target).items() if value is not None} | {"held_by": plan.why}
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _device(local: int) -> torch.device:

@@ -25,7 +25,8 @@ class WorkerProcess:
     def __init__(
         self, name: str, command: Sequence[str], environment: Mapping[str, str], event: Event, log: Any = None
     ) -> None:
-        self.name, self.ready, self.finished = name, False, False
+        self.name = name
+        self.ready = self.entered = self.finished = False
         self.last_beat = time.monotonic()
         self.told: dict[str, Any] = {}
         """What the last beat told: step, samples, loss, seconds of a step."""

@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.plan import Policy
-from elastic_lsopt.elastic.run import fingerprint_of, serve, work
+from elastic_lsopt.elastic.roles import fingerprint_of, serve, work
 from elastic_lsopt.elastic.world import World
 from elastic_lsopt.optimizers.registry import Method
 from elastic_lsopt.training.data import build_data
@@ -19,7 +20,7 @@ PER_NODE = ("workers", "output_dir", "elastic.address", "elastic.preemption_noti
 """Settings in which nodes may differ."""
 
 
-def run_worker(config: TrainConfig, method: Method) -> int:
+def run_worker(config: TrainConfig, method: Method) -> NoReturn:
     """This process is a worker: train until the job ends or this worker leaves it; does not return on a failure."""
     assert config.elastic is not None
     data = build_data(config)  # once a process: a change of members reads no corpus again
@@ -27,15 +28,15 @@ def run_worker(config: TrainConfig, method: Method) -> int:
     def build(world: World) -> TrainingRun:
         return TrainingRun(config, method, data, world)
 
-    return work(build, config.elastic, Policy.of(config), Path(config.output_dir))
+    work(build, config.elastic, Policy.of(config), Path(config.output_dir))
 
 
-def run_agent(config: TrainConfig, arguments: Sequence[str]) -> int:
+def run_agent(config: TrainConfig, arguments: Sequence[str]) -> NoReturn:
     """This process is the agent of its node, whose workers it starts with the same `arguments`."""
     assert config.elastic is not None
     told = {k: v for k, v in asdict(config).items() if k != "elastic"}
     told |= {f"elastic.{k}": v for k, v in asdict(config.elastic).items()}
-    return serve(
+    serve(
         config.elastic, Path(config.output_dir), workers=config.workers,
         command=[sys.executable, "-m", "elastic_lsopt.train", *arguments],
         fingerprint=fingerprint_of({k: v for k, v in told.items() if k not in PER_NODE}),

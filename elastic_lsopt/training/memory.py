@@ -13,6 +13,8 @@ optimizer's s states a parameter (Adam 2, momentum 1):
 
 Beside these: the working copies that a forward gathers (or casts, in bf16 on replicated weights), and a vector for
 methods that build a direction of their own. Activations, communication buckets and the framework are not in it.
+
+An elastic job keeps versions of the state in host memory as well: `mirror_per_rank`.
 """
 
 from math import ceil
@@ -22,6 +24,9 @@ STATES = {"adamw": 2, "adam": 2}
 
 DIRECTIONS = {"asam": 1}
 """Vectors that a method holds while displaced, beside the way back; LPF-SGD draws its noise in blocks."""
+
+VERSIONS = 3
+"""Versions of the state in host memory: the committed one, one on its way to its mirror, one that is being taken."""
 
 
 def memory_per_rank(
@@ -43,8 +48,7 @@ def memory_per_rank(
     `gathered` counts the elements that are whole at once under fsdp2 and stage 3; `replicas` is the number of HSDP
     replica groups, which must divide `world`. A method that is not ours is taken to displace as SAM does.
     """
-    sharded = backend == "fsdp2" or (backend == "deepspeed" and stage > 0)
-    share = ceil(parameters * replicas / world) if sharded else parameters
+    share = _share(parameters, backend, world, stage, replicas)
     zero = stage if backend == "deepspeed" else None
     working = 2 if bf16 and zero is not None else 4  # replicated and fsdp2 keep fp32 weights and cast
     compute = 2 if bf16 else 4
@@ -66,3 +70,34 @@ def memory_per_rank(
         "way back of a displacement": way_back,
         "direction of the method": 4 * DIRECTIONS.get(method, 0) * share,
     }
+
+
+def mirror_per_rank(
+    parameters: int,
+    *,
+    backend: str,
+    world: int,
+    stage: int = 0,
+    optim: str = "adamw",
+    momentum: float = 0.0,
+    vectors: int = 0,
+    copies: int = 1,
+    replicas: int = 1,
+) -> dict[str, int]:
+    """Bytes of host memory on each rank of an elastic job: (own versions + wards' versions) x bytes of its state.
+
+    Its state is fp32: master weights, the optimizer's states, and the method's `vectors`. A rank holds the versions of
+    `copies` others, its wards, as far as fewer than copies + 1 ranks hold that part of the state anyway: none where the
+    weights are replicated. (The ranks are taken to be on nodes of their own.)
+    """
+    share = _share(parameters, backend, world, stage, replicas)
+    state = 4 * share * (1 + STATES.get(optim, 1 if momentum else 0) + vectors)
+    holders = replicas if share < parameters else world
+    wards = min(max(0, copies + 1 - holders), max(0, world - holders))
+    return {"own versions": VERSIONS * state, "wards' versions": VERSIONS * wards * state}
+
+
+def _share(parameters: int, backend: str, world: int, stage: int, replicas: int) -> int:
+    """The elements whose masters and optimizer state this rank keeps."""
+    sharded = backend == "fsdp2" or (backend == "deepspeed" and stage > 0)
+    return ceil(parameters * replicas / world) if sharded else parameters

@@ -15,20 +15,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.agent import Agent, Node
 from elastic_lsopt.elastic.journal import Journal
 from elastic_lsopt.elastic.link import WorkerLink, is_worker
-from elastic_lsopt.elastic.mailbox import HERE
+from elastic_lsopt.elastic.mailbox import HERE, silence_torch
 from elastic_lsopt.elastic.membership import Rules
 from elastic_lsopt.elastic.node_folder import NodeFolder
 from elastic_lsopt.elastic.plan import Policy
 from elastic_lsopt.elastic.rendezvous import ENDPOINT, JOB
-from elastic_lsopt.elastic.runtime import Build, Runtime
 from elastic_lsopt.elastic.signing import job_secret
 from elastic_lsopt.errors import UserError
+
+if TYPE_CHECKING:
+    from elastic_lsopt.elastic.runtime import Build
 
 log = logging.getLogger("elastic_lsopt")
 BEATS_PER_TIMEOUT = 10
@@ -37,8 +39,10 @@ NODE = "ELASTIC_LSOPT_NODE"
 """Names a node where the host's name does not, as for several agents on one machine."""
 
 
-def work(build: Build, settings: ElasticConfig, policy: Policy, run_folder: Path) -> int:
-    """The life of this worker; returns its exit code. What is its own mistake is told to the agent, in one line."""
+def work(build: Build, settings: ElasticConfig, policy: Policy, run_folder: Path) -> NoReturn:
+    """The life of this worker; ends the process. What is its own mistake is told to the agent, in one line."""
+    from elastic_lsopt.elastic.runtime import Runtime
+
     link = WorkerLink(min(settings.hang_timeout_s / BEATS_PER_TIMEOUT, LONGEST_BEAT_S))
     runtime = Runtime(build, settings, policy, Journal(run_folder), link)
     try:
@@ -59,8 +63,8 @@ def work(build: Build, settings: ElasticConfig, policy: Policy, run_folder: Path
 
 def serve(
     settings: ElasticConfig, run_folder: Path, *, workers: int, command: Sequence[str], fingerprint: Mapping[str, str]
-) -> int:
-    """The life of this node's agent; returns its exit code. Raises UserError for a wrong address or secret."""
+) -> NoReturn:
+    """The life of this node's agent; ends the process with its exit code. Raises UserError for a wrong address or secret."""
     endpoint = settings.endpoint or _endpoint_of_launcher()
     address = settings.address or (_own_address(endpoint) if endpoint else HERE)
     folder = NodeFolder(run_folder, os.environ.get(NODE) or socket.gethostname())
@@ -74,7 +78,11 @@ def serve(
         endpoint=endpoint, address=address if ":" in address else f"{address}:0", workers=workers, command=command,
         environment=_environment(workers),
     )  # fmt: skip
-    return Agent(node).main()
+    silence_torch()
+    code = Agent(node).main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads may wait in the network for ever
 
 
 def fingerprint_of(config: Mapping[str, Any]) -> dict[str, str]:
@@ -130,17 +138,18 @@ def _environment(workers: int) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": threads, "LOCAL_WORLD_SIZE": str(workers), "TORCH_CPP_LOG_LEVEL": "FATAL"}
 
 
-def run(build: Callable[..., Any], config: ElasticConfig | Mapping[str, Any], *, policy: Policy, output_dir: str | Path,
-        workers: int = 1) -> int:  # fmt: skip
-    """Run `build`'s training elastically; returns the exit code (0: done, or this node has left as it was asked to).
+def run(
+    build: Build, config: ElasticConfig | Mapping[str, Any], *, policy: Policy, output_dir: str | Path, workers: int = 1
+) -> NoReturn:
+    """Run `build`'s training elastically, and end the process (0: done, or this node has left as it was asked to).
 
     The same program is this node's agent and, started again by it, each of the node's workers.
     """
     settings = config if isinstance(config, ElasticConfig) else ElasticConfig(**config)
     folder = Path(output_dir)
     if is_worker():
-        return work(build, settings, policy, folder)
+        work(build, settings, policy, folder)
     command = [sys.executable, *sys.orig_argv[1:]]
-    return serve(
+    serve(
         settings, folder, workers=workers, command=command, fingerprint=fingerprint_of({"policy": asdict(policy)})
     )

@@ -1,0 +1,187 @@
+"""A job that is killed again and again: a user's own loop on `lso.elastic.run`, tiny, deterministic, fp32.
+
+python -m tests.chaos.job SETTINGS.json                 (the agent; started by it again, a worker)
+
+Each worker notes every step that it has finished, with the loss and the samples that it has run, in `steps-<pid>.jsonl` of
+the run folder, so that the driver can compare with the undisturbed run. A file `at-<point>` in the run folder with a
+signal's number makes the first worker that gets to that point send itself the signal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import elastic_lsopt as lso
+from elastic_lsopt.backends.detect import backend_for
+from elastic_lsopt.elastic import runtime
+from elastic_lsopt.elastic.job import Job
+from elastic_lsopt.elastic.loader import StepLoader
+from elastic_lsopt.elastic.plan import Policy
+from elastic_lsopt.elastic.roles import run
+from elastic_lsopt.elastic.world import World
+from elastic_lsopt.schedules.batch_scaling import Hyperparameters
+
+SAMPLES, FEATURES, CLASSES = 96, 12, 5
+UNIT, BATCH, LR = 2, 8, 0.05
+
+
+class Rows:
+    """Random rows whose content depends on their number alone."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        draw = torch.Generator().manual_seed(index)
+        return torch.randn(FEATURES, generator=draw), torch.randint(CLASSES, (), generator=draw), index
+
+
+def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+    x, y, index = zip(*rows, strict=True)
+    return {"x": torch.stack(x), "y": torch.stack(y), "index": torch.tensor(index)}
+
+
+class Net(nn.Module):
+    """Two layers with dropout, whose masks must not depend on the world size."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.last, self.drop = nn.Linear(FEATURES, width), nn.Linear(width, CLASSES), nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.drop(torch.tanh(self.first(x))))
+
+
+def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch["x"]), batch["y"])
+
+
+def engine_of(backend: str, width: int, total_samples: int) -> lso.Engine:
+    """The same model on any backend, under the present process group."""
+    torch.manual_seed(0)
+    model = Net(width)
+    method = lso.SAM(rho=0.05)
+
+    def base(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=LR, momentum=0.9)
+
+    if backend.startswith("zero"):
+        config = {"zero_optimization": {"stage": int(backend[-1])}, "gradient_clipping": 1.0}
+        return lso.initialize(
+            model=model, config=config, method=method, base=base, loss_fn=loss, total_samples=total_samples
+        )
+    if backend == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
+        fully_shard(model.first, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif dist.get_world_size() > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    return lso.Engine(backend_for(model, base(model.parameters()), max_grad_norm=1.0), method, loss_fn=loss, total_samples=total_samples)
+
+
+def policy() -> Policy:
+    own = Hyperparameters(global_batch_size=BATCH, learning_rate=LR, momentum=0.9)
+    return Policy(reference=own, unit_size=UNIT)
+
+
+def main(path: Path) -> None:
+    settings = json.loads(path.read_text())
+    folder, total = Path(settings["folder"]), settings["steps"] * BATCH
+    taken: list[int] = []
+
+    def build(world: World) -> Job:
+        assert world.plan is not None
+        engine = engine_of(settings["backend"], settings["width"], total)
+        loader = StepLoader(
+            Rows(), collate, global_batch_size=world.plan.global_batch_size, unit_size=UNIT, seed=1, rank=world.rank,
+            world=world.size, total_samples=total,
+        )  # fmt: skip
+        original = engine.train_batch
+
+        def train_batch(units: Any) -> float:
+            taken[:] = [int(i) for unit in units if not unit.idle for i in unit.batch["index"]]
+            return original(units)
+
+        engine.train_batch = train_batch  # type: ignore[method-assign]
+        arm(folder, engine, world)
+
+        def on_step(job: Job, row: dict[str, Any]) -> None:
+            time.sleep(settings.get("slow_s", 0.0))
+            line = {"generation": world.generation, "rank": world.rank, "world": world.size, "ids": taken, **row}
+            with (folder / f"steps-{os.getpid()}.jsonl").open("a") as out:
+                out.write(json.dumps(line) + "\n")
+
+        return Job(
+            engine=engine, loader=loader, plan=world.plan, on_step=on_step,
+            checkpoints=folder / "checkpoints", save_steps=settings.get("save_steps"), may_commit=world.may_commit,
+        )  # fmt: skip
+
+    run(build, settings["elastic"], policy=policy(), output_dir=folder, workers=settings["workers"])
+
+
+# -- named points -------------------------------------------------------------------------------------------------
+
+
+def at(folder: Path, point: str) -> None:
+    """Take the order that the driver left for this point, if any: stop with its signal."""
+    order = folder / f"at-{point}"
+    mine = order.with_name(f"took-{point}-{os.getpid()}")
+    try:
+        order.rename(mine)  # one worker takes it
+    except FileNotFoundError:
+        return
+    os.kill(os.getpid(), int(mine.read_text()))
+
+
+def before(owner: Any, name: str, act: Callable[[], None]) -> None:
+    """Call `act` before each call of `owner.name`."""
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def arm(folder: Path, engine: lso.Engine, world: World) -> None:
+    """The points inside one generation's engine."""
+    if world.generation == 0:
+        return  # warming up
+
+    def forward(*_: Any) -> None:
+        at(folder, "displaced" if engine.space.excursions else "forward")
+
+    engine.module.register_forward_pre_hook(forward)
+    engine.module.last.register_full_backward_hook(lambda *_: at(folder, "backward"))
+    before(engine.backend, "sum_world_", lambda: at(folder, "all-reduce"))
+
+
+def arm_runtime(folder: Path) -> None:
+    """The points of the runtime itself."""
+    before(runtime.Mirror, "push", lambda: at(folder, "mirroring"))
+    before(runtime, "reshard", lambda: at(folder, "resharding"))
+    before(runtime.HostVersions, "commit", lambda: at(folder, "committing"))
+    before(runtime, "choose", lambda: at(folder, "recovery"))
+    from elastic_lsopt.checkpoint import storage
+
+    before(storage, "commit", lambda: at(folder, "saving"))
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    arm_runtime(Path(json.loads(target.read_text())["folder"]))
+    main(target)
