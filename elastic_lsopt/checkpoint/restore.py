@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from elastic_lsopt.checkpoint.contents import (
 )
 from elastic_lsopt.checkpoint.json_values import ELEMENTS, decode, number
 from elastic_lsopt.checkpoint.safetensors_file import BY_NAME
-from elastic_lsopt.checkpoint.storage import SafetensorsReader
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.space.layout import Piece
 from elastic_lsopt.space.vector import Vector
@@ -35,8 +34,19 @@ log = logging.getLogger("elastic_lsopt")
 Fill = Callable[[dict[str, Held]], None]
 
 
+class Saved(Protocol):
+    """What is known of a saved state before its tensors are read: a checkpoint on disk, or versions in memory."""
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
+    @property
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """Key -> dtype (and more): the tensors that can be read whole."""
+        ...
+
+
 @torch.no_grad()
-def restore(state: TrainingState, saved: SafetensorsReader, fill: Fill, *, hyperparameters: bool) -> None:
+def restore(state: TrainingState, saved: Saved, fill: Fill, *, hyperparameters: bool) -> None:
     """Make `state` what the checkpoint says (collective); `fill` reads the named chunks into the given tensors.
 
     Torch's random generators go on where they were if the number of ranks is the same. `hyperparameters` says whether
@@ -104,7 +114,7 @@ def _want(wanted: dict[str, Held], backend: Backend, key: str, piece: Piece, tar
     held.chunks.append((piece.offset, target))
 
 
-def _base(wanted: dict[str, Held], backend: Backend, saved: SafetensorsReader) -> None:
+def _base(wanted: dict[str, Held], backend: Backend, saved: Saved) -> None:
     """Make the base optimizer's state slot by slot, numbers at once, and note which tensors are to be filled."""
     base: dict[str, dict[str, Any]] = saved.facts["base"]
     anyones = max(base.values(), key=len, default={})
@@ -140,7 +150,7 @@ def _elements(state: dict[str, Any], key: str, like: Tensor, dtype: torch.dtype)
     return flat.zero_()
 
 
-def _dtype(saved: SafetensorsReader, names: Any, key: str, like: Tensor) -> torch.dtype:
+def _dtype(saved: Saved, names: Any, key: str, like: Tensor) -> torch.dtype:
     """State in the weights' precision follows the weights here (bf16 to fp32); other state keeps its own."""
     for name in names:
         if (tensor := saved.tensors.get(f"base/{name}/{key}")) is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -15,7 +17,13 @@ import torch.distributed as dist
 
 import elastic_lsopt as lso
 from elastic_lsopt.backends.rebuild import form_group, tear_down
+from elastic_lsopt.elastic.exchange import gather_json
+from elastic_lsopt.elastic.mirror import Mirror
+from elastic_lsopt.elastic.reshard import choose, inventory, reshard
+from elastic_lsopt.elastic.versions import HostVersions
 from tests.cases import engines
+from tests.cases.checkpoint import Remembering
+from tests.cases.checkpoint import _whole as whole_vector
 
 STEPS, UNITS = 9, 5
 _formed = {"groups": 0}
@@ -78,3 +86,91 @@ def rebuild(kind: str, worlds: Sequence[int], sever: bool = False) -> dict[str, 
             gc.collect()
             left += sum(storage.nbytes() for ref in memory if (storage := ref()) is not None)
     return {"losses": losses, "seconds": seconds, "left": left}
+
+
+# -- state that survives ---------------------------------------------------------------------------------------------
+
+WORLD = 4
+"""Processes of the harness in these cases."""
+
+
+def _engine(kind: str, base: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> lso.Engine:
+    return engines.build(kind, engines.net(("unused",), dtype, seed), Remembering(), base=base)
+
+
+def _state(engine: lso.Engine) -> dict[str, Any]:
+    """Everything by name, whole, on every rank, gathered in the checkpoint tests' own way."""
+    space, base = engine.space, engine.base
+    assert base is not None
+    tensors = {"weights": space.weights.tensors, "mean": engine.method_state["mean"].tensors}
+    keys = {key for k in engine.backend.slot_keys for key, v in base.state[k].items() if getattr(v, "ndim", 0)}
+    everyones = gather_json(dist.distributed_c10d._get_default_group(), sorted(keys))
+    for key in sorted({key for keys in everyones for key in keys}):
+        found = {id(piece): value for piece, name, value in engine.backend.base_states() if name == key}
+        tensors[key] = [found.get(id(p), torch.zeros(p.length)) for p in space.layout.pieces]  # none without gradient
+    return {
+        **{name: whole_vector(space, parts) for name, parts in tensors.items()},
+        "calls": engine.method_state["calls"], "clock": [engine.clock.samples, engine.clock.steps],
+        "groups": [{k: v for k, v in g.items() if k in ("lr", "betas", "momentum")} for g in engine.param_groups],
+    }  # fmt: skip
+
+
+def survive(
+    kind: str, base: str, before: int, after: int, dead: Sequence[int], planned: bool = False, nodes: int = 0,
+    fp64: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Train 4 steps on `before` ranks with a mirror; `dead` lose all; go on at `after` ranks with the rest, newcomers last.
+
+    Ranks whose number is >= `before` are newcomers; so are the dead, if they are needed.
+    """
+    dtype = torch.float64 if fp64 else torch.float32
+    out: dict[str, Any] = {}
+    with reforming() as form:
+        me = int(os.environ["LOCAL_RANK"])
+        versions = HostVersions(node=f"node{me}")
+        old: dict[str, Any] = {}
+        if form(range(before)):
+            engine = _engine(kind, base, dtype=dtype)
+            names = [f"node{r % (nodes or before)}" for r in range(before)]
+            mirror = Mirror(dist.new_group(backend="gloo"), me, before, names, 1)
+            for step in range(4):
+                train(engine, step, step + 1, dtype)
+                version = versions.take(engine, generation=1, step=step + 1, extra={"cursor": [step + 1, "a"]})
+                mirror.push(version)
+                if step == 2:
+                    mirror.wait(3, timeout_s=20)
+                    versions.commit(1, 3)
+                    mirror.commit(3)
+            mirror.wait(4, timeout_s=20)
+            if planned:
+                mirror.hand_over(version, dead)
+                dist.barrier()
+            old = _state(engine)
+            losses = train(engine, 4, 6, dtype)
+            out["continued"] = losses
+            out["sent"] = mirror.sent_bytes
+            versions.adopt(mirror.close())
+            tear_down(engine)
+            if me in dead:
+                versions = HostVersions()
+        living = [r for r in range(before) if r not in dead]
+        members = [*living, *(r for r in range(WORLD) if r not in living)][:after]
+        if form(members):
+            group = dist.distributed_c10d._get_default_group()
+            engine = _engine(kind, base, seed=7, dtype=dtype)
+            found = gather_json(group, inventory(versions))
+            chosen = choose(found)
+            if chosen is None:
+                tear_down(engine)
+                return {"lost": True}
+            moved = reshard(engine, versions, chosen, found, group)
+            new = _state(engine)
+            [reference] = [o for o in gather_json(group, old) if o][:1]
+            out["equal"] = {name: json.loads(json.dumps(new[name])) == reference[name] for name in reference}
+            out["step"], out["extra"] = moved.step, moved.extra
+            out["received"], out["local"] = moved.received_bytes, moved.local_bytes
+            out["went_on"] = train(engine, 4, 6, dtype)
+            versions.drop_older_generations(2)
+            assert not versions.held
+            tear_down(engine)
+    return out
