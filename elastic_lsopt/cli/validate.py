@@ -25,6 +25,8 @@ from elastic_lsopt.oracle.units import part_bounds, slots, unit_sizes, units_of_
 from elastic_lsopt.training.memory import memory_per_rank, mirror_per_rank
 
 WORLDS = (1, 2, 4, 8)
+MOST_SHOWN = 64
+"""Ranks of the largest world whose plan is shown."""
 
 
 def validate(path: str | Path, overrides: Sequence[str] = ()) -> int:
@@ -48,6 +50,8 @@ def validate(path: str | Path, overrides: Sequence[str] = ()) -> int:
     console.print(_memory_table(console, job.config, size, worlds))
     if job.config.elastic is not None:
         console.print(_plan_table(console, job.config, plans))
+        for made in (made for made in plans if made.why):
+            console.print(f" {made.world} ranks: {made.why}")
         console.print(_mirror_table(console, job.config, size, plans))
     console.print("Activations, communication buckets and the framework are not counted; * = workers of this file.")
     console.print(f"{path} is right.")
@@ -196,7 +200,8 @@ def _plans(job: Job) -> list[Plan]:
     if elastic is None:
         return []
     least, most = (nodes * job.config.workers for nodes in (elastic.min_nodes, elastic.max_nodes))
-    worlds = {least, *(w for w in (*WORLDS, elastic.reference_workers or least) if least <= w <= most)}
+    others = (*WORLDS, elastic.reference_workers or least, min(most, MOST_SHOWN))
+    worlds = {least, *(world for world in others if least <= world <= most)}
     try:
         policy = Policy.of(job.config, parts=job.method.parts)
         return [plan([Worker(r, "") for r in range(world)], policy, SampleClock()) for world in sorted(worlds)]
@@ -212,14 +217,14 @@ def _plan_table(console: Console, config: TrainConfig, plans: Sequence[Plan]) ->
     table = _table(
         console,
         f"Elastic: {elastic.min_nodes} to {elastic.max_nodes} nodes, {elastic.policy}{rule}",
-        ["ranks", "batch", "forwards", "peak rate", *(["betas"] if adam else []), "weight decay", "held by a bound"],
+        ["ranks", "batch", "forwards", "peak rate", *(["betas"] if adam else []), "weight decay"],
     )
     for made in plans:
         now = made.hyperparameters(SampleClock())
         betas = [", ".join(f"{beta:.4g}" for beta in now.betas)] if adam and now.betas else []
         table.add_row(
             _rank_name(made.world, config), str(now.global_batch_size), str(made.accumulation),
-            f"{now.learning_rate:.3g}", *betas, f"{now.weight_decay:.3g}", made.why or "-",
+            f"{now.learning_rate:.3g}", *betas, f"{now.weight_decay:.3g}",
         )  # fmt: skip
     return table
 

@@ -94,6 +94,36 @@ def test_the_memory_is_that_of_the_model(capsys):
     assert "backend fsdp2" in out and "SAM(rho=0.05" in out
 
 
+def test_an_elastic_job_says_what_each_world_runs_and_what_its_mirror_holds(capsys):
+    shape = ("hidden_size=64", "intermediate_size=128", "num_hidden_layers=1", "num_attention_heads=2")
+    overrides = [f"model.{key}" for key in shape] + ["workers=1", "learning_rate=1e-3", "weight_decay=0"]
+    scale = "elastic={policy: scale_batch, reference_workers: 4, max_nodes: 6, max_global_batch_size: 40}"
+    out = run(capsys, QUICKSTART, *overrides, scale)
+    plans = rows(out, "Elastic: 1 to 6 nodes, scale_batch, lr_rule sqrt")
+    assert {world: row[:3] for world, row in plans.items()} == {
+        "1": ["8", "1", "0.0005"], "2": ["16", "1", "0.000707"], "4": ["32", "1", "0.001"],
+        "6": ["40", "1", "0.00112"],
+    }  # fmt: skip
+    assert "6 ranks: max_global_batch_size=40 held by fewer units a worker" in out
+    assert plans["1"][3].split(", ") == ["0.975", "0.9998"]
+    keep = rows(run(capsys, QUICKSTART, *overrides, "elastic={max_nodes: 8}"), "Elastic: 1 to 8 nodes, keep_batch")
+    assert {world: row[:3] for world, row in keep.items()} == {
+        world: ["32", forwards, "0.001"] for world, forwards in (("1", "4"), ("2", "2"), ("4", "1"), ("8", "1"))
+    }
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    whole = sum(p.numel() for p in LlamaForCausalLM(config).parameters())
+    assert f"{whole:,} trainable" in out
+    title = out[out.index("Host memory a rank") :].splitlines()[0]
+    unit = {"KiB": 2**10, "MiB": 2**20}[title[-3:]]
+    mirror = rows(out, "Host memory a rank")
+    own = [f"{3 * 4 * 3 * -(-whole // world) / unit:,.2f}" for world in (1, 2, 4, 6)]  # versions, bytes, Adam
+    assert mirror["own versions"] == own
+    assert mirror["wards' versions"] == ["0.00", *own[1:]]
+
+
 def test_replica_groups_leave_out_the_worlds_that_they_cannot_divide(capsys):
     out = run(capsys, QUICKSTART, "workers=6", "fsdp_replicas=2")
     header = out[out.index("Memory a rank") :].splitlines()[1]
@@ -119,6 +149,7 @@ def test_replica_groups_leave_out_the_worlds_that_they_cannot_divide(capsys):
         ("model.hidden_sze=3", "hidden_sze"),
         ("per_device_train_batch_size=64", "global_batch_size=32 must be at least per_device_train_batch_size=64"),
         ("probes={trace: {every_steps: 1}}", "probes: probes in a job are not supported yet"),
+        ("elastic={max_accumulation: 1}", "too small for a global batch of 32"),
         ("elastic={min_nodes: 9, max_nodes: 8}", "min_nodes=9 is above max_nodes=8; raise max_nodes or lower it."),
     ],
 )

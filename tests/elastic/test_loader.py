@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.stateful import Stateful
@@ -102,6 +102,7 @@ def test_a_cursor_off_the_batch_boundary_reads_on_exactly() -> None:
 
 
 @settings(max_examples=40, deadline=None)
+@example(n=40, cut=(8, 32), total=33, parts=8, world=2)  # a rest of one sample, which no eight parts can share
 @given(n=st.integers(1, 40), cut=cuts, total=st.integers(1, 100), parts=st.integers(1, 8), world=st.integers(1, 5))
 def test_the_job_ends_at_its_last_sample(n: int, cut: tuple[int, int], total: int, parts: int, world: int) -> None:
     """No sample more, none twice; the last step is cut finely enough for the method's parts."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elastic_lsopt.training.memory import memory_per_rank
+from elastic_lsopt.training.memory import memory_per_rank, mirror_per_rank
 
 pytestmark = pytest.mark.fast
 
@@ -80,3 +80,24 @@ def test_a_gathered_block_is_in_the_precision_of_the_forward():
     assert memory_per_rank(1000, backend="deepspeed", stage=3, world=4, gathered=100)[key] == 400
     assert memory_per_rank(1000, backend="deepspeed", stage=2, world=4, gathered=100)[key] == 0
     assert memory_per_rank(1000, backend="replicated", world=4)[key] == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "own", "wards"),
+    [
+        # 4 bytes x (weights, two of Adam's states) x 3 versions; a shard is a quarter of 1000.
+        ({"backend": "fsdp2", "world": 4}, 9000, 9000),
+        ({"backend": "fsdp2", "world": 4, "copies": 2}, 9000, 18000),
+        ({"backend": "fsdp2", "world": 2, "copies": 2}, 18000, 18000),  # there is but one other
+        ({"backend": "fsdp2", "world": 1}, 36000, 0),
+        ({"backend": "fsdp2", "world": 4, "replicas": 2}, 18000, 0),  # the replica is the copy
+        ({"backend": "fsdp2", "world": 4, "replicas": 2, "copies": 2}, 18000, 18000),
+        ({"backend": "replicated", "world": 4}, 36000, 0),
+        ({"backend": "deepspeed", "stage": 0, "world": 4}, 36000, 0),
+        ({"backend": "deepspeed", "stage": 2, "world": 4}, 9000, 9000),
+        ({"backend": "fsdp2", "world": 4, "optim": "sgd"}, 3000, 3000),
+        ({"backend": "fsdp2", "world": 4, "optim": "sgd", "momentum": 0.9, "vectors": 1}, 9000, 9000),
+    ],
+)
+def test_the_mirror_is_versions_times_shards(how, own, wards):
+    assert mirror_per_rank(1000, **how) == {"own versions": own, "wards' versions": wards}
