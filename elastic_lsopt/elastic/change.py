@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from elastic_lsopt.elastic.generation import FINISHED, Change, Generation, Member
 from elastic_lsopt.elastic.record import Record
 from elastic_lsopt.elastic.state import Peer, State
@@ -14,9 +12,14 @@ def differs(generation: Generation, record: Record) -> bool:
     member = generation.member.get(record.name)
     if member is None:
         return bool(record.workers) and record.vote is None and not record.departing
-    if record.departing:
+    if record.departing or _disowned(generation, record):
         return True
     return member.workers != record.workers or bool(record.leaving)
+
+
+def _disowned(generation: Generation, record: Record) -> bool:
+    """Whether the agent knows that generation and does not take itself for the member of its name."""
+    return record.vote is None and record.number == generation.number
 
 
 def urgent(generation: Generation, record: Record) -> bool:
@@ -24,7 +27,11 @@ def urgent(generation: Generation, record: Record) -> bool:
     member = generation.member.get(record.name)
     if member is None:
         return False
-    return record.departing or any(w not in record.workers or w in record.leaving for w in member.workers)
+    return (
+        record.departing
+        or _disowned(generation, record)
+        or any(w not in record.workers or w in record.leaving for w in member.workers)
+    )
 
 
 def joins_due(state: State, now: float) -> bool:
@@ -63,17 +70,21 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
 
     records = [own, *(peers[name].record for name, _ in state.restless if name in peers)]
     members = [r for r in records if r.name in generation.member and r.name not in evicted]
-    left = tuple(r.name for r in members if r.departing)
+    left = tuple(r.name for r in members if r.departing or _disowned(generation, r))
     gone, drained, joined = [], [], []
     for r in members:
         before = generation.member[r.name].workers
         gone += [w for w in before if w not in r.workers]
         drained += [w for w in before if w in r.workers and (w in r.leaving or r.departing)]
-        if not r.departing and (new := tuple(w for w in r.workers if w not in before and w not in r.leaving)):
+        if r.name not in left and (new := tuple(w for w in r.workers if w not in before and w not in r.leaving)):
             joined.append(Member(r.name, r.address, new))
     staying = [m for m in generation.members if m.name not in evicted and m.name not in left]
     room = rules.max_nodes - len(staying)
-    waiting = [r for r in records if r.name not in generation.member and differs(generation, r)]
+    waiting = [
+        r
+        for r in records
+        if r.name not in generation.member and differs(generation, r) and peers[r.name].heard_s + rules.lease_s > now
+    ]
     joined += [Member(r.name, r.address, r.workers) for r in waiting[: max(0, room)]]
 
     lost = {*gone, *drained}

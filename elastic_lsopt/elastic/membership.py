@@ -19,7 +19,7 @@ No worker of X is alive when g+1 commits:
     to the older leader under the older ballot, it sent before it promised, so before this leader began. So the older
     leader's last grant came at most lease_s / 2 after this leader began, and ended lease_s later: 1.5 < 2.
 This holds while no clock runs more than 4/3 as fast as another, less the time from a lease's end to the kill
-(the agent's tick); with clocks within 10 % of true time (11/9 of each other) 0.16 lease_s are left for the kill.
+(the agent's tick); with clocks within 10 % of true time (11/9 of each other) 0.15 lease_s are left for the kill.
 The deposed leader and those who stayed with it are cases of X. A promise to leave a leader is for good within g,
 so a leader that was left by its quorum cannot grant again before g+1.
 

@@ -50,7 +50,7 @@ class Beat(NamedTuple):
     """A record's place in its writer's history, over crashes too, and when it was sent by the writer's own clock."""
 
     incarnation: int
-    count: int
+    counter: int
     sent_s: float
 
 

@@ -10,7 +10,6 @@ from elastic_lsopt.elastic.quorum import Accepted, Ballot, Vote
 from elastic_lsopt.elastic.record import Record, Remembered, Rules
 from elastic_lsopt.elastic.table import Table
 
-
 EMPTY: Table = Table()
 
 

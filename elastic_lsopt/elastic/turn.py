@@ -273,6 +273,7 @@ class Turn:
             default=None,
         )
         restless = {n: None for n, p in s.peers if differs(s.generation, p.record)}
+        self._joins()
         self._set(
             campaign=replace(c, led_s=self.now, adopted=best.change if best else None), restless=Table.of(restless)
         )
@@ -346,7 +347,7 @@ class Turn:
             self.effects.append(KillWorkers(f"generation {new.number} was formed without this node: {new.why}"))
             self._set(workers=(), offered=(), draining=())
         elif leads:
-            if len(self.s.restless):
+            if len(self.s.restless) or differs(new, self._record("", answer=True)):
                 self._joins()
             self._renew()
             self._decide()
@@ -443,6 +444,8 @@ class Turn:
 
     def _unreachable(self, name: str) -> None:
         s = self.s
+        if name == s.name:
+            return
         leader = s.vote.promised.name if s.vote else s.generation.host if s.generation else ""
         suspect_from_s = min(s.suspect_from_s, self.now) if name == leader else s.suspect_from_s
         self._set(unreachable=s.unreachable | {name}, suspect_from_s=suspect_from_s)

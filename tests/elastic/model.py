@@ -128,15 +128,15 @@ class World:
         assert place.state is not None
         state, effects = advance(place.state, event, place.clock_s)
         world = self._with(replace(place, state=state))
-        said = []
+        said: list[Event] = []
         for effect in effects:
             place = world.place(name)
             match effect:
                 case Persist(remembered):
                     world = world._with(replace(place, disk=remembered))
                 case Publish(to, record):
-                    for reader, address in to:
-                        reader = reader or address  # an agent's address is its name here
+                    for known, address in to:
+                        reader = known or address  # an agent's address is its name here
                         if any(p.name == reader for p in world.places):
                             queue = (*dict(world.mail).get((name, reader), ()), record)[-world.depth :]
                             world = world._with_mail((name, reader), queue)
@@ -144,6 +144,8 @@ class World:
                     if generation.number <= place.entered:
                         raise Violation(f"{name} enters {generation.number} after {place.entered}")
                     world = world._decide(generation)._with(replace(place, entered=generation.number))
+                    members = {worker for _, worker in generation.ranks}
+                    said += [WorkerExited(w) for w in state.draining if w not in members]
                 case KillWorkers():
                     world = world._with(replace(place, alive=frozenset()))
                 case Leave():
@@ -154,8 +156,11 @@ class World:
                     said.append(WitnessSaid(stored.number, stored.vote, sent_s))
         if state.generation:
             world = world._decide(state.generation)
-        for event in said:
-            world = world.give(name, event, advance)
+        for answer in said:
+            if isinstance(answer, WorkerExited):
+                place = world.place(name)
+                world = world._with(replace(place, alive=place.alive - {answer.worker}))
+            world = world.give(name, answer, advance)
         return world
 
     # What must hold. -------------------------------------------------------------------------------------------------
