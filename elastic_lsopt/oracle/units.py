@@ -7,6 +7,7 @@
 Every rank of a shard group runs equally many forwards, because each forward gathers weights together. Where the
 units do not divide evenly, a rank fills its missing slot with an *idle* unit: a real batch of this step whose loss is
 selected out (never multiplied: 0 x NaN is NaN). So any world size computes the same sums, also 7 workers on 16 units.
+Where every rank holds all weights nobody waits in a forward, and a plan may deal the units otherwise.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def units_of_rank(units: int, rank: int, world: int) -> range:
 def slots(bounds: tuple[int, int], rank: int, world: int) -> list[int | None]:
     """This rank's forwards for one part, as unit indices; None is an idle slot. As many on every rank."""
     first, end = bounds
-    mine = [u for u in range(first, end) if u % world == rank]
-    most = max(sum(1 for u in range(first, end) if u % world == r) for r in range(world))
+    mine = range(first + (rank - first) % world, end, world)
+    most = -(-(end - first) // world)  # consecutive units, dealt out one by one
     return [*mine, *([None] * (most - len(mine)))]
 
 

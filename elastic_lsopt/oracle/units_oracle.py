@@ -71,7 +71,8 @@ class UnitsOracle(Oracle):
         ]
         values = torch.tensor(own, dtype=torch.float64, device=self.backend.device)
         total, number, empty, misplaced, twice, *ends = self.backend.sum_world_(values).tolist()
-        if misplaced:
+        self._count, self._evenly = int(max(ends)), not misplaced
+        if misplaced and not self._each_once():
             raise UserError(
                 f"{int(misplaced)} rank(s) got a unit that is another's: unit u belongs to rank u mod {world}."
             )
@@ -85,7 +86,29 @@ class UnitsOracle(Oracle):
             raise UserError(
                 f"the total weight of the global batch is {total}; it must be > 0 (are all labels masked?)."
             )
-        self._total, self.samples, self._count = total, int(number), int(max(ends))
+        self._total, self.samples = total, int(number)
+
+    def _each_once(self) -> bool:
+        """Whether the ranks hold each unit once in shares of their own, as a plan for unequal ranks deals them.
+
+        Only where every rank holds all weights: there no forward waits for another rank. One all-reduce of a number a
+        unit.
+        """
+        if self.backend.replicas < self.backend.world:
+            return False
+        held = torch.zeros(self._count + 1, dtype=torch.float64, device=self.backend.device)
+        for index in self._units:
+            held[index if index >= 0 else self._count] += 1
+        *units, below = self.backend.sum_world_(held).tolist()
+        return not below and all(ranks == 1 for ranks in units)
+
+    def _slots(self, bounds: tuple[int, int]) -> list[int | None]:
+        """This rank's forwards for one part; None is an idle slot."""
+        if self._evenly:
+            return slots(bounds, self.backend.rank, self.backend.world)
+        first, end = bounds
+        # At least one: the backward that closes a pass is each rank's.
+        return [*sorted(u for u in self._units if first <= u < end)] or [None]
 
     @property
     def weight(self) -> float:
@@ -101,7 +124,7 @@ class UnitsOracle(Oracle):
         self.space.ready()
         local = 0.0
         with torch.no_grad():
-            for index in slots((0, self._count), self.backend.rank, self.backend.world):
+            for index in self._slots((0, self._count)):
                 value = self._forward(index)
                 if share := self._share(index):
                     local += value.item() * share
@@ -122,7 +145,7 @@ class UnitsOracle(Oracle):
 
     def _backward(self, part: Part, *, last: bool) -> tuple[float, int]:
         bounds = part_bounds(self._count, part.of)[part.number]
-        mine = slots(bounds, self.backend.rank, self.backend.world)
+        mine = self._slots(bounds)
         local, nonfinite = 0.0, 0
         for k, index in enumerate(mine):
             self.backend.begin(last=last and k == len(mine) - 1)
