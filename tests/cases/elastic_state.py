@@ -119,7 +119,7 @@ def survive(
     kind: str, base: str, before: int, after: int, dead: Sequence[int], planned: bool = False, nodes: int = 0,
     fp64: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train 4 steps on `before` ranks with a mirror; `dead` lose all; go on at `after` ranks with the rest, newcomers last.
+    """Train 4 steps on `before` ranks with a mirror; `dead` lose all; go on at `after` ranks, newcomers last.
 
     Ranks whose number is >= `before` are newcomers; so are the dead, if they are needed.
     """
@@ -174,3 +174,102 @@ def survive(
             assert not versions.held
             tear_down(engine)
     return out
+
+
+def silent_peer(seconds: float) -> dict[str, Any]:
+    """Rank 0 pushes a version that rank 1 never pushes: what the wait says, and how long `close` takes."""
+    engine = _engine("fsdp2", "momentum")
+    train(engine, 0, 1)
+    mirror = Mirror(dist.new_group(backend="gloo"), dist.get_rank(), dist.get_world_size(), ["a", "b"], 1)
+    out: dict[str, Any] = {}
+    versions = HostVersions()
+    if dist.get_rank() == 0:
+        mirror.push(versions.take(engine, generation=1, step=1, extra={}))
+        try:
+            mirror.wait(1, timeout_s=seconds)
+        except lso.PeerFailed as error:
+            out["said"] = str(error)
+    else:
+        time.sleep(seconds)
+    start = time.monotonic()
+    wards = mirror.close()
+    out |= {"close_s": time.monotonic() - start, "wards": len(wards), "alive": mirror._thread.is_alive()}
+    return out
+
+
+def severed_peer() -> dict[str, Any]:
+    """Rank 1's sockets are cut after step 1: rank 0's next push or wait raises, its step-1 ward stays."""
+    engine = _engine("fsdp2", "momentum")
+    train(engine, 0, 1)
+    mirror = Mirror(dist.new_group(backend="gloo"), dist.get_rank(), dist.get_world_size(), ["a", "b"], 1)
+    versions = HostVersions()
+    mirror.push(versions.take(engine, generation=1, step=1, extra={}))
+    mirror.wait(1, timeout_s=10)
+    assert mirror.survives_node_loss and mirror.acknowledged == 1
+    dist.barrier()
+    said = ""
+    if dist.get_rank() == 1:
+        mirror._transport.sever()
+    start = time.monotonic()
+    try:
+        mirror.push(versions.take(engine, generation=1, step=2, extra={}))
+        mirror.wait(2, timeout_s=10)
+    except lso.PeerFailed as error:
+        said = str(error)
+    waited = time.monotonic() - start
+    wards = [v.step for v in mirror.close()]
+    versions.commit(1, 2)  # the first goes, the second is never less than C
+    return {"said": said, "waited_s": waited, "wards": wards, "kept": [v.step for v in versions.held]}
+
+
+def refused_versions() -> dict[str, Any]:
+    """No version of displaced weights, nor before `settle`."""
+    engine = _engine("fsdp2", "momentum")
+    train(engine, 0, 1)
+    versions, said = HostVersions(), []
+    space = engine.space
+    with space.displaced(space.weights.clone(), 0.1):
+        try:
+            versions.take(engine, generation=1, step=1, extra={})
+        except lso.StaleWeights as error:
+            said.append(str(error))
+    space.mark_stale("a test")
+    try:
+        versions.take(engine, generation=1, step=1, extra={})
+    except lso.StaleWeights as error:
+        said.append(str(error))
+    space.settle()
+    return {"said": said, "held": len(versions.held)}
+
+
+def version_cost(parameters: int, rows: int) -> dict[str, Any]:
+    """Milliseconds of `take` and of `push`, medians of 20, for AdamW on `parameters` square matrices of `rows`."""
+    from statistics import median
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(rows, rows, bias=False) for _ in range(parameters)))
+    engine = engines.build(
+        "fsdp2", model, lso.registry.build("none"), base="adamw", loss_fn=lambda m, b: m(b).square().mean()
+    )
+    engine.train_batch([torch.randn(2, rows)])
+    world = dist.get_world_size()
+    mirror = Mirror(dist.new_group(backend="gloo"), dist.get_rank(), world, [str(r) for r in range(world)], 1)
+    versions = HostVersions()
+    times: dict[str, list[float]] = {"take": [], "push": [], "wait": []}
+    for step in range(1, 23):
+        at = [time.perf_counter()]
+        version = versions.take(engine, generation=1, step=step, extra={"cursor": step})
+        at.append(time.perf_counter())
+        mirror.push(version)
+        at.append(time.perf_counter())
+        mirror.wait(step, timeout_s=20)
+        at.append(time.perf_counter())
+        for name, a, b in zip(times, at, at[1:], strict=False):
+            times[name].append((b - a) * 1e3)
+        versions.commit(1, step)
+        mirror.commit(step)
+    mirror.close()
+    start = time.perf_counter()
+    versions.newest.checksum()
+    out = {f"{name}_ms": round(median(values[2:]), 2) for name, values in times.items()}
+    return {**out, "checksum_ms": (time.perf_counter() - start) * 1e3, "bytes": version.index.bytes}
