@@ -80,9 +80,10 @@ class Backend(Passes):
 
     def base_states(self) -> Iterator[tuple[Piece, str, Any]]:
         """(piece, key, value) of all base state: a 1-D view where it is element by element, else the value itself."""
+        slots = self.slots
         for piece in self.layout.pieces:
             state, _ = self.state_of(piece)
-            size = self.slots[piece.slot].numel()
+            size = slots[piece.slot].numel()
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.dim() and local(value).numel() == size:
                     yield piece, key, local(value).view(-1)[piece.start : piece.start + piece.length]
