@@ -87,7 +87,7 @@ def engine_of(backend: str, width: int, total_samples: int) -> lso.Engine:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
         fully_shard(model.first, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    elif dist.get_world_size() > 1:
+    elif backend == "ddp" and dist.get_world_size() > 1:
         model = nn.parallel.DistributedDataParallel(model)
     return lso.Engine(backend_for(model, base(model.parameters()), max_grad_norm=1.0), method, loss_fn=loss, total_samples=total_samples)
 
@@ -119,7 +119,8 @@ def main(path: Path) -> None:
         arm(folder, engine, world)
 
         def on_step(job: Job, row: dict[str, Any]) -> None:
-            time.sleep(settings.get("slow_s", 0.0))
+            if not (folder / "hurry").exists():
+                time.sleep(settings["slow_s"])
             line = {"generation": world.generation, "rank": world.rank, "world": world.size, "ids": taken, **row}
             with (folder / f"steps-{os.getpid()}.jsonl").open("a") as out:
                 out.write(json.dumps(line) + "\n")

@@ -1,0 +1,234 @@
+"""A seeded driver: events at living jobs, and after each the laws of the elastic runtime (design, laws 5 and 6).
+
+    python -m tests.chaos.driver --backend zero3 --events 200 --seed 7 --results FILE.jsonl       # make chaos
+
+A round is one job of 3 or 4 nodes and about 20 events; rounds go on until the backend has had its events. RESULTS holds a
+line an event, so an interrupted run goes on where it was; a failure is a line with its seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic_lsopt.elastic.order import SampleOrder
+from tests.chaos.cluster import Cluster, Row, Stuck
+from tests.chaos.job import BATCH, SAMPLES
+
+POINTS = ("forward", "backward", "displaced", "all-reduce", "mirroring", "resharding", "committing", "saving", "recovery")
+ELASTIC = {
+    "lease_s": 1.5, "hang_timeout_s": 4.0, "max_respawns": 1000, "copies": 2, "join_debounce_s": 0.2, "max_nodes": 4,
+}  # fmt: skip
+NODES = 3
+RECOVER_S = 45.0
+"""Longest time from an event to two further steps: a hung worker (4 s), an eviction (3 s), a new worker's start."""
+FINISH_S = 90.0
+
+
+@cache
+def undisturbed(steps: int) -> list[float]:
+    """The loss at each step of one process that nobody disturbs."""
+    import torch.distributed as dist
+
+    from tests.chaos.job import UNIT, Rows, collate, engine_of
+
+    torch.set_num_threads(1)
+    assert not dist.is_initialized()
+    from elastic_lsopt.elastic.loader import StepLoader
+
+    engine = engine_of("plain", 16, steps * BATCH)
+    loader = StepLoader(
+        Rows(), collate, global_batch_size=BATCH, unit_size=UNIT, seed=1, rank=0, world=1, total_samples=steps * BATCH
+    )
+    return [engine.train_batch(units) for units in loader]
+
+
+@dataclass
+class Event:
+    """What was done, and how long it took until two further steps were finished."""
+
+    what: str
+    seconds: float
+
+
+def events_of(draw: random.Random) -> str:
+    """The next event: named points half of the time."""
+    plain = ("kill", "kill", "term-worker", "term-node", "stop", "join", "agent-kill", "host-kill", "two", "twice")
+    if draw.random() < 0.5:
+        return f"at-{draw.choice(POINTS)}"
+    return draw.choice(plain)
+
+
+class Round:
+    """One job from its start to its end, with `count` events drawn from `seed`."""
+
+    def __init__(self, backend: str, seed: int, count: int, folder: Path, note: Callable[[Event], None]) -> None:
+        self.draw, self.count, self.note = random.Random(f"{backend}/{seed}"), count, note
+        self.steps = 120 + 40 * count
+        self.cluster = Cluster(folder, backend=backend, steps=self.steps, slow_s=0.1, **ELASTIC)
+
+    def run(self) -> None:
+        """Raises AssertionError (Stuck, for time limits) where a law is broken."""
+        with self.cluster as cluster:
+            for _ in range(NODES):
+                cluster.start()
+            self._settled(NODES, 60.0)
+            for _ in range(self.count):
+                if cluster.progress()[1] >= self.steps - 20:
+                    break
+                what = events_of(self.draw)
+                start = time.monotonic()
+                self._do(what)
+                self._goes_on(what)
+                self.note(Event(what, time.monotonic() - start))
+                while len(cluster.living()) < NODES:
+                    cluster.start()
+            cluster.hurry()
+            cluster.until(lambda: not cluster.living(), "the end of the job", FINISH_S + self.steps * 0.03)
+            time.sleep(0.3)
+            orphans = cluster.workers()
+            assert not orphans, f"orphans: {orphans}\n{cluster.logs()}"
+            check(cluster.rows(), self.steps, cluster.logs)
+
+    def _do(self, what: str) -> None:
+        cluster, draw = self.cluster, self.draw
+        workers = sorted(cluster.workers().items())
+        nodes = [cluster.nodes[name] for name in cluster.living()]
+        match what:
+            case "kill":
+                cluster.kill(draw.choice(workers)[1])
+            case "term-worker":
+                cluster.kill(draw.choice(workers)[1], signal.SIGTERM)
+            case "term-node":
+                cluster.kill(draw.choice(nodes).pid, signal.SIGTERM)
+            case "stop":
+                cluster.kill(draw.choice(workers)[1], signal.SIGSTOP)
+            case "join":
+                if len(nodes) < NODES + 1:
+                    cluster.start()
+            case "agent-kill":
+                cluster.kill(draw.choice(nodes).pid)
+            case "host-kill":
+                if (host := cluster.host()) in cluster.nodes:
+                    cluster.kill(cluster.nodes[host].pid)  # type: ignore[index]
+            case "two":
+                for _, pid in draw.sample(workers, min(2, len(workers) - 1)):
+                    cluster.kill(pid)
+            case "twice":  # a second failure in the recovery from the first
+                cluster.order(draw.choice(("recovery", "resharding")), signal.SIGKILL)
+                cluster.kill(draw.choice(workers)[1])
+            case _:
+                point = what.removeprefix("at-")
+                cluster.order(point, draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)))
+                if point in ("resharding", "recovery"):  # only a change of members gets there
+                    cluster.kill(draw.choice(workers)[1])
+
+    def _goes_on(self, what: str) -> None:
+        """Two more steps than there are, in whatever generation, and the order (if any) taken."""
+        cluster = self.cluster
+        if what.startswith("at-"):
+            point = what.removeprefix("at-")
+            cluster.until(lambda: cluster.taken(point), f"{what}: nobody got there", RECOVER_S)
+        self._settled(1, RECOVER_S, what)
+
+    def _settled(self, nodes: int, limit_s: float, what: str = "the start") -> None:
+        """As many workers as living nodes in one generation, which has made two steps since now."""
+        cluster = self.cluster
+        time.sleep(0.3)
+
+        def quiet() -> bool:
+            living = len(cluster.living())
+            generation, _ = cluster.progress()
+            change = next((c for c in reversed(cluster.changes()) if c["generation"] == generation), None)
+            finished = cluster.progress()[1] >= self.steps
+            return finished or (change is not None and len(change["workers"]) >= max(nodes, min(living, NODES)))
+
+        cluster.until(quiet, f"{what}: all nodes in one generation", limit_s)
+        before = cluster.progress()[1]
+        cluster.until(lambda: cluster.progress()[1] >= min(before + 2, self.steps), f"{what}: further steps", limit_s)
+
+
+def check(rows: list[Row], steps: int, logs: Callable[[], str]) -> None:
+    """Law 5: the loss at every step is the undisturbed run's, and every sample is committed exactly once."""
+    expected = undisturbed(steps)
+    order = SampleOrder(SAMPLES, 1)
+    by_attempt: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        by_attempt.setdefault((row["step"], row["generation"]), []).append(row)
+    done = {step for step, _ in by_attempt}
+    assert done == set(range(1, steps + 1)), f"steps without a trace: {sorted(set(range(1, steps + 1)) - done)[:9]}"
+    for (step, generation), attempt in sorted(by_attempt.items()):
+        for row in attempt:
+            assert abs(row["loss"] - expected[step - 1]) <= 1e-5 * abs(expected[step - 1]), (
+                f"step {step} in generation {generation}, rank {row['rank']} of {row['world']}: loss {row['loss']}, "
+                f"undisturbed {expected[step - 1]}\n{logs()}"
+            )
+            assert row["samples"] == step * BATCH
+        ids = [i for row in attempt for i in row["ids"]]
+        wanted = order.at(range((step - 1) * BATCH, step * BATCH)).tolist()
+        assert len(ids) == len(set(ids)) and set(ids) <= set(wanted), f"step {step}: ran {ids}, its samples {wanted}"
+        if len(attempt) == attempt[0]["world"]:  # nobody died before he could write it down
+            assert sorted(ids) == sorted(wanted), f"step {step}: ran {ids}, its samples {wanted}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--backend", choices=("fsdp2", "ddp", "zero0", "zero1", "zero2", "zero3"), required=True)
+    parser.add_argument("--events", type=int, default=200)
+    parser.add_argument("--round", type=int, default=20, help="events a job")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    arguments.results.touch()
+    past = [json.loads(line) for line in arguments.results.read_text().splitlines()]
+    mine = [line for line in past if line["backend"] == arguments.backend]
+    done, seed = len([e for e in mine if "event" in e]), max([arguments.seed - 1, *(e["seed"] for e in mine)]) + 1
+    failures = 0
+
+    def write(**line: Any) -> None:
+        with arguments.results.open("a") as out:
+            out.write(json.dumps({"backend": arguments.backend, "seed": seed, **line}) + "\n")
+
+    while done < arguments.events:
+        folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+
+        def note(event: Event) -> None:
+            nonlocal done
+            done += 1
+            write(event=event.what, seconds=round(event.seconds, 3))
+            print(f"{arguments.backend} {done}/{arguments.events} seed {seed}: {event.what} {event.seconds:.1f} s", flush=True)
+
+        before = done
+        try:
+            Round(arguments.backend, seed, arguments.round, folder / "run", note).run()
+        except (AssertionError, OSError) as error:
+            failures += 1
+            kept = folder.with_name(f"failed-{arguments.backend}-{seed}")
+            shutil.rmtree(kept, ignore_errors=True)
+            folder.rename(kept)
+            kind = "stuck" if isinstance(error, Stuck) else "broken"
+            write(failure=kind, why=str(error).splitlines()[0][:500])
+            print(f"FAILED seed {seed} after {done - before} events, kept in {kept}:\n{error}", file=sys.stderr, flush=True)
+        else:
+            write(round="passed", events=done - before)
+            shutil.rmtree(folder, ignore_errors=True)
+        seed += 1
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
