@@ -81,7 +81,7 @@ def take_snapshot(
     space.refuse_stale("a save")
     if space.excursions:
         raise StaleWeights("a save is refused inside a displaced pass; save when the step has ended.")
-    keep: Callable[[Tensor], Tensor] = (lambda t: t.detach().to("cpu", copy=True)) if copy else torch.Tensor.detach
+    keep: Callable[[Tensor], Tensor] = (lambda t: t.detach().to("cpu", copy=True)) if copy else _live
     layout, tensors = backend.layout, dict[str, Held]()
 
     def hold(key: str, piece: Piece, value: Tensor) -> None:
@@ -124,6 +124,11 @@ def take_snapshot(
         "extra": _as_json(extra),
     }  # fmt: skip
     return Snapshot(tensors, facts)
+
+
+def _live(tensor: Tensor) -> Tensor:
+    """Without its graph; a detach for each of a thousand tensors would be a good part of a version's cost."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def encode_groups(backend: Backend) -> list[dict[str, Any]]:

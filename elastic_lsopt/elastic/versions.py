@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +114,7 @@ class Version:
         """CRC-32 of the chunks (not of the gaps between them). Time: 0.4 s a gigabyte."""
         crc = 0
         for chunk in self.index.chunks:
-            crc = zlib.crc32(memoryview(self.bytes_of(chunk).numpy()), crc)
+            crc = zlib.crc32(self.bytes_of(chunk).numpy().data, crc)
         return crc
 
 
@@ -131,6 +131,8 @@ class HostVersions:
         self._wards: list[Version] = []
         self._free: list[Tensor] = []
         self._index: Index | None = None
+        self._views: dict[int, list[Tensor]] = {}
+        """A buffer's data pointer -> the chunks' views of it, made once: they cost more than the copy does."""
 
     def take(self, state: TrainingState, *, generation: int, step: int, extra: dict[str, Any]) -> Version:
         """Copy the state as it is now; `extra` is the caller's JSON (a loader's cursor, a plan).
@@ -151,7 +153,10 @@ class HostVersions:
         buffer = self._buffer(index.bytes)
         version = Version(generation, step, backend.rank, backend.world, self._node, index, buffer, dict(index.numels))
         *chunks, facts = index.chunks
-        torch._foreach_copy_([version.tensor(c) for c in chunks], [source[c][0] for c in chunks])
+        views = self._views.get(buffer.data_ptr())
+        if views is None:
+            views = self._views[buffer.data_ptr()] = [version.tensor(c) for c in chunks]
+        torch._foreach_copy_(views, [source[c][0] for c in chunks])
         version.bytes_of(facts).numpy()[:] = memoryview(text.ljust(facts[2]))
         self._own = [v for v in self._own if v.stamp != version.stamp] + [version]
         return version
@@ -164,6 +169,8 @@ class HostVersions:
             if same and all(BY_NAME[known.dtypes[c[0]]] == source[c][0].dtype for c in chunks):
                 return known
         room = (text_bytes // FACTS_BYTES + 2) * FACTS_BYTES
+        self._free.clear()
+        self._views.clear()
         self._index = lay_out(
             [(chunk, DTYPES[tensor.dtype], numel) for chunk, (tensor, numel) in source.items()]
             + [((facts, 0, room), "U8", room)]
@@ -171,11 +178,7 @@ class HostVersions:
         return self._index
 
     def _buffer(self, size: int) -> Tensor:
-        fitting = next((i for i, b in enumerate(self._free) if b.numel() == size), None)
-        if fitting is not None:
-            return self._free.pop(fitting)
-        self._free.clear()
-        return torch.empty(size, dtype=torch.uint8)
+        return self._free.pop() if self._free else torch.empty(size, dtype=torch.uint8)
 
     @property
     def newest(self) -> Version:
@@ -189,9 +192,7 @@ class HostVersions:
 
     def commit(self, generation: int, step: int) -> None:
         """Versions of this generation before `step` are needed no more; their buffers are used again."""
-        past = [v for v in self._own if v.generation == generation and v.step < step and not v.in_flight]
-        self._own = [v for v in self._own if v not in past]
-        self._free = [*self._free, *(v.buffer for v in past)][:3]
+        self._recycle(lambda v: v.generation == generation and v.step < step and not v.in_flight)
 
     def adopt(self, wards: Sequence[Version]) -> None:
         """Keep what a mirror has received, after the mirror was closed."""
@@ -199,8 +200,16 @@ class HostVersions:
 
     def drop_older_generations(self, number: int) -> None:
         """Forget the versions of generations before `number`: its own are mirrored by now."""
-        self._own = [v for v in self._own if v.generation >= number]
+        self._recycle(lambda v: v.generation < number)
         self._wards = [v for v in self._wards if v.generation >= number]
+
+    def _recycle(self, past: Callable[[Version], bool]) -> None:
+        for version in [v for v in self._own if past(v)]:
+            self._own.remove(version)
+            if version.index is self._index and not version.in_flight:
+                self._free.append(version.buffer)
+            else:  # another layout's, or a transfer that broke may still read it
+                self._views.pop(version.buffer.data_ptr(), None)
 
 
 def missing(wanted: tuple[int, int], held: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
