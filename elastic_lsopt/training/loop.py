@@ -75,7 +75,8 @@ class TrainingRun:
         self.loader = StepLoader(
             data.train, lambda rows: _placed(data.collate(rows), world), global_batch_size=self.batch,
             unit_size=config.per_device_train_batch_size, seed=config.seed, rank=world.rank, world=world.size,
-            total_samples=self.total_samples,
+            total_samples=self.total_samples, parts=method.parts,
+            units=None if world.plan is None else world.plan.units_of_rank[world.rank],
         )  # fmt: skip
         self.console = Console(world.is_first, steps)
         self.stopped, self.eval_loss = False, None
