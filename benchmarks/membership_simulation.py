@@ -1,0 +1,149 @@
+"""What a change of members costs at up to 10,000 workers: the real machine on a simulated network, event by event.
+
+A put and a get of a store are one operation each; a round is one network delay on the longest chain of records. Counted
+from the event to the last Enter, without the beats that would have been sent anyway.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from benchmarks.machine import commit, describe
+from benchmarks.run import RESULTS
+from elastic_lsopt.elastic import membership
+from elastic_lsopt.elastic.generation import Change, Generation, Member
+from elastic_lsopt.elastic.quorum import Ballot, Vote
+from elastic_lsopt.elastic.record import Enter, Event, Heard, Publish, Record, Rules, Tick, WorkerExited, WorkerReady
+from elastic_lsopt.elastic.state import Campaign, State
+
+DELAY_S = 0.001
+"""From a put until the reader has the record."""
+
+
+class Simulation:
+    """`agents` agents in a running generation; records take DELAY_S."""
+
+    def __init__(self, agents: int, workers: int) -> None:
+        self.rules = Rules(1, 2 * agents + 2, "j", {}, join_debounce_s=0.0)
+        self.workers = workers
+        names = [f"n{i}" for i in range(agents)]
+        members = tuple(Member(n, n, tuple(f"{n}/{w}" for w in range(workers))) for n in names)
+        first = Generation(1, 0, "n0", members, "", (), running=True)
+        self.states: dict[str, State] = {
+            m.name: State(
+                self.rules, m.name, m.name, generation=first, vote=Vote(Ballot(0, "n0")), workers=m.workers,
+                offered=m.workers, lease_until_s=2.0, suspect_from_s=1.0, last=Change("", "n0", 0, running=True),
+                campaign=Campaign(Ballot(0, "n0"), 0.0, quorum_s=0.0) if m.name == "n0" else None,
+            )
+            for m in members
+        }  # fmt: skip
+        self.queue: list[tuple[float, int, str, Event, int]] = []
+        self.order = itertools.count()
+        self.now = 0.0
+        self.dead: set[str] = set()
+        self.count()
+        for i, name in enumerate(names):
+            self.at(self.rules.beat_s * i / agents, name, Tick(), 0)
+
+    def count(self) -> None:
+        """Start counting anew."""
+        self.messages = self.bytes = self.rounds = 0
+        self.entered: dict[str, float] = {}
+        self.sizes: dict[int, int] = {}
+
+    def at(self, when: float, name: str, event: Event, depth: int) -> None:
+        heapq.heappush(self.queue, (when, next(self.order), name, event, depth))
+
+    def until(self, end: float, done: Callable[[], bool] = lambda: False) -> None:
+        while self.queue and self.queue[0][0] <= end and not done():
+            self.now, _, name, event, depth = heapq.heappop(self.queue)
+            if name in self.dead:
+                continue
+            if isinstance(event, Tick):
+                self.at(self.now + self.rules.beat_s, name, event, 0)
+            self.states[name], effects = membership.advance(self.states[name], event, self.now)
+            for effect in effects:
+                if isinstance(effect, Publish):
+                    self.send(effect, depth + 1)
+                elif isinstance(effect, Enter):
+                    self.entered[name] = self.now
+                    self.rounds = max(self.rounds, depth)
+
+    def send(self, effect: Publish, depth: int) -> None:
+        size = len(json.dumps(effect.record.to_json())) if self.counts(effect.record) else 0
+        for reader, address in effect.to:
+            self.messages += size > 0
+            self.bytes += size
+            if (reader or address) in self.states:
+                self.at(self.now + DELAY_S, reader or address, Heard(effect.record), depth)
+
+    @staticmethod
+    def counts(record: Record) -> bool:
+        """Whether a record belongs to a change, not to the beats: it asks, votes or tells news."""
+        return bool(record.ask or record.change or record.generation or (record.vote and record.vote.accepted))
+
+    def change(self, name: str) -> dict[str, float]:
+        """Cause a change and follow it until every living member has entered the next generation."""
+        self.until(1.0)
+        self.count()
+        before = self.now
+        expected = len(self.states)
+        if name == "join":
+            self.states["new"] = membership.newcomer("new", "new", self.rules, "n0")
+            for w in range(self.workers):
+                self.at(self.now, "new", WorkerReady(f"new/{w}"), 0)
+            self.at(self.now + 0.01, "new", Tick(), 0)
+            expected += 1
+        elif name == "worker_death":
+            victim = list(self.states)[-1]
+            self.at(self.now, victim, WorkerExited(self.states[victim].workers[0]), 0)
+        else:
+            victim = "n0" if name == "host_death" else list(self.states)[-1]
+            self.dead.add(victim)
+            expected -= 1
+        begin = time.perf_counter()
+        self.until(before + 20.0, lambda: len(self.entered) == expected)
+        workers = expected * self.workers
+        assert len(self.entered) == expected, f"{name}: {len(self.entered)} of {expected} entered"
+        return {
+            "seconds": round(self.now - before, 3),
+            "rounds": self.rounds,
+            "messages_per_agent": round(self.messages / expected, 2),
+            "store_operations_per_worker": round(2 * self.messages / workers, 2),
+            "bytes_per_agent": round(self.bytes / expected),
+            "wall_s": round(time.perf_counter() - begin, 2),
+        }
+
+
+def run(sizes: tuple[int, ...] = (100, 1000, 10_000), per_agent: tuple[int, ...] = (8, 1)) -> dict[str, object]:
+    """Figures by change, workers an agent, and workers."""
+    figures: dict[str, object] = {}
+    begin = time.perf_counter()
+    for workers in per_agent:
+        for total in sizes:
+            for change in ("join", "worker_death", "node_silence", "host_death"):
+                cost = Simulation(total // workers, workers).change(change)
+                print(f"{change:13} {total:6} workers, {workers} an agent: {cost}", flush=True)
+                figures |= {f"{change}_{workers}_an_agent_{total}_{key}": value for key, value in cost.items()}
+                now, seconds = datetime.now(UTC), round(time.perf_counter() - begin, 1)
+                by = {"commit": commit(), "time": now.isoformat(timespec="seconds"), **describe()}
+                path = RESULTS / f"{now:%Y-%m-%d}-membership.json"
+                entry = {
+                    "membership_simulation": {
+                        "made_by": by,
+                        "seconds": round(time.perf_counter() - begin, 1),
+                        "figures": figures,
+                    }
+                }
+                path.write_text(json.dumps(entry, indent=2) + "\n")
+    return figures
+
+
+if __name__ == "__main__":
+    run(tuple(int(a) for a in sys.argv[1:]) or (100, 1000, 10_000))

@@ -1,0 +1,161 @@
+"""Each rule of the membership machine by itself, on a healthy network unless it says otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_lsopt.elastic import membership
+from elastic_lsopt.elastic.generation import Change, Generation, Member
+from elastic_lsopt.elastic.quorum import Ask, Ballot, Vote, WitnessVote, decides, quorum_time
+from elastic_lsopt.elastic.record import Drain, DrainWorker, Finished, Heard, Publish, Record, Rules, Tick
+from elastic_lsopt.elastic.table import Table
+from elastic_lsopt.errors import UserError
+from tests.elastic.model import Place, World, begin
+
+pytestmark = pytest.mark.fast
+
+
+def rules(**more: Any) -> Rules:
+    return Rules(**{"min_nodes": 1, "max_nodes": 4, "job": "j", "fingerprint": {"code": "1"}, **more})
+
+
+def newest(world: World) -> Generation:
+    return world.decided[-1]
+
+
+def test_ranks_keep_their_order_and_newcomers_come_last() -> None:
+    before = Generation(4, 0, "a", tuple(Member(n, n, (f"{n}0", f"{n}1")) for n in "abc"), "", (), running=True)
+    change = Change(
+        "", "a", 0, True, evicted=("b",), gone=("a0",), joined=(Member("d", "d", ("d0",)), Member("c", "c", ("c2",)))
+    )
+    after = before.after(change)
+    assert after.ranks == (("a", "a1"), ("c", "c0"), ("c", "c1"), ("c", "c2"), ("d", "d0"))
+    assert (after.number, after.gone) == (5, ("a0", "b0", "b1"))
+    assert Generation.from_json(after.to_json()) == after
+
+
+def test_json_names_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="workers"):
+        Member.from_json({"name": "a", "address": "b", "workers": [1]})
+    with pytest.raises(ValueError, match="address"):
+        Member.from_json({"name": "a", "workers": []})
+
+
+def test_a_record_survives_json() -> None:
+    _, effects = membership.advance(begin(3, rules()).place("b").state, Tick(), 1e3)  # type: ignore[arg-type]
+    record = next(e.record for e in effects if isinstance(e, Publish))
+    assert Record.from_json(record.to_json()) == record
+
+
+@given(n=st.integers(1, 7), votes=st.sets(st.integers(0, 6)), others=st.sets(st.integers(0, 6)), tie=st.integers(0, 6))
+def test_two_quorums_share_a_voter(n: int, votes: set[int], others: set[int], tie: int) -> None:
+    first, second = ({v for v in s if v < n} for s in (votes, others))
+    if decides(n, len(first), tie % n in first) and decides(n, len(second), tie % n in second):
+        assert first & second
+
+
+@given(times=st.lists(st.integers(0, 9), min_size=1, max_size=6), tie=st.integers(0, 5))
+def test_quorum_time_is_the_latest_that_decides(times: list[int], tie: int) -> None:
+    tie %= len(times)
+    expected = max(t for t in times if decides(len(times), sum(u >= t for u in times), times[tie] >= t))
+    assert quorum_time(times, times[tie]) == expected
+
+
+def test_an_acceptor_gives_no_vote_below_its_promise() -> None:
+    change = Change("", "a", 0, running=True)
+    vote = Vote(Ballot(0, "a")).answer(Ask(Ballot(2, "c")))
+    assert vote.answer(Ask(Ballot(1, "d"), change)) == vote
+    assert vote.answer(Ask(Ballot(2, "c"), change)).accepted == (Ballot(2, "c"), change)
+    stored = WitnessVote.answer(None, 5, Ask(Ballot(1, "b")))
+    assert WitnessVote.answer(stored, 4, Ask(Ballot(9, "z"))) == stored
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.booleans()), max_size=400))
+def test_a_table_is_a_dict(changes: list[tuple[int, bool]]) -> None:
+    table, plain = Table[int](), {}
+    for i, (name, keep) in enumerate(changes):
+        table = table.put(str(name), i) if keep else table.without(str(name))
+        plain = {**plain, str(name): i} if keep else {k: v for k, v in plain.items() if k != str(name)}
+        assert len(table) == len(plain) and table.get(str(name)) == plain.get(str(name))
+    assert dict(table) == plain
+
+
+def test_min_nodes_are_awaited_and_max_nodes_kept() -> None:
+    world = begin(2, rules(min_nodes=2, max_nodes=2), spares=1)
+    assert [(g.number, g.running) for g in world.decided] == [(0, False), (1, True)]
+    world = world.spawn("c").run(4.0)
+    assert len(newest(world).members) == 2
+    world = world.crash("b").run(6.0)
+    assert [m.name for m in newest(world).members] == ["a", "c"] and newest(world).running
+
+
+def test_too_few_nodes_wait_with_their_workers_alive() -> None:
+    world = begin(3, rules(min_nodes=3)).crash("c").run(6.0, respawn=False)
+    assert not newest(world).running and world.place("a").alive == {"a0"} and world.place("b").alive == {"b0"}
+
+
+def test_a_reaped_worker_is_out_in_one_round_trip() -> None:
+    world = begin(3, rules()).kill_worker("b").flush()
+    assert newest(world).gone == ("b0",) and len(newest(world).members) == 3
+
+
+@pytest.mark.parametrize("name", ["a", "c"])
+def test_a_drained_node_leaves_and_nothing_is_gone(name: str) -> None:
+    world = begin(3, rules()).give(name, Drain()).flush()
+    assert name not in newest(world).member and newest(world).gone == ()
+    assert newest(world).host != name and not world.place(name).state.ended  # type: ignore[union-attr]
+    world = world.kill_worker(name).run(2.0, respawn=False)
+    assert world.place(name).state.ended  # type: ignore[union-attr]
+
+
+def test_a_drained_worker_is_not_gone() -> None:
+    world = begin(2, rules()).give("b", DrainWorker("b0")).flush()
+    assert newest(world).member["b"].workers == () and newest(world).gone == ()
+
+
+def test_all_finished_ends_the_job() -> None:
+    world = begin(3, rules())
+    for name in "abc":
+        world = world.give(name, Finished()).flush()
+    world = world.run(1.0, respawn=False)
+    assert newest(world).why == "finished" and all(p.state and p.state.ended for p in world.places)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"), [({"fingerprint": {"code": "2"}}, "code is 2 on x but 1"), ({"job": "k"}, "job 'k' is not")]
+)
+def test_a_stranger_is_refused_and_disturbs_nobody(other: dict[str, Any], named: str) -> None:
+    world = begin(2, rules())
+    stranger = Place("x", membership.newcomer("x", "x", rules(**other), "a"), clock_s=world.places[0].clock_s)
+    state, effects = membership.advance(stranger.state, Tick(), 0.0)  # type: ignore[arg-type]
+    record = next(e.record for e in effects if isinstance(e, Publish))
+    host = world.place("a")
+    assert host.state is not None
+    after, answers = membership.advance(host.state, Heard(record), host.clock_s)
+    assert after.generation == host.state.generation and "x" not in after.peers
+    refusal = next(e.record for e in answers if isinstance(e, Publish))
+    ended, left = membership.advance(state, Heard(refusal), 1.0)
+    assert ended.ended and named in str(left)
+
+
+def test_rules_that_contradict_each_other() -> None:
+    with pytest.raises(UserError, match="min_nodes=5 must be between 1 and max_nodes=4"):
+        rules(min_nodes=5)
+
+
+@pytest.mark.parametrize("witness", [None, "etcd"])
+def test_a_tie_needs_the_tie_breaker(witness: str | None) -> None:
+    world = begin(2, rules(witness=witness)).crash("a").run(8.0, respawn=False)
+    assert newest(world).member.keys() == ({"b"} if witness else {"a", "b"})
+    assert bool(world.place("b").alive) == bool(witness)
+
+
+def test_the_state_is_hashable() -> None:
+    world = begin(3, rules())
+    assert all(isinstance(hash(p.state), int) for p in world.places)
+    assert replace(world.places[0].state) == world.places[0].state  # type: ignore[type-var]
