@@ -131,7 +131,7 @@ def run(sizes: tuple[int, ...] = (100, 1000, 10_000), per_agent: tuple[int, ...]
                 cost = Simulation(total // workers, workers).change(change)
                 print(f"{change:13} {total:6} workers, {workers} an agent: {cost}", flush=True)
                 figures |= {f"{change}_{workers}_an_agent_{total}_{key}": value for key, value in cost.items()}
-                now, seconds = datetime.now(UTC), round(time.perf_counter() - begin, 1)
+                now = datetime.now(UTC)
                 by = {"commit": commit(), "time": now.isoformat(timespec="seconds"), **describe()}
                 path = RESULTS / f"{now:%Y-%m-%d}-membership.json"
                 entry = {
