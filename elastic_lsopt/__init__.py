@@ -1,5 +1,7 @@
 """Landscape-aware optimizers on sharded parameters: a DeepSpeed/FSDP integration layer with an elastic runtime."""
 
+from typing import TYPE_CHECKING, Any
+
 from elastic_lsopt.errors import (
     NonFinite,
     PeerFailed,
@@ -22,6 +24,9 @@ from elastic_lsopt.optimizers.sam import SAM
 from elastic_lsopt.oracle.loss import Loss
 from elastic_lsopt.oracle.units import Unit
 
+if TYPE_CHECKING:
+    from elastic_lsopt import elastic
+
 __version__ = "0.1.0"
 __all__ = [
     "ASAM",
@@ -41,6 +46,16 @@ __all__ = [
     "Unsupported",
     "UserError",
     "attach",
+    "elastic",
     "initialize",
     "registry",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`lso.elastic`, imported where it is used: other jobs need not wait for it."""
+    if name == "elastic":
+        from importlib import import_module
+
+        return import_module("elastic_lsopt.elastic")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

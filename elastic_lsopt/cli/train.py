@@ -61,6 +61,11 @@ def _elastic(job: Job, arguments: Sequence[str]) -> NoReturn:
             f"{os.environ['LOCAL_WORLD_SIZE']} processes on this node; use --nproc-per-node=1 (torchrun) or "
             "--num_gpus=1 (deepspeed), and `workers:` for the number of workers a node."
         )
+    if job.config.resume_from_checkpoint == "none":
+        raise UserError(
+            "resume_from_checkpoint=none is refused in an elastic job, where a node that starts again must not begin "
+            "anew; use auto, and another output_dir for another run."
+        )
     run_agent(job.config, arguments)
 
 

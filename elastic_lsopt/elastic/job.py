@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
-from elastic_lsopt.elastic.loader import StepLoader
-from elastic_lsopt.elastic.plan import Plan
+from elastic_lsopt.elastic.loader import Dataset, StepLoader
 from elastic_lsopt.elastic.rates import Rates
-from elastic_lsopt.errors import Unsupported
+from elastic_lsopt.elastic.shards import ShardStream
+from elastic_lsopt.elastic.world import World
+from elastic_lsopt.errors import Unsupported, UserError
 from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.units import Unit
@@ -48,28 +49,39 @@ class Run(Protocol):
 class Job:
     """A user's own training: what `build(world)` returns to `lso.elastic.run`.
 
-    `plan` is `world.plan`. `schedule(clock)` is the share of the peak rate on committed samples (None: 1, the base
-    optimizer's own rate times the plan's factor). `on_step(job, row)` is called after each step and may use collectives,
-    `on_finish(job)` after the last. `checkpoints` is a folder that all nodes share; the state goes there every
-    `save_steps` steps, at the end and on a stop.
+    The engine's `total_samples` is the length of the job. `dataset` and `collate` are as `StepLoader` takes them; their
+    samples come in the order of `seed`. `schedule(clock)` is the share of the peak rate on committed samples (None: 1,
+    the base optimizer's own rate times the plan's factor). `on_step(job, row)` is called on all ranks after each step
+    and may use collectives, `on_finish(job)` after the last. `checkpoints` is a folder that all nodes share; the state
+    goes there every `save_steps` steps, at the end and on a stop. Raises UserError for an engine without total_samples.
     """
 
+    world: World
     engine: Engine
-    loader: StepLoader
-    plan: Plan
+    dataset: Dataset | ShardStream
+    collate: Callable[[list[Any]], Any]
+    seed: int = 0
     schedule: Callable[[SampleClock], float] | None = None
     on_step: Callable[[Job, dict[str, Any]], None] | None = None
     on_finish: Callable[[Job], None] | None = None
     checkpoints: Path | None = None
     save_steps: int | None = None
     save_total_limit: int | None = 2
-    may_commit: Callable[[int], bool] | None = None
-    """`world.may_commit`."""
-    stopped: bool = False
+    stopped: bool = field(default=False, init=False)
+    loader: StepLoader = field(init=False)
     _checkpointer: Checkpointer | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._rates = Rates(self.engine, self.plan)
+        plan, total_samples = self.world.plan, self.engine.clock.total_samples
+        assert plan is not None
+        if total_samples is None:
+            raise UserError("an elastic job's engine has no total_samples, the length of the job; give it one.")
+        self._rates = Rates(self.engine, plan)
+        self.loader = StepLoader(
+            self.dataset, self.collate, global_batch_size=plan.global_batch_size, unit_size=plan.unit_size,
+            seed=self.seed, rank=self.world.rank, world=self.world.size, total_samples=total_samples,
+            parts=self.engine.method.parts, units=plan.units_of_rank[self.world.rank],
+        )  # fmt: skip
 
     def resume(self) -> None:
         if self.checkpoints is not None:
@@ -86,8 +98,9 @@ class Job:
         assert report is not None
         self.loader.commit(clock.samples - self.loader.committed)
         row = {
-            "step": clock.steps, "samples": clock.samples, "loss": report.loss, "lr": lr,
-            "batch": self.loader.global_batch_size, "seconds": time.monotonic() - start, "skipped": report.skipped,
+            "generation": self.world.generation, "step": clock.steps, "samples": clock.samples, "loss": report.loss,
+            "lr": lr, "batch": self.loader.global_batch_size, "world": self.world.size,
+            "seconds": time.monotonic() - start, "skipped": report.skipped,
         }  # fmt: skip
         last = clock.samples >= self.loader.total_samples
         self.stopped = report.stop and not last
@@ -111,7 +124,7 @@ class Job:
             self._checkpointer.abandon()
 
     def _open(self, folder: Path) -> Checkpointer:
-        return Checkpointer(folder, save_total_limit=self.save_total_limit, may_commit=self.may_commit)
+        return Checkpointer(folder, save_total_limit=self.save_total_limit, may_commit=self.world.may_commit)
 
 
 def refuse_what_counts_steps_or_ranks(engine: Engine) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,14 +41,27 @@ class Change:
     """Whether each shard has a mirror on another node."""
     time: float = field(default_factory=time.time)
 
+    def line(self) -> str:
+        """What a person is told of it."""
+        size, after = len(self.workers), self.after
+        verb = "begin" if self.source == "start" else "go on"
+        source = " from its checkpoint" if self.source == "checkpoint" else ""
+        redone = f"; {self.redone_steps} steps are done again" if self.redone_steps else ""
+        return (
+            f"generation {self.generation}: {self.why}; {size} worker{'s' if size > 1 else ''} {verb} at step "
+            f"{self.step + 1}{source} after {sum(self.seconds.values()):.1f} s{redone}; batch "
+            f"{after['global_batch_size']}, rate {after['learning_rate']:.1e}"
+        )
+
 
 class Journal:
-    """Appends changes. A full disk costs the line, never the training."""
+    """Appends changes, and `say`s a line of each. A full disk costs the journal's line, never the training."""
 
-    def __init__(self, run_folder: Path) -> None:
-        self.path = run_folder / JOURNAL
+    def __init__(self, run_folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
+        self.path, self._say = run_folder / JOURNAL, say
 
     def write(self, change: Change) -> None:
+        self._say(change.line())
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as out:

@@ -11,7 +11,7 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +28,7 @@ from elastic_lsopt.elastic.plan import Policy
 from elastic_lsopt.elastic.rendezvous import ENDPOINT, JOB
 from elastic_lsopt.elastic.signing import job_secret
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.schedules.batch_scaling import Hyperparameters
 
 if TYPE_CHECKING:
     from elastic_lsopt.elastic.runtime import Build
@@ -39,12 +40,12 @@ NODE = "ELASTIC_LSOPT_NODE"
 """Names a node where the host's name does not, as for several agents on one machine."""
 
 
-def work(build: Build, settings: ElasticConfig, policy: Policy, run_folder: Path) -> NoReturn:
+def work(build: Build, settings: ElasticConfig, policy: Policy, journal: Journal) -> NoReturn:
     """The life of this worker; ends the process. What is its own mistake is told to the agent, in one line."""
     from elastic_lsopt.elastic.runtime import Runtime
 
     link = WorkerLink(min(settings.hang_timeout_s / BEATS_PER_TIMEOUT, LONGEST_BEAT_S))
-    runtime = Runtime(build, settings, policy, Journal(run_folder), link)
+    runtime = Runtime(build, settings, policy, journal, link)
     try:
         runtime.main()
     except UserError as error:
@@ -64,7 +65,11 @@ def work(build: Build, settings: ElasticConfig, policy: Policy, run_folder: Path
 def serve(
     settings: ElasticConfig, run_folder: Path, *, workers: int, command: Sequence[str], fingerprint: Mapping[str, str]
 ) -> NoReturn:
-    """The life of this node's agent; ends the process with its exit code. Raises UserError for a wrong address or secret."""
+    """The life of this node's agent; ends the process with its exit code.
+
+    Raises UserError for a wrong address or secret.
+    """
+    _log_to_stderr()
     endpoint = settings.endpoint or _endpoint_of_launcher()
     address = settings.address or (_own_address(endpoint) if endpoint else HERE)
     folder = NodeFolder(run_folder, os.environ.get(NODE) or socket.gethostname())
@@ -83,6 +88,13 @@ def serve(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # threads may wait in the network for ever
+
+
+def _log_to_stderr() -> None:
+    """The agent's warnings as lines, which on a terminal take the place of rank 0's progress bar until it is redrawn."""
+    lines = logging.StreamHandler()
+    lines.setFormatter(logging.Formatter(("\r\x1b[2K" if sys.stderr.isatty() else "") + "%(message)s"))
+    log.handlers, log.propagate = [lines], False
 
 
 def fingerprint_of(config: Mapping[str, Any]) -> dict[str, str]:
@@ -139,17 +151,36 @@ def _environment(workers: int) -> dict[str, str]:
 
 
 def run(
-    build: Build, config: ElasticConfig | Mapping[str, Any], *, policy: Policy, output_dir: str | Path, workers: int = 1
-) -> NoReturn:
+    build: Build, config: ElasticConfig | Mapping[str, Any], *, reference: Hyperparameters, unit_size: int,
+    output_dir: str | Path, workers: int = 1,
+) -> NoReturn:  # fmt: skip
     """Run `build`'s training elastically, and end the process (0: done, or this node has left as it was asked to).
 
-    The same program is this node's agent and, started again by it, each of the node's workers.
+    The same program is this node's agent and, started again by it, each of the node's workers; what stands before this
+    call runs in all of them. `build(world)` makes engine and data for one generation and returns a `Job`. `reference`
+    says the global batch and the peak rate (under scale_batch also Adam's betas) that the job was tuned for;
+    `unit_size` is the number of samples in a micro-batch. `workers` are this node's. Raises ValueError for settings
+    that contradict each other.
     """
     settings = config if isinstance(config, ElasticConfig) else ElasticConfig(**config)
-    folder = Path(output_dir)
+    policy, folder = _policy(settings, reference, unit_size), Path(output_dir)
     if is_worker():
-        work(build, settings, policy, folder)
-    command = [sys.executable, *sys.orig_argv[1:]]
-    serve(
-        settings, folder, workers=workers, command=command, fingerprint=fingerprint_of({"policy": asdict(policy)})
-    )
+        work(build, settings, policy, Journal(folder, lambda line: print(line, file=sys.stderr, flush=True)))
+    try:
+        serve(
+            settings, folder, workers=workers, command=[sys.executable, *sys.orig_argv[1:]],
+            fingerprint=fingerprint_of({"policy": asdict(policy)}),
+        )  # fmt: skip
+    except UserError as error:
+        sys.exit(f"elastic-lsopt: {' '.join(str(error).split())}")
+
+
+def _policy(settings: ElasticConfig, reference: Hyperparameters, unit_size: int) -> Policy:
+    own = "linear" if reference.betas is None else "sqrt"
+    bounds = ("min_global_batch_size", "max_global_batch_size", "min_learning_rate", "max_learning_rate")
+    return Policy(
+        reference=reference, unit_size=unit_size, kind=settings.policy, reference_workers=settings.reference_workers,
+        rule="none" if settings.policy == "keep_batch" else settings.lr_rule or own,
+        decoupled_weight_decay=reference.betas is not None, ramp_samples=settings.ramp_samples,
+        max_accumulation=settings.max_accumulation, **{name: getattr(settings, name) for name in bounds},
+    )  # fmt: skip

@@ -17,32 +17,52 @@ from elastic_lsopt.training.data import Data
 
 LINE_EVERY_S = 10.0
 """Without a terminal, a line of progress about so often."""
+CLEAR_LINE = "\r\x1b[2K"
 
 
 class Console:
-    """`say` a line, `step` a step; a context manager around the steps. Silent on other ranks than 0.
+    """`say` a line, `step` a step; a context manager around the steps, which ends the bar. Silent until `attend`.
 
-    The package's own warnings are said here as well, above the bar; other ranks' are not, because they are the same.
+    The package's own warnings are said here as well, above the bar; other ranks' are not, because they are the same. In
+    an elastic job a process has one console for its life, and attends anew in each generation: rank 0 may be another.
     """
 
-    def __init__(self, speaks: bool, steps: int) -> None:
-        self._speaks, self._steps = speaks, steps
+    def __init__(self) -> None:
+        self._speaks, self._steps = False, 0
         self._terminal = Terminal(file=sys.stderr, soft_wrap=True, highlight=False)
         self._bar: Progress | None = None
         self._task: Any = None
         self._eval_loss: float | None = None
-        self._said, self._begin = 0.0, 0
+        self._said, self._introduced = 0.0, False
         log = logging.getLogger("elastic_lsopt")
         log.handlers, log.propagate = [_Lines(self)], False
+
+    def attend(self, *, speaks: bool, steps: int, done: int) -> None:
+        """From now on this process speaks for the job, or not; `done` of its `steps` steps are behind it."""
+        self._speaks, self._steps = speaks, steps
+        if not speaks or not self._terminal.is_terminal:
+            return
+        if self._bar is None:
+            self._terminal.file.write(CLEAR_LINE)  # of the bar that a dead rank 0 has left
+            self._bar = Progress(
+                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("<"),
+                TimeRemainingColumn(), TextColumn("{task.fields[facts]}"), console=self._terminal,
+            )  # fmt: skip
+            self._task = self._bar.add_task("", facts="")
+        self._bar.update(self._task, total=steps, completed=done)
+        self._bar.live.transient = False
+        self._bar.start()
 
     def say(self, text: str) -> None:
         """One line, as it is."""
         if self._speaks:
             self._terminal.print(text, markup=False)
 
-    def start(self, config: TrainConfig, engine: Engine, data: Data) -> None:
-        """The first lines: what is trained, on what, how."""
-        self._begin = engine.clock.steps
+    def introduce(self, config: TrainConfig, engine: Engine, data: Data) -> None:
+        """The first lines: what is trained, on what, how; once a process."""
+        if self._introduced:
+            return
+        self._introduced = True
         backend, ranks = engine.backend, engine.backend.world
         self.say(
             f"{type(engine.module).__name__.removeprefix('FSDP')}, {engine.space.layout.numel:,} trainable parameters; "
@@ -55,18 +75,8 @@ class Console:
         )
         if data.bigram_entropy is not None:
             self.say(f"byte-bigram entropy of the corpus: {data.bigram_entropy:.4f} nats a byte")
-        if self._begin >= self._steps:
+        if engine.clock.steps >= self._steps:
             self.say("all steps are done; raise max_steps or num_train_epochs to train on")
-
-    def __enter__(self) -> Console:
-        if self._speaks and self._terminal.is_terminal:
-            self._bar = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("<"),
-                TimeRemainingColumn(), TextColumn("{task.fields[facts]}"), console=self._terminal,
-            )  # fmt: skip
-            self._task = self._bar.add_task("", total=self._steps, completed=self._begin, facts="")
-            self._bar.start()
-        return self
 
     def step(self, row: dict[str, Any]) -> None:
         """Show one step's row of metrics.jsonl."""
@@ -82,11 +92,24 @@ class Console:
             self._said = now
             self.say(f"step {row['step']}/{self._steps}  {facts}  {row['seconds']:.2f} s a step")
 
+    def pause(self) -> None:
+        """Take the bar away until `attend`."""
+        if self._bar is not None:
+            self._bar.live.transient = True
+            self._bar.stop()
+
+    def close(self) -> None:
+        """The steps are over: the bar stays as it is."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __enter__(self) -> Console:
+        return self
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self.close()
 
 
 class _Lines(logging.Handler):

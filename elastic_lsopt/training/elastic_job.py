@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.elastic.journal import Journal
 from elastic_lsopt.elastic.plan import Policy
 from elastic_lsopt.elastic.roles import fingerprint_of, serve, work
 from elastic_lsopt.elastic.world import World
 from elastic_lsopt.optimizers.registry import Method
+from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.data import build_data
 from elastic_lsopt.training.loop import TrainingRun
 
@@ -23,12 +25,12 @@ PER_NODE = ("workers", "output_dir", "elastic.address", "elastic.preemption_noti
 def run_worker(config: TrainConfig, method: Method) -> NoReturn:
     """This process is a worker: train until the job ends or this worker leaves it; does not return on a failure."""
     assert config.elastic is not None
-    data = build_data(config)  # once a process: a change of members reads no corpus again
+    data, console = build_data(config), Console()  # once a process: a change of members reads no corpus again
 
     def build(world: World) -> TrainingRun:
-        return TrainingRun(config, method, data, world)
+        return TrainingRun(config, method, data, world, console)
 
-    work(build, config.elastic, Policy.of(config), Path(config.output_dir))
+    work(build, config.elastic, Policy.of(config, parts=method.parts), Journal(Path(config.output_dir), console.say))
 
 
 def run_agent(config: TrainConfig, arguments: Sequence[str]) -> NoReturn:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
+from elastic_lsopt.checkpoint.folder import listing
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.loader import StepLoader
 from elastic_lsopt.elastic.rates import Rates
@@ -30,7 +31,7 @@ from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.data import Data, build_data
 from elastic_lsopt.training.engines import build_engine
 from elastic_lsopt.training.result import finish, say_unsaved
-from elastic_lsopt.training.run_folder import RunFolder
+from elastic_lsopt.training.run_folder import CHECKPOINTS, RunFolder
 
 EVAL_UNITS_AT_ONCE = 8
 """Units of a rank in memory during an evaluation."""
@@ -49,9 +50,9 @@ class Outcome:
 
 def train(config: TrainConfig, method: Method, world: World) -> Outcome:
     """Run the job on this rank (collective). Raises UserError for whatever the user can mend."""
-    run = TrainingRun(config, method, build_data(config), world)
-    run.resume()
+    run = TrainingRun(config, method, build_data(config), world, Console())
     with _stopping_on_signals(run.engine), run.console:
+        run.resume()
         for units in run.loader:
             run.step(units)
             if run.stopped:
@@ -66,11 +67,10 @@ class TrainingRun:
     In an elastic job one is made for each generation, and filled from memory instead of by `resume`.
     """
 
-    def __init__(self, config: TrainConfig, method: Method, data: Data, world: World) -> None:
-        self.config, self.data, self.world = config, data, world
+    def __init__(self, config: TrainConfig, method: Method, data: Data, world: World, console: Console) -> None:
+        self.config, self.data, self.world, self.console = config, data, world, console
         self.batch = config.global_batch_size if world.plan is None else world.plan.global_batch_size
-        steps = _steps(config, len(data.train))
-        self.total_samples = steps * config.global_batch_size
+        self.total_samples = _steps(config, len(data.train)) * config.global_batch_size
         self.engine = build_engine(config, method, data, world, self.total_samples)
         self.loader = StepLoader(
             data.train, lambda rows: _placed(data.collate(rows), world), global_batch_size=self.batch,
@@ -78,7 +78,6 @@ class TrainingRun:
             total_samples=self.total_samples, parts=method.parts,
             units=None if world.plan is None else world.plan.units_of_rank[world.rank],
         )  # fmt: skip
-        self.console = Console(world.is_first, steps)
         self.stopped, self.eval_loss = False, None
         self._rate = LearningRate(peak=config.learning_rate, shape=config.lr_scheduler_type, warmup=config.warmup_ratio)
         self._rates = None if world.plan is None else Rates(self.engine, world.plan)
@@ -90,7 +89,7 @@ class TrainingRun:
         self._open(anew=self.config.resume_from_checkpoint == "none")
         assert self._checkpoints is not None
         # The settings say what the optimizer's hyper-parameters are: a weight_decay that the user has changed counts.
-        found = self._checkpoints.resume(self.engine, self.config.resume_from_checkpoint, hyperparameters=False)
+        found = self._checkpoints.resume(self.engine, self._checkpoint_to_resume(), hyperparameters=False)
         if found is not None:
             if "loader" not in found.extra:
                 raise UserError(
@@ -98,12 +97,14 @@ class TrainingRun:
                     "the data); give one that was, or none."
                 )
             self.loader.load_state_dict(found.extra["loader"])
+        self._attend()
+        if found is not None:
             self.console.say(f"resumed from {found.path}, after step {self.engine.clock.steps}")
-        self.console.start(self.config, self.engine, self.data)
+        self.console.introduce(self.config, self.engine, self.data)
 
     def step(self, units: list[Unit]) -> dict[str, Any]:
         """One optimizer step with its metrics, evaluation and checkpoint; returns its row of metrics.jsonl."""
-        if self._checkpoints is None:
+        if self._checkpoints is None:  # the state came from memory
             self._open(anew=False)
         assert self._checkpoints is not None
         engine, config, start = self.engine, self.config, time.monotonic()
@@ -138,29 +139,48 @@ class TrainingRun:
 
     def finish(self) -> None:
         """After the last step: wait for the last checkpoint, export the model, say how it went."""
+        self.console.close()
         assert self._checkpoints is not None
         saved = self._checkpoints.wait()
         self._checkpoints.close()
         if self._folder is not None:
             self._folder.close()
         if self.stopped:
-            self.console.say(f"stopped after step {self.engine.clock.steps}; the same command goes on from there.")
+            step = f"{self.engine.clock.steps} of {self._last_step}"
+            self.console.say(f"stopped after step {step}; the same command goes on from there.")
         else:
             finish(self.config, self.engine, self.data, self.console, is_first=self.world.is_first)
         say_unsaved(saved, self._checkpoints.folder, self.console)
 
     def abandon(self) -> None:
         """The generation has ended: let go of files and of a save that may be under way. No communication."""
+        self.console.pause()
         if self._checkpoints is not None:
             self._checkpoints.abandon()
         if self._folder is not None:
             self._folder.close()
 
+    @property
+    def _last_step(self) -> int:
+        """Where the job ends if the batch stays as it is."""
+        clock = self.engine.clock
+        return clock.steps + -(-(self.total_samples - clock.samples) // self.batch)
+
+    def _attend(self) -> None:
+        self.console.attend(speaks=self.world.is_first, steps=self._last_step, done=self.engine.clock.steps)
+
+    def _checkpoint_to_resume(self) -> str:
+        """As the settings say; but an elastic job that has lost its memory goes on from its own newest checkpoint."""
+        given = self.config.resume_from_checkpoint
+        own = self.config.elastic is not None and listing(Path(self.config.output_dir) / CHECKPOINTS)
+        return "auto" if own else given
+
     def _open(self, *, anew: bool) -> None:
         config = self.config
+        self._attend()
         self._folder = self.world.on_first(lambda: RunFolder(config, anew=anew))
         self._checkpoints = Checkpointer(
-            Path(config.output_dir) / "checkpoints", save_total_limit=config.save_total_limit,
+            Path(config.output_dir) / CHECKPOINTS, save_total_limit=config.save_total_limit,
             may_commit=self.world.may_commit,
         )  # fmt: skip
 

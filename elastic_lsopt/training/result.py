@@ -9,9 +9,11 @@ from elastic_lsopt.checkpoint.checkpointer import SaveReport
 from elastic_lsopt.checkpoint.export import export_huggingface
 from elastic_lsopt.checkpoint.folder import listing
 from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.elastic.journal import read_journal
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.report.loss_curve import draw_loss
+from elastic_lsopt.report.members import draw_members
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.data import Data
 from elastic_lsopt.training.run_folder import METRICS, read_metrics
@@ -19,7 +21,7 @@ from elastic_lsopt.training.tokens import FolderTokens
 
 
 def finish(config: TrainConfig, engine: Engine, data: Data, console: Console, *, is_first: bool) -> None:
-    """Export the model (collective), draw loss.png, say how it went (rank 0). What cannot be written is told."""
+    """Export the model (collective), draw the pictures, say how it went (rank 0). What cannot be written is told."""
     run = Path(config.output_dir)
     how_to_use = _export(config, engine, data, run / "model", console) if config.export else None
     if not is_first:
@@ -27,8 +29,11 @@ def finish(config: TrainConfig, engine: Engine, data: Data, console: Console, *,
     rows = read_metrics(run / METRICS)
     try:
         _draw(config, engine, data, rows, run / "loss.png")
+        if config.elastic is not None:
+            title = f"{Path(config.output_dir).name}: members, batch, rate and loss"
+            draw_members(rows, read_journal(run), run / "members.png", title=title)
     except OSError as error:
-        console.say(f"loss.png could not be drawn: {error.strerror}")
+        console.say(f"the pictures could not be drawn: {error.strerror}")
     _say_result(rows, data, console)
     console.say(f"pictures, metrics and checkpoints: {run}/")
     if how_to_use is not None:

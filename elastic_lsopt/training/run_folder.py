@@ -14,8 +14,8 @@ from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.journal import JOURNAL
 from elastic_lsopt.errors import UserError
 
-CONFIG, METRICS, EVENTS = "config.yaml", "metrics.jsonl", "tensorboard"
-PARTS = (CONFIG, METRICS, EVENTS, JOURNAL, "checkpoints", "loss.png", "members.png", "model")
+CONFIG, METRICS, EVENTS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"
+PARTS = (CONFIG, METRICS, EVENTS, JOURNAL, CHECKPOINTS, "loss.png", "members.png", "model")
 """What a run writes into its folder."""
 
 

@@ -25,8 +25,6 @@ import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.elastic import runtime
 from elastic_lsopt.elastic.job import Job
-from elastic_lsopt.elastic.loader import StepLoader
-from elastic_lsopt.elastic.plan import Policy
 from elastic_lsopt.elastic.roles import run
 from elastic_lsopt.elastic.world import World
 from elastic_lsopt.schedules.batch_scaling import Hyperparameters
@@ -92,23 +90,13 @@ def engine_of(backend: str, width: int, total_samples: int) -> lso.Engine:
     return lso.Engine(backend_for(model, base(model.parameters()), max_grad_norm=1.0), method, loss_fn=loss, total_samples=total_samples)
 
 
-def policy() -> Policy:
-    own = Hyperparameters(global_batch_size=BATCH, learning_rate=LR, momentum=0.9)
-    return Policy(reference=own, unit_size=UNIT)
-
-
 def main(path: Path) -> None:
     settings = json.loads(path.read_text())
     folder, total = Path(settings["folder"]), settings["steps"] * BATCH
     taken: list[int] = []
 
     def build(world: World) -> Job:
-        assert world.plan is not None
         engine = engine_of(settings["backend"], settings["width"], total)
-        loader = StepLoader(
-            Rows(), collate, global_batch_size=world.plan.global_batch_size, unit_size=UNIT, seed=1, rank=world.rank,
-            world=world.size, total_samples=total,
-        )  # fmt: skip
         original = engine.train_batch
 
         def train_batch(units: Any) -> float:
@@ -121,16 +109,19 @@ def main(path: Path) -> None:
         def on_step(job: Job, row: dict[str, Any]) -> None:
             if not (folder / "hurry").exists():
                 time.sleep(settings["slow_s"])
-            line = {"generation": world.generation, "rank": world.rank, "world": world.size, "ids": taken, **row}
+            line = {"rank": world.rank, "ids": taken, **row}
             with (folder / f"steps-{os.getpid()}.jsonl").open("a") as out:
                 out.write(json.dumps(line) + "\n")
 
         return Job(
-            engine=engine, loader=loader, plan=world.plan, on_step=on_step,
-            checkpoints=folder / "checkpoints", save_steps=settings.get("save_steps"), may_commit=world.may_commit,
+            world=world, engine=engine, dataset=Rows(), collate=collate, seed=1, on_step=on_step,
+            checkpoints=folder / "checkpoints", save_steps=settings.get("save_steps"),
         )  # fmt: skip
 
-    run(build, settings["elastic"], policy=policy(), output_dir=folder, workers=settings["workers"])
+    run(
+        build, settings["elastic"], reference=Hyperparameters(global_batch_size=BATCH, learning_rate=LR, momentum=0.9),
+        unit_size=UNIT, output_dir=folder, workers=settings["workers"],
+    )  # fmt: skip
 
 
 # -- named points -------------------------------------------------------------------------------------------------
