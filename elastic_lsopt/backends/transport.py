@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from datetime import timedelta
 
@@ -39,6 +40,8 @@ class Transport:
 
     def __init__(self) -> None:
         self.cut = False
+        self.at_once = False
+        """Cut without asking the others: the elastic runtime forms a new group, so there is nothing to agree on."""
         self._failures = 0
         self._reported: BaseException | None = None
         self._group: dist.ProcessGroupGloo | None = None
@@ -72,6 +75,9 @@ class Transport:
         """See [Note: cutting the transport]. Takes AGREE_S at most; raises nothing."""
         if self.world == 1 or self.cut or error is self._reported:
             return
+        if self.at_once:
+            self.sever()
+            return
         self._reported = error
         self._failures += 1
         key = f"{self._prefix}/failure/{self._failures}"
@@ -92,11 +98,14 @@ class Transport:
     def sever(self) -> None:
         """Shut down this rank's gloo sockets, from any thread: its own and its peers' collectives raise at once.
 
-        See [Note: cutting the transport].
+        See [Note: cutting the transport]. The store stays: `settle` needs it.
         """
         self.cut = True
         if self.world > 1:
-            _shut_down(self._ports)
+            master = dist.distributed_c10d._get_default_store()
+            while isinstance(master, dist.PrefixStore):
+                master = master.underlying_store
+            shut_down(self._ports, keep=master.port if isinstance(master, dist.TCPStore) else -1)
 
     def first_failure(self) -> str | None:
         """What another rank reported of the newest failure, if any: 'rank 1 raised ValueError: …'."""
@@ -163,14 +172,13 @@ def _sockets() -> list[tuple[int, int, int, str]]:
     return found
 
 
-def _shut_down(ports: set[int]) -> None:
-    """Shut down this process's connections that start or end at one of the job's listening ports, but the store's."""
-    master = dist.distributed_c10d._get_default_store()
-    while isinstance(master, dist.PrefixStore):
-        master = master.underlying_store
-    keep = master.port if isinstance(master, dist.TCPStore) else -1
+def shut_down(ports: Collection[int], *, keep: int = -1) -> None:
+    """Shut down this process's connections that start or end at one of the ports, but for those of port `keep`.
+
+    From any thread: whatever waits on one of them, a collective or a store's answer, raises at once.
+    """
     for fd, local, remote, state in _sockets():
         if state == ESTABLISHED and keep not in (local, remote) and (local in ports or remote in ports):
-            # gloo may have closed it meanwhile
+            # its owner may have closed it meanwhile
             with suppress(OSError), socket.socket(fileno=os.dup(fd)) as copy:
                 copy.shutdown(socket.SHUT_RDWR)

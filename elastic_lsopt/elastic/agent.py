@@ -84,6 +84,8 @@ class Agent:
         self._refused: set[str] = set()
         self._generation: Generation | None = None
         self._draining = self._user_error = False
+        self._broken: dict[int, float] = {}
+        """Generations in which a collective broke here -> when that must be explained."""
         self._exit_code: int | None = None
         witness = node.settings.witness
         self._witness = None if witness is None else Witness(witness, node.rules.job, node.secret)
@@ -177,7 +179,7 @@ class Agent:
             case record.KillWorkers(why):
                 log.warning("%s: %s; its workers are ended.", self.node.name, why)
                 for worker in self._workers.values():
-                    worker.kill()
+                    worker.kill(wait=True)
             case record.Leave(why):
                 self._leave(why)
             case record.AskWitness():
@@ -246,6 +248,9 @@ class Agent:
                 self._advance(record.WorkerReady(worker.name))
             case "drain":
                 self._advance(record.DrainWorker(worker.name))
+            case "broken":
+                # A death, which explains it, is known within a moment; only what stays unexplained asks for more.
+                self._broken.setdefault(line["generation"], time.monotonic() + self.node.settings.lease_s)
             case "may_commit":
                 self._grant(worker, line["generation"], line["step"])
             case "finished":
@@ -314,6 +319,9 @@ class Agent:
                 "%s: its workers did not leave within %.0f s.", self.node.name, self.node.settings.drain_timeout_s
             )
             self._exit_code = 1
+        for number in [n for n, due in self._broken.items() if now >= due]:
+            del self._broken[number]
+            self._advance(record.Broken(number))
         self._advance(record.Tick())
         if now >= self._status_due:
             self._status_due = now + STATUS_S

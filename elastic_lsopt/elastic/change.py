@@ -12,7 +12,7 @@ def differs(generation: Generation, record: Record) -> bool:
     member = generation.member.get(record.name)
     if member is None:
         return bool(record.workers) and record.vote is None and not record.departing
-    if record.departing or _disowned(generation, record):
+    if record.departing or record.broken == generation.number or _disowned(generation, record):
         return True
     return member.workers != record.workers or bool(record.leaving)
 
@@ -29,6 +29,7 @@ def urgent(generation: Generation, record: Record) -> bool:
         return False
     return (
         record.departing
+        or record.broken == generation.number
         or _disowned(generation, record)
         or any(w not in record.workers or w in record.leaving for w in member.workers)
     )
@@ -100,10 +101,11 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
         host = next((m.name for m in staying), "")
     full = len(staying) + sum(m.name not in generation.member for m in joined) >= rules.max_nodes
     joins = joined and (running or generation.running) and (joins_due(state, now) or full)
-    if not host or not (evicted or left or gone or drained or rehost or joins):
+    broken = any(r.broken == generation.number for r in members)
+    if not host or not (evicted or left or gone or drained or rehost or joins or broken):
         return None
     return Change(
-        why=_why(evicted, left, gone, drained, rehost, joined),
+        why=_why(evicted, left, gone, drained, rehost, joined) or "a collective broke",
         host=host,
         term=campaign.ballot.round,
         running=running,

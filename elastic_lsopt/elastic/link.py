@@ -122,6 +122,9 @@ class WorkerLink:
     def _read(self) -> None:
         for line in self._socket.makefile("rb"):
             told = json.loads(line)
+            if told["kind"] == "enter" and told["gone"]:
+                # Before the main thread can know of it: what it connects to next must not be cut.
+                self.broken(Entered.from_json(told))
             with self._lock:
                 match told["kind"]:
                     case "enter":
@@ -131,9 +134,6 @@ class WorkerLink:
                     case "stop":
                         self.stop_requested = True
                 self._lock.notify_all()
-            if told["kind"] == "enter" and told["gone"]:
-                assert self._newest is not None
-                self.broken(self._newest)
         os._exit(AGENT_DIED)
 
     def _beat(self, beat_s: float) -> None:

@@ -73,6 +73,8 @@ class Record(AsJSON):
     leaving: tuple[str, ...] = ()
     """Those of them that are being drained."""
     departing: bool = False
+    broken: int = -1
+    """The generation in which a collective broke on the writer's node; -1 for none."""
     finished: bool = False
     lost: bool = False
     """Whether the writer suspects its leader."""
@@ -144,6 +146,13 @@ class DrainWorker:
 
 
 @dataclass(frozen=True)
+class Broken:
+    """A collective of generation `number` broke on this node, and nobody has died: its workers must form anew."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Drain:
     """This whole node shall hand its state over and leave."""
 
@@ -162,7 +171,7 @@ class WitnessSaid:
     sent_s: float
 
 
-Event = Tick | Heard | Unreachable | WorkerReady | WorkerExited | DrainWorker | Drain | Finished | WitnessSaid
+Event = Tick | Heard | Unreachable | WorkerReady | WorkerExited | DrainWorker | Broken | Drain | Finished | WitnessSaid
 
 
 # Effects, to be carried out in order. --------------------------------------------------------------------------------

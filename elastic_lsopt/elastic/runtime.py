@@ -32,13 +32,13 @@ import torch
 import torch.distributed as dist
 
 from elastic_lsopt.backends.rebuild import form_group, tear_down
-from elastic_lsopt.backends.transport import Transport
+from elastic_lsopt.backends.transport import Transport, shut_down
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.exchange import gather_json
 from elastic_lsopt.elastic.job import Run, refuse_what_counts_steps_or_ranks
 from elastic_lsopt.elastic.journal import Change, Journal
 from elastic_lsopt.elastic.link import Entered, WorkerLink
-from elastic_lsopt.elastic.mailbox import connect
+from elastic_lsopt.elastic.mailbox import connect, split_address
 from elastic_lsopt.elastic.mirror import Mirror
 from elastic_lsopt.elastic.plan import Plan, Policy, Worker, plan
 from elastic_lsopt.elastic.reshard import choose, inventory, reshard
@@ -93,6 +93,7 @@ class Runtime:
         self._number = 0
         self._entered: Entered | None = None
         self._transport: Transport | None = None
+        self._store_port = 0
         self._mirror: Mirror | None = None
         self._run: Run | None = None
         self._plan: Plan | None = None
@@ -271,6 +272,7 @@ class Runtime:
         rank, size = entered.workers.index(self._link.name), len(entered.workers)
         local = [r for r, node in enumerate(entered.nodes) if node == entered.node].index(rank)
         os.environ["LOCAL_RANK"] = str(local)
+        self._store_port = split_address(entered.store)[1]
         store = dist.PrefixStore(
             f"generation/{entered.number}", connect(entered.store, timedelta(seconds=FORM_TIMEOUT_S))
         )
@@ -307,7 +309,7 @@ class Runtime:
             run.abandon()
         if mirror is not None:
             self._versions.adopt(mirror.close())
-        self._transport = None
+        self._transport, self._store_port = None, 0
         tear_down(run.engine if run is not None else None)
 
     def _sever(self, entered: Entered | None) -> None:
@@ -316,6 +318,8 @@ class Runtime:
             self._broken_since = time.monotonic()
         if (transport := self._transport) is not None:
             transport.sever()
+        if self._store_port:  # a group that is being formed waits in the store for one who will not come
+            shut_down({self._store_port})
 
     def _is_peers(self, error: Exception) -> bool:
         """Whether an error comes from a peer's end, and not from this worker's own program."""

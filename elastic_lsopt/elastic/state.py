@@ -69,6 +69,8 @@ class State:
     """Every worker that was ready since I am a newcomer: a member with others of them is an earlier life of mine."""
     draining: tuple[str, ...] = ()
     departing: bool = False
+    broken: int = -1
+    """The generation in which a collective broke on my node; -1 for none."""
     finished: bool = False
     unreachable: frozenset[str] = frozenset()
     peers: Table[Peer] = EMPTY

@@ -13,6 +13,7 @@ from elastic_lsopt.elastic.quorum import Accepted, Ask, Ballot, Vote, decides, q
 from elastic_lsopt.elastic.record import (
     AskWitness,
     Beat,
+    Broken,
     Drain,
     DrainWorker,
     Effect,
@@ -84,6 +85,8 @@ class Turn:
                 )
             case DrainWorker(worker) if worker in s.workers and worker not in s.draining:
                 self._set(draining=(*s.draining, worker))
+            case Broken(number) if number == s.number:
+                self._set(broken=number)
             case Drain() if not s.departing:
                 self._set(departing=True)
                 if s.vote is None or (s.generation and len(s.generation.members) == 1):
@@ -231,8 +234,8 @@ class Turn:
             if record.name in s.restless:
                 self._set(restless=s.restless.without(record.name))
             return
-        news = before is None or (before.workers, before.leaving, before.departing) != (
-            record.workers, record.leaving, record.departing
+        news = before is None or (before.workers, before.leaving, before.departing, before.broken) != (
+            record.workers, record.leaving, record.departing, record.broken
         )  # fmt: skip
         self._set(restless=s.restless.put(record.name, None))
         if urgent(s.generation, record):
@@ -500,6 +503,7 @@ class Turn:
             workers=s.workers,
             leaving=s.draining,
             departing=s.departing,
+            broken=s.broken,
             finished=s.finished,
             lost=self._suspects,
             echo=peer.record.beat if peer else None,

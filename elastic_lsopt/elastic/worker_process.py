@@ -52,10 +52,12 @@ class WorkerProcess:
         """Seconds since its last beat."""
         return time.monotonic() - self.last_beat
 
-    def kill(self) -> None:
-        """Fence it: after this returns and it is reaped, nothing of it runs. Also its own children."""
+    def kill(self, *, wait: bool = False) -> None:
+        """Fence it, and its own children; with `wait`, nothing of it runs when this returns."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        if wait:
+            self.process.wait()
 
     def drain(self) -> None:
         """Ask it to leave after the step."""
