@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from elastic_lsopt.elastic import membership, turn
+from elastic_lsopt.elastic import leader, membership
 from elastic_lsopt.elastic.record import Rules
 from tests.elastic.model import Advance, Violation, World, begin, deliveries
 
@@ -117,7 +117,7 @@ class NoWait(Rules):
 
 def test_a_quorum_of_half_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     world = begin(2, RULES)
-    monkeypatch.setattr(turn, "decides", lambda members, votes, tie: 2 * votes >= members)
+    monkeypatch.setattr(leader, "decides", lambda members, votes, tie: 2 * votes >= members)
     with pytest.raises(Violation, match=r"two generations|alive"):
         search(world, Left(failures=0, ticks=0, depth=9), steps=rounds)
 

@@ -1,0 +1,94 @@
+"""What an agent tells others: to whom, and what stands in a record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from elastic_lsopt.elastic.generation import Change
+from elastic_lsopt.elastic.quorum import Ask
+from elastic_lsopt.elastic.record import Beat, Effect, Publish, Record
+from elastic_lsopt.elastic.state import State
+
+CANDIDATES = 3
+"""Members that an agent without a grant reports to at a time."""
+
+
+class Outbox:
+    """Holds the state that one event changes, and the effects so far."""
+
+    def __init__(self, state: State, now: float) -> None:
+        self.s, self.now = state, now
+        self.effects: list[Effect] = []
+
+    def _set(self, **changes: Any) -> None:
+        self.s = replace(self.s, **changes)
+
+    @property
+    def _suspects(self) -> bool:
+        return self.now >= self.s.suspect_from_s
+
+    def _order(self) -> list[str]:
+        """The members that may follow the host, those that I can reach."""
+        s = self.s
+        assert s.generation is not None
+        return [m.name for m in s.generation.members if m.name != s.generation.host and m.name not in s.unreachable]
+
+    def _targets(self) -> list[tuple[str, str]]:
+        """Whom I report to: my leader; and without a grant a few more, others as time goes on."""
+        s = self.s
+        if s.generation is None:
+            return [("", s.join_address)]
+        names = [s.generation.host, *([s.vote.promised.name] if s.vote else [])]
+        if self._suspects:
+            order = [name for name in self._order() if name != s.name]
+            turn = int((self.now - s.suspect_from_s) / s.rules.suspect_s) * CANDIDATES if order else 0
+            names += [order[(turn + i) % len(order)] for i in range(min(CANDIDATES, len(order)))]
+        return [(n, s.generation.member[n].address) for n in dict.fromkeys(names) if n != s.name]
+
+    def _report(self) -> None:
+        for target in self._targets():
+            self._publish([target], answer=False)
+        self._set(reported_s=self.now)
+
+    def _publish_all(self, names: Iterable[str], change: Change | None = None) -> None:
+        """One record for many readers, in my own store: no echo, so it grants nothing."""
+        to = [(name, self.s.address) for name in names if name != self.s.name]
+        if to:
+            self._publish(to, answer=True, change=change)
+
+    def _publish(self, to: list[tuple[str, str]], *, answer: bool, **more: Any) -> None:
+        record = self._record(to[0][0] if len(to) == 1 else "", answer, **more)
+        self._set(beats=self.s.beats + 1)
+        self.effects.append(Publish(tuple(to), record))
+
+    def _record(self, reader: str, answer: bool, **more: Any) -> Record:
+        """What I tell `reader` ("" for many); news where it is known to be behind."""
+        s, c = self.s, self.s.campaign
+        peer = s.peers.get(reader)
+        if peer and s.generation and peer.record.number < s.number and not more:
+            newest = s.last and peer.record.number == s.number - 1
+            more = {"change": s.last} if newest else {"generation": s.generation}
+        losing = (c.value or c.adopted) if c else None
+        granting = s.leads and c is not None and self.now < c.quorum_s + s.rules.suspect_s
+        return Record(
+            name=s.name,
+            address=s.address,
+            job=s.rules.job,
+            beat=Beat(s.incarnation, s.beats, self.now),
+            answer=answer,
+            number=s.number,
+            vote=s.vote,
+            workers=s.workers,
+            leaving=s.draining,
+            departing=s.departing,
+            broken=s.broken,
+            finished=s.finished,
+            lost=self._suspects,
+            echo=peer.record.beat if peer else None,
+            grants=granting and peer is not None and not (losing and reader in losing.evicted),
+            ask=Ask(c.ballot, c.value) if c and (c.value or c.ballot.round) else None,
+            fingerprint=() if s.vote else tuple(sorted(s.rules.fingerprint.items())),
+            **more,
+        )
