@@ -272,6 +272,7 @@ class Runtime:
         rank, size = entered.workers.index(self._link.name), len(entered.workers)
         local = [r for r, node in enumerate(entered.nodes) if node == entered.node].index(rank)
         os.environ["LOCAL_RANK"] = str(local)
+        self._broken_since = None
         self._store_port = split_address(entered.store)[1]
         store = dist.PrefixStore(
             f"generation/{entered.number}", connect(entered.store, timedelta(seconds=FORM_TIMEOUT_S))

@@ -35,6 +35,8 @@ ELASTIC = {
 NODES = 3
 RECOVER_S = 45.0
 """Longest time from an event to two further steps: a hung worker (4 s), an eviction (3 s), a new worker's start."""
+START_S = 90.0
+"""Longest time until new nodes' workers take part: they import torch and DeepSpeed."""
 FINISH_S = 90.0
 
 
@@ -85,7 +87,7 @@ class Round:
         with self.cluster as cluster:
             for _ in range(NODES):
                 cluster.start()
-            self._settled(NODES, 60.0)
+            self._whole()
             for _ in range(self.count):
                 if cluster.progress()[1] >= self.steps - 20:
                     break
@@ -94,8 +96,7 @@ class Round:
                 self._do(what)
                 self._goes_on(what)
                 self.note(Event(what, time.monotonic() - start))
-                while len(cluster.living()) < NODES:
-                    cluster.start()
+                self._whole()
             cluster.hurry()
             cluster.until(lambda: not cluster.living(), "the end of the job", FINISH_S + self.steps * 0.03)
             time.sleep(0.3)
@@ -137,28 +138,29 @@ class Round:
                     cluster.kill(draw.choice(workers)[1])
 
     def _goes_on(self, what: str) -> None:
-        """Two more steps than there are, in whatever generation, and the order (if any) taken."""
+        """The order (if any) is taken, and the job makes two more steps."""
         cluster = self.cluster
         if what.startswith("at-"):
             point = what.removeprefix("at-")
             cluster.until(lambda: cluster.taken(point), f"{what}: nobody got there", RECOVER_S)
-        self._settled(1, RECOVER_S, what)
-
-    def _settled(self, nodes: int, limit_s: float, what: str = "the start") -> None:
-        """As many workers as living nodes in one generation, which has made two steps since now."""
-        cluster = self.cluster
-        time.sleep(0.3)
-
-        def quiet() -> bool:
-            living = len(cluster.living())
-            generation, _ = cluster.progress()
-            change = next((c for c in reversed(cluster.changes()) if c["generation"] == generation), None)
-            finished = cluster.progress()[1] >= self.steps
-            return finished or (change is not None and len(change["workers"]) >= max(nodes, min(living, NODES)))
-
-        cluster.until(quiet, f"{what}: all nodes in one generation", limit_s)
+        time.sleep(0.2)
         before = cluster.progress()[1]
-        cluster.until(lambda: cluster.progress()[1] >= min(before + 2, self.steps), f"{what}: further steps", limit_s)
+        done = min(before + 2, self.steps)
+        cluster.until(lambda: cluster.progress()[1] >= done, f"{what}: further steps", RECOVER_S)
+
+    def _whole(self) -> None:
+        """NODES nodes at least, with all their workers in one generation that makes steps: the next event finds a
+        quorum that can bear it."""
+        cluster = self.cluster
+        while len(cluster.living()) < NODES:
+            cluster.start()
+
+        def whole() -> bool:
+            generation, step = cluster.progress()
+            change = next((c for c in reversed(cluster.changes()) if c["generation"] == generation), None)
+            return step >= self.steps or (change is not None and len(change["workers"]) >= len(cluster.living()))
+
+        cluster.until(whole, "all nodes in one generation", START_S)
 
 
 def check(rows: list[Row], steps: int, logs: Callable[[], str]) -> None:
