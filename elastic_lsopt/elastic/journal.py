@@ -43,14 +43,13 @@ class Change:
 
     def line(self) -> str:
         """What a person is told of it."""
-        size, after = len(self.workers), self.after
-        verb = "begin" if self.source == "start" else "go on"
+        workers = "1 worker goes on" if len(self.workers) == 1 else f"{len(self.workers)} workers go on"
         source = " from its checkpoint" if self.source == "checkpoint" else ""
-        redone = f"; {self.redone_steps} steps are done again" if self.redone_steps else ""
+        redone = f"; steps done again: {self.redone_steps}" if self.redone_steps else ""
         return (
-            f"generation {self.generation}: {self.why}; {size} worker{'s' if size > 1 else ''} {verb} at step "
-            f"{self.step + 1}{source} after {sum(self.seconds.values()):.1f} s{redone}; batch "
-            f"{after['global_batch_size']}, rate {after['learning_rate']:.1e}"
+            f"generation {self.generation}: {self.why}; {workers} at step {self.step + 1}{source} after "
+            f"{sum(self.seconds.values()):.1f} s{redone}; batch {self.after['global_batch_size']}, "
+            f"rate {self.after['learning_rate']:.1e}"
         )
 
 

@@ -9,6 +9,7 @@ stock torchrun through the entry point group `torchrun.handlers`.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -16,8 +17,11 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 
 from elastic_lsopt.elastic.mailbox import HERE, host_store
+from elastic_lsopt.errors import UserError
 
 ENDPOINT, JOB = "ELASTIC_LSOPT_ENDPOINT", "ELASTIC_LSOPT_JOB"
+NAME_BYTES = 256
+"""Longest name of a processor in MPI."""
 
 
 class PrivateRendezvous(RendezvousHandler):
@@ -57,6 +61,37 @@ class PrivateRendezvous(RendezvousHandler):
 
     def shutdown(self) -> bool:
         return True
+
+
+def endpoint_by_mpi() -> None:
+    """Under mpirun: rank 0 tells all where its agent will listen; nothing of MPI is left when this returns.
+
+    Where an endpoint is given, MPI is not touched. Raises UserError where mpi4py or its MPI library is missing.
+    """
+    if ENDPOINT in os.environ or "MASTER_ADDR" in os.environ:
+        return
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        from mpi4py import MPI
+
+        MPI.Init()
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"mpirun has started this process, but mpi4py cannot be used ({error}); install mpi4py and its MPI library, "
+            f"or set {ENDPOINT}=host:port of the first node on all nodes."
+        ) from None
+    world, own = MPI.COMM_WORLD, MPI.Get_processor_name().encode()
+    hosts = bytearray(NAME_BYTES * world.size)  # plain bytes: mpi4py's lower-case methods would pickle
+    world.Allgather(own.ljust(NAME_BYTES, b"\0"), hosts)
+    names = [hosts[i : i + NAME_BYTES].rstrip(b"\0").decode() for i in range(0, len(hosts), NAME_BYTES)]
+    with socket.create_server(("", 0)) as free:
+        port = bytearray(free.getsockname()[1].to_bytes(2, "big"))
+    world.Bcast(port, root=0)
+    MPI.Finalize()
+    host = HERE if len(set(names)) == 1 else names[0]
+    os.environ[ENDPOINT] = f"{host}:{int.from_bytes(port, 'big')}"
 
 
 def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:

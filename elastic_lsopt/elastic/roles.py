@@ -91,7 +91,7 @@ def serve(
 
 
 def _log_to_stderr() -> None:
-    """The agent's warnings as lines, which on a terminal take the place of rank 0's progress bar until it is redrawn."""
+    """The agent's warnings as lines; on a terminal they take the place of rank 0's bar until it is redrawn."""
     lines = logging.StreamHandler()
     lines.setFormatter(logging.Formatter(("\r\x1b[2K" if sys.stderr.isatty() else "") + "%(message)s"))
     log.handlers, log.propagate = [lines], False
@@ -143,9 +143,8 @@ def _own_address(endpoint: str) -> str:
 def _environment(workers: int) -> dict[str, str]:
     """Of a worker: this process's, without what a launcher has said of this process's own place."""
     own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-    kept = {
-        k: v for k, v in os.environ.items() if k not in own and not k.startswith(("TORCHELASTIC_", "OMPI_", "PMI_"))
-    }
+    launchers = ("TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "PRTE_")
+    kept = {k: v for k, v in os.environ.items() if k not in own and not k.startswith(launchers)}
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     return {**kept, "OMP_NUM_THREADS": threads, "LOCAL_WORLD_SIZE": str(workers), "TORCH_CPP_LOG_LEVEL": "FATAL"}
 
