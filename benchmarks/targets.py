@@ -43,6 +43,14 @@ TARGETS = (
         Target("memory", f"sam_{b}_extra_bytes", at_most=SCRATCH_BYTES)
         for b in ("zero1_bf16", "zero2_fp32", "zero2_bf16", "zero3_bf16")
     ),
+    Target("elastic", "kill_worker_fsdp2_small_s", at_most=0.5),
+    Target("elastic", "kill_worker_fsdp2_60mb_s", at_most=1.0),
+    *(Target("elastic", f"kill_worker_{b}_small_s", at_most=1.5) for b in ("zero2", "zero3")),
+    Target("elastic", "kill_worker_fsdp2_small_steps_done_again", at_most=1),
+    Target("elastic", "join_pause_fsdp2_small_s", at_most=0.7),
+    Target("elastic", "torchrun_kill_node_of_our_kill", at_least=10.0),
+    Target("elastic", "layer_of_step_without_mirror", at_most=0.01),
+    Target("elastic", "layer_of_step_with_mirror", at_most=0.03),
     Target("imports", "import_beyond_torch_s", at_most=0.3),
     Target("noise", "cpu_fill_speed_of_randn", at_least=0.5),
     *(

@@ -14,12 +14,15 @@ from elastic_lsopt.elastic.plan import Policy
 from elastic_lsopt.elastic.roles import fingerprint_of, serve, work
 from elastic_lsopt.elastic.world import World
 from elastic_lsopt.optimizers.registry import Method
+from elastic_lsopt.schedules.adascale import GainMonitor
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.data import build_data
 from elastic_lsopt.training.loop import TrainingRun
 
 PER_NODE = ("workers", "output_dir", "elastic.address", "elastic.preemption_notice_file", "elastic.secret_file")
 """Settings in which nodes may differ."""
+GAIN_BATCHES = 1000
+"""Batches over which AdaScale's gain is smoothed."""
 
 
 def run_worker(config: TrainConfig, method: Method) -> NoReturn:
@@ -27,10 +30,14 @@ def run_worker(config: TrainConfig, method: Method) -> NoReturn:
     assert config.elastic is not None
     data, console = build_data(config), Console()  # once a process: a change of members reads no corpus again
 
+    policy = Policy.of(config, parts=method.parts)
+    if policy.rule == "adascale":
+        method = GainMonitor(method=method, horizon_samples=GAIN_BATCHES * config.global_batch_size)
+
     def build(world: World) -> TrainingRun:
         return TrainingRun(config, method, data, world, console)
 
-    work(build, config.elastic, Policy.of(config, parts=method.parts), Journal(Path(config.output_dir), console.say))
+    work(build, config.elastic, policy, Journal(Path(config.output_dir), console.say))
 
 
 def run_agent(config: TrainConfig, arguments: Sequence[str]) -> NoReturn:
