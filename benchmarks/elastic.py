@@ -1,7 +1,7 @@
 """Changes of members: seconds from the event to the next step, beside stock torchrun, tuned, on the same job.
 
-Three nodes on this machine, one worker each. Times are the workers' own notes of their finished steps against the moment
-at which this process sent the signal: nothing is taken from the runtime's own account but the phases. torchrun's
+Three nodes on this machine, one worker each. Times are the workers' own notes of their finished steps against the
+moment at which this process sent the signal: nothing is taken from the runtime's own account but the phases. torchrun's
 settings are those of reference/elastic.md, section 2b, the fastest that were found.
 """
 
@@ -38,12 +38,12 @@ Row = dict[str, Any]
 class Nodes:
     """Agents (or stock torchruns) of one job in `folder`."""
 
-    def __init__(self, folder: Path, *, stock: bool, backend: str, width: int) -> None:
+    def __init__(self, folder: Path, *, stock: bool, backend: str, width: int, **more: Any) -> None:
         self.folder, self.stock = folder, stock
         self.port = _free_port()
         settings = {
             "folder": str(folder), "stock": stock, "backend": backend, "width": width, "steps": 10**6,
-            "slow_s": SLOW_S, "elastic": {"endpoint": f"127.0.0.1:{self.port}", "max_respawns": 1000},
+            "slow_s": SLOW_S, "elastic": {"endpoint": f"127.0.0.1:{self.port}", "max_respawns": 1000}, **more,
         }  # fmt: skip
         (folder / "settings.json").write_text(json.dumps(settings))
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -73,12 +73,12 @@ class Nodes:
                     out.append(json.loads(line))
         return sorted(out, key=lambda r: r["at"])
 
-    def wait(self, found: Callable[[list[Row]], bool], what: str) -> None:
-        end = time.monotonic() + LIMIT_S
+    def wait(self, found: Callable[[list[Row]], bool], what: str, limit_s: float = LIMIT_S) -> None:
+        end = time.monotonic() + limit_s
         while not found(self.rows()):
             if time.monotonic() > end:
                 logs = "\n".join((self.folder / f"n{i}.log").read_text()[-1500:] for i in range(len(self.processes)))
-                raise TimeoutError(f"{what}: not within {LIMIT_S} s\n{logs}")
+                raise TimeoutError(f"{what}: not within {limit_s} s\n{logs}")
             time.sleep(0.05)
 
     def whole(self, world: int, steps: int = 12) -> None:

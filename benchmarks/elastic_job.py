@@ -1,6 +1,6 @@
-"""The job of the elastic benchmark: `python -m benchmarks.elastic_job SETTINGS.json`, elastic or, under torchrun, stock.
+"""The job of the elastic benchmarks: `python -m benchmarks.elastic_job SETTINGS.json`; elastic, or stock under torchrun.
 
-The same model, optimizer and data either way: two linear layers of `width`, AdamW, FSDP2 or ZeRO. Each worker notes each
+The same model, optimizer and data either way: two linear layers of `width`, AdamW, FSDP2 or ZeRO. Each worker notes a
 finished step with the time of day. The stock job saves with torch.distributed.checkpoint every ten steps and resumes
 from the newest, as torchrun's users do; the elastic one has its mirror.
 """
@@ -20,6 +20,8 @@ from torch import nn
 
 FEATURES, CLASSES, UNIT, BATCH = 12, 5, 2, 12
 SAVE_EVERY = 10
+BLOCK = 4
+"""Steps in a row with, then without a mirror, where its cost is measured."""
 
 
 class Rows:
@@ -77,7 +79,10 @@ def elastic(settings: dict[str, Any]) -> None:
     from elastic_lsopt.backends.detect import backend_for
     from elastic_lsopt.schedules.batch_scaling import Hyperparameters
 
-    folder, total = Path(settings["folder"]), settings["steps"] * BATCH
+    folder, unit, batch = Path(settings["folder"]), settings.get("unit", UNIT), settings.get("batch", BATCH)
+    total = settings["steps"] * batch
+    if settings.get("blocks"):
+        mirror_in_blocks()
 
     def build(world: lso.elastic.World) -> lso.elastic.Job:
         if settings["backend"] == "fsdp2":
@@ -95,16 +100,30 @@ def elastic(settings: dict[str, Any]) -> None:
 
         def on_step(job: lso.elastic.Job, row: dict[str, Any]) -> None:
             time.sleep(settings["slow_s"])
-            note(folder, generation=world.generation, world=world.size, step=row["step"])
+            note(folder, generation=world.generation, world=world.size, step=row["step"], seconds=row["seconds"])
 
         return lso.elastic.Job(world=world, engine=engine, dataset=Rows(), collate=collate, seed=1, on_step=on_step)
 
     lso.elastic.run(
-        build, settings["elastic"], output_dir=folder, workers=1, unit_size=UNIT,
+        build, settings["elastic"], output_dir=folder, workers=1, unit_size=unit,
         reference=Hyperparameters(
-            global_batch_size=BATCH, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01
+            global_batch_size=batch, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01
         ),
     )  # fmt: skip
+
+
+def mirror_in_blocks() -> None:
+    """Every other block of steps goes without host version and mirror."""
+    from elastic_lsopt.elastic.runtime import Runtime
+
+    keep = Runtime._keep
+
+    def sometimes(self: Runtime, *, wait: bool) -> None:
+        assert self._run is not None
+        if wait or self._run.engine.clock.steps // BLOCK % 2 == 0:
+            keep(self, wait=wait)
+
+    Runtime._keep = sometimes  # type: ignore[method-assign]
 
 
 def stock(settings: dict[str, Any]) -> None:

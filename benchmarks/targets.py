@@ -49,8 +49,8 @@ TARGETS = (
     Target("elastic", "kill_worker_fsdp2_small_steps_done_again", at_most=1),
     Target("elastic", "join_pause_fsdp2_small_s", at_most=0.7),
     Target("elastic", "torchrun_kill_node_of_our_kill", at_least=10.0),
-    Target("elastic", "layer_of_step_without_mirror", at_most=0.01),
-    Target("elastic", "layer_of_step_with_mirror", at_most=0.03),
+    Target("elastic_layer", "layer_of_step_without_mirror", at_most=0.01),
+    Target("elastic_layer", "layer_of_step_with_mirror", at_most=0.03),
     Target("imports", "import_beyond_torch_s", at_most=0.3),
     Target("noise", "cpu_fill_speed_of_randn", at_least=0.5),
     *(

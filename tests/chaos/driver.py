@@ -152,13 +152,13 @@ class Round:
         """NODES nodes at least, with all their workers in one generation that makes steps: the next event finds a
         quorum that can bear it."""
         cluster = self.cluster
-        while len(cluster.living()) < NODES:
-            cluster.start()
 
         def whole() -> bool:
+            while len(cluster.living()) < NODES:  # also one that was still leaving a moment ago
+                cluster.start()
             generation, step = cluster.progress()
             change = next((c for c in reversed(cluster.changes()) if c["generation"] == generation), None)
-            return step >= self.steps or (change is not None and len(change["workers"]) >= len(cluster.living()))
+            return step >= self.steps or (change is not None and len(change["workers"]) >= len(cluster.living()) >= NODES)
 
         cluster.until(whole, "all nodes in one generation", START_S)
 
