@@ -5,14 +5,10 @@ deepspeed --hostfile=hosts --num_gpus=1 --module elastic_lsopt.agent FILE.yaml
 mpirun -n 4 --map-by node python -m elastic_lsopt.agent FILE.yaml
 """
 
-import os
 import sys
 
 from elastic_lsopt.cli.main import main
-from elastic_lsopt.elastic.rendezvous import endpoint_by_mpi
 
 if __name__ == "__main__":
-    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
-        endpoint_by_mpi()
     # The deepspeed launcher adds --local_rank=N.
     sys.exit(main(["agent", *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))]))

@@ -1,9 +1,9 @@
 """Three nodes train together; one is killed, a new one joins; every loss is that of a run that nobody disturbed.
 
-    python examples/elastic_demo.py                          # about a minute on two cores; the three nodes are this machine
+    python examples/elastic_demo.py          # about a minute on two cores; all nodes are this machine
 
-`build` and `main` are all that a training of one's own needs. What follows them starts the nodes, kills one, adds one and
-shows it: on a terminal as a live table, otherwise line by line.
+`build` and `main` are all that a training of one's own needs. What follows them starts the nodes, kills one, adds one
+and shows it: on a terminal as a live table, otherwise line by line.
 """
 
 import json
@@ -53,13 +53,14 @@ def taught_rows():
 
 def engine_of(shard):
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Dropout(0.1), torch.nn.Linear(96, 10))
+    parts = torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Dropout(0.1), torch.nn.Linear(96, 10)
+    model = torch.nn.Sequential(*parts)
     shard(model)
     backend = backend_for(model, torch.optim.AdamW(model.parameters(), lr=3e-3), max_grad_norm=1.0)
     return lso.Engine(backend, lso.SAM(rho=0.05), loss_fn=loss, total_samples=STEPS * BATCH)
 
 
-# -- the heart: a training of one's own, which nodes may leave and join -------------------------------------------------
+# -- the heart: a training of one's own, which nodes may leave and join ------------------------------------------------
 
 
 def main(folder: Path, endpoint: str) -> None:
@@ -80,7 +81,7 @@ def main(folder: Path, endpoint: str) -> None:
     )  # fmt: skip
 
 
-# -- the show -----------------------------------------------------------------------------------------------------------
+# -- the show ----------------------------------------------------------------------------------------------------------
 
 
 def start(name: str, folder: Path, endpoint: str) -> subprocess.Popen[bytes]:

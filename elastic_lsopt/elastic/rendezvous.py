@@ -63,13 +63,11 @@ class PrivateRendezvous(RendezvousHandler):
         return True
 
 
-def endpoint_by_mpi() -> None:
-    """Under mpirun: rank 0 tells all where its agent will listen; nothing of MPI is left when this returns.
+def endpoint_by_mpi() -> str:
+    """Under mpirun: host:port where rank 0's agent will listen (collective); nothing of MPI is left when this returns.
 
-    Where an endpoint is given, MPI is not touched. Raises UserError where mpi4py or its MPI library is missing.
+    Raises UserError where mpi4py or its MPI library is missing.
     """
-    if ENDPOINT in os.environ or "MASTER_ADDR" in os.environ:
-        return
     try:
         import mpi4py
 
@@ -79,8 +77,8 @@ def endpoint_by_mpi() -> None:
         MPI.Init()
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"mpirun has started this process, but mpi4py cannot be used ({error}); install mpi4py and its MPI library, "
-            f"or set {ENDPOINT}=host:port of the first node on all nodes."
+            f"mpirun has started this process, but mpi4py cannot be used ({error}); install mpi4py and its MPI "
+            "library, or give elastic.endpoint=host:port of the first node."
         ) from None
     world, own = MPI.COMM_WORLD, MPI.Get_processor_name().encode()
     hosts = bytearray(NAME_BYTES * world.size)  # plain bytes: mpi4py's lower-case methods would pickle
@@ -91,7 +89,7 @@ def endpoint_by_mpi() -> None:
     world.Bcast(port, root=0)
     MPI.Finalize()
     host = HERE if len(set(names)) == 1 else names[0]
-    os.environ[ENDPOINT] = f"{host}:{int.from_bytes(port, 'big')}"
+    return f"{host}:{int.from_bytes(port, 'big')}"
 
 
 def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:

@@ -25,7 +25,7 @@ from elastic_lsopt.elastic.mailbox import HERE, silence_torch
 from elastic_lsopt.elastic.membership import Rules
 from elastic_lsopt.elastic.node_folder import NodeFolder
 from elastic_lsopt.elastic.plan import Policy
-from elastic_lsopt.elastic.rendezvous import ENDPOINT, JOB
+from elastic_lsopt.elastic.rendezvous import ENDPOINT, JOB, endpoint_by_mpi
 from elastic_lsopt.elastic.signing import job_secret
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.schedules.batch_scaling import Hyperparameters
@@ -49,7 +49,7 @@ def work(build: Build, settings: ElasticConfig, policy: Policy, journal: Journal
     try:
         runtime.main()
     except UserError as error:
-        link.tell("failed", error=" ".join(str(error).split()), user=True)
+        link.tell("failed", error=" ".join(str(error).split()))
         os._exit(2)  # peers may wait in a collective, and are told by the end of this process
     except BaseException:
         import traceback
@@ -124,6 +124,8 @@ def _endpoint_of_launcher() -> str | None:
         return given
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ:
         return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return endpoint_by_mpi()
     return None
 
 

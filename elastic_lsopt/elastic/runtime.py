@@ -340,7 +340,8 @@ class Runtime:
         os.environ["LOCAL_RANK"] = "0"
         form_group("gloo", dist.HashStore(), 0, 1, timedelta(seconds=FORM_TIMEOUT_S))
         clock = SampleClock()
-        alone = plan([Worker(0, "", None)], self._policy, clock, before=None, gain=None)
+        policy = replace(self._policy, max_accumulation=None)  # which is of the real world, not of this one
+        alone = plan([Worker(0, "", None)], policy, clock, before=None, gain=None)
         run = self._build(World(0, 1, _device(0), dist.HashStore(), 0, alone))
         run.abandon()
         tear_down(run.engine)
