@@ -33,6 +33,7 @@ from elastic_lsopt.elastic.generation import FINISHED, Generation
 from elastic_lsopt.elastic.mailbox import Mailbox, connect, reachable
 from elastic_lsopt.elastic.node_folder import NodeFolder
 from elastic_lsopt.elastic.signing import Refused, sign, verified
+from elastic_lsopt.elastic.status import STATUS, status_at
 from elastic_lsopt.elastic.witness import Witness
 from elastic_lsopt.elastic.worker_process import WorkerProcess
 from elastic_lsopt.errors import UserError
@@ -71,14 +72,17 @@ class Node:
 class Agent:
     """Runs one node until the job has ended or the node has left; `main` returns the exit code.
 
-    Raises UserError where the endpoint is neither free on this machine nor answered by another.
+    Raises UserError where the endpoint is neither free on this machine nor an agent's that this node can trust.
     """
 
     def __init__(self, node: Node) -> None:
         self.node = node
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._workers: dict[str, WorkerProcess] = {}
-        self._started: list[float] = []
+        self._spawned = 0
+        self._deaths: list[float] = []
+        """When workers died of themselves; those that were ended for want of a lease do not count."""
+        self._fenced: set[str] = set()
         self._names: dict[str, str] = {}
         self._reports: dict[str, dict[str, Any]] = {}
         self._refused: set[str] = set()
@@ -112,11 +116,21 @@ class Agent:
     def _find_the_job(self) -> tuple[Mailbox, str | None]:
         """This node's mailbox, and the address of an agent of the job; None: there is none yet, this one founds it."""
         node = self.node
-        end = time.monotonic() + node.settings.join_timeout_s
+        end, limit_s = time.monotonic() + node.settings.join_timeout_s, f"{node.settings.join_timeout_s:g} s"
         while True:
+            fault = f"nobody answers there for {limit_s}, and it is no free address of this machine"
             for address in [node.endpoint, *node.folder.others()]:
                 if address is not None and reachable(address):
-                    return self._mailbox(node.address), address
+                    try:
+                        status_at(address, node.secret)
+                    except Refused as error:
+                        if address == node.endpoint:
+                            raise UserError(f"elastic.endpoint={address}: {error}") from None
+                    except (OSError, RuntimeError):
+                        if address == node.endpoint:
+                            fault = f"what listens there gives no answer of an agent for {limit_s}"
+                    else:
+                        return self._mailbox(node.address), address
             try:
                 return self._mailbox(node.endpoint or node.address), None
             except UserError:  # the endpoint is another machine's, whose agent has not started yet
@@ -124,9 +138,8 @@ class Agent:
                     raise
             if time.monotonic() > end:
                 raise UserError(
-                    f"nobody answers at elastic.endpoint={node.endpoint} for {node.settings.join_timeout_s:.0f} s, and it is no "
-                    "free address of this machine; check the host name, the port, the firewall, and that the first "
-                    "node's agent runs."
+                    f"elastic.endpoint={node.endpoint}: {fault}; check the host name, the port, the firewall, and that "
+                    "the first node's agent runs."
                 )
             time.sleep(RETRY_S)
 
@@ -177,9 +190,7 @@ class Agent:
             case record.Enter(generation):
                 self._enter(generation)
             case record.KillWorkers(why):
-                log.warning("%s: %s; its workers are ended.", self.node.name, why)
-                for worker in self._workers.values():
-                    worker.kill(wait=True)
+                self._fence(why)
             case record.Leave(why):
                 self._leave(why)
             case record.AskWitness():
@@ -208,15 +219,24 @@ class Agent:
                     node=self.node.name,
                 )  # fmt: skip
 
+    def _fence(self, why: str) -> None:
+        """End the workers that take part in a generation. One that never did is in nobody's way, and warm: it is kept
+        for the next generation that lets this node in (see `_offer`)."""
+        if members := [worker for worker in self._workers.values() if worker.entered]:
+            log.warning("%s: %s; its workers are ended.", self.node.name, why)
+        for worker in members:
+            self._fenced.add(worker.name)
+            worker.kill(wait=True)
+
     def _leave(self, why: str) -> None:
         """This node has no further part in the job: what still runs of it ends."""
         for worker in self._workers.values():
             worker.kill()
         self.node.folder.forget()
         if self._exit_code is None:
-            self._exit_code = 0 if why == FINISHED or self._draining else 1
+            self._exit_code = 0 if why == FINISHED or self._draining else 2 if self._generation is None else 1
         if self._exit_code:
-            print(f"elastic-lsopt: node {self.node.name} leaves the job: {why}", file=sys.stderr)
+            print(f"elastic-lsopt: node {self.node.name} cannot take part in the job: {why}", file=sys.stderr)
 
     def _host_address(self) -> str:
         """Where the present generation's store is; "" before the first."""
@@ -245,7 +265,7 @@ class Agent:
         match line["kind"]:
             case "ready":
                 worker.ready = True
-                self._advance(record.WorkerReady(worker.name))
+                self._offer()
             case "drain":
                 self._advance(record.DrainWorker(worker.name))
             case "broken":
@@ -256,8 +276,9 @@ class Agent:
             case "finished":
                 worker.finished = True
             case "failed":
-                print(f"elastic-lsopt: {line['error']}", file=sys.stderr)
-                self._user_error = self._user_error or bool(line["user"])
+                if not self._user_error:  # each worker makes the same mistake
+                    print(f"elastic-lsopt: {line['error']}", file=sys.stderr)
+                self._user_error = True
             case "exited":
                 self._reaped(worker, line["code"])
 
@@ -272,22 +293,32 @@ class Agent:
         if told_to_go:  # drained
             if not self._workers and not self._draining:
                 self._drain(signal.SIGTERM)
-        elif self._user_error and self._generation is None:
+        elif self._user_error:
             self._exit_code = 2  # it would fail again
         else:
-            log.warning("%s: worker %s ended with code %s.", self.node.name, worker.name, code)
+            if worker.name not in self._fenced:
+                log.warning("%s: worker %s ended with code %s.", self.node.name, worker.name, code)
+                self._deaths.append(time.monotonic())
             self._respawn()
 
+    def _offer(self) -> None:
+        """Tell the machine of warm workers. Not while this node is a member without a lease: it would end them."""
+        if self._state.vote is not None and membership.view(self._state, time.monotonic()).lease_left_s <= 0:
+            return
+        for worker in list(self._workers.values()):
+            if worker.ready and not worker.entered and worker.name not in self._state.workers:
+                self._advance(record.WorkerReady(worker.name))
+
     def _respawn(self) -> None:
-        now, settings = time.monotonic(), self.node.settings
-        recent = [t for t in self._started[self.node.workers :] if now - t < RESPAWN_WINDOW_S]
+        settings, since = self.node.settings, time.monotonic() - RESPAWN_WINDOW_S
+        self._deaths = [died for died in self._deaths if died > since]
         if self._draining or self._exit_code is not None:
             return
-        if settings.respawn and len(recent) < settings.max_respawns:
+        if settings.respawn and len(self._deaths) <= settings.max_respawns:
             self._start_worker()
         elif not self._workers:
             print(f"elastic-lsopt: node {self.node.name} has no worker left and starts no more.", file=sys.stderr)
-            self._exit_code = 2 if self._user_error else 1
+            self._exit_code = 1
 
     def _drain(self, number: int) -> None:
         """SIGTERM, Ctrl-C or a preemption notice: the node's workers finish the step, hand over and leave."""
@@ -323,6 +354,7 @@ class Agent:
             del self._broken[number]
             self._advance(record.Broken(number))
         self._advance(record.Tick())
+        self._offer()
         if now >= self._status_due:
             self._status_due = now + STATUS_S
             self._say_status()
@@ -338,8 +370,8 @@ class Agent:
     # -- workers -----------------------------------------------------------------------------------------------
 
     def _start_worker(self) -> None:
-        self._started.append(time.monotonic())
-        name = f"{self.node.name}/{os.getpid()}-{len(self._started)}"
+        self._spawned += 1
+        name = f"{self.node.name}/{os.getpid()}-{self._spawned}"
         self._workers[name] = WorkerProcess(
             name, self.node.command, self.node.environment,
             lambda worker, line: self._events.put(lambda: self._worker_said(worker, line)),
@@ -378,4 +410,4 @@ class Agent:
             "lease_left_s": seen.lease_left_s, "reports": {**self._reports, self.node.name: self._report()},
         }  # fmt: skip
         with suppress(RuntimeError):
-            self.mailbox.store.set("status", sign(status, self.node.secret))
+            self.mailbox.store.set(STATUS, sign(status, self.node.secret))
