@@ -6,7 +6,9 @@ export OMP_NUM_THREADS ?= 1
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast test-all lint format bench schema clean
+CHAOS_EVENTS ?= 200
+CHAOS_RESULTS ?= benchmarks/results/chaos.jsonl
+.PHONY: help install quickstart elastic-quickstart test test-fast test-all chaos lint format bench bench-elastic schema clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +33,11 @@ test-fast: $(INSTALLED)  ## the minute before a commit
 test-all: $(INSTALLED)  ## the full product of methods, backends, worlds and settings; takes what it takes
 	$(BIN)/python -m pytest tests
 
+chaos: $(INSTALLED)  ## kill, stop, drain and add nodes, 200 events a backend; goes on where it was stopped
+	for backend in fsdp2 zero2 zero3; do \
+		$(BIN)/python -m tests.chaos.driver --backend $$backend --events $(CHAOS_EVENTS) --results $(CHAOS_RESULTS) || exit 1; \
+	done
+
 lint: $(INSTALLED)  ## ruff, pyright, import-linter, no rebinding of .data
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,6 +51,9 @@ format: $(INSTALLED)  ## let ruff lay out the code
 
 bench: $(INSTALLED)  ## measure against the peers; writes benchmarks/results
 	$(BIN)/python -m benchmarks.run
+
+bench-elastic: $(INSTALLED)  ## seconds from a kill or a join to the next step, beside stock torchrun
+	$(BIN)/python -m benchmarks.run elastic elastic_layer
 
 schema: $(INSTALLED)  ## write the JSON schema of a job's YAML
 	$(BIN)/python -m elastic_lsopt.config.schema

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,7 @@ def pause_of_join(job: Nodes) -> float:
     pauses = []
     for pid in present:
         mine = [r for r in job.rows() if r["pid"] == pid]
-        pauses += [
-            b["at"] - a["at"] for a, b in zip(mine, mine[1:], strict=False) if b["world"] == world + 1 > a["world"]
-        ]
+        pauses += [b["at"] - a["at"] for a, b in pairwise(mine) if b["world"] == world + 1 > a["world"]]
     return max(pauses) - SLOW_S
 
 

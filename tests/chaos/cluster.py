@@ -1,4 +1,4 @@
-"""A cluster on one machine: agents as nodes, each a process of its own, that a driver starts, stops, kills and watches."""
+"""A cluster on one machine: agents as nodes, each a process of its own, that a driver starts, kills and watches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Stuck(AssertionError):
 class Cluster:
     """Nodes of one job of tests/chaos/job.py; a context manager that ends all that it has started."""
 
-    def __init__(self, folder: Path, *, backend: str, steps: int, slow_s: float, workers: int = 1, **elastic: Any) -> None:
+    def __init__(
+        self, folder: Path, *, backend: str, steps: int, slow_s: float, workers: int = 1, **elastic: Any
+    ) -> None:
         self.folder, self.steps = folder, steps
         folder.mkdir(parents=True)
         self._endpoint = f"127.0.0.1:{free_port()}"

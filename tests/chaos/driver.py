@@ -2,8 +2,8 @@
 
     python -m tests.chaos.driver --backend zero3 --events 200 --seed 7 --results FILE.jsonl       # make chaos
 
-A round is one job of 3 or 4 nodes and about 20 events; rounds go on until the backend has had its events. RESULTS holds a
-line an event, so an interrupted run goes on where it was; a failure is a line with its seed.
+A round is one job of 3 or 4 nodes and about 20 events; rounds go on until the backend has had its events. RESULTS holds
+a line an event, so an interrupted run goes on where it was; a failure is a line with its seed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from elastic_lsopt.elastic.order import SampleOrder
 from tests.chaos.cluster import Cluster, Row, Stuck
 from tests.chaos.job import BATCH, SAMPLES
 
-POINTS = ("forward", "backward", "displaced", "all-reduce", "mirroring", "resharding", "committing", "saving", "recovery")
+POINTS = (
+    "forward", "backward", "displaced", "all-reduce", "mirroring", "resharding", "committing", "saving", "recovery",
+)  # fmt: skip
 ELASTIC = {
     "lease_s": 1.5, "hang_timeout_s": 4.0, "max_respawns": 1000, "copies": 2, "join_debounce_s": 0.2, "max_nodes": 4,
 }  # fmt: skip
@@ -158,7 +160,9 @@ class Round:
                 cluster.start()
             generation, step = cluster.progress()
             change = next((c for c in reversed(cluster.changes()) if c["generation"] == generation), None)
-            return step >= self.steps or (change is not None and len(change["workers"]) >= len(cluster.living()) >= NODES)
+            return step >= self.steps or (
+                change is not None and len(change["workers"]) >= len(cluster.living()) >= NODES
+            )
 
         cluster.until(whole, "all nodes in one generation", START_S)
 
@@ -200,36 +204,43 @@ def main() -> int:
     mine = [line for line in past if line["backend"] == arguments.backend]
     done, seed = len([e for e in mine if "event" in e]), max([arguments.seed - 1, *(e["seed"] for e in mine)]) + 1
     failures = 0
-
-    def write(**line: Any) -> None:
-        with arguments.results.open("a") as out:
-            out.write(json.dumps({"backend": arguments.backend, "seed": seed, **line}) + "\n")
-
     while done < arguments.events:
         folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-
-        def note(event: Event) -> None:
-            nonlocal done
-            done += 1
-            write(event=event.what, seconds=round(event.seconds, 3))
-            print(f"{arguments.backend} {done}/{arguments.events} seed {seed}: {event.what} {event.seconds:.1f} s", flush=True)
-
-        before = done
+        lines = Lines(arguments.results, arguments.backend, seed)
         try:
-            Round(arguments.backend, seed, arguments.round, folder / "run", note).run()
+            Round(arguments.backend, seed, arguments.round, folder / "run", lines.event).run()
         except (AssertionError, OSError) as error:
             failures += 1
             kept = folder.with_name(f"failed-{arguments.backend}-{seed}")
             shutil.rmtree(kept, ignore_errors=True)
             folder.rename(kept)
             kind = "stuck" if isinstance(error, Stuck) else "broken"
-            write(failure=kind, why=str(error).splitlines()[0][:500])
-            print(f"FAILED seed {seed} after {done - before} events, kept in {kept}:\n{error}", file=sys.stderr, flush=True)
+            lines.write(failure=kind, why=str(error).splitlines()[0][:500])
+            print(
+                f"FAILED seed {seed} after {lines.events} events, kept in {kept}:\n{error}", file=sys.stderr, flush=True
+            )
         else:
-            write(round="passed", events=done - before)
+            lines.write(round="passed", events=lines.events)
             shutil.rmtree(folder, ignore_errors=True)
+        done += lines.events
         seed += 1
     return 1 if failures else 0
+
+
+class Lines:
+    """What one round adds to RESULTS."""
+
+    def __init__(self, path: Path, backend: str, seed: int) -> None:
+        self._path, self._head, self.events = path, {"backend": backend, "seed": seed}, 0
+
+    def write(self, **line: Any) -> None:
+        with self._path.open("a") as out:
+            out.write(json.dumps({**self._head, **line}) + "\n")
+
+    def event(self, event: Event) -> None:
+        self.events += 1
+        self.write(event=event.what, seconds=round(event.seconds, 3))
+        print(*self._head.values(), f"{self.events}: {event.what} {event.seconds:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

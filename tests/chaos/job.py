@@ -2,8 +2,8 @@
 
 python -m tests.chaos.job SETTINGS.json                 (the agent; started by it again, a worker)
 
-Each worker notes every step that it has finished, with the loss and the samples that it has run, in `steps-<pid>.jsonl` of
-the run folder, so that the driver can compare with the undisturbed run. A file `at-<point>` in the run folder with a
+Each worker notes every step that it has finished, with the loss and the samples that it has run, in
+`steps-<pid>.jsonl` of the run folder, so that the driver can compare with the undisturbed run. A file `at-<point>` in the run folder with a
 signal's number makes the first worker that gets to that point send itself the signal.
 """
 
@@ -87,7 +87,12 @@ def engine_of(backend: str, width: int, total_samples: int) -> lso.Engine:
         fully_shard(model, mesh=mesh)
     elif backend == "ddp" and dist.get_world_size() > 1:
         model = nn.parallel.DistributedDataParallel(model)
-    return lso.Engine(backend_for(model, base(model.parameters()), max_grad_norm=1.0), method, loss_fn=loss, total_samples=total_samples)
+    return lso.Engine(
+        backend_for(model, base(model.parameters()), max_grad_norm=1.0),
+        method,
+        loss_fn=loss,
+        total_samples=total_samples,
+    )
 
 
 def main(path: Path) -> None:
