@@ -8,24 +8,25 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from elastic_lsopt.elastic.journal import read_journal
-from elastic_lsopt.elastic.mailbox import connect, reachable
 from elastic_lsopt.elastic.node_folder import addresses
-from elastic_lsopt.elastic.signing import Refused, job_secret, verified
+from elastic_lsopt.elastic.signing import Refused, job_secret
+from elastic_lsopt.elastic.status import status_at
 from elastic_lsopt.errors import UserError
 
-ASK = timedelta(seconds=2)
 CHANGES = 5
 EVERY_S = 0.5
 Status = dict[str, Any]
 
 
 def status(run_folder: str | Path, *, endpoint: str | None, secret_file: str | None, once: bool) -> int:
-    """Print the status; on a terminal until Ctrl-C. Returns the exit code; raises UserError where nobody answers."""
+    """Print the status; on a terminal until Ctrl-C. Where nobody answers, the last changes that the journal tells of.
+
+    Returns the exit code; raises UserError where there is neither an agent nor a journal.
+    """
     from rich.console import Console
     from rich.live import Live
 
@@ -34,11 +35,18 @@ def status(run_folder: str | Path, *, endpoint: str | None, secret_file: str | N
         raise UserError(f"{folder} is no run folder; give the output_dir of the job.")
     secret = job_secret(secret_file, folder)
     console = Console()
-    found = ask(folder, endpoint, secret)
-    if once or not console.is_terminal:
-        console.print(table(found, read_journal(folder)))
+    changes = read_journal(folder)
+    try:
+        found = ask(folder, endpoint, secret)
+    except UserError as error:
+        if not changes:
+            raise
+        console.print(last_changes(changes), str(error))
         return 0
-    with Live(table(found, read_journal(folder)), console=console) as live, suppress(KeyboardInterrupt):
+    if once or not console.is_terminal:
+        console.print(table(found, changes))
+        return 0
+    with Live(table(found, changes), console=console) as live, suppress(KeyboardInterrupt):
         while True:
             time.sleep(EVERY_S)
             try:
@@ -55,11 +63,11 @@ def ask(folder: Path, endpoint: str | None, secret: bytes) -> Status:
     best: Status | None = None
     for address in tried:
         with suppress(RuntimeError, OSError, Refused):
-            told = _read(address, secret)
+            told = status_at(address, secret)
             host = told["host_address"]
-            if host and host != address and reachable(host):
+            if host and host != address:
                 with suppress(RuntimeError, OSError, Refused):
-                    told = _read(host, secret)
+                    told = status_at(host, secret)
             if best is None or _number(told) > _number(best):
                 best = told
     if best is None:
@@ -72,13 +80,6 @@ def ask(folder: Path, endpoint: str | None, secret: bytes) -> Status:
 
 def _number(told: Status) -> int:
     return told["generation"]["number"] if told["generation"] else -1
-
-
-def _read(address: str, secret: bytes) -> Status:
-    if not reachable(address):
-        raise OSError(f"nobody listens at {address}")
-    store = connect(address, ASK)
-    return verified(store.get("status"), secret)
 
 
 def table(told: Status, changes: list[dict[str, Any]]) -> Any:
@@ -103,6 +104,13 @@ def table(told: Status, changes: list[dict[str, Any]]) -> Any:
                 _short(said.get("loss")), _short(said.get("seconds")),
             )  # fmt: skip
             rank += 1
+    return Group(members, last_changes(changes))
+
+
+def last_changes(changes: list[dict[str, Any]]) -> Any:
+    """The end of the journal as something that rich can print."""
+    from rich.table import Table
+
     recent = Table(title="last changes")
     for column in ("generation", "why", "world", "samples", "batch", "rate", "seconds", "from"):
         recent.add_column(column)
@@ -113,7 +121,7 @@ def table(told: Status, changes: list[dict[str, Any]]) -> Any:
             str(after.get("global_batch_size", "")), _short(after.get("learning_rate")),
             f"{sum(change['seconds'].values()):.2f}", change["source"],
         )  # fmt: skip
-    return Group(members, recent)
+    return recent
 
 
 def _speed(told: Status) -> str:
