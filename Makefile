@@ -11,7 +11,7 @@ CHAOS_RESULTS ?= benchmarks/results/chaos.jsonl
 .PHONY: help install quickstart elastic-quickstart test test-fast test-all chaos lint format bench bench-elastic schema clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -23,6 +23,9 @@ install: $(INSTALLED)  ## make .venv and install the package with all that tests
 
 quickstart: $(INSTALLED)  ## train a small Llama on Python's standard library: SAM, FSDP2, two workers, about 3 minutes
 	$(BIN)/elastic-lsopt train configs/quickstart.yaml
+
+elastic-quickstart: $(INSTALLED)  ## workers that may die and come back: kill -9 one meanwhile; about a minute
+	$(BIN)/elastic-lsopt train configs/elastic-quickstart.yaml
 
 test: $(INSTALLED)  ## all laws and contracts on two cores, at most 15 minutes
 	$(BIN)/python -m pytest tests -m "not full"
