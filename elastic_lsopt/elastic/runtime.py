@@ -13,8 +13,8 @@ thread severs them when the agent says that somebody has gone: the main thread, 
 milliseconds. From there on device state means nothing; only host versions count.
 
 [Note: a planned change] Members that join or leave are no error. The agent tells its worker of the committed
-generation; the worker raises a flag that rides on the next step's all-reduce, so all workers see it after the same step.
-They mirror that step to the end, hand over what only leavers hold, and only then take the group down.
+generation; the worker raises a flag that rides on the next step's all-reduce, so all see it after the same step. They
+mirror that step to the end, hand over what only leavers hold, and only then take the group down.
 """
 
 from __future__ import annotations
@@ -189,7 +189,8 @@ class Runtime:
             if run.stopped:
                 break
             pending = self._heard()
-            if pending or row["step"] % self._settings.mirror_every == 0:
+            # A lone worker's versions would be of use to nobody but a newcomer.
+            if pending or (len(entered.workers) > 1 and row["step"] % self._settings.mirror_every == 0):
                 self._keep(wait=pending)
             if pending:
                 self._leave_together(entered)

@@ -3,8 +3,9 @@
 python -m tests.chaos.job SETTINGS.json                 (the agent; started by it again, a worker)
 
 Each worker notes every step that it has finished, with the loss and the samples that it has run, in
-`steps-<pid>.jsonl` of the run folder, so that the driver can compare with the undisturbed run. A file `at-<point>` in the run folder with a
-signal's number makes the first worker that gets to that point send itself the signal.
+`steps-<pid>.jsonl` of the run folder, so that the driver can compare with the undisturbed run. A file
+`at-<point>` in the run folder with a signal's number makes the first worker that gets to that point send itself the
+signal.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from elastic_lsopt.elastic.world import World
 from elastic_lsopt.schedules.batch_scaling import Hyperparameters
 
 SAMPLES, FEATURES, CLASSES = 96, 12, 5
-UNIT, BATCH, LR = 2, 8, 0.05
+UNIT, BATCH, LR = 2, 8, 0.005
+"""The rate is low, so that rounding, which differs with the world size, does not grow in hundreds of steps."""
 
 
 class Rows:
