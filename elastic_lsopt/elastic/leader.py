@@ -196,7 +196,7 @@ class Leader(Outbox):
             self._leave_if_done()
         elif s.vote is not None and not mine:
             self.effects.append(KillWorkers(f"generation {new.number} was formed without this node: {new.why}"))
-            self._set(workers=(), offered=(), draining=())
+            self._set(workers=(), waiting=(), offered=(), draining=())
         elif leads:
             if len(self.s.restless) or differs(new, self._record("", answer=True)):
                 self._joins()

@@ -65,6 +65,8 @@ class State:
     lease_until_s: float = -inf
     suspect_from_s: float = -inf
     workers: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
+    """Workers that are ready and not offered yet, since I have no lease."""
     offered: tuple[str, ...] = ()
     """Every worker that was ready since I am a newcomer: a member with others of them is an earlier life of mine."""
     draining: tuple[str, ...] = ()

@@ -47,6 +47,7 @@ class Turn(Leader):
                 self._hear_witness(event)
             case _:
                 self._own(event)
+        self._offer()
         self._fence()
         self._persist()
         return self.s, tuple(self.effects)
@@ -55,8 +56,11 @@ class Turn(Leader):
         s = self.s
         match event:
             case WorkerReady(worker) if worker not in s.workers:
-                self._set(workers=(*s.workers, worker), offered=(*s.offered, worker), finished=False)
-                self._joins()
+                self._set(waiting=(*s.waiting, worker))
+                return
+            case WorkerExited(worker) if worker in s.waiting:
+                self._set(waiting=tuple(w for w in s.waiting if w != worker))
+                return
             case WorkerExited(worker) if worker in s.workers:
                 self._set(
                     workers=tuple(w for w in s.workers if w != worker),
@@ -85,6 +89,17 @@ class Turn(Leader):
         else:
             self._report()
 
+    def _offer(self) -> None:
+        """Ready workers are offered; a member without a lease would have to kill them, so they wait for one."""
+        if not self.s.waiting or self.s.ended:
+            return
+        self._renew()
+        s = self.s
+        if s.vote is None or self.now < s.lease_until_s:
+            self._set(workers=s.workers + s.waiting, offered=s.offered + s.waiting, waiting=(), finished=False)
+            self._joins()
+            self._announce()
+
     def _fence(self) -> None:
         """Without a lease no worker of a member lives: [Note: leases]."""
         s = self.s
@@ -93,7 +108,7 @@ class Turn(Leader):
         self._renew()
         if self.now >= self.s.lease_until_s:
             self.effects.append(KillWorkers(f"no quorum has granted a lease for {s.rules.lease_s:g} s"))
-            self._set(workers=(), draining=())
+            self._set(workers=(), waiting=(), draining=())
             self._announce()
 
     def _persist(self) -> None:

@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 from elastic_lsopt.elastic import membership
 from elastic_lsopt.elastic.generation import Change, Generation, Member
 from elastic_lsopt.elastic.quorum import Ask, Ballot, Vote, WitnessVote, decides, quorum_time
-from elastic_lsopt.elastic.record import Drain, DrainWorker, Finished, Heard, Publish, Record, Rules, Tick
+from elastic_lsopt.elastic.record import (
+    Broken,
+    Drain,
+    DrainWorker,
+    Finished,
+    Heard,
+    Publish,
+    Record,
+    Rules,
+    Tick,
+    WorkerReady,
+)
 from elastic_lsopt.elastic.table import Table
 from elastic_lsopt.errors import UserError
 from tests.elastic.model import Place, World, begin
@@ -116,6 +127,37 @@ def test_a_drained_node_leaves_and_nothing_is_gone(name: str) -> None:
 def test_a_drained_worker_is_not_gone() -> None:
     world = begin(2, rules()).give("b", DrainWorker("b0")).flush()
     assert newest(world).member["b"].workers == () and newest(world).gone == ()
+
+
+@pytest.mark.parametrize("names", ["a", "b", "cab"])
+def test_a_broken_collective_forms_the_same_members_anew_once(names: str) -> None:
+    before = newest(world := begin(3, rules()))
+    for name in names:
+        world = world.give(name, Broken(before.number))
+    world = world.run(4.0)
+    after = newest(world)
+    assert (after.number, after.ranks, after.gone) == (before.number + 1, before.ranks, ())
+    assert after.why == "a collective broke"
+
+
+def test_a_collective_that_broke_by_a_death_is_no_further_news() -> None:
+    world = begin(3, rules()).kill_worker("c").flush()
+    number = newest(world).number
+    assert newest(world.give("b", Broken(number - 1)).run(4.0, respawn=False)).number == number
+
+
+def test_a_worker_that_is_ready_without_a_lease_waits_for_one() -> None:
+    """It is neither offered nor killed; else deaths and joins would follow each other faster than any lease comes."""
+    place = begin(3, rules()).place("b")
+    assert place.state is not None
+    late_s = place.clock_s + 9.0
+    state, _ = membership.advance(place.state, Tick(), late_s)
+    assert state.workers == ()
+    state, effects = membership.advance(state, WorkerReady("b1"), late_s)
+    assert (state.waiting, state.workers, effects) == (("b1",), (), ())
+    granted = replace(state, lease_until_s=late_s + 2.0)
+    state, effects = membership.advance(granted, Tick(), late_s + 0.1)
+    assert state.workers == ("b1",) and any(isinstance(e, Publish) and e.record.workers for e in effects)
 
 
 def test_all_finished_ends_the_job() -> None:

@@ -1,8 +1,12 @@
-"""Random histories: crashes, restarts, partitions, loss, delay, skewed clocks; then the network heals."""
+"""Random histories: crashes, restarts, partitions, loss, delay, skewed clocks; then the network heals.
+
+The workers of the model's nodes train meanwhile, each at its own pace (commit_rule.py).
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -10,7 +14,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from elastic_lsopt.elastic import membership
-from elastic_lsopt.elastic.record import DrainWorker, Rules, Unreachable
+from elastic_lsopt.elastic.record import Broken, DrainWorker, Rules, Unreachable
+from tests.elastic.commit_rule import Job
 from tests.elastic.model import World, begin
 
 pytestmark = pytest.mark.fast
@@ -18,7 +23,7 @@ pytestmark = pytest.mark.fast
 LEASE_S = 8.0
 ACTIONS = (
     "time", "time", "time", "read", "read", "read", "read", "stale", "crash", "restart", "kill", "spawn", "cut", "mend",
-    "drain", "refused",
+    "drain", "refused", "broken",
 )  # fmt: skip
 acts = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 2**16)), min_size=10, max_size=120)
 
@@ -27,12 +32,34 @@ def rules(**more: Any) -> Rules:
     return Rules(**{"min_nodes": 1, "max_nodes": 6, "job": "j", "fingerprint": {}, "lease_s": LEASE_S, **more})
 
 
-def play(world: World, history: list[tuple[str, int]], rates: list[float]) -> World:
+def follow(job: Job, world: World) -> Job:
+    """The workers that the agents keep alive, each in the generation that its agent has told it of."""
+    job = job.living(worker for p in world.places for worker in p.alive)
+    decided = {g.number: g for g in world.decided}
+    for p in world.places:
+        for worker in sorted(p.alive) if p.state and p.entered else ():
+            generation = decided[p.entered]
+            ranks = tuple(name for _, name in generation.ranks)
+            job = job.enter(worker, generation.number, ranks, running=generation.running)
+    return job
+
+
+def work(job: Job, chance: int) -> Job:
+    """A few things that workers do, in any order."""
+    random = Random(chance)
+    for _ in range(random.choice((0, 1, 4, 16)) if job.trainers else 0):
+        name = random.choice(job.trainers).name
+        job = job.push(name) if random.random() < 0.3 else job.act(name)
+    return job
+
+
+def play(world: World, history: list[tuple[str, int]], rates: list[float]) -> tuple[World, Job]:
     """Let it all happen; what a cut link carries lies there until the link is mended."""
     places = tuple(replace(p, rate=rate) for p, rate in zip(world.places, rates, strict=False))
     world = replace(world, places=places)
     names = [p.name for p in places]
     cut: set[tuple[str, str]] = set()
+    job = Job()
     for action, chance in history:
         name = names[chance % len(names)]
         place = world.place(name)
@@ -60,12 +87,15 @@ def play(world: World, history: list[tuple[str, int]], rates: list[float]) -> Wo
                 world = world.give(name, DrainWorker(worker))
         elif action == "refused" and place.state:
             world = world.give(name, Unreachable(names[chance // 7 % len(names)]))
+        elif action == "broken" and place.state:
+            world = world.give(name, Broken(place.state.number))
         elif action == "cut":
             other = names[chance // 11 % len(names)]
             cut |= {(name, other)} if chance % 2 else {(name, other), (other, name)}
         elif action == "mend":
             cut = set() if chance % 2 else set(list(cut)[: len(cut) // 2])
-    return world
+        job = work(follow(job, world), chance)
+    return world, job
 
 
 @settings(
@@ -81,18 +111,23 @@ def play(world: World, history: list[tuple[str, int]], rates: list[float]) -> Wo
 def test_safe_always_and_settled_when_healed(
     count: int, spares: int, witness: bool, history: list[tuple[str, int]], rates: list[float]
 ) -> None:
-    """One generation a number, entered in order; nobody lost is alive (World._decide).
+    """One generation a number, entered in order; nobody lost is alive (World._decide); the commit rule holds (Job).
 
     Healed, with every agent of the newest generation back, the living ones are the agreed world within 10 leases.
     """
     start = begin(count, rules(witness="etcd" if witness else None), spares=spares)
     for name in [p.name for p in start.places][count:]:
         start = start.spawn(name)
-    world = play(start, history, rates)
+    world, job = play(start, history, rates)
     for place in world.places:
         if place.state is None and place.disk:
             world = world.restart(place.name)
-    world = world.run(10 * LEASE_S)
+    for i in range(20):
+        world = world.run(LEASE_S / 2)
+        job = work(follow(job, world), i)
+    for name in [t.name for t in job.trainers] * 16:
+        job = job.act(name).push(name)
+    assert job.committed[0] == world.decided[-1].number, "all take part, and steps are committed"
     assert world.settled(), (world.decided[-1], [(p.name, p.state and p.state.number, p.alive) for p in world.places])
 
 
