@@ -53,8 +53,6 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
     generation, campaign, rules = state.generation, state.campaign, state.rules
     assert generation is not None and campaign is not None and campaign.led_s is not None
     if generation.why == FINISHED:
-        return None  # The last one of all: two members, one of them gone already, would else finish again for ever.
-    if generation.why == FINISHED:
         return None  # the last one: what is left to do is to tell it
     led_s = campaign.led_s
     peers = dict(state.peers)
