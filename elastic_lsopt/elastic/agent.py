@@ -148,6 +148,7 @@ class Agent:
             self.node.name, address,
             lambda message: self._events.put(lambda: self._hear(message)),
             lambda address: self._events.put(lambda: self._lost(address)),
+            silence_s=self.node.settings.lease_s,
         )  # fmt: skip
 
     # -- the loop ----------------------------------------------------------------------------------------------
@@ -302,11 +303,10 @@ class Agent:
             self._respawn()
 
     def _offer(self) -> None:
-        """Tell the machine of warm workers. Not while this node is a member without a lease: it would end them."""
-        if self._state.vote is not None and membership.view(self._state, time.monotonic()).lease_left_s <= 0:
-            return
+        """Tell the machine of warm workers that it does not know, or knows no more since it fenced this node."""
         for worker in list(self._workers.values()):
-            if worker.ready and not worker.entered and worker.name not in self._state.workers:
+            known = (*self._state.workers, *self._state.waiting)
+            if worker.ready and not worker.entered and worker.name not in known:
                 self._advance(record.WorkerReady(worker.name))
 
     def _respawn(self) -> None:

@@ -7,21 +7,28 @@ An agent opens a connection to another only to speak first (to the host, to a ca
 own store, so the host of a thousand nodes opens none. A message is at most sent: it may be lost with a store, come
 twice or late; whoever reads it (`membership`) takes it as news of a state, not as a command.
 
-[Note: threads of the mailbox] Each of these may wait for seconds in a dead network and is left alone then (daemons): one
-thread reads this agent's own queue; per outgoing connection one thread writes (the newest message only: an older one
-that was not sent yet is out of date) and one waits for answers. They share nothing but `_Line.next`, under its lock,
-and give what they hear to `heard`, which must be safe to call from any thread.
+[Note: threads of the mailbox] Each of these may wait for seconds in a dead network and is left alone then (daemons):
+one thread reads this agent's own queue; per outgoing connection one thread writes (the newest message only: an older
+one that was not sent yet is out of date) and one waits for answers. They share nothing but `_Line.next`, under its
+lock, and the time since when a line is quiet, and give what they hear to `heard`, which must be safe to call from any
+thread.
+
+[Note: a quiet line] A network that loses packets closes no connection: what was written waits in the kernel, which
+tries again after ever longer pauses, twice as long as the network was broken. So a line on which messages go out and
+nothing has come back for `silence_s` is cut and made anew; a new connection tries at once.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from math import inf
 from pathlib import Path
 
 import torch
@@ -32,7 +39,7 @@ from elastic_lsopt.errors import UserError
 HERE = "127.0.0.1"
 CONNECT_S = 2.0
 WAIT = timedelta(hours=1)
-"""How long a reader waits for a message. A reader that gives up loses the message that comes then, so it hardly does."""
+"""How long a reader waits for a message. One that gives up loses the message that comes then, so it hardly does."""
 RETRY_S = 0.2
 UNREAD = 64
 """Answers that wait for one agent; where there are more, it has gone."""
@@ -69,8 +76,8 @@ def host_store(address: str) -> tuple[dist.TCPStore, str]:
         listener = socket.create_server((host, port))
     except OSError as error:
         raise UserError(
-            f"elastic.address={address}: cannot listen there: {error.strerror}; the port may be taken, or the host name "
-            "is not of this machine."
+            f"elastic.address={address}: cannot listen there: {error.strerror}; the port may be taken, or the host "
+            "name is not of this machine."
         ) from None
     port = listener.getsockname()[1]
     store = dist.TCPStore(
@@ -100,11 +107,24 @@ def connect(address: str, timeout: timedelta = WAIT) -> dist.TCPStore:
     return store
 
 
-class _Line:
-    """A connection to another agent's store. See [Note: threads of the mailbox]."""
+def cut_off(address: str) -> None:
+    """Shut down this process's connections to `address`, from any thread: whoever waits on one gets an error."""
+    host, port = split_address(address)
+    with suppress(OSError):  # a name that is not known any more
+        theirs = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        for fd in os.listdir("/proc/self/fd"):
+            with suppress(OSError), socket.socket(fileno=os.dup(int(fd))) as copy:  # its owner may have closed it
+                peer = copy.getpeername() if copy.family in (socket.AF_INET, socket.AF_INET6) else ("", 0)
+                if peer[0].removeprefix("::ffff:") in theirs and peer[1] == port:
+                    copy.shutdown(socket.SHUT_RDWR)
 
-    def __init__(self, me: str, address: str, heard: Heard, failed: Callable[[], None]) -> None:
+
+class _Line:
+    """A connection to another agent's store. See [Note: threads of the mailbox] and [Note: a quiet line]."""
+
+    def __init__(self, me: str, address: str, heard: Heard, failed: Callable[[], None], silence_s: float) -> None:
         self.address, self._me, self._heard, self._failed = address, me, heard, failed
+        self._silence_s, self._quiet_since = silence_s, inf
         self._due = threading.Condition()
         self._next: bytes | None = None
         self._closed = False
@@ -129,33 +149,50 @@ class _Line:
                     return
                 message, self._next = self._next, None
             assert message is not None
+            now = time.monotonic()
+            if store is not None and now - self._quiet_since > self._silence_s:
+                cut_off(self.address)
+                store = None
             try:
                 if store is None:
                     store = connect(self.address)
                     answers = connect(self.address)
+                    self._quiet_since = inf
                     threading.Thread(target=self._read, args=(answers,), daemon=True).start()
+                self._quiet_since = min(self._quiet_since, now)
                 store.queue_push("in", message)
-            except (RuntimeError, OSError):
+            except ConnectionRefusedError:
                 store = None
-                if not self._closed:
-                    self._failed()
+                self._failed()
+                time.sleep(RETRY_S)
+            except (RuntimeError, OSError):
+                if store is None:
                     time.sleep(RETRY_S)
+                    continue
+                store = None  # the connection was lost: find out at once whether its other end is gone
+                with self._due:
+                    self._next = self._next or message
 
     def _read(self, store: dist.TCPStore) -> None:
         with suppress(RuntimeError, OSError):  # the writer notices it as well, and connects anew
             while not self._closed:
-                self._heard(store.queue_pop(f"to/{self._me}"))
+                message = store.queue_pop(f"to/{self._me}")
+                self._quiet_since = inf
+                self._heard(message)
 
 
 class Mailbox:
     """This agent's store, its connections to others, and what comes in.
 
-    `heard(message)` gets every message as it is; `unreachable(address)` is told of a failed connection. Both are called
-    from any thread.
+    `heard(message)` gets every message as it is; `unreachable(address)` is told of a refused connection, whose other
+    end is gone (one that gets no answer may be only cut off, and is tried on). Both are called from any thread. A
+    connection is made anew after `silence_s` without an answer.
     """
 
-    def __init__(self, name: str, address: str, heard: Heard, unreachable: Callable[[str], None]) -> None:
-        self.name, self._heard, self._unreachable = name, heard, unreachable
+    def __init__(
+        self, name: str, address: str, heard: Heard, unreachable: Callable[[str], None], *, silence_s: float
+    ) -> None:
+        self.name, self._heard, self._unreachable, self._silence_s = name, heard, unreachable, silence_s
         self.store, self.address = host_store(address)
         self._lines: dict[str, _Line] = {}
         self._closed = False
@@ -165,7 +202,9 @@ class Mailbox:
         """Speak first: into the store at `address`, and listen there for answers to this agent's name."""
         line = self._lines.get(address)
         if line is None:
-            line = self._lines[address] = _Line(self.name, address, self._hear, lambda: self._unreachable(address))
+            line = self._lines[address] = _Line(
+                self.name, address, self._hear, lambda: self._unreachable(address), self._silence_s
+            )
         line.send(message)
 
     def answer(self, name: str, message: bytes) -> None:
