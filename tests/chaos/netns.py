@@ -3,10 +3,11 @@
     lso<pid>-net      a bridge; a port for each host
     lso<pid>-n1 …     eth0 (10.77.0.1 …) and lo, nothing else: this machine's own network is not touched
 
-[Note: how packets are lost] Each host knows the others' link addresses from a fixed table (no ARP). To lose what A sends
-to B, A's entry for B gets an address that nobody has: the packets leave A and no one takes them. So one direction of one
-pair can be lost, no side gets an error (as from a link that is down or a route that is missing), and connections stay
-open and hang, which is what a broken network does to them. It needs no packet filter, only `ip` and the right to use it.
+[Note: how packets are lost] Each host knows the others' link addresses from a fixed table (no ARP). To lose what A
+sends to B, A's entry for B gets an address that nobody has: the packets leave A and no one takes them. So one
+direction of one pair can be lost, no side gets an error (as from a link that is down or a route that is missing), and
+connections stay open and hang, which is what a broken network does to them. It needs no packet filter, only `ip` and
+the right to use it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tests.chaos.cluster import Cluster
 from tests.ranks import ROOT, rank_environment
@@ -95,7 +96,7 @@ class Network:
     # -- what a driver does ------------------------------------------------------------------------------------
 
     def lose(self, sources: Iterable[str], targets: Iterable[str]) -> None:
-        """From now on what `sources` send to `targets` is lost, and nobody is told. See [Note: how packets are lost]."""
+        """From now on what `sources` send to `targets` is lost. See [Note: how packets are lost]."""
         for source, target in product(sources, list(targets)):
             _ip(_neighbour(self.address(target), NOBODY), space=self.space(source))
 
@@ -133,6 +134,9 @@ class SplitCluster(Cluster):
         super().__init__(folder, endpoint=f"{network.address('n1')}:{PORT}", **settings)
         self.network = network
         self._settings.write_text(json.dumps(json.loads(self._settings.read_text()) | {"save_steps": save_steps}))
+
+    def __enter__(self) -> Self:
+        return self
 
     def start(self) -> str:
         self._count += 1

@@ -1,0 +1,158 @@
+"""Partitions between hosts (network namespaces): the cut node stops within its lease, the others go on after two, and
+after healing it comes back; every loss is the undisturbed run's, and no step's checkpoint gets a second manifest.
+
+One job of three nodes lives through all of it, in the order of this file. Packets are lost, nothing is refused: whoever
+connects, sends or waits meets a black hole, as in a broken network.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event, Thread
+
+import pytest
+
+from tests.chaos.driver import check
+from tests.chaos.netns import Network, SplitCluster
+
+pytestmark = pytest.mark.skipif(Network.missing() is not None, reason=str(Network.missing()))
+
+NODES = ("n1", "n2", "n3")
+LEASE_S = 1.5
+STEPS, SAVE_STEPS = 500, 5
+LATE_S = 1.0
+"""How much later than the protocol says an agent on a busy machine may act."""
+GO_ON_S = 2 * LEASE_S + 2.0 + LATE_S
+"""From a cut to the next step of those who go on: two leases for the eviction, the rest to form and compute."""
+ELECT_S = 0.75 * LEASE_S
+"""More where the host is lost: half a lease until it is suspected, and two beats until one of the others has won."""
+BACK_S = 60.0
+"""From the healing to the first step with the node that was cut off: its new worker may still import torch."""
+START_S = 120.0
+draw = random.Random(3)
+
+
+class Job(SplitCluster):
+    """The job, and every manifest that its checkpoints ever had."""
+
+    manifests: dict[int, set[int]]
+
+    def __init__(self, folder: Path, network: Network) -> None:
+        super().__init__(
+            folder, network, save_steps=SAVE_STEPS, backend="fsdp2", steps=STEPS, slow_s=0.05, lease_s=LEASE_S,
+            hang_timeout_s=10.0, join_debounce_s=0.2, max_respawns=3,
+        )  # fmt: skip
+        self.manifests = {}
+        self._ended = Event()
+        Thread(target=self._watch, daemon=True).start()
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        super().__exit__(*error)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.01):
+            for file in (self.folder / "checkpoints").glob("checkpoint-*/manifest.json"):
+                try:
+                    self.manifests.setdefault(int(file.parent.name[11:]), set()).add(file.stat().st_mtime_ns)
+                except FileNotFoundError:  # an old checkpoint that has just been deleted
+                    continue
+
+    def trains(self, *nodes: str) -> bool:
+        """Whether the newest finished step was made by workers of these nodes and no other."""
+        generation, _ = self.progress()
+        change = next((c for c in reversed(self.changes()) if c["generation"] == generation), None)
+        return change is not None and sorted(change["nodes"]) == sorted(nodes)
+
+    def stop(self, *minority: str) -> float:
+        """Wait until no worker of these nodes that has trained is alive; the seconds from now."""
+        trained = [pid for pid in self.workers_of(*minority).values() if self.rows_of(pid)]
+        assert trained
+        return self.until(
+            lambda: not {*trained} & {*self.workers().values()}, f"{minority} stops its workers", LEASE_S + LATE_S
+        )
+
+    def come_back(self, minority: str) -> float:
+        """Heal the network: the minority is let in once, with a worker that never trained before; the seconds."""
+        new = self.workers_of(minority)
+        assert not any(self.rows_of(pid) for pid in new.values()), "a worker of the minority went on"
+        known = len(self.changes())
+        self.network.heal()
+        seconds = self.until(lambda: self.trains(*NODES), f"{minority} is back", BACK_S)
+        changes = self.changes()[known:]
+        assert [c["why"] for c in changes] == [f"joined: {minority}"] and changes[0]["redone_steps"] == 0, changes
+        assert changes[0]["survives_node_loss"]
+        return seconds
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    with Network(NODES) as network, Job(tmp_path_factory.mktemp("partition") / "run", network) as job:
+        for _ in NODES:
+            job.start()
+        job.until(lambda: job.trains(*NODES), "three nodes train", START_S)
+        yield job
+
+
+def test_the_host_is_cut_off_in_the_middle_of_a_save(job: Job) -> None:
+    """Its worker stands right before the commit, with the right to it; it must not commit beside the majority."""
+    first = job.changes()[-1]
+    writer, host = first["nodes"][0], job.host()
+    assert writer == host == "n1" and first["survives_node_loss"]
+    job.order("saving", signal.SIGSTOP)
+    job.until(lambda: job.taken("saving"), "a save", 30.0)
+    step = (job.progress()[1] // SAVE_STEPS) * SAVE_STEPS
+    job.network.cut(["n1"], ["n2", "n3"])
+    start = time.monotonic()
+    stopped_s = job.stop("n1")
+    job.until(lambda: job.trains("n2", "n3"), "the others go on", GO_ON_S + ELECT_S - stopped_s)
+    on_s = time.monotonic() - start
+    assert job.host() in ("n2", "n3")
+    job.until(lambda: job.progress()[1] >= step + SAVE_STEPS + 2, "further steps", 30.0)
+    back_s = job.come_back("n1")
+    assert not (job.folder / "checkpoints" / f".tmp-checkpoint-{step}").exists()
+    print(f"host cut: its worker ended after {stopped_s:.2f} s, next step {on_s:.2f} s, back {back_s:.2f} s")
+
+
+def test_another_node_is_cut_off(job: Job) -> None:
+    host = job.host()
+    (cut,) = draw.sample([n for n in NODES if n != host], 1)
+    others = [n for n in NODES if n != cut]
+    time.sleep(draw.uniform(0.0, 0.5))
+    job.network.cut([cut], others)
+    start = time.monotonic()
+    stopped_s = job.stop(cut)
+    job.until(lambda: job.trains(*others), "the others go on", GO_ON_S - stopped_s)
+    on_s = time.monotonic() - start
+    assert job.host() == host
+    back_s = job.come_back(cut)
+    print(f"node cut: its worker ended after {stopped_s:.2f} s, next step {on_s:.2f} s, back {back_s:.2f} s")
+
+
+@pytest.mark.parametrize("deaf", [True, False], ids=["hears-nothing", "is-not-heard"])
+def test_packets_are_lost_one_way(job: Job, deaf: bool) -> None:
+    """Between a node and the store's host: still one host, and the two others go on."""
+    host = job.host()
+    assert host is not None
+    (node,) = draw.sample([n for n in NODES if n != host], 1)
+    others = [n for n in NODES if n != node]
+    job.network.lose([host] if deaf else [node], [node] if deaf else [host])
+    start = time.monotonic()
+    stopped_s = job.stop(node)
+    job.until(lambda: job.trains(*others), "the others go on", GO_ON_S - stopped_s)
+    on_s = time.monotonic() - start
+    assert job.host() == host
+    back_s = job.come_back(node)
+    print(f"one way: its worker ended after {stopped_s:.2f} s, next step {on_s:.2f} s, back {back_s:.2f} s")
+
+
+def test_all_this_changed_no_loss_and_gave_no_step_a_second_manifest(job: Job) -> None:
+    job.hurry()
+    job.until(lambda: not job.living(), "the end of the job", 90.0)
+    assert set(job.codes.values()) == {0}, job.logs()
+    check(job.rows(), STEPS, job.logs)
+    assert {*job.manifests} >= {STEPS} and all(len(commits) == 1 for commits in job.manifests.values()), job.manifests
