@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain, islice
 from math import inf
 
 from elastic_lsopt.elastic.generation import Generation
@@ -27,6 +28,9 @@ from elastic_lsopt.elastic.record import (
     WorkerReady,
 )
 from elastic_lsopt.elastic.state import Peer, State
+
+MOST_BEFORE = 8
+"""Beats that a candidate waits for those before it, at most."""
 
 
 class Turn(Leader):
@@ -225,9 +229,10 @@ class Turn(Leader):
         highest = max([s.vote.promised, *seen])
         if s.campaign and highest == s.campaign.ballot:
             return
-        before = next(i for i, name in enumerate([*self._order(), s.generation.host]) if name == s.name)
+        first = islice(chain(self._order(), [s.generation.host]), MOST_BEFORE)
+        before = next((i for i, name in enumerate(first) if name == s.name), MOST_BEFORE)
         since_s = max(s.suspect_from_s, s.moved_s + s.rules.suspect_s)
-        if self.now >= since_s + min(before, 8) * s.rules.beat_s:
+        if self.now >= since_s + before * s.rules.beat_s:
             self._stand(above=highest)
 
     def _unreachable(self, name: str) -> None:
