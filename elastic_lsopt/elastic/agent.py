@@ -87,7 +87,7 @@ class Agent:
         self._reports: dict[str, dict[str, Any]] = {}
         self._refused: set[str] = set()
         self._generation: Generation | None = None
-        self._draining = self._user_error = False
+        self._draining = self._stopping = self._user_error = False
         self._broken: dict[int, float] = {}
         """Generations in which a collective broke here -> when that must be explained."""
         self._exit_code: int | None = None
@@ -286,7 +286,11 @@ class Agent:
     def _reaped(self, worker: WorkerProcess, code: int) -> None:
         del self._workers[worker.name]
         if worker.finished:
-            if all(w.finished for w in self._workers.values()):
+            rest = self._workers.values()
+            if not any(w.entered and not w.finished for w in rest):
+                for spare in [w for w in rest if not w.entered]:  # started anew, and too late to take part
+                    spare.finished = True
+                    spare.kill()
                 self._advance(record.Finished())
             return
         told_to_go = worker.entered and code == 0
@@ -330,9 +334,14 @@ class Agent:
         ours = [w for _, w in self._generation.ranks if w in self._workers] if self._generation else []
         if others or not ours:
             self._advance(record.Drain())
-        else:  # nobody is left to hand over to: the state goes to a checkpoint
-            for worker in self._workers.values():
-                worker.tell("stop")
+        else:
+            self._stop_job()
+
+    def _stop_job(self) -> None:
+        """Nobody is left to hand over to: all workers end after this step, and the state goes to a checkpoint."""
+        self._stopping = True
+        for worker in self._workers.values():
+            worker.tell("stop")
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -342,6 +351,8 @@ class Agent:
                             worker.silent_for())  # fmt: skip
                 worker.last_beat = now
                 worker.kill()
+        if self._draining and not self._stopping and membership.view(self._state, now).dissolving:
+            self._stop_job()
         notice = self.node.settings.preemption_notice_file
         if notice is not None and not self._draining and Path(notice).exists():
             self._drain(signal.SIGTERM)

@@ -95,7 +95,7 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
     working = sum(m.name in growing or any(w not in lost for w in m.workers) for m in staying)
     working += sum(m.name not in generation.member for m in joined)
     running = working >= rules.min_nodes
-    finished = [m for m in staying if m.workers]
+    finished = [m for m in generation.members if m.name not in evicted and m.workers]
     if finished and all(own.finished if m.name == state.name else _finished(peers, m.name) for m in finished):
         return Change(FINISHED, state.name, campaign.ballot.round, running=False)
     host = state.name

@@ -53,6 +53,8 @@ class View:
     lease_left_s: float
     waiting: tuple[str, ...]
     """Newcomers that the leader knows and has not admitted."""
+    dissolving: bool
+    """I lead, and every member is leaving: there is nobody to hand the state over to."""
 
 
 def found(name: str, address: str, rules: Rules) -> State:
@@ -101,7 +103,13 @@ def view(state: State, now: float) -> View:
         leads=state.leads,
         lease_left_s=max(0.0, state.lease_until_s - now),
         waiting=tuple(name for name, _ in state.peers if name not in known),
+        dissolving=state.leads and all(_departs(state, name) for name in known),
     )
+
+
+def _departs(state: State, name: str) -> bool:
+    peer = state.peers.get(name)
+    return state.departing if name == state.name else peer is not None and peer.record.departing
 
 
 def advance(state: State, event: Event, now: float) -> tuple[State, tuple[Effect, ...]]:

@@ -1,0 +1,150 @@
+"""`elastic-lsopt train` with an elastic block on one node: what a user sees when a worker dies, and on SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_lsopt.elastic.journal import read_journal
+from tests.jobs import TINY, Started, command, in_ranks, losses, rows, write_job
+
+STEPS = 60
+SLOW = {"import": TINY, "args": {"pause_s": 0.02}}
+SHAPE: dict[str, Any] = {"max_steps": STEPS, "eval_steps": 30, "save_steps": 25, "workers": 3}
+LIMIT = pytest.mark.timeout(400)  # the first test that asks for a job waits for all of it
+
+
+@dataclass(frozen=True)
+class Life:
+    code: int
+    said: list[str]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, ranks: Callable[[int], Any]) -> dict[int, Any]:
+    """step -> its row, of the same job without an elastic block, on two ranks."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    in_ranks(ranks, 2, "job", path=str(write_job(folder / "run.yaml", export=False, **SHAPE)))
+    return dict(rows(folder / "run"))
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Life:
+    """A job of three workers, whose rank 0 is killed after some steps."""
+    folder = tmp_path_factory.mktemp("killed")
+    job = write_job(folder / "run.yaml", model=SLOW, elastic={}, **SHAPE)
+    started = Started(command("none", job), folder)
+    run_folder = folder / "run"
+    started.until(lambda: _world(run_folder) == 3 and _step(run_folder) >= 8)
+    first = read_journal(run_folder)[-1]["workers"][0]
+    os.kill(_workers(started)[first], signal.SIGKILL)
+    code = started.wait()
+    return Life(code, started.output.splitlines(), run_folder)
+
+
+@LIMIT
+def test_the_loss_of_each_step_is_the_undisturbed_ones(killed: Life, undisturbed: dict[int, Any]) -> None:
+    assert killed.code == 0, killed.said
+    found = rows(killed.folder)
+    assert sorted(found) == list(range(1, STEPS + 1))
+    assert losses(killed.folder) == pytest.approx([undisturbed[s]["loss"] for s in sorted(undisturbed)], rel=1e-5)
+    for step in (30, 60):
+        assert found[step]["eval_loss"] == pytest.approx(undisturbed[step]["eval_loss"], rel=1e-5)
+    assert {row["world"] for row in found.values()} >= {2, 3}
+
+
+@LIMIT
+def test_the_worker_is_lost_and_another_takes_its_place(killed: Life) -> None:
+    changes = read_journal(killed.folder)
+    death = next(i for i, c in enumerate(changes) if c["gone"])
+    assert len(changes[death]["workers"]) == 2
+    assert changes[death]["source"] == "memory"
+    assert changes[death]["redone_steps"] <= 1
+    assert len(changes[-1]["workers"]) == 3
+    assert set(changes[-1]["workers"]).isdisjoint(changes[death]["gone"])
+
+
+@LIMIT
+def test_the_run_folder(killed: Life) -> None:
+    assert {p.name for p in killed.folder.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "journal.jsonl", "checkpoints", "loss.png", "members.png", "model", "elastic",
+    }  # fmt: skip
+    assert (killed.folder / "members.png").read_bytes()[:4] == b"\x89PNG"
+    assert (killed.folder / "model/model.safetensors").exists()
+    assert "checkpoint-60" in {p.name for p in (killed.folder / "checkpoints").iterdir()}
+
+
+@LIMIT
+def test_what_it_says(killed: Life) -> None:
+    """The introduction once, a line a change, the result once; no torch warnings, no tracebacks."""
+    said = "\n".join(killed.said)
+    changes = read_journal(killed.folder)
+    assert said.count("trainable parameters") == 1
+    assert sum(line.startswith("generation ") for line in killed.said) == len(changes)
+    assert any(line.startswith(f"generation {c['generation']}: died: ") for c in changes for line in killed.said), said
+    assert said.count("held-out loss:") == 1
+    assert killed.said[-1].startswith("use it: ")
+    assert "Traceback" not in said and "[W" not in said and "[E" not in said, said
+
+
+@LIMIT
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, undisturbed: dict[int, Any]) -> None:
+    job = write_job(tmp_path / "run.yaml", model=SLOW, elastic={}, export=False, **(SHAPE | {"workers": 2}))
+    first = Started(command("none", job), tmp_path)
+    first.until(lambda: _world(tmp_path / "run") == 2 and _step(tmp_path / "run") >= 6)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait() == 0, first.output
+    stopped = _step(tmp_path / "run")
+    assert stopped < STEPS
+    assert f"stopped after step {stopped} of {STEPS}; the same command goes on from there." in first.output
+    assert "node" not in first.output, first.output
+    second = Started(command("none", job), tmp_path)
+    assert second.wait() == 0, second.output
+    assert f"checkpoint-{stopped}, after step {stopped}" in second.output
+    assert losses(tmp_path / "run") == pytest.approx([undisturbed[s]["loss"] for s in sorted(undisturbed)], rel=1e-5)
+
+
+@LIMIT
+def test_two_kills_of_everything_resume_from_the_checkpoint(tmp_path: Path, undisturbed: dict[int, Any]) -> None:
+    """The agent itself is killed: its workers die with it, and the same command goes on from the last checkpoint."""
+    job = write_job(tmp_path / "run.yaml", model=SLOW, elastic={}, export=False, **(SHAPE | {"workers": 2}))
+    first = Started(command("none", job), tmp_path)
+    first.until(lambda: _step(tmp_path / "run") >= 35)
+    workers = _workers(first).values()
+    first.process.kill()
+    first.process.wait()
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
+        assert time.monotonic() < end, "the workers outlived their agent"
+        time.sleep(0.05)
+    second = Started(command("none", job), tmp_path)
+    assert second.wait() == 0, second.output
+    assert "checkpoint-25, after step 25" in second.output
+    assert losses(tmp_path / "run") == pytest.approx([undisturbed[s]["loss"] for s in sorted(undisturbed)], rel=1e-5)
+
+
+def _world(folder: Path) -> int:
+    changes = read_journal(folder)
+    return len(changes[-1]["workers"]) if changes else 0
+
+
+def _step(folder: Path) -> int:
+    return max(rows(folder), default=0)
+
+
+def _workers(started: Started) -> dict[str, int]:
+    """Worker name -> pid of the processes below this command."""
+    found = {}
+    for pid in started.workers():
+        for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if variable.startswith(b"ELASTIC_LSOPT_WORKER="):
+                found[variable.partition(b"=")[2].decode()] = pid
+    return found
