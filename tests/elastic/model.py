@@ -216,23 +216,17 @@ class World:
             assert reads < 50 * len(self.places) ** 2, "answers to answers: the records never end"
         return world
 
-    def key(self) -> Hashable:
-        """Equal for worlds that behave alike: times are relative and cut off, beats uncounted, history forgotten."""
-        now = self.places[0].clock_s
-        floor = -(self.rules.evict_s + 1)
-        return (
-            tuple((_form(p.state, now, floor), _form(p.disk, now, floor), p.alive, p.entered) for p in self.places),
-            tuple((link, tuple(_form(r, now, floor) for r in records)) for link, records in self.mail),
-            _form(self.witness, now, floor),
-        )
-
 
 @cache
 def _names(cls: type) -> tuple[str, ...]:
     return tuple(f.name for f in fields(cls) if f.name not in ("rules", "beats", "saved", "reported_s", "heard"))
 
 
-def _form(value: Any, now: float, floor: float) -> Hashable:
+def form(value: Any, now: float, floor: float) -> Hashable:
+    """What matters of a state or record: times relative to `now` and cut off at `floor`, beats uncounted, no history.
+
+    A record under way is always newer than what its reader has heard of its writer, so the count does not matter.
+    """
     if isinstance(value, Beat):
         return value.incarnation, max(floor, value.sent_s - now)
     if isinstance(value, float):
@@ -240,9 +234,9 @@ def _form(value: Any, now: float, floor: float) -> Hashable:
     if isinstance(value, Generation):
         return value.number, value.host, value.members, value.running
     if is_dataclass(value):
-        return tuple(_form(getattr(value, name), now, floor) for name in _names(type(value)))
+        return tuple(form(getattr(value, name), now, floor) for name in _names(type(value)))
     if isinstance(value, tuple):
-        return tuple(_form(v, now, floor) for v in value)
+        return tuple(form(v, now, floor) for v in value)
     return value
 
 
