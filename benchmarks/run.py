@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.machine import commit, describe
 from benchmarks.targets import TARGETS, rows
 
-NAMES = ("imports", "noise", "one_process", "steps", "memory")
+NAMES = ("imports", "noise", "one_process", "steps", "memory", "elastic", "elastic_layer", "membership_simulation")
 RESULTS = Path(__file__).resolve().parent / "results"
 HEAD = """# Results
 

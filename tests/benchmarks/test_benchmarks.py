@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import imports, one_process, run
+from benchmarks import imports, membership_simulation, one_process, run
 from benchmarks.models import TOY
 from benchmarks.targets import Target, rows
 from benchmarks.timing import ratio_of
@@ -37,6 +37,15 @@ def test_memory_counts_the_weights_copy(ranks: Callable[[int], Ranks]) -> None:
     figures = ranks(2).run("benchmarks.memory:measure", kind="ddp", size="toy", bf16=False)[0]
     assert figures["displaced_ddp_fp32_bytes"] == pytest.approx(figures["ddp_fp32_shard_bytes"], rel=0.01)
     assert figures["sam_ddp_fp32_extra_bytes"] == pytest.approx(figures["ddp_fp32_shard_bytes"], rel=0.05)
+
+
+@fast
+def test_a_change_of_members_costs_the_same_at_any_size() -> None:
+    figures = membership_simulation.run((20, 40), (1,))
+    for change in ("join", "worker_death", "node_silence", "host_death"):
+        small, large = (figures[f"{change}_1_an_agent_{n}_messages_per_agent"] for n in (20, 40))
+        assert large == pytest.approx(small, rel=0.25)  # type: ignore[arg-type]
+        assert figures[f"{change}_1_an_agent_40_rounds"] <= 4  # type: ignore[operator]
 
 
 @fast
