@@ -88,6 +88,8 @@ class Agent:
         self._refused: set[str] = set()
         self._generation: Generation | None = None
         self._draining = self._stopping = self._user_error = False
+        self._forced = 0
+        """The newest generation that was formed because somebody was lost."""
         self._broken: dict[int, float] = {}
         """Generations in which a collective broke here -> when that must be explained."""
         self._exit_code: int | None = None
@@ -210,6 +212,8 @@ class Agent:
 
     def _enter(self, generation: Generation) -> None:
         self._generation = generation
+        if generation.gone:
+            self._forced = generation.number
         ranks = generation.ranks
         for worker in self._workers.values():
             if worker.ready:
@@ -401,7 +405,8 @@ class Agent:
                     granted = store.compare_set(key, before, str(generation)) == str(generation).encode()
             worker.tell("granted", step=step, granted=granted)
 
-        if seen.lease_left_s > 0 and seen.number == generation:
+        # A planned change waits until its group ends; one by force means that another group may go on from here.
+        if seen.lease_left_s > 0 and generation >= self._forced:
             threading.Thread(target=ask, daemon=True).start()
         else:
             worker.tell("granted", step=step, granted=False)

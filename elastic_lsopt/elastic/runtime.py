@@ -193,7 +193,7 @@ class Runtime:
             if pending or (len(entered.workers) > 1 and row["step"] % self._settings.mirror_every == 0):
                 self._keep(wait=pending)
             if pending:
-                self._leave_together(entered)
+                self._leave_together(entered, group)
                 return False
         run.finish()
         dist.barrier(group)
@@ -250,13 +250,15 @@ class Runtime:
             self._run.engine.request_stop()
         return pending > 0
 
-    def _leave_together(self, entered: Entered) -> None:
+    def _leave_together(self, entered: Entered, group: dist.ProcessGroup) -> None:
         """See [Note: a planned change]."""
         assert self._mirror is not None
         newer = self._link.next_generation(after=self._number, timeout_s=self._timeout.total_seconds())
         if newer is None:
             raise PeerFailed("a worker flagged a new generation of which this node's agent does not know.")
-        leaving = [rank for rank, worker in enumerate(entered.workers) if worker not in newer.workers]
+        # Where changes follow each other fast, ranks know of different ones: the newest counts for all.
+        _, staying = max(gather_json(group, [newer.number, newer.workers]))
+        leaving = [rank for rank, worker in enumerate(entered.workers) if worker not in staying]
         if leaving and len(leaving) < len(entered.workers):
             self._mirror.hand_over(self._versions.newest, leaving, timeout_s=self._timeout.total_seconds())
         dist.barrier()  # whoever took the group down now would break it for those that still receive
