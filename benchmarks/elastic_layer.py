@@ -1,7 +1,7 @@
 """What the elastic layer costs a step: the runtime's own part, and the mirror of a 20 MB shard after each step.
 
 Two nodes on this machine, FSDP2, 3.3M parameters with AdamW: 20 MB of state a rank. In one run, blocks of steps with
-and without host versions and mirror take turns; the intervals between a worker's finished steps are compared, medians of
+and without host versions and mirror take turns; the intervals between finished steps are compared, medians of
 neighbouring blocks against each other. Without a mirror the layer's part is what lies between two steps.
 """
 

@@ -11,6 +11,7 @@ from torch import nn
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.config.deepspeed_json import check_job, read_deepspeed_json
 from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.elastic.world import World
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.faces.initialize import initialize
@@ -18,7 +19,6 @@ from elastic_lsopt.optimizers.registry import Method
 from elastic_lsopt.oracle.loss import Loss, causal_lm_loss, classification_loss
 from elastic_lsopt.training.data import Data
 from elastic_lsopt.training.models import apply_activation_checkpointing, blocks, build_model
-from elastic_lsopt.elastic.world import World
 
 
 def build_engine(config: TrainConfig, method: Method, data: Data, world: World, total_samples: int) -> Engine:

@@ -15,7 +15,8 @@ from tests.jobs import Started
 
 STEPS, BATCH, UNIT = 60, 8, 2
 
-LOOP = '''
+LOOP = (
+    """
 import json, sys, time, pathlib
 import torch
 from torch.distributed.fsdp import fully_shard
@@ -43,7 +44,10 @@ def note(job, row):
 
 reference = lso.elastic.Hyperparameters(global_batch_size=BATCH, learning_rate=0.1, momentum=0.9)
 lso.elastic.run(build, {}, reference=reference, unit_size=UNIT, output_dir=folder, workers=2)
-'''.replace("TOTAL", str(STEPS * BATCH)).replace("BATCH", str(BATCH)).replace("UNIT", str(UNIT))
+""".replace("TOTAL", str(STEPS * BATCH))
+    .replace("BATCH", str(BATCH))
+    .replace("UNIT", str(UNIT))
+)
 
 
 def undisturbed() -> list[float]:

@@ -48,7 +48,7 @@ def test_the_first_node_makes_the_secret_and_the_others_find_it(tmp_path: Path) 
 
 
 def test_a_secret_that_cannot_be_read_or_is_short_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="secret_file=.*cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"secret_file=.*cannot be read: No such file"):
         job_secret(str(tmp_path / "none"), tmp_path)
     (tmp_path / "short").write_text("abc")
     with pytest.raises(UserError, match="holds 3 bytes; a secret needs at least 16"):
