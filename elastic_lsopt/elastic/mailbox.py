@@ -25,7 +25,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import timedelta
 from math import inf
@@ -113,10 +113,16 @@ def cut_off(address: str) -> None:
     with suppress(OSError):  # a name that is not known any more
         theirs = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
         for fd in os.listdir("/proc/self/fd"):
-            with suppress(OSError), socket.socket(fileno=os.dup(int(fd))) as copy:  # its owner may have closed it
-                peer = copy.getpeername() if copy.family in (socket.AF_INET, socket.AF_INET6) else ("", 0)
-                if peer[0].removeprefix("::ffff:") in theirs and peer[1] == port:
-                    copy.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # its owner may have closed it meanwhile
+                if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+                    _shut_down_if(int(fd), theirs, port)
+
+
+def _shut_down_if(fd: int, hosts: Collection[str], port: int) -> None:
+    with socket.socket(fileno=os.dup(fd)) as copy:
+        peer = copy.getpeername() if copy.family in (socket.AF_INET, socket.AF_INET6) else ("", 0)
+        if peer[0].removeprefix("::ffff:") in hosts and peer[1] == port:
+            copy.shutdown(socket.SHUT_RDWR)
 
 
 class _Line:

@@ -138,9 +138,10 @@ class SplitCluster(Cluster):
     def __enter__(self) -> Self:
         return self
 
-    def start(self) -> str:
-        self._count += 1
-        name = f"n{self._count}"
+    def start(self, again: str | None = None) -> str:
+        """A new node, or the agent of a node that has died; its name."""
+        self._count += again is None
+        name = again or f"n{self._count}"
         with (self.folder / f"{name}.log").open("wb") as log:
             self.nodes[name] = subprocess.Popen(
                 [

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Event, Thread
 
 import pytest
 
 from tests.chaos.driver import check
-from tests.chaos.netns import Network, SplitCluster
+from tests.chaos.netns import PORT, Network, SplitCluster
+from tests.ranks import ROOT, rank_environment
 
 pytestmark = pytest.mark.skipif(Network.missing() is not None, reason=str(Network.missing()))
 
@@ -34,6 +38,54 @@ BACK_S = 60.0
 """From the healing to the first step with the node that was cut off: its new worker may still import torch."""
 START_S = 120.0
 draw = random.Random(3)
+
+TALK = """
+import sys, time
+from elastic_lsopt.elastic.mailbox import Mailbox, reachable
+me, address, other = sys.argv[1:]
+while me == "n2" and not reachable(other):
+    time.sleep(0.1)
+box = Mailbox(me, address, lambda said: box.answer("n2", said) if me == "n1" else print(time.monotonic(), flush=True),
+              lambda address: print("gone", flush=True), silence_s=0.5)
+while True:
+    time.sleep(0.1)
+    if me == "n2":
+        box.send(other, b"a report")
+"""
+"""Two agents' mailboxes: n2 reports, n1 answers, n2 prints when it has heard."""
+
+
+def test_two_mailboxes_hear_each_other_soon_after_the_network_is_whole(tmp_path: Path) -> None:
+    """A connection of before would be silent for as long again as the network was broken."""
+    with Network(("n1", "n2")) as network, ExitStack() as stack, (tmp_path / "heard").open("w") as heard:
+        addresses = {name: f"{network.address(name)}:{PORT}" for name in ("n1", "n2")}
+        for me, other in (("n1", "n2"), ("n2", "n1")):
+            talker = subprocess.Popen(
+                [*network.inside(me), sys.executable, "-c", TALK, me, addresses[me], addresses[other]],
+                cwd=ROOT, env=rank_environment(), stdout=heard,
+            )  # fmt: skip
+            stack.callback(talker.wait)
+            stack.callback(talker.kill)
+        open_files = Path(f"/proc/{talker.pid}/fd")
+
+        def wait(since: float, limit_s: float) -> float:
+            end = time.monotonic() + limit_s
+            while time.monotonic() < end:
+                lines = (tmp_path / "heard").read_text().splitlines()
+                assert "gone" not in lines, "who is only cut off was taken for dead"
+                if lines and float(lines[-1]) > since:
+                    return float(lines[-1]) - since
+                time.sleep(0.02)
+            raise AssertionError(f"nothing heard within {limit_s} s")
+
+        wait(0.0, START_S)
+        before = len([*open_files.iterdir()])
+        for _ in range(2):
+            network.cut(["n1"], ["n2"])
+            time.sleep(7.0)  # TCP tries after 0.2, 0.6, 1.4, 3.0, 6.2, 12.6 … s
+            network.heal()
+            print(f"heard again after {wait(time.monotonic(), 4.0):.2f} s")
+        assert len([*open_files.iterdir()]) <= before + 2, "a new connection leaves files of the old one open"
 
 
 class Job(SplitCluster):
@@ -148,6 +200,24 @@ def test_packets_are_lost_one_way(job: Job, deaf: bool) -> None:
     assert job.host() == host
     back_s = job.come_back(node)
     print(f"one way: its worker ended after {stopped_s:.2f} s, next step {on_s:.2f} s, back {back_s:.2f} s")
+
+
+def test_a_majority_dies_and_is_started_again(job: Job) -> None:
+    """The one that is left stops; once the others' agents are back, the job goes on from its newest checkpoint."""
+    host = job.host()
+    assert host is not None
+    lost = [host, next(n for n in NODES if n != host)]
+    (left,) = [n for n in NODES if n not in lost]
+    known = len(job.changes())
+    for node in lost:
+        job.kill(job.nodes[node].pid)
+    job.stop(left)
+    time.sleep(2 * LEASE_S)
+    assert len(job.changes()) == known, "a minority went on"
+    for node in lost:
+        job.start(again=node)
+    job.until(lambda: job.trains(*NODES), "three nodes train again", START_S)
+    assert job.changes()[known]["source"] == "checkpoint"
 
 
 def test_all_this_changed_no_loss_and_gave_no_step_a_second_manifest(job: Job) -> None:
