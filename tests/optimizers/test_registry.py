@@ -133,7 +133,7 @@ def test_the_public_surface() -> None:
         [
             "ASAM", "LPFSGD", "SAM", "Engine", "LandscapeOptimizer", "Loss", "NonFinite", "PeerFailed", "Plain",
             "StaleGeneration", "StaleLease", "StaleWeights", "StepReport", "Unit", "Unsupported", "UserError", "attach",
-            "initialize", "registry",
+            "elastic", "initialize", "registry",
         ]
     )  # fmt: skip
     assert all(hasattr(lso, name) for name in lso.__all__)
