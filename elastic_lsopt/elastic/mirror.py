@@ -10,7 +10,8 @@ interpreter's lock). A version's buffer is read until `in_flight` is 0 again, an
 ward's version appears in `_wards`, under the lock, when its last byte is there, so a reader sees whole versions only.
 An error ends the thread's use of the group for good; it is kept, and raised at the next `push` or `wait`.
 `close` gives a transfer under way CLOSE_S, then severs the sockets: a peer that is alive but has closed its own mirror
-would otherwise be waited for until the group's timeout.
+would otherwise be waited for until the group's timeout. A thread that even that does not free is left alone; see
+exchange.py [Note: a message that was half read].
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.checkpoint.safetensors_file import ALIGNMENT
-from elastic_lsopt.elastic.exchange import gather_json
+from elastic_lsopt.elastic.exchange import LOOK_S, Cut, gather_json, never
 from elastic_lsopt.elastic.versions import Chunk, Index, Version
 from elastic_lsopt.errors import PeerFailed
 
@@ -137,12 +138,16 @@ class _Plan:
 class Mirror:
     """The mirror of one generation (collective to make; `group` is a gloo group of all ranks, made for it alone).
 
-    `nodes` names each rank's node; `copies` is how many other nodes hold a version (>= 1). Memory: a buffer of each
-    ward's size for each version from the committed one on.
+    `nodes` names each rank's node; `copies` is how many other nodes hold a version (>= 1); after `cut` nobody waits any
+    more. Memory: a buffer of each ward's size for each version from the committed one on.
     """
 
-    def __init__(self, group: dist.ProcessGroup, rank: int, world: int, nodes: Sequence[str], copies: int = 1) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, rank: int, world: int, nodes: Sequence[str], copies: int = 1,
+        cut: Cut = never,
+    ) -> None:  # fmt: skip
         self._group, self.rank, self.world, self.nodes, self.copies = group, rank, world, tuple(nodes), copies
+        self._cut = cut
         self._transport = Transport()
         self._plan: _Plan | None = None
         self._sent_index: Index | None = None
@@ -178,7 +183,7 @@ class Mirror:
         self._work.put(lambda: self._mirror(version))
 
     def wait(self, step: int, *, timeout_s: float) -> None:
-        """Until `acknowledged` >= `step`. Raises PeerFailed for an error or after `timeout_s`."""
+        """Until `acknowledged` >= `step`. Raises PeerFailed for an error, after the cut, or after `timeout_s`."""
         self._until(lambda: self._acknowledged >= step, f"the mirror of step {step}", timeout_s)
 
     def commit(self, step: int) -> None:
@@ -207,7 +212,7 @@ class Mirror:
         if self._thread.is_alive():
             with suppress(RuntimeError, OSError, ValueError):
                 self._transport.sever()
-            self._thread.join(1.0)
+            self._thread.join(CLOSE_S)
         with self._lock:
             return list(self._wards)
 
@@ -306,8 +311,11 @@ class Mirror:
         with self._lock:
             while not done():
                 self._refuse_broken()
-                if not self._lock.wait(max(0.0, end - time.monotonic())) and time.monotonic() >= end and not done():
+                if self._cut():
+                    raise PeerFailed(f"{what} will not come: a peer died.")
+                if time.monotonic() >= end:
                     raise PeerFailed(f"{what} has not arrived within {timeout_s} s.")
+                self._lock.wait(LOOK_S)
 
     def _refuse_broken(self) -> None:
         if self._error is not None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from elastic_lsopt.checkpoint.contents import Held, TrainingState, merge_facts
 from elastic_lsopt.checkpoint.restore import restore
 from elastic_lsopt.checkpoint.safetensors_file import BY_NAME
-from elastic_lsopt.elastic.exchange import gather_json
+from elastic_lsopt.elastic.exchange import Cut, gather_json, never, wait_for_message
 from elastic_lsopt.elastic.versions import FACTS, RANDOM, Chunk, HostVersions, Version, missing
 from elastic_lsopt.errors import PeerFailed
 from elastic_lsopt.oracle.clock import SampleClock
@@ -191,9 +191,9 @@ class Holdings:
     """The chosen moment's bytes, in this process and, by its index, in all of them; what `restore` reads from."""
 
     def __init__(
-        self, versions: HostVersions, chosen: Chosen, inventories: Sequence[Json], group: dist.ProcessGroup
+        self, versions: HostVersions, chosen: Chosen, inventories: Sequence[Json], group: dist.ProcessGroup, cut: Cut
     ) -> None:
-        self._group, self._rank = group, group.rank()
+        self._group, self._rank, self._cut = group, group.rank(), cut
         stamp = chosen.generation, chosen.step
         self._mine = [v for v in versions.held if v.stamp == stamp]
         self.everyones: list[list[Chunk]] = []
@@ -228,7 +228,7 @@ class Holdings:
 
         def settle() -> None:
             work, buffer, arrived = under_way.popleft()
-            work.wait()
+            wait_for_message(work, self._cut)
             if arrived is not None:
                 self._unpack(buffer, arrived, targets)
 
@@ -293,15 +293,16 @@ def _stamp(entry: Json) -> tuple[int, int]:
 
 
 def reshard(
-    state: TrainingState, versions: HostVersions, chosen: Chosen, inventories: Sequence[Json], group: dist.ProcessGroup
-) -> Resharded:
+    state: TrainingState, versions: HostVersions, chosen: Chosen, inventories: Sequence[Json],
+    group: dist.ProcessGroup, cut: Cut = never,
+) -> Resharded:  # fmt: skip
     """Make `state` what it was at the chosen moment, in whatever layout it has now (collective).
 
     `inventories` are those that `chosen` was chosen from, in the group's order. Host versions stay as they are. Memory:
-    WINDOW * MESSAGE_BYTES. Raises UserError for another model, PeerFailed where a peer dies meanwhile.
+    WINDOW * MESSAGE_BYTES. Raises UserError for another model, PeerFailed where a peer dies meanwhile (`cut` says so).
     """
     start = time.monotonic()
-    saved = Holdings(versions, chosen, inventories, group)
+    saved = Holdings(versions, chosen, inventories, group, cut)
     try:
         restore(state, saved, saved.fill, hyperparameters=True)
     except dist.DistError as error:

@@ -159,11 +159,11 @@ class Runtime:
         if chosen is None:
             run.resume()
         else:
-            moved = reshard(run.engine, self._versions, chosen, inventories, group).received_bytes
+            moved = reshard(run.engine, self._versions, chosen, inventories, group, self._cut).received_bytes
             run.loader.load_state_dict(chosen.extra["loader"])
         phases.end("reshard")
         mirrors = dist.new_group(backend="gloo", timeout=self._timeout)
-        self._mirror = Mirror(mirrors, world.rank, world.size, entered.nodes, self._settings.copies)
+        self._mirror = Mirror(mirrors, world.rank, world.size, entered.nodes, self._settings.copies, self._cut)
         self._keep(wait=True)
         dist.barrier(group)
         self._versions.drop_older_generations(entered.number)
@@ -324,6 +324,10 @@ class Runtime:
             transport.sever()
         if self._store_port:  # a group that is being formed waits in the store for one who will not come
             shut_down({self._store_port})
+
+    def _cut(self) -> bool:
+        """Whether this generation is over by force."""
+        return self._broken_since is not None
 
     def _is_peers(self, error: Exception) -> bool:
         """Whether an error comes from a peer's end, and not from this worker's own program."""
