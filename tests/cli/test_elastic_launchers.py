@@ -6,8 +6,9 @@ Every job is the same tiny one, so every job's losses are those of one that ran 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from elastic_lsopt.elastic.journal import read_journal
 from tests.jobs import BIN, TINY, Started, in_ranks, losses, rows, write_job
 from tests.ranks import free_port
+from tests.ssh_server import HOSTS, Ssh, ssh_server
 
 STEPS = 40
 SHAPE: dict[str, Any] = {"max_steps": STEPS, "eval_steps": None, "save_steps": None, "workers": 1, "export": False}
@@ -147,18 +149,39 @@ def test_two_processes_a_node_are_refused(tmp_path: Path) -> None:
 # -- deepspeed, mpirun -------------------------------------------------------------------------------------------------
 
 
+def by_deepspeed(job: Nodes, ssh: Ssh, hosts: Sequence[str]) -> Started:
+    """The launcher, as a user calls it from the first host."""
+    hostfile = job.job.with_name("hosts")
+    hostfile.write_text("".join(f"{host} slots=1\n" for host in hosts))
+    return job.start(
+        "n", f"PATH={ssh.path}:{os.environ['PATH']}", str(BIN / "deepspeed"), f"--hostfile={hostfile}",
+        f"--ssh_port={ssh.port}", "--num_accelerators=1", "--no_local_rank", f"--master_addr={hosts[0]}",
+        f"--master_port={free_port()}", "--module", "elastic_lsopt.agent", str(job.job),
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="no ssh client on this machine: install openssh-client")
 def test_deepspeed(tmp_path: Path, undisturbed: list[float]) -> None:
-    """One host by its launcher, with several workers. (Several hosts need an ssh server; none is here.)"""
-    hosts = tmp_path / "hosts"
-    hosts.write_text("localhost slots=1\n")
-    with nodes(job_of(tmp_path, workers=2)) as job:
-        node = job.start(
-            "n1", str(BIN / "deepspeed"), f"--hostfile={hosts}", "--num_accelerators=1", "--no_local_rank",
-            f"--master_port={free_port()}", "--module", "elastic_lsopt.agent", str(job.job),
-        )  # fmt: skip
+    """One host of a hostfile, with several workers; the launcher tries the host by ssh before it starts anything."""
+    with ssh_server(tmp_path / "ssh") as ssh, nodes(job_of(tmp_path, workers=2)) as job:
+        node = by_deepspeed(job, ssh, HOSTS[:1])
         assert node.wait() == 0, node.output
         assert losses(job.folder) == pytest.approx(undisturbed, rel=1e-5)
         assert max(row["world"] for row in rows(job.folder).values()) == 2
+
+
+@pytest.mark.skipif(
+    shutil.which("ssh") is None or shutil.which("pdsh") is None,
+    reason="DeepSpeed reaches several hosts by pdsh and ssh, which this machine lacks: install pdsh, openssh-client",
+)
+def test_deepspeed_on_two_hosts(tmp_path: Path, undisturbed: list[float]) -> None:
+    """Its launcher starts an agent on each host by pdsh and ssh; the hosts are two addresses of this machine."""
+    with ssh_server(tmp_path / "ssh") as ssh, nodes(job_of(tmp_path, elastic=ELASTIC | {"min_nodes": 2})) as job:
+        node = by_deepspeed(job, ssh, HOSTS)
+        assert node.wait() == 0, node.output
+        assert losses(job.folder) == pytest.approx(undisturbed, rel=1e-5)
+        assert {row["world"] for row in rows(job.folder).values()} == {2}
+        assert len(job.in_the_job()) == 2
 
 
 def test_mpirun(tmp_path: Path, undisturbed: list[float]) -> None:
