@@ -62,13 +62,14 @@ class ElasticConfig:
     lease_s: Positive = 2.0
     """Seconds without a quorum after which a node stops its workers; a silent node is evicted after twice that."""
     hang_timeout_s: Positive = 30.0
-    """Seconds without a worker's heartbeat after which it is killed; longer than the longest step."""
+    """Seconds without a worker's heartbeat, or until its main thread has come to a new generation, after which it is
+    killed; longer than the longest step, save and build of the model. A collective fails after ten times that."""
     join_debounce_s: NotNegative = 0.3
     """Seconds to wait for further newcomers before they are let in together."""
     drain_timeout_s: Positive = 30.0
     """Seconds that a leaving worker has to finish its step and hand its state over."""
     join_timeout_s: Positive = 600.0
-    """Seconds that a node seeks the job, and that the job waits for min_nodes, before they give up."""
+    """Seconds that a node seeks the job before it gives up. (A job waits for min_nodes without a limit.)"""
 
     # How nodes find and trust each other.
     endpoint: Endpoint | None = None

@@ -350,10 +350,8 @@ class Agent:
     def _tick(self) -> None:
         now = time.monotonic()
         for worker in self._workers.values():
-            if worker.ready and worker.silent_for() > self.node.settings.hang_timeout_s:
-                log.warning("%s: worker %s is silent for %.1f s and is ended.", self.node.name, worker.name,
-                            worker.silent_for())  # fmt: skip
-                worker.last_beat = now
+            if worker.ready and (hung := worker.hung(self.node.settings.hang_timeout_s)):
+                log.warning("%s: worker %s %s and is ended.", self.node.name, worker.name, hung)
                 worker.kill()
         if self._draining and not self._stopping and membership.view(self._state, now).dissolving:
             self._stop_job()

@@ -5,8 +5,8 @@
 
 [Note: threads of the link] The worker's main thread may sit in a collective that never ends, or compute for seconds. So
 one thread reads what the agent says, and cuts the transport where the main thread cannot go on in its generation; one
-beats, by which the agent tells a stopped or dead process from a slow one. Both touch only what the lock guards. The end
-of the line means that the agent is dead, and then so is this worker, at once: another agent may already have given its
+beats, by which the agent tells a stopped or dead process from a slow one, and says which generation the main thread is
+in, by which the agent tells a main thread that hangs. Both touch only what the lock guards. The end of the line means that the agent is dead, and then so is this worker, at once: another agent may already have given its
 place away.
 """
 
@@ -75,6 +75,8 @@ class WorkerLink:
         self._granted: dict[int, bool] = {}
         self.name = os.environ[WORKER]
         self.stop_requested = False
+        self.generation = 0
+        """The one that the main thread is in, or forms; the agent ends a worker that does not follow it."""
         self._drain_requested = self._drain_told = False
         self.broken: Callable[[Entered], None] = lambda entered: None
         self._progress: dict[str, Any] = {}
@@ -138,7 +140,7 @@ class WorkerLink:
 
     def _beat(self, beat_s: float) -> None:
         while True:
-            self.tell("beat", **self._progress)
+            self.tell("beat", generation=self.generation, **self._progress)
             if self._drain_requested and not self._drain_told:
                 self._drain_told = True
                 self.tell("drain")

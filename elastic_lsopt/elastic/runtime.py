@@ -22,7 +22,9 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -45,6 +47,7 @@ from elastic_lsopt.elastic.reshard import choose, inventory, reshard
 from elastic_lsopt.elastic.versions import HostVersions
 from elastic_lsopt.elastic.world import World
 from elastic_lsopt.errors import PeerFailed, UserError
+from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.oracle.clock import SampleClock
 
 Build = Callable[[World], Run]
@@ -53,6 +56,10 @@ FORM_TIMEOUT_S = 20.0
 POLL_S = 0.002
 LAGS = 8
 """How many mirrored versions C may trail behind; the runtime waits for the mirror before it trails further."""
+LAST = 2**53
+"""No generation comes after the end, however long an export takes."""
+SPEEDS = 16
+"""Steps whose median speed is a worker's."""
 GRANT_S = 5.0
 GLOO = ("Connection closed by peer", "Connection reset", "gloo", "Broken pipe", "Timed out", "Socket", "recvBytes")
 """What torch's messages say when a peer, and not this program, has failed (they are plain RuntimeErrors)."""
@@ -98,6 +105,8 @@ class Runtime:
         self._run: Run | None = None
         self._plan: Plan | None = None
         self._broken_since: float | None = None
+        self._speeds: deque[float] = deque(maxlen=SPEEDS)
+        """Samples a second of this worker's own forwards, in its last steps."""
         self._seen = 0
         """The last step that this process has finished, committed or not."""
         link.broken = self._sever
@@ -133,6 +142,7 @@ class Runtime:
             entered = self._link.next_generation(after=self._number)
             assert entered is not None
             self._number, self._entered = entered.number, entered
+            self._link.generation = entered.number
             if self._link.name not in entered.workers:
                 return None
             if entered.running:
@@ -144,11 +154,13 @@ class Runtime:
         """Form, fill, train; True when the job has ended, False after a planned change."""
         world, group = self._form(entered)
         phases.end("form")
-        inventories = gather_json(group, inventory(self._versions))
+        speed = statistics.median(self._speeds) if self._speeds else None
+        inventories = gather_json(group, inventory(self._versions) | {"samples_per_second": speed})
         chosen = choose(inventories)
         before = None if chosen is None else Plan.from_json(chosen.extra["plan"])
         clock = SampleClock() if chosen is None else chosen.clock
-        self._plan = self._planned(entered, before, clock)
+        speeds = [found["samples_per_second"] for found in inventories]
+        self._plan = self._planned(entered, speeds, before, clock)
         phases.end("agree")
         run = self._run = self._build(replace(world, plan=self._plan))
         refuse_what_counts_steps_or_ranks(run.engine)
@@ -182,6 +194,7 @@ class Runtime:
         for units in run.loader:
             row = run.step(units)
             self._seen = row["step"]
+            self._note_speed(run.engine)
             if row["step"] == change.step + 1:
                 phases.end("first_step")
                 self._write_journal(change, phases, group)
@@ -195,10 +208,16 @@ class Runtime:
             if pending:
                 self._leave_together(entered, group)
                 return False
+        self._link.generation = LAST
         run.finish()
         dist.barrier(group)
         self._link.tell("finished")
         return True
+
+    def _note_speed(self, engine: Engine) -> None:
+        """The next plan may deal the units by it."""
+        if engine.last_step is not None and engine.last_step.samples_per_second is not None:
+            self._speeds.append(engine.last_step.samples_per_second)
 
     def _write_journal(self, change: Change, phases: Phases, group: dist.ProcessGroup) -> None:
         """One line, from rank 0: the slowest rank's seconds, all ranks' bytes (collective)."""
@@ -337,8 +356,10 @@ class Runtime:
         network = isinstance(error, dist.DistError | OSError) or any(sign in str(error) for sign in GLOO)
         return (severed and isinstance(error, RuntimeError)) or network
 
-    def _planned(self, entered: Entered, before: Plan | None, clock: SampleClock) -> Plan:
-        workers = [Worker(rank, node, None) for rank, node in enumerate(entered.nodes)]
+    def _planned(
+        self, entered: Entered, speeds: Sequence[float | None], before: Plan | None, clock: SampleClock
+    ) -> Plan:
+        workers = [Worker(r, node, speed) for r, (node, speed) in enumerate(zip(entered.nodes, speeds, strict=True))]
         return plan(workers, self._policy, clock, before=before, gain=None)
 
     def _warm_up(self) -> None:
@@ -356,9 +377,10 @@ class Runtime:
 
 
 def _told(plan: Plan) -> dict[str, Any]:
-    """The hyper-parameters that a plan is heading for, without what the job does not have."""
+    """The hyper-parameters that a plan is heading for, without what the job does not have; each rank's units a step."""
     target = plan.target.of(plan.reference, plan.global_batch_size)
-    return {key: value for key, value in asdict(target).items() if value is not None} | {"held_by": plan.why}
+    told = {key: value for key, value in asdict(target).items() if value is not None}
+    return told | {"held_by": plan.why, "units": [len(mine) for mine in plan.units_of_rank]}
 
 
 def one_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -30,6 +31,9 @@ class WorkerProcess:
         self.last_beat = time.monotonic()
         self.told: dict[str, Any] = {}
         """What the last beat told: step, samples, loss, seconds of a step."""
+        self._ahead: deque[tuple[int, float]] = deque()
+        """Generations that it was told of and has not reached, and since when."""
+        self._killed = False
         self._event = event
         ours, theirs = socket.socketpair()
         os.set_inheritable(theirs.fileno(), True)
@@ -45,15 +49,28 @@ class WorkerProcess:
 
     def tell(self, kind: str, **more: Any) -> None:
         """Send a line; nothing where the worker is dead (its end is reaped)."""
+        if kind == "enter":
+            self._ahead.append((more["number"], time.monotonic()))
         with self._send_lock, suppress(OSError):
             self._socket.sendall(json.dumps({"kind": kind, **more}).encode() + b"\n")
 
-    def silent_for(self) -> float:
-        """Seconds since its last beat."""
-        return time.monotonic() - self.last_beat
+    def hung(self, timeout_s: float) -> str:
+        """What is wrong with it for longer than that, "" for nothing: it does not beat, or its main thread does not
+        come to a generation that it was told of (it may wait for ever in code of the user's)."""
+        now = time.monotonic()
+        while self._ahead and self._ahead[0][0] <= self.told.get("generation", 0):
+            self._ahead.popleft()
+        if self._killed:
+            return ""
+        if now - self.last_beat > timeout_s:
+            return f"is silent for {now - self.last_beat:.1f} s"
+        if self._ahead and now - self._ahead[0][1] > timeout_s:
+            return f"has not come to generation {self._ahead[0][0]} within {now - self._ahead[0][1]:.1f} s"
+        return ""
 
     def kill(self, *, wait: bool = False) -> None:
         """Fence it, and its own children; with `wait`, nothing of it runs when this returns."""
+        self._killed = True
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         if wait:

@@ -28,6 +28,8 @@ class StepReport:
     """Some rank asked to stop; all ranks see it after the same step."""
     signals: tuple[float, ...] = ()
     """Sums over all ranks of what the elastic runtime gave to the step's last pass."""
+    samples_per_second: float | None = None
+    """Of this rank's own forwards. Where a forward needs no other rank (plain, DDP), waiting is not in it."""
     fidelity: Fidelity | None = None
     """Requested against realised displacement, where it was measured."""
 

@@ -81,6 +81,7 @@ class LandscapeStep:
             False,
             oracle.stop,
             oracle.signals,
+            oracle.samples_per_second,
             self._faithful(space.last_fidelity),
         )
 

@@ -78,6 +78,8 @@ class Oracle(ABC):
         self.losses: list[float] = []
         self.stop = False
         self.signals: tuple[float, ...] = ()
+        self.samples_per_second: float | None = None
+        """Of this rank's own forwards in gradient passes, where the oracle runs them itself; None before the first."""
         self._stop_requested, self._signals = stop_requested, signals
         self._running: Pass | None = None
 

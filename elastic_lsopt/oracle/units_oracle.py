@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,7 @@ class UnitsOracle(Oracle):
         self._units = {u.index: u for u in units if not u.idle}
         self._stand_in = units[0].batch if units else None
         self._weights = {i: float(loss.count(u.batch)) for i, u in self._units.items()}
+        self._unit_samples = {i: samples(u.batch) for i, u in self._units.items()}
         self._agree(units)
 
     def _agree(self, units: Sequence[Unit]) -> None:
@@ -63,7 +65,7 @@ class UnitsOracle(Oracle):
         given = [u.index for u in units if not u.idle]
         own = [
             sum(self._weights.values()),
-            sum(samples(u.batch) for u in self._units.values()),
+            sum(self._unit_samples.values()),
             not units,
             any(u < 0 or u % world != rank for u in given),
             len(given) - len(self._units),
@@ -87,6 +89,7 @@ class UnitsOracle(Oracle):
                 f"the total weight of the global batch is {total}; it must be > 0 (are all labels masked?)."
             )
         self._total, self.samples = total, int(number)
+        self._forward_s, self._forward_samples = 0.0, 0
 
     def _each_once(self) -> bool:
         """Whether the ranks hold each unit once in shares of their own, as a plan for unequal ranks deals them.
@@ -149,12 +152,16 @@ class UnitsOracle(Oracle):
         local, nonfinite = 0.0, 0
         for k, index in enumerate(mine):
             self.backend.begin(last=last and k == len(mine) - 1)
-            share = self._share(index)
+            share, start = self._share(index), time.monotonic()
             value = self._forward(index, weightless=not share)
             if share:
-                local += value.item() * share
+                local += value.item() * share  # on a GPU this waits for the forward to end
                 nonfinite += not math.isfinite(value.item())
+                self._forward_s += time.monotonic() - start
+                self._forward_samples += self._unit_samples[index]
                 # The backend averages over the world; the mean over the batch is a weighted sum.
                 value = value * (share * self.backend.world)
             self.backend.backward(value)
+        if self._forward_s:
+            self.samples_per_second = self._forward_samples / self._forward_s
         return local, nonfinite
