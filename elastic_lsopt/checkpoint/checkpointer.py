@@ -14,6 +14,7 @@ the write, so all of them report the same failure, the staged folder goes, and t
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -75,15 +76,18 @@ class Checkpointer:
 
     `save_total_limit` is how many to keep (None: all; >= 1). Leftovers of a job that died while saving are deleted.
     `may_commit(step)` is asked on rank 0 before a checkpoint gets its name: False where this group is no longer the
-    job's (the elastic runtime's fence). Raises UserError for a limit below 1 or a folder that cannot be made.
+    job's (the elastic runtime's fence); `writer` is its generation there. Raises UserError for a limit below 1 or a
+    folder that cannot be made.
     """
 
     def __init__(
-        self, folder: str | Path, *, save_total_limit: int | None = None, may_commit: MayCommit | None = None
-    ) -> None:
+        self, folder: str | Path, *, save_total_limit: int | None = None, may_commit: MayCommit | None = None,
+        writer: int = 0,
+    ) -> None:  # fmt: skip
         if save_total_limit is not None and save_total_limit < 1:
             raise UserError(f"save_total_limit={save_total_limit} must be >= 1 (or null: keep all checkpoints).")
         self.folder, self.save_total_limit, self._may_commit = Path(folder), save_total_limit, may_commit
+        self._writer = writer
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         # A group of its own: the background write's collectives must never meet those of the training step.
@@ -157,7 +161,7 @@ class Checkpointer:
         return self._mine[1]
 
     def _write(self, snapshot: Snapshot, path: Path, step: int, start: float) -> SaveReport:
-        writer, error = SafetensorsWriter(path, self._fence(step)), None
+        writer, error = SafetensorsWriter(path, self._fence(step), self._writer), None
         try:
             dcp.save(
                 snapshot.tensors, storage_writer=writer, planner=ChunkSavePlanner(snapshot.facts),
@@ -168,7 +172,7 @@ class Checkpointer:
         if self.rank == 0 and error is None:
             folders.retain(self.folder, path, self.save_total_limit)
         elif self.rank == 0:
-            folders.clean(self.folder)
+            shutil.rmtree(folders.staging(path, self._writer), ignore_errors=True)
             left = next((p.name for p in folders.listing(self.folder)), None)
             stays = f"the last good checkpoint is {left}" if left else "there is no checkpoint yet"
             log.warning("the save of step %d failed (%s); training goes on, %s.", step, error, stays)

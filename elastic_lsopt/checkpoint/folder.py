@@ -3,7 +3,8 @@
     checkpoint-20/rank-0.safetensors, rank-1.safetensors, …     the tensors, a file a rank
     checkpoint-20/contents.json                                 where each chunk lies, and everything that is no tensor
     checkpoint-20/manifest.json                                 size and checksum of every other file; written last
-    .tmp-checkpoint-30/                                         being written: never read, deleted by the next job
+    .tmp-checkpoint-30.2/                                       being written, by generation 2 of an elastic job: never
+                                                                read, deleted by the next job or generation
 
 A checkpoint gets its name by one rename after all its bytes are on disk, so a crash at any point leaves the last one.
 """
@@ -95,9 +96,12 @@ def damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def staging(path: Path) -> Path:
-    """Where a checkpoint is written before it has its name: beside it, so that the rename is one."""
-    return path.parent / f"{_STAGED}{path.name}"
+def staging(path: Path, writer: int = 0) -> Path:
+    """Where a checkpoint is written before it has its name: beside it, so that the rename is one.
+
+    `writer` sets apart those that write the same step: an outdated one may not know yet that it is.
+    """
+    return path.parent / f"{_STAGED}{path.name}.{writer}"
 
 
 def write_json(path: Path, value: Any) -> FileRecord:
@@ -114,12 +118,12 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
-def commit(path: Path, files: Iterable[FileRecord]) -> None:
+def commit(path: Path, files: Iterable[FileRecord], writer: int = 0) -> None:
     """Write the manifest into the staged folder and give the folder its name, in place of one that had it before.
 
     Raises OSError where a file is not there in full: ranks that do not share a file system cannot save together.
     """
-    staged = staging(path)
+    staged = staging(path, writer)
     table = {f.name: {k: v for k, v in asdict(f).items() if k != "name"} for f in files}
     for name, facts in table.items():
         file = staged / name

@@ -44,8 +44,9 @@ class SafetensorsWriter(StorageWriter):
     `refuse_outdated()` is called by rank 0 just before, and raises where the checkpoint must not get its name.
     """
 
-    def __init__(self, path: Path, refuse_outdated: Callable[[], None] = lambda: None) -> None:
-        self._path, self._staged, self._refuse_outdated = path, staging(path), refuse_outdated
+    def __init__(self, path: Path, refuse_outdated: Callable[[], None] = lambda: None, writer: int = 0) -> None:
+        self._path, self._refuse_outdated, self._writer = path, refuse_outdated, writer
+        self._staged = staging(path, writer)
         self._rank = 0
         self.bytes = 0
         """What this rank has written."""
@@ -92,7 +93,7 @@ class SafetensorsWriter(StorageWriter):
         }  # fmt: skip
         contents = {"tensors": tensors, "files": [r.name for r in records], "facts": metadata.planner_data}
         self._refuse_outdated()
-        commit(self._path, [*records, write_json(self._staged / CONTENTS, contents)])
+        commit(self._path, [*records, write_json(self._staged / CONTENTS, contents)], self._writer)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:

@@ -20,53 +20,26 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from elastic_lsopt.config.elastic import ElasticConfig
-from elastic_lsopt.elastic import membership, record
+from elastic_lsopt.elastic import manifest, membership, record
 from elastic_lsopt.elastic.generation import FINISHED, Generation
-from elastic_lsopt.elastic.mailbox import Mailbox, connect, reachable
-from elastic_lsopt.elastic.node_folder import NodeFolder
+from elastic_lsopt.elastic.mailbox import Mailbox
+from elastic_lsopt.elastic.node import Node, find_the_job
 from elastic_lsopt.elastic.signing import Refused, sign, verified
-from elastic_lsopt.elastic.status import STATUS, status_at
+from elastic_lsopt.elastic.status import STATUS
 from elastic_lsopt.elastic.witness import Witness
 from elastic_lsopt.elastic.worker_process import WorkerProcess
 from elastic_lsopt.errors import UserError
 
 log = logging.getLogger("elastic_lsopt")
 TICK_S = 0.05
-RETRY_S = 0.2
 STATUS_S = 0.5
-GRANT_TIMEOUT = timedelta(seconds=5)
 RESPAWN_WINDOW_S = 600.0
 """`max_respawns` counts the workers that were started anew within it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """What an agent is told at its start."""
-
-    folder: NodeFolder
-    rules: record.Rules
-    settings: ElasticConfig
-    secret: bytes
-    endpoint: str | None
-    """Where the job's first agent listens; None: this is it."""
-    address: str
-    """On which this node's store listens, host:port (port 0: any free one)."""
-    workers: int
-    command: Sequence[str]
-    """Starts one worker."""
-    environment: Mapping[str, str]
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
 
 
 class Agent:
@@ -90,8 +63,8 @@ class Agent:
         self._draining = self._stopping = self._user_error = False
         self._forced = 0
         """The newest generation that was formed because somebody was lost."""
-        self._broken: dict[int, float] = {}
-        """Generations in which a collective broke here -> when that must be explained."""
+        self._broken: dict[int, tuple[float, str]] = {}
+        """Generations in which a collective broke here -> when that must be explained, and the error."""
         self._exit_code: int | None = None
         witness = node.settings.witness
         self._witness = None if witness is None else Witness(witness, node.rules.job, node.secret)
@@ -110,40 +83,10 @@ class Agent:
                     mailbox = self._mailbox(own.address)
                     now = time.monotonic()
                     return mailbox, membership.restarted(remembered, mailbox.address, node.rules, now)
-        mailbox, first = self._find_the_job()
+        mailbox, first = find_the_job(node, self._mailbox)
         if first is None:
             return mailbox, membership.found(node.name, mailbox.address, node.rules)
         return mailbox, membership.newcomer(node.name, mailbox.address, node.rules, first)
-
-    def _find_the_job(self) -> tuple[Mailbox, str | None]:
-        """This node's mailbox, and the address of an agent of the job; None: there is none yet, this one founds it."""
-        node = self.node
-        end, limit_s = time.monotonic() + node.settings.join_timeout_s, f"{node.settings.join_timeout_s:g} s"
-        while True:
-            fault = f"nobody answers there for {limit_s}, and it is no free address of this machine"
-            for address in [node.endpoint, *node.folder.others()]:
-                if address is not None and reachable(address):
-                    try:
-                        status_at(address, node.secret)
-                    except Refused as error:
-                        if address == node.endpoint:
-                            raise UserError(f"elastic.endpoint={address}: {error}") from None
-                    except (OSError, RuntimeError):
-                        if address == node.endpoint:
-                            fault = f"what listens there gives no answer of an agent for {limit_s}"
-                    else:
-                        return self._mailbox(node.address), address
-            try:
-                return self._mailbox(node.endpoint or node.address), None
-            except UserError:  # the endpoint is another machine's, whose agent has not started yet
-                if node.endpoint is None:
-                    raise
-            if time.monotonic() > end:
-                raise UserError(
-                    f"elastic.endpoint={node.endpoint}: {fault}; check the host name, the port, the firewall, and that "
-                    "the first node's agent runs."
-                )
-            time.sleep(RETRY_S)
 
     def _mailbox(self, address: str) -> Mailbox:
         return Mailbox(
@@ -211,16 +154,19 @@ class Agent:
                 self.mailbox.send(address, message)
 
     def _enter(self, generation: Generation) -> None:
+        gone, before, ranks = generation.gone, self._generation, generation.ranks
+        if before is not None and generation.number > before.number + 1:
+            # Whoever vanished in the generations that this agent has missed may be dead: nobody must wait for him.
+            gone += tuple(w for _, w in before.ranks if w not in gone and all(w != here for _, here in ranks))
         self._generation = generation
-        if generation.gone:
+        if gone:
             self._forced = generation.number
-        ranks = generation.ranks
         for worker in self._workers.values():
             if worker.ready:
                 worker.entered = worker.entered or any(w == worker.name for _, w in ranks)
                 worker.tell(
                     "enter", number=generation.number, workers=[w for _, w in ranks], nodes=[n for n, _ in ranks],
-                    store=self._host_address(), gone=generation.gone, why=generation.why, running=generation.running,
+                    store=self._host_address(), gone=gone, why=generation.why, running=generation.running,
                     node=self.node.name,
                 )  # fmt: skip
 
@@ -275,7 +221,8 @@ class Agent:
                 self._advance(record.DrainWorker(worker.name))
             case "broken":
                 # A death, which explains it, is known within a moment; only what stays unexplained asks for more.
-                self._broken.setdefault(line["generation"], time.monotonic() + self.node.settings.lease_s)
+                due = time.monotonic() + self.node.settings.lease_s
+                self._broken.setdefault(line["generation"], (due, line["error"]))
             case "may_commit":
                 self._grant(worker, line["generation"], line["step"])
             case "finished":
@@ -296,6 +243,9 @@ class Agent:
                     spare.finished = True
                     spare.kill()
                 self._advance(record.Finished())
+            if self._generation is not None and not self._generation.ranks:  # all workers were told to go, and saved
+                self._drain(signal.SIGTERM)
+                self._advance(record.Drain())
             return
         told_to_go = worker.entered and code == 0
         self._advance(record.WorkerExited(worker.name))
@@ -353,8 +303,11 @@ class Agent:
             if worker.ready and (hung := worker.hung(self.node.settings.hang_timeout_s)):
                 log.warning("%s: worker %s %s and is ended.", self.node.name, worker.name, hung)
                 worker.kill()
-        if self._draining and not self._stopping and membership.view(self._state, now).dissolving:
+        paused = self._generation is not None and not self._generation.running
+        if self._draining and not self._stopping and (paused or membership.view(self._state, now).dissolving):
             self._stop_job()
+        if self._draining and not self._workers and membership.view(self._state, now).dissolving:
+            self._leave("drained")
         notice = self.node.settings.preemption_notice_file
         if notice is not None and not self._draining and Path(notice).exists():
             self._drain(signal.SIGTERM)
@@ -363,8 +316,10 @@ class Agent:
                 "%s: its workers did not leave within %.0f s.", self.node.name, self.node.settings.drain_timeout_s
             )
             self._exit_code = 1
-        for number in [n for n, due in self._broken.items() if now >= due]:
-            del self._broken[number]
+        for number in [n for n, (due, _) in self._broken.items() if now >= due]:
+            _, error = self._broken.pop(number)
+            if number == self._state.number:
+                log.warning("%s: generation %d broke here, and nobody has died: %s", self.node.name, number, error)
             self._advance(record.Broken(number))
         self._advance(record.Tick())
         self._offer()
@@ -392,19 +347,12 @@ class Agent:
 
     def _grant(self, worker: WorkerProcess, generation: int, step: int) -> None:
         """Whether a checkpoint of this generation may get its name: by compare-and-set at the host, under a lease."""
-        seen = membership.view(self._state, time.monotonic())
 
         def ask() -> None:
-            granted = False
-            with suppress(RuntimeError, OSError):
-                store, key = connect(self._host_address(), GRANT_TIMEOUT), f"manifest/{step}"
-                before = store.get(key).decode() if store.check([key]) else ""
-                if not before or int(before) <= generation:
-                    granted = store.compare_set(key, before, str(generation)) == str(generation).encode()
-            worker.tell("granted", step=step, granted=granted)
+            worker.tell("granted", step=step, granted=manifest.claim(self._host_address(), generation, step))
 
         # A planned change waits until its group ends; one by force means that another group may go on from here.
-        if seen.lease_left_s > 0 and generation >= self._forced:
+        if membership.view(self._state, time.monotonic()).lease_left_s > 0 and generation >= self._forced:
             threading.Thread(target=ask, daemon=True).start()
         else:
             worker.tell("granted", step=step, granted=False)

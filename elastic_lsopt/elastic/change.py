@@ -48,7 +48,9 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
     """The change that this leader should propose now, None for none. `own` is the leader's own record.
 
     A death, a drain or a lost host is proposed at once, and ready joins ride along; joins alone wait for each other,
-    and for min_nodes where the generation is not running. O(members).
+    and for min_nodes where the generation is not running. Who leaves waits for the generation after a death: he may
+    hold the only copy of what the dead one mirrored, and can hand it over only in a change that nobody's death forces.
+    O(members).
     """
     generation, campaign, rules = state.generation, state.campaign, state.rules
     assert generation is not None and campaign is not None and campaign.led_s is not None
@@ -81,6 +83,9 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
         drained += [w for w in before if w in r.workers and (w in r.leaving or r.departing)]
         if r.name not in left and (new := tuple(w for w in r.workers if w not in before and w not in r.leaving)):
             joined.append(Member(r.name, r.address, new))
+    if gone or any(generation.member[name].workers for name in evicted):
+        drained = []
+        left = tuple(name for name in left if not {*generation.member[name].workers}.difference(gone))
     staying = [m for m in generation.members if m.name not in evicted and m.name not in left]
     room = rules.max_nodes - len(staying)
     waiting = [
@@ -99,7 +104,7 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
     if finished and all(own.finished if m.name == state.name else _finished(peers, m.name) for m in finished):
         return Change(FINISHED, state.name, campaign.ballot.round, running=False)
     host = state.name
-    if own.departing:
+    if state.name in left:
         host = next((m.name for m in staying), "")
     full = len(staying) + sum(m.name not in generation.member for m in joined) >= rules.max_nodes
     joins = joined and (running or generation.running) and (joins_due(state, now) or full)

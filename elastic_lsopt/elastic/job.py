@@ -29,15 +29,23 @@ class Run(Protocol):
     """Some rank asked to stop, and the state is saved: the runtime ends the job."""
 
     def resume(self) -> None:
-        """Start from the newest checkpoint or from the beginning: no living worker holds a state."""
+        """Open, and start from the newest checkpoint or from the beginning: no living worker holds a state."""
+        ...
+
+    def open(self) -> None:
+        """Make what a step needs beside the engine, files and process groups: the state comes from memory."""
         ...
 
     def step(self, units: list[Unit]) -> dict[str, Any]:
         """One optimizer step and all that belongs to it; returns its object for metrics.jsonl."""
         ...
 
+    def settle(self, *, save: bool) -> None:
+        """Before this generation ends as planned: wait for a save under way; with `save`, make one of this step."""
+        ...
+
     def finish(self) -> None:
-        """After the last step, or after `stopped`."""
+        """After the last step, or after `stopped`; a generation may begin with it."""
         ...
 
     def abandon(self) -> None:
@@ -83,9 +91,16 @@ class Job:
             parts=self.engine.method.parts, units=plan.units_of_rank[self.world.rank],
         )  # fmt: skip
 
-    def resume(self) -> None:
+    def open(self) -> None:
         if self.checkpoints is not None:
-            self._checkpointer = self._open(self.checkpoints)
+            self._checkpointer = Checkpointer(
+                self.checkpoints, save_total_limit=self.save_total_limit, may_commit=self.world.may_commit,
+                writer=self.world.generation,
+            )  # fmt: skip
+
+    def resume(self) -> None:
+        self.open()
+        if self._checkpointer is not None:
             found = self._checkpointer.resume(self.engine, hyperparameters=False)
             if found is not None:
                 self.loader.load_state_dict(found.extra["loader"])
@@ -105,13 +120,21 @@ class Job:
         last = clock.samples >= self.loader.total_samples
         self.stopped = report.stop and not last
         due = self.save_steps is not None and clock.steps % self.save_steps == 0
-        if self.checkpoints is not None and (last or self.stopped or due):
-            if self._checkpointer is None:
-                self._checkpointer = self._open(self.checkpoints)
-            self._checkpointer.save(self.engine, clock.steps, extra={"loader": self.loader.state_dict()})
+        if last or self.stopped or due:
+            self._save()
         if self.on_step is not None:
             self.on_step(self, row)
         return row
+
+    def settle(self, *, save: bool) -> None:
+        if save:
+            self._save()
+        if self._checkpointer is not None:
+            self._checkpointer.wait()
+
+    def _save(self) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.save(self.engine, self.engine.clock.steps, extra={"loader": self.loader.state_dict()})
 
     def finish(self) -> None:
         if self._checkpointer is not None:
@@ -122,9 +145,6 @@ class Job:
     def abandon(self) -> None:
         if self._checkpointer is not None:
             self._checkpointer.abandon()
-
-    def _open(self, folder: Path) -> Checkpointer:
-        return Checkpointer(folder, save_total_limit=self.save_total_limit, may_commit=self.world.may_commit)
 
 
 def refuse_what_counts_steps_or_ranks(engine: Engine) -> None:

@@ -53,14 +53,27 @@ class Change:
         )
 
 
+@dataclass
+class Phases:
+    """Seconds by phase of one change, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.monotonic)
+
+    def end(self, phase: str) -> None:
+        now = time.monotonic()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+        self._since = now
+
+
 class Journal:
     """Appends changes, and `say`s a line of each. A full disk costs the journal's line, never the training."""
 
     def __init__(self, run_folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
-        self.path, self._say = run_folder / JOURNAL, say
+        self.path, self.say = run_folder / JOURNAL, say
 
     def write(self, change: Change) -> None:
-        self._say(change.line())
+        self.say(change.line())
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as out:

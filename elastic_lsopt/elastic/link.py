@@ -4,10 +4,10 @@
     agent to worker    enter (a new generation), stop, granted
 
 [Note: threads of the link] The worker's main thread may sit in a collective that never ends, or compute for seconds. So
-one thread reads what the agent says, and cuts the transport where the main thread cannot go on in its generation; one
+one thread reads what the agent says, and cuts the transport where the main thread cannot go on in its generation. One
 beats, by which the agent tells a stopped or dead process from a slow one, and says which generation the main thread is
-in, by which the agent tells a main thread that hangs. Both touch only what the lock guards. The end of the line means that the agent is dead, and then so is this worker, at once: another agent may already have given its
-place away.
+in, by which the agent knows a main thread that hangs. Both touch only what the lock guards. The end of the line means
+that the agent is dead, and then so is this worker, at once: another agent may already have given its place away.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +127,8 @@ class WorkerLink:
             told = json.loads(line)
             if told["kind"] == "enter" and told["gone"]:
                 # Before the main thread can know of it: what it connects to next must not be cut.
-                self.broken(Entered.from_json(told))
+                with suppress(RuntimeError, OSError, ValueError):  # the main thread may take the group down right now
+                    self.broken(Entered.from_json(told))
             with self._lock:
                 match told["kind"]:
                     case "enter":

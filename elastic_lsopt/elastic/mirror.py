@@ -31,7 +31,7 @@ from torch import Tensor
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.checkpoint.safetensors_file import ALIGNMENT
 from elastic_lsopt.elastic.exchange import LOOK_S, Cut, gather_json, never
-from elastic_lsopt.elastic.versions import Chunk, Index, Version
+from elastic_lsopt.elastic.versions import FACTS, Chunk, Index, Version
 from elastic_lsopt.errors import PeerFailed
 
 MESSAGE_BYTES = 16 * 2**20
@@ -71,7 +71,7 @@ def routes(chunks: Sequence[Sequence[Chunk]], nodes: Sequence[str], copies: int)
         others = [m for m in mirrors_of(ranks[0], nodes, len(nodes)) if places[m] not in have]
         for mirror in others[: max(0, copies + 1 - len(have))]:
             out.setdefault((ranks[0], mirror), []).append(chunk)
-    return out
+    return _with_facts(out, chunks)
 
 
 def hand_over_routes(chunks: Sequence[Sequence[Chunk]], mirrored: Routes, leaving: Sequence[int]) -> Routes:
@@ -88,6 +88,13 @@ def hand_over_routes(chunks: Sequence[Sequence[Chunk]], mirrored: Routes, leavin
             target = min(stayers, key=lambda r: load[r])
             load[target] += sum(length for _, _, length in lost)
             out[rank, target] = lost
+    return _with_facts(out, chunks)
+
+
+def _with_facts(out: Routes, chunks: Sequence[Sequence[Chunk]]) -> Routes:
+    """Whoever gets any of a version gets what is no tensor in it too: without it nobody can go on from there."""
+    for (source, _), sent in out.items():
+        sent += [chunk for chunk in chunks[source] if chunk[0].startswith(FACTS) and chunk not in sent]
     return out
 
 

@@ -19,8 +19,9 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
@@ -153,6 +154,9 @@ class Plan:
     ramp_samples: int
     why: str
     """What the policy held, and by what; empty: nothing stood in its way."""
+    decoupled_weight_decay: bool = False
+    rate_bounds: tuple[float | None, float | None] = (None, None)
+    """Of the peak rate; adascale's gain goes on changing after the batch was planned."""
 
     @property
     def units(self) -> int:
@@ -183,6 +187,21 @@ class Plan:
     def accumulation(self) -> int:
         """The most forwards that any rank runs in a pass."""
         return max(self.slots)
+
+    def with_gain(self, gain: Gain | None) -> Plan:
+        """The same plan, its target by a newer measurement of AdaScale's gain; under other rules, or without one, self.
+
+        The rate stays within its bounds: the batch was planned for an older gain.
+        """
+        if self.rule != "adascale" or gain is None or not self.reference.learning_rate:
+            return self
+        own, (low, high) = self.reference, self.rate_bounds
+        rates = (low or 0.0) / own.learning_rate, (high or inf) / own.learning_rate
+        target = scaling(
+            own.global_batch_size, self.global_batch_size, self.rule,
+            decoupled_weight_decay=self.decoupled_weight_decay, gain=gain, rates=rates,
+        )  # fmt: skip
+        return replace(self, target=target)
 
     def scaling(self, now: SampleClock) -> Scaling:
         """The factors on the reference's hyper-parameters in the step that begins at `now`."""
@@ -239,7 +258,8 @@ def plan(
     made = Plan(
         global_batch_size=batch, unit_size=policy.unit_size, world=world, parts=policy.parts, speeds=speeds,
         rule=policy.rule, reference=own, start=start, target=target, since_samples=since,
-        ramp_samples=policy.ramp_samples, why=why,
+        ramp_samples=policy.ramp_samples, why=why, decoupled_weight_decay=policy.decoupled_weight_decay,
+        rate_bounds=(policy.min_learning_rate, policy.max_learning_rate),
     )  # fmt: skip
     if policy.max_accumulation is not None and made.accumulation > policy.max_accumulation:
         raise UserError(

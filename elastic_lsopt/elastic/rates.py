@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from elastic_lsopt.elastic.plan import Plan
 from elastic_lsopt.errors import Unsupported
 from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.schedules.adascale import WEIGHT, measured
-from elastic_lsopt.schedules.batch_scaling import Hyperparameters, Scaling, scaling
+from elastic_lsopt.schedules.batch_scaling import Hyperparameters
 
 
 class Rates:
@@ -30,14 +28,9 @@ class Rates:
 
     def set(self, share: float) -> float:
         """For the step that begins now; `share` of the peak rate is the schedule's. Returns the first group's rate."""
-        plan, engine = self._plan, self._engine
-        if plan.rule == "adascale":
-            plan = replace(plan, target=self._measured(plan))
+        engine = self._engine
+        plan = self._plan.with_gain(measured(engine.method_state))
         factors = plan.scaling(engine.clock)
         for group, own in zip(engine.param_groups, self._own, strict=True):
             factors.of(own, plan.global_batch_size).into_group(group, share)
         return float(engine.param_groups[0]["lr"]) if self._own else 0.0
-
-    def _measured(self, plan: Plan) -> Scaling:
-        own = plan.reference.global_batch_size
-        return scaling(own, plan.global_batch_size, plan.rule, gain=measured(self._engine.method_state))

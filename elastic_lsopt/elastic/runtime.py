@@ -26,8 +26,9 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ from elastic_lsopt.backends.rebuild import form_group, tear_down
 from elastic_lsopt.backends.transport import Transport, shut_down
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.exchange import gather_json
+from elastic_lsopt.elastic.fault import is_peers, one_line
 from elastic_lsopt.elastic.job import Run, refuse_what_counts_steps_or_ranks
-from elastic_lsopt.elastic.journal import Change, Journal
+from elastic_lsopt.elastic.journal import Change, Journal, Phases
 from elastic_lsopt.elastic.link import Entered, WorkerLink
 from elastic_lsopt.elastic.mailbox import connect, split_address
 from elastic_lsopt.elastic.mirror import Mirror
@@ -49,6 +51,7 @@ from elastic_lsopt.elastic.world import World
 from elastic_lsopt.errors import PeerFailed, UserError
 from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.schedules.adascale import Gain, measured
 
 Build = Callable[[World], Run]
 FORM_TIMEOUT_S = 20.0
@@ -56,30 +59,16 @@ FORM_TIMEOUT_S = 20.0
 POLL_S = 0.002
 LAGS = 8
 """How many mirrored versions C may trail behind; the runtime waits for the mirror before it trails further."""
-LAST = 2**53
-"""No generation comes after the end, however long an export takes."""
+IDLE_S = 0.2
+UNEXPLAINED = 5  # a program that fails in as many generations fails by itself, whatever its error looks like
+LAST = 2**53  # no generation comes after the end, however long an export takes
 SPEEDS = 16
 """Steps whose median speed is a worker's."""
 GRANT_S = 5.0
-GLOO = ("Connection closed by peer", "Connection reset", "gloo", "Broken pipe", "Timed out", "Socket", "recvBytes")
-"""What torch's messages say when a peer, and not this program, has failed (they are plain RuntimeErrors)."""
 
 
 class Interrupted(Exception):
     """A newer generation has come while this one was being formed."""
-
-
-@dataclass
-class Phases:
-    """Seconds by phase of one change, in order."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _since: float = field(default_factory=time.monotonic)
-
-    def end(self, phase: str) -> None:
-        now = time.monotonic()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
-        self._since = now
 
 
 class Runtime:
@@ -98,7 +87,10 @@ class Runtime:
         self._pushed: list[int] = []
         """Steps of this generation that were pushed to the mirror, from the committed one on."""
         self._number = 0
-        self._entered: Entered | None = None
+        self._member = False
+        """Whether a generation has had this worker."""
+        self._unexplained = 0
+        """Generations in a row that broke here though nobody had gone, and made no step."""
         self._transport: Transport | None = None
         self._store_port = 0
         self._mirror: Mirror | None = None
@@ -126,7 +118,9 @@ class Runtime:
             except Interrupted:
                 pass
             except Exception as error:
-                if not self._is_peers(error):
+                self._unexplained += not entered.gone
+                severed = self._transport is not None and self._transport.cut
+                if not is_peers(error, severed=severed) or self._unexplained > UNEXPLAINED:
                     raise
                 self._sever(None)
                 self._link.tell("broken", generation=self._number, error=one_line(error))
@@ -137,14 +131,21 @@ class Runtime:
             phases.end("take_down")
 
     def _next(self) -> Entered | None:
-        """The next generation in which there is something to do; None when this worker has no place in it."""
+        """The next generation in which there is something to do; None when this worker has lost its place, or when
+        the job is told to end while it waits for nodes."""
         while True:
-            entered = self._link.next_generation(after=self._number)
-            assert entered is not None
-            self._number, self._entered = entered.number, entered
-            self._link.generation = entered.number
+            entered = self._link.next_generation(after=self._number, timeout_s=IDLE_S)
+            if entered is None:
+                if self._link.stop_requested and self._member:
+                    self._link.tell("finished")
+                    return None
+                continue
+            self._number = self._link.generation = entered.number
             if self._link.name not in entered.workers:
-                return None
+                if self._member:
+                    return None
+                continue  # not admitted yet: this generation was decided before anyone knew of this worker
+            self._member = True
             if entered.running:
                 return entered
 
@@ -157,10 +158,19 @@ class Runtime:
         speed = statistics.median(self._speeds) if self._speeds else None
         inventories = gather_json(group, inventory(self._versions) | {"samples_per_second": speed})
         chosen = choose(inventories)
-        before = None if chosen is None else Plan.from_json(chosen.extra["plan"])
+        gain = None if chosen is None or chosen.extra["gain"] is None else Gain(*chosen.extra["gain"])
+        before = None if chosen is None else Plan.from_json(chosen.extra["plan"]).with_gain(gain)
         clock = SampleClock() if chosen is None else chosen.clock
         speeds = [found["samples_per_second"] for found in inventories]
-        self._plan = self._planned(entered, speeds, before, clock)
+        workers = [Worker(r, node, speed) for r, (node, speed) in enumerate(zip(entered.nodes, speeds, strict=True))]
+        try:
+            self._plan = plan(workers, self._policy, clock, before=before, gain=gain)
+        except UserError as error:
+            if chosen is None:
+                raise
+            # A job that runs does not end for it: its state waits here for further workers.
+            self._journal.say(f"generation {entered.number} waits: {error}")
+            raise Interrupted from error
         phases.end("agree")
         run = self._run = self._build(replace(world, plan=self._plan))
         refuse_what_counts_steps_or_ranks(run.engine)
@@ -173,9 +183,11 @@ class Runtime:
         else:
             moved = reshard(run.engine, self._versions, chosen, inventories, group, self._cut).received_bytes
             run.loader.load_state_dict(chosen.extra["loader"])
+            run.open()
         phases.end("reshard")
         mirrors = dist.new_group(backend="gloo", timeout=self._timeout)
         self._mirror = Mirror(mirrors, world.rank, world.size, entered.nodes, self._settings.copies, self._cut)
+        self._transport = Transport()  # now it knows the engine's groups too: DeepSpeed makes its own
         self._keep(wait=True)
         dist.barrier(group)
         self._versions.drop_older_generations(entered.number)
@@ -191,9 +203,10 @@ class Runtime:
         return self._train(run, entered, group, change, phases)
 
     def _train(self, run: Run, entered: Entered, group: dist.ProcessGroup, change: Change, phases: Phases) -> bool:
+        stepped = False
         for units in run.loader:
-            row = run.step(units)
-            self._seen = row["step"]
+            row, stepped = run.step(units), True
+            self._seen, self._unexplained = row["step"], 0
             self._note_speed(run.engine)
             if row["step"] == change.step + 1:
                 phases.end("first_step")
@@ -205,9 +218,10 @@ class Runtime:
             # A lone worker's versions would be of use to nobody but a newcomer.
             if pending or (len(entered.workers) > 1 and row["step"] % self._settings.mirror_every == 0):
                 self._keep(wait=pending)
-            if pending:
-                self._leave_together(entered, group)
+            if pending and self._leave_together(run, entered, group):
                 return False
+        if not stepped and change.source == "memory":  # the end came with a change, which may have cost its save
+            run.settle(save=True)
         self._link.generation = LAST
         run.finish()
         dist.barrier(group)
@@ -237,7 +251,11 @@ class Runtime:
         if len(self._pushed) - self._acknowledged() >= LAGS:  # buffers are bounded: a slow network slows the steps
             mirror.wait(self._pushed[-LAGS + 1], timeout_s=self._timeout.total_seconds())
         step = run.engine.clock.steps
-        extra = {"loader": run.loader.state_dict(), "plan": self._plan.to_json()}
+        gain = measured(run.engine.method_state)
+        extra = {
+            "loader": run.loader.state_dict(), "plan": self._plan.to_json(),
+            "gain": None if gain is None else [gain.variance, gain.square],
+        }  # fmt: skip
         mirror.push(self._versions.take(run.engine, generation=self._number, step=step, extra=extra))
         self._pushed.append(step)
         if wait:
@@ -269,18 +287,27 @@ class Runtime:
             self._run.engine.request_stop()
         return pending > 0
 
-    def _leave_together(self, entered: Entered, group: dist.ProcessGroup) -> None:
-        """See [Note: a planned change]."""
+    def _leave_together(self, run: Run, entered: Entered, group: dist.ProcessGroup) -> bool:
+        """See [Note: a planned change]. False where it is not to be followed: this generation ends the job itself,
+        because no worker stays (one more step saves) or no step and no newcomer is left to go on for."""
         assert self._mirror is not None
         newer = self._link.next_generation(after=self._number, timeout_s=self._timeout.total_seconds())
         if newer is None:
             raise PeerFailed("a worker flagged a new generation of which this node's agent does not know.")
         # Where changes follow each other fast, ranks know of different ones: the newest counts for all.
-        _, staying = max(gather_json(group, [newer.number, newer.workers]))
+        _, staying, running = max(gather_json(group, [newer.number, newer.workers, newer.running]))
         leaving = [rank for rank, worker in enumerate(entered.workers) if worker not in staying]
-        if leaving and len(leaving) < len(entered.workers):
+        done = run.engine.clock.samples >= run.loader.total_samples
+        if done and (not running or {*staying} <= {*entered.workers}):
+            return False
+        if len(leaving) == len(entered.workers):
+            run.engine.request_stop()
+            return False
+        run.settle(save=not running)  # a job that will wait for nodes may be told to end meanwhile
+        if leaving:
             self._mirror.hand_over(self._versions.newest, leaving, timeout_s=self._timeout.total_seconds())
         dist.barrier()  # whoever took the group down now would break it for those that still receive
+        return True
 
     # -- groups ------------------------------------------------------------------------------------------------
 
@@ -309,11 +336,11 @@ class Runtime:
         default = dist.distributed_c10d._get_default_group()
         dist.distributed_c10d._set_pg_timeout(self._timeout, default)
         group = default if device.type == "cpu" else dist.new_group(backend="gloo", timeout=self._timeout)
-        fence = self._may_commit if rank == 0 else None
+        fence = partial(self._may_commit, entered.number) if rank == 0 else None
         return World(rank, size, device, store, entered.number, None, fence), group
 
-    def _may_commit(self, step: int) -> bool:
-        return self._link.may_commit(self._number, step, timeout_s=self._settings.lease_s + GRANT_S)
+    def _may_commit(self, generation: int, step: int) -> bool:
+        return self._link.may_commit(generation, step, timeout_s=self._settings.lease_s + GRANT_S)
 
     def _meet(self, store: dist.Store, size: int) -> None:
         """Wait until all have come, so that the group itself forms at once: nothing can interrupt that."""
@@ -348,20 +375,6 @@ class Runtime:
         """Whether this generation is over by force."""
         return self._broken_since is not None
 
-    def _is_peers(self, error: Exception) -> bool:
-        """Whether an error comes from a peer's end, and not from this worker's own program."""
-        if isinstance(error, UserError):
-            return isinstance(error, PeerFailed)
-        severed = self._transport is not None and self._transport.cut
-        network = isinstance(error, dist.DistError | OSError) or any(sign in str(error) for sign in GLOO)
-        return (severed and isinstance(error, RuntimeError)) or network
-
-    def _planned(
-        self, entered: Entered, speeds: Sequence[float | None], before: Plan | None, clock: SampleClock
-    ) -> Plan:
-        workers = [Worker(r, node, speed) for r, (node, speed) in enumerate(zip(entered.nodes, speeds, strict=True))]
-        return plan(workers, self._policy, clock, before=before, gain=None)
-
     def _warm_up(self) -> None:
         """Form a group of one and build once, so that imports, compilers and caches are behind this worker when it
         says ready: the others wait for nothing of that."""
@@ -381,10 +394,6 @@ def _told(plan: Plan) -> dict[str, Any]:
     target = plan.target.of(plan.reference, plan.global_batch_size)
     told = {key: value for key, value in asdict(target).items() if value is not None}
     return told | {"held_by": plan.why, "units": [len(mine) for mine in plan.units_of_rank]}
-
-
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _device(local: int) -> torch.device:

@@ -151,7 +151,9 @@ class HostVersions:
         }
         index = self._index_of(source, f"{FACTS}{backend.rank}", len(text))
         buffer = self._buffer(index.bytes)
-        version = Version(generation, step, backend.rank, backend.world, self._node, index, buffer, dict(index.numels))
+        # Before the ranks have told each other, at least all weights must be there, and what was there a step ago.
+        whole = {f"weights/{p.name}": p.numel for p in backend.layout.parameters} | self._shared() | index.numels
+        version = Version(generation, step, backend.rank, backend.world, self._node, index, buffer, whole)
         *chunks, facts = index.chunks
         views = self._views.get(buffer.data_ptr())
         if views is None:
@@ -176,6 +178,11 @@ class HostVersions:
             + [((facts, 0, room), "U8", room)]
         )
         return self._index
+
+    def _shared(self) -> dict[str, int]:
+        """What all ranks together had in the version before, but for what is one rank's own."""
+        before = self._own[-1].whole if self._own else {}
+        return {key: numel for key, numel in before.items() if not key.startswith((FACTS, RANDOM))}
 
     def _buffer(self, size: int) -> Tensor:
         return self._free.pop() if self._free else torch.empty(size, dtype=torch.uint8)

@@ -106,13 +106,17 @@ class Scaling:
 
 
 def scaling(
-    reference_batch: int, batch: int, rule: Rule, *, decoupled_weight_decay: bool = False, gain: Gain | None = None
-) -> Scaling:
-    """The rule from one global batch to another; adascale without a measured `gain` leaves the rate."""
+    reference_batch: int, batch: int, rule: Rule, *, decoupled_weight_decay: bool = False, gain: Gain | None = None,
+    rates: tuple[float, float] = (0.0, math.inf),
+) -> Scaling:  # fmt: skip
+    """The rule from one global batch to another; adascale without a measured `gain` leaves the rate.
+
+    `rates` are bounds on the rate's factor.
+    """
     k = batch / reference_batch
     if k == 1:
         return Scaling()
-    rate = rate_factor(reference_batch, batch, rule, gain)
+    rate = min(max(rate_factor(reference_batch, batch, rule, gain), rates[0]), rates[1])
     return Scaling(
         rate=rate,
         forgetting=k if rule == "sqrt" else 1.0,

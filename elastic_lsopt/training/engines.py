@@ -62,10 +62,13 @@ def _shard(config: TrainConfig, model: nn.Module, world: World) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if world.size % config.fsdp_replicas:
-        raise UserError(f"fsdp_replicas={config.fsdp_replicas} must divide the {world.size} ranks of the job.")
-    if config.fsdp_replicas > 1:
-        shape, names = (config.fsdp_replicas, world.size // config.fsdp_replicas), ("replicate", "shard")
+    replicas = config.fsdp_replicas
+    if world.size % replicas:
+        if world.plan is None:
+            raise UserError(f"fsdp_replicas={replicas} must divide the {world.size} ranks of the job.")
+        replicas = 1  # the members of an elastic job come and go: until they can be grouped again, all share one copy
+    if replicas > 1:
+        shape, names = (replicas, world.size // replicas), ("replicate", "shard")
     else:
         shape, names = (world.size,), ("shard",)
     options: dict[str, Any] = {

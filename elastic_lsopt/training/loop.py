@@ -86,7 +86,7 @@ class TrainingRun:
 
     def resume(self) -> None:
         """Open the run folder, and start from its checkpoint or from the beginning."""
-        self._open(anew=self.config.resume_from_checkpoint == "none")
+        self.open(anew=self.config.resume_from_checkpoint == "none")
         assert self._checkpoints is not None
         # The settings say what the optimizer's hyper-parameters are: a weight_decay that the user has changed counts.
         found = self._checkpoints.resume(self.engine, self._checkpoint_to_resume(), hyperparameters=False)
@@ -104,9 +104,6 @@ class TrainingRun:
 
     def step(self, units: list[Unit]) -> dict[str, Any]:
         """One optimizer step with its metrics, evaluation and checkpoint; returns its row of metrics.jsonl."""
-        if self._checkpoints is None:  # the state came from memory
-            self._open(anew=False)
-        assert self._checkpoints is not None
         engine, config, start = self.engine, self.config, time.monotonic()
         lr = self._set_rate()
         engine.train_batch(units)
@@ -125,7 +122,7 @@ class TrainingRun:
         self.console.step(row)
         self.stopped = report.stop and not last
         if last or self.stopped or _due(step, config.save_steps):
-            self._checkpoints.save(engine, step, extra={"loader": self.loader.state_dict()})
+            self._save()
         return row
 
     def _set_rate(self) -> float:
@@ -136,6 +133,17 @@ class TrainingRun:
         for group in self.engine.param_groups:
             group["lr"] = lr
         return lr
+
+    def _save(self) -> None:
+        assert self._checkpoints is not None
+        self._checkpoints.save(self.engine, self.engine.clock.steps, extra={"loader": self.loader.state_dict()})
+
+    def settle(self, *, save: bool) -> None:
+        """Before this generation ends as planned: wait for a save under way; with `save`, make one of this step."""
+        assert self._checkpoints is not None
+        if save:
+            self._save()
+        self._checkpoints.wait()
 
     def finish(self) -> None:
         """After the last step: wait for the last checkpoint, export the model, say how it went."""
@@ -175,13 +183,14 @@ class TrainingRun:
         own = self.config.elastic is not None and listing(Path(self.config.output_dir) / CHECKPOINTS)
         return "auto" if own else given
 
-    def _open(self, *, anew: bool) -> None:
+    def open(self, *, anew: bool = False) -> None:
+        """Attend to the console, open the run folder, make the checkpoints' group: before the first step."""
         config = self.config
         self._attend()
         self._folder = self.world.on_first(lambda: RunFolder(config, anew=anew))
         self._checkpoints = Checkpointer(
             Path(config.output_dir) / CHECKPOINTS, save_total_limit=config.save_total_limit,
-            may_commit=self.world.may_commit,
+            may_commit=self.world.may_commit, writer=self.world.generation,
         )  # fmt: skip
 
 

@@ -45,12 +45,12 @@ def killed(path: str, rank: int, where: str) -> str | None:
     assert _save(checkpoints, engine, 1) is None
     if dist.get_rank() == rank:
         if where == "in its file":
-            _die_when_larger(Path(path, ".tmp-checkpoint-2", f"rank-{rank}.safetensors"), 1 << 20)
+            _die_when_larger(Path(path, ".tmp-checkpoint-2.0", f"rank-{rank}.safetensors"), 1 << 20)
         else:
             event, name = {
                 "at the manifest": ("open", "manifest.json"),
-                "at the rename": ("os.rename", ".tmp-checkpoint-2"),
-                "while the old one goes": ("shutil.rmtree", ".tmp-checkpoint-1"),
+                "at the rename": ("os.rename", ".tmp-checkpoint-2.0"),
+                "while the old one goes": ("shutil.rmtree", ".tmp-checkpoint-1.0"),
             }[where]
             _die_at(event, name)
     return _save(checkpoints, engine, 2)

@@ -169,7 +169,8 @@ class Round:
 
 
 def check(rows: list[Row], steps: int, logs: Callable[[], str]) -> None:
-    """Law 5: the loss at every step is the undisturbed run's, and every sample is committed exactly once."""
+    """Law 5: the loss at every step is the undisturbed run's, every sample is committed exactly once, and replicas of
+    the weights are the same to the bit."""
     expected = undisturbed(steps)
     order = SampleOrder(SAMPLES, 1)
     by_attempt: dict[tuple[int, int], list[Row]] = {}
@@ -184,6 +185,7 @@ def check(rows: list[Row], steps: int, logs: Callable[[], str]) -> None:
                 f"undisturbed {expected[step - 1]}\n{logs()}"
             )
             assert row["samples"] == step * BATCH
+        assert len({row.get("weights") for row in attempt}) == 1, f"step {step}: replicas differ: {attempt}"
         ids = [i for row in attempt for i in row["ids"]]
         wanted = order.at(range((step - 1) * BATCH, step * BATCH)).tolist()
         assert len(ids) == len(set(ids)) and set(ids) <= set(wanted), f"step {step}: ran {ids}, its samples {wanted}"

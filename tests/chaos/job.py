@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,13 @@ def engine_of(backend: str, width: int, total_samples: int) -> lso.Engine:
     )
 
 
+def weights(backend: str, engine: lso.Engine) -> int | None:
+    """A checksum of this rank's weights where each rank holds all of them, so that all ranks must say the same."""
+    if backend in ("fsdp2", "zero3"):
+        return None
+    return zlib.crc32(b"".join(p.detach().numpy().tobytes() for p in engine.module.parameters()))
+
+
 def main(path: Path) -> None:
     settings = json.loads(path.read_text())
     folder, total = Path(settings["folder"]), settings["steps"] * BATCH
@@ -116,7 +124,7 @@ def main(path: Path) -> None:
         def on_step(job: Job, row: dict[str, Any]) -> None:
             if not (folder / "hurry").exists():
                 time.sleep(settings["slow_s"])
-            line = {"rank": world.rank, "ids": taken, **row}
+            line = {"rank": world.rank, "ids": taken, "weights": weights(settings["backend"], job.engine), **row}
             with (folder / f"steps-{os.getpid()}.jsonl").open("a") as out:
                 out.write(json.dumps(line) + "\n")
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.elastic.job import refuse_what_counts_steps_or_ranks
 from elastic_lsopt.elastic.journal import read_journal
+from elastic_lsopt.elastic.mailbox import LONGEST_BYTES, connect, reachable
+from elastic_lsopt.elastic.signing import sign
 from tests.jobs import BIN, TINY, Started, in_ranks, losses, rows, write_job
 from tests.ranks import ROOT, free_port
 
@@ -161,6 +164,21 @@ def test_a_clock_that_is_off(running: Running, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import time\n_now = time.time\ntime.time = lambda: _now() + 600\n")
     said = refused(running, running.newcomer("clock"), PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert "clock" in said, said
+
+
+def test_a_stranger_at_the_store(running: Running) -> None:
+    """Bytes that are no record, a record under another secret, and one that is too long: refused, and logged once."""
+    store = connect(running.endpoint, timedelta(seconds=5))
+    wrong = sign({"record": {}}, b"another secret of 16 bytes")
+    for message in (b"garbage", wrong, wrong, b"x" * (LONGEST_BYTES + 1)):
+        store.queue_push("in", message)
+    running.node.until(lambda: "refused a message" in running.node.output)
+    assert running.node.output.count("refused a message: a record is not signed with this job's secret") == 1
+
+
+def test_only_the_given_address_is_listened_on(running: Running) -> None:
+    port = running.endpoint.rpartition(":")[2]
+    assert reachable(running.endpoint) and not reachable(f"127.0.0.2:{port}")
 
 
 def test_the_running_job_was_not_disturbed(running: Running, ranks: Callable[[int], Any], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A worker whose main thread hangs in the user's code while its other threads live on: it beats, and never comes back."""
+"""A worker whose main thread hangs in the user's code, while its other threads live on and beat."""
 
 from __future__ import annotations
 

@@ -73,6 +73,23 @@ def test_the_worker_is_lost_and_another_takes_its_place(killed: Life) -> None:
 
 
 @LIMIT
+def test_a_line_of_the_journal(killed: Life) -> None:
+    """What a change was, and what it changed: nothing of batch, rate, betas and rho under keep_batch."""
+    changes = read_journal(killed.folder)
+    death = next(c for c in changes if c["gone"])
+    assert death["before"] | {"units": 0} == death["after"] | {"units": 0}
+    job = {"global_batch_size": 7, "learning_rate": 0.1, "momentum": 0.9, "rho": 0.05, "weight_decay": 0.01}
+    assert death["after"].items() >= job.items()
+    assert sum(death["before"]["units"]) == sum(death["after"]["units"]) == 4
+    phases = ["detect", "take_down", "wait", "form", "agree", "build", "reshard", "mirror", "first_step"]
+    assert list(death["seconds"]) == phases and all(s >= 0 for s in death["seconds"].values())
+    assert 0.01 < sum(death["seconds"].values()) < 60
+    # Rank 1 mirrored rank 0, whose place it takes, and rank 2 mirrored rank 1: each has what it needs.
+    assert death["bytes_moved"] == 0 < changes[-1]["bytes_moved"]
+    assert death["samples"] == 7 * death["step"] and death["source"] == "memory"
+
+
+@LIMIT
 def test_the_run_folder(killed: Life) -> None:
     assert {p.name for p in killed.folder.iterdir()} == {
         "config.yaml", "metrics.jsonl", "journal.jsonl", "checkpoints", "loss.png", "members.png", "model", "elastic",
@@ -96,11 +113,15 @@ def test_what_it_says(killed: Life) -> None:
 
 
 @LIMIT
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, undisturbed: dict[int, Any]) -> None:
+@pytest.mark.parametrize("told", ["agent", "all workers", "everybody"])
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, undisturbed: dict[int, Any], told: str) -> None:
+    """To the agent, as a person does; to the workers, or to all processes at once, as some launchers do."""
     job = write_job(tmp_path / "run.yaml", model=SLOW, elastic={}, export=False, **(SHAPE | {"workers": 2}))
     first = Started(command("none", job), tmp_path)
     first.until(lambda: _world(tmp_path / "run") == 2 and _step(tmp_path / "run") >= 6)
-    first.process.send_signal(signal.SIGTERM)
+    workers = [] if told == "agent" else [*_workers(first).values()]
+    for pid in workers if told == "all workers" else [first.process.pid, *workers]:
+        os.kill(pid, signal.SIGTERM)
     assert first.wait() == 0, first.output
     stopped = _step(tmp_path / "run")
     assert stopped < STEPS

@@ -124,6 +124,18 @@ def test_a_drained_node_leaves_and_nothing_is_gone(name: str) -> None:
     assert world.place(name).state.ended  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("event", [Drain(), DrainWorker("b0")], ids=["node", "worker"])
+def test_who_leaves_waits_for_the_generation_after_a_death(event: Any) -> None:
+    """He may hold the only copy of what the dead one mirrored, and hands over in a change without a death only."""
+    world = begin(5, rules(max_nodes=5))
+    number = newest(world).number
+    # While the leader's proposal for its own worker is out, b is told to go and c's worker dies.
+    world = world.kill_worker("a").give("b", event).kill_worker("c").run(1.0, respawn=False)
+    one, two, three = (g for g in world.decided if g.number > number)
+    assert (one.gone, two.gone, three.gone) == (("a0",), ("c0",), ())
+    assert ("b", "b0") in two.ranks and ("b", "b0") not in three.ranks and ("d", "d0") in three.ranks
+
+
 def test_a_drained_worker_is_not_gone() -> None:
     world = begin(2, rules()).give("b", DrainWorker("b0")).flush()
     assert newest(world).member["b"].workers == () and newest(world).gone == ()

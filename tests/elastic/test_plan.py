@@ -236,6 +236,38 @@ def test_the_same_workers_again_neither_start_nor_prolong_a_ramp() -> None:
     assert plan(workers(16), policy, at(320), before=made) == made
 
 
+# -- adascale: r = (S/B + G) / (S/B' + G), arXiv 2007.05105 ------------------------------------------------------------
+
+ADASCALE = replace(SCALE, rule="adascale")
+
+
+def r(gain: Gain, larger: int, batch: int = 32) -> float:
+    return (gain.variance / batch + gain.square) / (gain.variance / larger + gain.square)
+
+
+def test_the_rate_follows_the_measured_gain_within_its_bounds() -> None:
+    noisy, calm = Gain(variance=640.0, square=1.0), Gain(variance=1.0, square=1.0)
+    made = plan(workers(16), ADASCALE, START, gain=noisy)
+    assert made.global_batch_size == 128
+    for gain in (noisy, calm):
+        now = made.with_gain(gain).hyperparameters(START)
+        assert now.learning_rate == pytest.approx(1e-3 * r(gain, 128))
+        # AdamW's decay per sample, rate x decay / batch, stays.
+        assert now.learning_rate * now.weight_decay / 128 == pytest.approx(1e-3 * ADAMW.weight_decay / 32)
+    held = plan(workers(16), replace(ADASCALE, max_learning_rate=2e-3), START, gain=calm).with_gain(noisy)
+    assert held.hyperparameters(START).learning_rate == pytest.approx(2e-3) and r(noisy, 128) > 2
+    assert made.with_gain(None) is made and plan(workers(16), SCALE, START).with_gain(noisy).rule == "sqrt"
+
+
+def test_a_ramp_under_adascale_begins_at_the_rate_that_was_measured() -> None:
+    policy, gain = replace(ADASCALE, ramp_samples=1000), Gain(variance=64.0, square=1.0)
+    before = plan(workers(8), policy, START, gain=gain)
+    made = plan(workers(16), policy, at(6400), before=before.with_gain(gain), gain=gain)
+    for samples, share in {6400: 0.0, 6900: 0.5, 7400: 1.0}.items():
+        expected = 1e-3 * ((1 - share) * r(gain, 64) + share * r(gain, 128))
+        assert made.with_gain(gain).hyperparameters(at(samples)).learning_rate == pytest.approx(expected)
+
+
 # -- the file, and what is refused -------------------------------------------------------------------------------------
 
 

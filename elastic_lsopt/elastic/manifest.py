@@ -1,0 +1,23 @@
+"""One manifest a step: a generation claims a checkpoint's name at the job's store before it is given (design, 6.10)."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import timedelta
+
+from elastic_lsopt.elastic.mailbox import connect
+
+TIMEOUT = timedelta(seconds=5)
+
+
+def claim(store_address: str, generation: int, step: int) -> bool:
+    """Whether the checkpoint of `step` is this generation's to commit: by compare-and-set, against older ones.
+
+    False where a newer generation has claimed it, and where the store cannot be asked. The caller holds a lease.
+    """
+    with suppress(RuntimeError, OSError):
+        store, key = connect(store_address, TIMEOUT), f"manifest/{step}"
+        before = store.get(key).decode() if store.check([key]) else ""
+        if not before or int(before) <= generation:
+            return store.compare_set(key, before, str(generation)) == str(generation).encode()
+    return False
