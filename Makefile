@@ -56,7 +56,7 @@ bench: $(INSTALLED)  ## measure against the peers; writes benchmarks/results
 	$(BIN)/python -m benchmarks.run
 
 bench-elastic: $(INSTALLED)  ## seconds from a kill or a join to the next step, beside stock torchrun
-	$(BIN)/python -m benchmarks.run elastic elastic_layer
+	$(BIN)/python -m benchmarks.run elastic elastic_layer membership_simulation
 
 schema: $(INSTALLED)  ## write the JSON schema of a job's YAML
 	$(BIN)/python -m elastic_lsopt.config.schema

@@ -26,7 +26,7 @@ from benchmarks.machine import ROOT
 SMALL, LARGE = 6_111, 277_000
 """Widths: 110,000 parameters; 60 MB of weights and AdamW's moments."""
 SLOW_S = 0.05
-REPEATS = 3
+REPEATS = 5
 LIMIT_S = 120.0
 NODES = 3
 TUNED = (
@@ -158,17 +158,14 @@ def kill_node(job: Nodes) -> tuple[float, int]:
     return after(job, moment, {pid})
 
 
-def pause_of_join(job: Nodes) -> float:
-    """The longest pause of a survivor between two steps around the step in which a further node takes part."""
-    present = {r["pid"] for r in job.rows()[-NODES * 6 :]}
-    world = job.rows()[-1]["world"]
-    job.start()
-    job.wait(lambda rows: bool(rows) and rows[-1]["world"] == world + 1, "the join")
-    job.whole(world + 1, 3)
+def pause_of_join(job: Nodes, since: float) -> float:
+    """The longest pause of a survivor between two steps around the step in which another worker takes part again."""
+    job.whole(NODES, 3)
+    rows = [r for r in job.rows() if r["at"] > since]
     pauses = []
-    for pid in present:
-        mine = [r for r in job.rows() if r["pid"] == pid]
-        pauses += [b["at"] - a["at"] for a, b in pairwise(mine) if b["world"] == world + 1 > a["world"]]
+    for pid in {r["pid"] for r in rows}:
+        mine = [r for r in rows if r["pid"] == pid]
+        pauses += [b["at"] - a["at"] for a, b in pairwise(mine) if b["world"] == NODES > a["world"]]
     return max(pauses) - SLOW_S
 
 
@@ -177,15 +174,17 @@ def run() -> dict[str, Any]:
     cases = [("fsdp2", SMALL, "small"), ("fsdp2", LARGE, "60mb"), ("zero2", SMALL, "small"), ("zero3", SMALL, "small")]
     for backend, width, size in cases:
         with nodes(stock=False, backend=backend, width=width) as job:
-            kills = []
+            kills, joins = [], []
             for _ in range(REPEATS):
+                moment = time.time()
                 kills.append(kill_worker(job))
+                joins.append(pause_of_join(job, moment))
                 job.whole(NODES)
             name = f"{backend}_{size}"
             _note(figures, f"kill_worker_{name}_s", [s for s, _ in kills])
             figures[f"kill_worker_{name}_steps_done_again"] = max(n for _, n in kills)
+            _note(figures, f"join_pause_{name}_s", joins)
             if size == "small" and backend == "fsdp2":
-                figures["join_pause_fsdp2_small_s"] = pause_of_join(job)
                 seconds, again = kill_node(job)
                 figures["kill_node_fsdp2_small_s"], figures["kill_node_fsdp2_small_steps_done_again"] = seconds, again
             journal = [json.loads(line) for line in (job.folder / "journal.jsonl").read_text().splitlines()]
@@ -198,6 +197,10 @@ def run() -> dict[str, Any]:
     figures["torchrun_kill_node_s"], figures["torchrun_kill_node_steps_done_again"] = node[0]
     ours = figures["kill_worker_fsdp2_small_s"]
     figures["torchrun_kill_node_of_our_kill"] = figures["torchrun_kill_node_s"] / ours
+    figures["torchrun_kill_worker_of_our_kill"] = figures["torchrun_kill_worker_s"] / ours
+    figures["torchrun_kill_node_of_our_kill_node"] = (
+        figures["torchrun_kill_node_s"] / figures["kill_node_fsdp2_small_s"]
+    )
     return figures
 
 

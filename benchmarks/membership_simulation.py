@@ -21,6 +21,7 @@ from elastic_lsopt.elastic.quorum import Ballot, Vote
 from elastic_lsopt.elastic.record import Enter, Event, Heard, Publish, Record, Rules, Tick, WorkerExited, WorkerReady
 from elastic_lsopt.elastic.state import Campaign, State
 
+CHANGES = ("join", "worker_death", "node_silence", "host_death")
 DELAY_S = 0.001
 """From a put until the reader has the record."""
 
@@ -136,13 +137,19 @@ class Simulation:
         }
 
 
-def run(sizes: tuple[int, ...] = (100, 1000, 10_000), per_agent: tuple[int, ...] = (8, 1)) -> dict[str, object]:
+def run(sizes: tuple[int, ...] = (100, 1000, 10_000), per_agent: tuple[int, ...] = (8, 1)) -> dict[str, float]:
     """Figures by change, workers an agent, and workers."""
-    figures: dict[str, object] = {}
+    figures: dict[str, float] = {}
     for workers in per_agent:
         for total in sizes:
-            for change in ("join", "worker_death", "node_silence", "host_death"):
+            for change in CHANGES:
                 cost = Simulation(total // workers, workers).change(change)
                 print(f"{change:13} {total:6} workers, {workers} an agent: {cost}", flush=True)
                 figures |= {f"{change}_{workers}_an_agent_{total}_{key}": value for key, value in cost.items()}
+    small, large = min(sizes), max(sizes)
+    for change in CHANGES:
+        few, many = (
+            figures[f"{change}_{per_agent[0]}_an_agent_{total}_store_operations_per_worker"] for total in (small, large)
+        )
+        figures[f"{change}_store_operations_per_worker_of_{large}_over_{small}"] = many / few
     return figures

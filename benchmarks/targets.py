@@ -51,6 +51,10 @@ TARGETS = (
     Target("elastic", "torchrun_kill_node_of_our_kill", at_least=10.0),
     Target("elastic_layer", "layer_of_step_without_mirror", at_most=0.01),
     Target("elastic_layer", "layer_of_step_with_mirror", at_most=0.03),
+    *(
+        Target("membership_simulation", f"{change}_store_operations_per_worker_of_10000_over_100", at_most=1.1)
+        for change in ("join", "worker_death", "node_silence", "host_death")
+    ),
     Target("imports", "import_beyond_torch_s", at_most=0.3),
     Target("noise", "cpu_fill_speed_of_randn", at_least=0.5),
     *(
