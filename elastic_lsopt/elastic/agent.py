@@ -319,7 +319,7 @@ class Agent:
         for number in [n for n, (due, _) in self._broken.items() if now >= due]:
             _, error = self._broken.pop(number)
             if number == self._state.number:
-                log.warning("%s: generation %d broke here, and nobody has died: %s", self.node.name, number, error)
+                log.warning("%s: generation %d broke, and no death explains it: %s", self.node.name, number, error)
             self._advance(record.Broken(number))
         self._advance(record.Tick())
         self._offer()

@@ -111,12 +111,20 @@ class Cluster:
 
     def host(self) -> str | None:
         """The node that hosts the store, as any node's votes say."""
-        newest: tuple[int, str] = (-1, "")
+        return self._newest()[0]
+
+    def voters(self) -> set[str]:
+        """The members of the newest generation, with and without workers."""
+        return set(self._newest()[1])
+
+    def _newest(self) -> tuple[str | None, list[str]]:
+        newest: tuple[int, str | None, list[str]] = (-1, None, [])
         for file in (self.folder / "elastic").glob("*.json"):
             with suppress(OSError, ValueError, KeyError):
                 generation = json.loads(file.read_text())["generation"]
-                newest = max(newest, (generation["number"], generation["host"]))
-        return newest[1] or None
+                members = [member["name"] for member in generation["members"]]
+                newest = max(newest, (generation["number"], generation["host"], members))
+        return newest[1:]
 
     def rows(self) -> list[Row]:
         """Every finished step of every worker."""

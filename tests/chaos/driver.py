@@ -154,7 +154,8 @@ class Round:
         cluster.until(lambda: cluster.progress()[1] >= done, f"{what}: further steps", RECOVER_S)
 
     def _whole(self) -> None:
-        """NODES nodes live, and QUORUM of them train in one generation: the next event finds a quorum that bears it."""
+        """NODES nodes live, QUORUM of them train in one generation, and nobody votes in it who is dead: the next event
+        finds a quorum that bears it."""
         cluster = self.cluster
 
         def whole() -> bool:
@@ -163,7 +164,8 @@ class Round:
             generation, step = cluster.progress()
             change = next((c for c in reversed(cluster.changes()) if c["generation"] == generation), None)
             trains = {*change["nodes"]} if change is not None else set()
-            return step >= self.steps or len(trains.intersection(cluster.living())) >= QUORUM
+            living = {*cluster.living()}
+            return step >= self.steps or (len(trains & living) >= QUORUM and cluster.voters() <= living)
 
         cluster.until(whole, "a quorum in one generation", START_S)
 

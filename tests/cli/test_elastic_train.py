@@ -14,6 +14,7 @@ import pytest
 
 from elastic_lsopt.elastic.journal import read_journal
 from tests.jobs import TINY, Started, command, in_ranks, losses, rows, write_job
+from tests.ranks import free_port
 
 STEPS = 60
 SLOW = {"import": TINY, "args": {"pause_s": 0.02}}
@@ -113,14 +114,14 @@ def test_what_it_says(killed: Life) -> None:
 
 
 @LIMIT
-@pytest.mark.parametrize("told", ["agent", "all workers", "everybody"])
+@pytest.mark.parametrize("told", ["agent", "everybody"])
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, undisturbed: dict[int, Any], told: str) -> None:
-    """To the agent, as a person does; to the workers, or to all processes at once, as some launchers do."""
+    """To the agent, as a person does, or to all processes at once, as some launchers do."""
     job = write_job(tmp_path / "run.yaml", model=SLOW, elastic={}, export=False, **(SHAPE | {"workers": 2}))
     first = Started(command("none", job), tmp_path)
     first.until(lambda: _world(tmp_path / "run") == 2 and _step(tmp_path / "run") >= 6)
     workers = [] if told == "agent" else [*_workers(first).values()]
-    for pid in workers if told == "all workers" else [first.process.pid, *workers]:
+    for pid in [*workers, first.process.pid]:
         os.kill(pid, signal.SIGTERM)
     assert first.wait() == 0, first.output
     stopped = _step(tmp_path / "run")
@@ -131,6 +132,32 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, undisturbed:
     assert second.wait() == 0, second.output
     assert f"checkpoint-{stopped}, after step {stopped}" in second.output
     assert losses(tmp_path / "run") == pytest.approx([undisturbed[s]["loss"] for s in sorted(undisturbed)], rel=1e-5)
+
+
+@LIMIT
+def test_a_job_that_waits_for_nodes_has_saved_and_can_be_ended(tmp_path: Path, undisturbed: dict[int, Any]) -> None:
+    """One of two nodes leaves, `min_nodes` are two: the other waits, is told to end, and both start again later."""
+    elastic = {"endpoint": f"127.0.0.1:{free_port()}", "address": "127.0.0.1", "min_nodes": 2}
+    shape = SHAPE | {"workers": 1, "save_steps": None}
+    job, run = write_job(tmp_path / "run.yaml", model=SLOW, elastic=elastic, export=False, **shape), tmp_path / "run"
+
+    def start(name: str) -> Started:
+        return Started(["env", f"ELASTIC_LSOPT_NODE={name}", *command("none", job)], tmp_path)
+
+    first, second = start("n1"), start("n2")
+    first.until(lambda: _step(run) >= 6)
+    second.process.send_signal(signal.SIGTERM)
+    assert second.wait() == 0, second.output
+    stopped = _step(run)
+    first.until((run / f"checkpoints/checkpoint-{stopped}").exists)
+    time.sleep(1.0)
+    assert _step(run) == stopped < STEPS, "one node went on alone"
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait() == 0, first.output
+    both = start("n1"), start("n2")
+    assert [node.wait() for node in both] == [0, 0], [node.output for node in both]
+    assert f"checkpoint-{stopped}, after step {stopped}" in both[0].output + both[1].output
+    assert losses(run) == pytest.approx([undisturbed[s]["loss"] for s in sorted(undisturbed)], rel=1e-5)
 
 
 @LIMIT
