@@ -62,8 +62,8 @@ class ElasticConfig:
     lease_s: Positive = 2.0
     """Seconds without a quorum after which a node stops its workers; a silent node is evicted after twice that."""
     hang_timeout_s: Positive = 30.0
-    """Seconds without a worker's heartbeat, or until its main thread has come to a new generation, after which it is
-    killed; longer than the longest step, save and build of the model. A collective fails after ten times that."""
+    """Seconds without a worker's heartbeat, or until its main thread has noticed a new generation, after which it is
+    killed; longer than the longest step with its evaluation. A collective fails after ten times that."""
     join_debounce_s: NotNegative = 0.3
     """Seconds to wait for further newcomers before they are let in together."""
     drain_timeout_s: Positive = 30.0

@@ -77,7 +77,7 @@ class WorkerLink:
         self.name = os.environ[WORKER]
         self.stop_requested = False
         self.generation = 0
-        """The one that the main thread is in, or forms; the agent ends a worker that does not follow it."""
+        """The newest that the main thread has noticed; the agent ends a worker that does not follow."""
         self._drain_requested = self._drain_told = False
         self.broken: Callable[[Entered], None] = lambda entered: None
         self._progress: dict[str, Any] = {}

@@ -294,6 +294,7 @@ class Runtime:
         newer = self._link.next_generation(after=self._number, timeout_s=self._timeout.total_seconds())
         if newer is None:
             raise PeerFailed("a worker flagged a new generation of which this node's agent does not know.")
+        self._link.generation = newer.number  # what follows may take long, and is no hang
         # Where changes follow each other fast, ranks know of different ones: the newest counts for all.
         _, staying, running = max(gather_json(group, [newer.number, newer.workers, newer.running]))
         leaving = [rank for rank, worker in enumerate(entered.workers) if worker not in staying]
