@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.chaos_table import chaos_table
 from benchmarks.machine import commit, describe
 from benchmarks.targets import TARGETS, rows
 
@@ -52,7 +53,8 @@ def main(names: list[str]) -> int:
 def page(folder: Path) -> str:
     """The README of a folder of results."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return "\n".join([HEAD, *(section(name, kind, runs) for name in NAMES for kind in ("cpu", "cuda"))])
+    sections = (section(name, kind, runs) for name in NAMES for kind in ("cpu", "cuda"))
+    return "\n".join([HEAD, *sections, chaos_table(folder / "chaos.jsonl")])
 
 
 def section(name: str, kind: str, runs: list[dict[str, Any]]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import imports, membership_simulation, one_process, run
+from benchmarks.chaos_table import chaos_table
 from benchmarks.models import TOY
 from benchmarks.targets import Target, rows
 from benchmarks.timing import ratio_of
@@ -94,6 +95,23 @@ def test_the_page_shows_the_newest_run_and_says_what_is_unproved(tmp_path: Path)
     assert "| import_beyond_torch_s | 0.1 | - | ≤ 0.3 | yes |" in page
     assert "0.7" not in page
     assert "## steps on a GPU\n\nUnproved" in page
+
+
+@fast
+def test_the_chaos_table_counts_only_rounds_that_were_checked(tmp_path: Path) -> None:
+    head = {"backend": "fsdp2", "seed": 1}
+    lines = [
+        {**head, "event": "kill", "seconds": 1.0},
+        {**head, "event": "stop", "seconds": 5.0},
+        {**head, "round": "passed", "events": 2, "commit": "abc"},
+        {**head, "seed": 2, "event": "kill", "seconds": 2.0},
+        {**head, "seed": 2, "failure": "stuck", "why": "", "commit": "def"},
+        {**head, "seed": 3, "event": "kill", "seconds": 99.0},  # its round was interrupted
+    ]
+    results = tmp_path / "chaos.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "| fsdp2 | 3 | 200 | 1 | stuck (2) | 2.0, 5.0 | abc, def |" in chaos_table(results)
+    assert "Unproved" in chaos_table(tmp_path / "none")
 
 
 @fast
