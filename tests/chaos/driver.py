@@ -207,7 +207,9 @@ def main() -> int:
     arguments.results.touch()
     past = [json.loads(line) for line in arguments.results.read_text().splitlines()]
     mine = [line for line in past if line["backend"] == arguments.backend]
-    done, seed = len([e for e in mine if "event" in e]), max([arguments.seed - 1, *(e["seed"] for e in mine)]) + 1
+    ended = {line["seed"] for line in mine if "event" not in line}  # a round that was interrupted was not checked
+    done = len([line for line in mine if "event" in line and line["seed"] in ended])
+    seed = max([arguments.seed - 1, *(line["seed"] for line in mine)]) + 1
     failures = 0
     while done < arguments.events:
         folder = Path(tempfile.mkdtemp(prefix="chaos-"))
