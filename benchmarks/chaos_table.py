@@ -20,8 +20,8 @@ def chaos_table(results: Path) -> str:
         "",
         "Kill -9, SIGTERM, SIGSTOP, joins, agents' and hosts' deaths at living jobs of 3 to 5 nodes "
         "(`tests/chaos/driver.py`). After each round: every loss is the undisturbed run's to 1e-5, every sample is "
-        "used once, replicas are equal to the bit, no process is left. Seconds: from the event until two further steps are "
-        "done, a hang's own time limit of 4 s included.",
+        "used once, replicas are equal to the bit, no process is left. Seconds: from the event until two further steps "
+        "are done, a hang's own time limit of 4 s included.",
         "",
         "| backend | events | target | rounds passed | failures (seed) | seconds: median, largest | commits |",
         "| --- | ---: | ---: | ---: | --- | --- | --- |",
