@@ -31,7 +31,6 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from elastic_lsopt.backends.rebuild import form_group, tear_down
@@ -47,7 +46,7 @@ from elastic_lsopt.elastic.mirror import Mirror
 from elastic_lsopt.elastic.plan import Plan, Policy, Worker, plan
 from elastic_lsopt.elastic.reshard import choose, inventory, reshard
 from elastic_lsopt.elastic.versions import HostVersions
-from elastic_lsopt.elastic.world import World
+from elastic_lsopt.elastic.world import World, device_of
 from elastic_lsopt.errors import PeerFailed, UserError
 from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.oracle.clock import SampleClock
@@ -328,7 +327,7 @@ class Runtime:
             f"generation/{entered.number}", connect(entered.store, timedelta(seconds=FORM_TIMEOUT_S))
         )
         self._meet(store, size)
-        device = _device(local)
+        device = device_of(local)
         form_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store, rank, size,
             timedelta(seconds=FORM_TIMEOUT_S),
@@ -384,7 +383,7 @@ class Runtime:
         clock = SampleClock()
         policy = replace(self._policy, max_accumulation=None)  # which is of the real world, not of this one
         alone = plan([Worker(0, "", None)], policy, clock, before=None, gain=None)
-        run = self._build(World(0, 1, _device(0), dist.HashStore(), 0, alone))
+        run = self._build(World(0, 1, device_of(0), dist.HashStore(), 0, alone))
         run.abandon()
         tear_down(run.engine)
         gc.freeze()  # what the imports made stays for good: a change of members must not look through it (0.2 s)
@@ -395,11 +394,3 @@ def _told(plan: Plan) -> dict[str, Any]:
     target = plan.target.of(plan.reference, plan.global_batch_size)
     told = {key: value for key, value in asdict(target).items() if value is not None}
     return told | {"held_by": plan.why, "units": [len(mine) for mine in plan.units_of_rank]}
-
-
-def _device(local: int) -> torch.device:
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        device = torch.device("cuda", local % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        return device
-    return torch.device("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -60,3 +61,12 @@ class World:
             return self.store.compare_set("elastic_lsopt/first_failure", "", own).decode()
         except (RuntimeError, OSError):  # the process that held the store has ended
             return ""
+
+
+def device_of(local: int) -> torch.device:
+    """The device of a node's worker number `local`, made the present one; the CPU where there is no GPU."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        device = torch.device("cuda", local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
