@@ -244,14 +244,13 @@ class Agent:
                     spare.kill()
                 self._advance(record.Finished())
             if self._generation is not None and not self._generation.ranks:  # all workers were told to go, and saved
-                self._drain(signal.SIGTERM)
-                self._advance(record.Drain())
+                self._go()
             return
         told_to_go = worker.entered and code == 0
         self._advance(record.WorkerExited(worker.name))
         if told_to_go:  # drained
-            if not self._workers and not self._draining:
-                self._drain(signal.SIGTERM)
+            if not self._workers:
+                self._go()
         elif self._user_error:
             self._exit_code = 2  # it would fail again
         else:
@@ -290,6 +289,11 @@ class Agent:
             self._advance(record.Drain())
         else:
             self._stop_job()
+
+    def _go(self) -> None:
+        """No worker is left here, nor wanted."""
+        self._drain(signal.SIGTERM)
+        self._advance(record.Drain())
 
     def _stop_job(self) -> None:
         """Nobody is left to hand over to: all workers end after this step, and the state goes to a checkpoint."""

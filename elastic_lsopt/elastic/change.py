@@ -100,8 +100,8 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
     working = sum(m.name in growing or any(w not in lost for w in m.workers) for m in staying)
     working += sum(m.name not in generation.member for m in joined)
     running = working >= rules.min_nodes
-    finished = [m for m in generation.members if m.name not in evicted and m.workers]
-    if finished and all(own.finished if m.name == state.name else _finished(peers, m.name) for m in finished):
+    if any(own.finished if m.name == state.name else _finished(peers, m.name) for m in generation.members if m.workers):
+        # Its workers have passed the job's last barrier, and so have all; a newcomer since then has nothing to do.
         return Change(FINISHED, state.name, campaign.ballot.round, running=False)
     host = state.name
     if state.name in left:

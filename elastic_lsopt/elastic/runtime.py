@@ -38,6 +38,7 @@ from elastic_lsopt.backends.transport import Transport, shut_down
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.exchange import gather_json
 from elastic_lsopt.elastic.fault import is_peers, one_line
+from elastic_lsopt.elastic.generation import FINISHED
 from elastic_lsopt.elastic.job import Run, refuse_what_counts_steps_or_ranks
 from elastic_lsopt.elastic.journal import Change, Journal, Phases
 from elastic_lsopt.elastic.link import Entered, WorkerLink
@@ -136,10 +137,12 @@ class Runtime:
             entered = self._link.next_generation(after=self._number, timeout_s=IDLE_S)
             if entered is None:
                 if self._link.stop_requested and self._member:
-                    self._link.tell("finished")
                     return None
                 continue
             self._number = self._link.generation = entered.number
+            if entered.why == FINISHED:  # while this worker waited to take part
+                self._link.tell("finished")
+                return None
             if self._link.name not in entered.workers:
                 if self._member:
                     return None

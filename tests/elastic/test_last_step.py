@@ -1,4 +1,4 @@
-"""A change of members that comes with the job's last step: the end is saved, every step is made once."""
+"""A change of members that comes with the job's last step or after it: the end is saved, every step is made once."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ def build(world):
     backend = backend_for(model, torch.optim.SGD(model.parameters(), lr=0.1))
     engine = lso.Engine(backend, lso.Plain(), loss_fn=loss, total_samples=8 * STEPS)
     return lso.elastic.Job(
-        world=world, engine=engine, dataset=rows, collate=collate, on_step=note, checkpoints=folder / "checkpoints"
+        world=world, engine=engine, dataset=rows, collate=collate, on_step=note, checkpoints=folder / "checkpoints",
+        on_finish=lambda job: time.sleep(float(sys.argv[4])),
     )
 
 def note(job, row):
     with (folder / f"steps-{os.getpid()}.jsonl").open("a") as out:
         print(json.dumps(row), file=out)
-    if row["step"] == STEPS - 1 and os.environ["ELASTIC_LSOPT_NODE"] == "n2":
+    if sys.argv[3] == "n2 leaves" and row["step"] == STEPS - 1 and os.environ["ELASTIC_LSOPT_NODE"] == "n2":
         os.kill(os.getppid(), signal.SIGTERM)          # this node is told to go
         time.sleep(1.0)                                # its agent says so, and the flag rides on the last step
 
@@ -51,16 +52,23 @@ lso.elastic.run(build, elastic, reference=reference, unit_size=2, output_dir=fol
 
 
 @pytest.mark.timeout(150)
-def test_a_node_leaves_with_the_last_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("event", "finish_s"), [("n2 leaves", 0.0), ("n3 joins", 10.0)])
+def test_a_change_at_the_end(tmp_path: Path, event: str, finish_s: float) -> None:
+    """n2 leaves with the last step; n3 is let in while the others finish, and would wait for them for ever."""
     loop, folder, endpoint = tmp_path / "loop.py", tmp_path / "run", f"127.0.0.1:{free_port()}"
     folder.mkdir()
     loop.write_text(LOOP)
-    nodes = [
-        Started(["env", f"ELASTIC_LSOPT_NODE={name}", sys.executable, str(loop), str(folder), endpoint], tmp_path)
-        for name in ("n1", "n2")
-    ]
+
+    def start(name: str) -> Started:
+        job = [str(loop), str(folder), endpoint, event, str(finish_s)]
+        return Started(["env", f"ELASTIC_LSOPT_NODE={name}", sys.executable, *job], tmp_path)
+
+    nodes = [start("n1"), start("n2")]
     try:
-        assert [node.wait() for node in nodes] == [0, 0], [node.output for node in nodes]
+        if event == "n3 joins":
+            nodes[0].until(lambda: len([*folder.glob("steps-*.jsonl")]) == 2)
+            nodes.append(start("n3"))
+        assert [node.wait() for node in nodes] == [0] * len(nodes), [node.output for node in nodes]
     finally:
         for node in nodes:
             node.kill()
