@@ -115,13 +115,13 @@ def show(folder: Path) -> None:
                 console.print(Change(**change).line(), highlight=False, soft_wrap=True)
             told = len(changes)
             complete = bool(changes) and len(changes[-1]["nodes"]) == NODES
-            if complete and "n4" not in nodes:
-                console.print("node n4 starts")
-                nodes["n4"] = start("n4", folder, endpoint)
             if complete and len(losses(folder)) >= KILL_AT and nodes["n2"].poll() is None:
                 console.print("kill -9 to node n2")
                 nodes["n2"].send_signal(signal.SIGKILL)
                 nodes["n2"].wait()
+            if changes and "n4" not in nodes and nodes["n2"].poll() is not None and "n2" not in changes[-1]["nodes"]:
+                console.print("node n4 starts")
+                nodes["n4"] = start("n4", folder, endpoint)
             if live is not None:
                 try:
                     live.update(table(ask(folder, None, job_secret(None, folder)), changes), refresh=True)

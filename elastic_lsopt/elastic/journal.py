@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,23 @@ class Change:
     survives_node_loss: bool
     """Whether each shard has a mirror on another node."""
     time: float = field(default_factory=time.time)
+
+    def of_all(
+        self, everyones: Sequence[tuple[Mapping[str, float], int, int]], told: Sequence[tuple[str, tuple[str, ...]]]
+    ) -> Change:
+        """With the slowest rank's seconds and all ranks' bytes; each rank gives (seconds, bytes moved, redone steps).
+
+        `told` is (why, gone) of this generation and of those before it that ended without a step.
+        """
+        phases = dict.fromkeys(name for seconds, _, _ in everyones for name in seconds)
+        return replace(
+            self,
+            why="; then ".join(dict.fromkeys(why for why, _ in told)) or self.why,
+            gone=tuple(dict.fromkeys(worker for _, gone in told for worker in gone)),
+            seconds={name: max(seconds.get(name, 0.0) for seconds, _, _ in everyones) for name in phases},
+            bytes_moved=sum(moved for _, moved, _ in everyones),
+            redone_steps=max(redone for _, _, redone in everyones),
+        )
 
     def line(self) -> str:
         """What a person is told of it."""

@@ -73,6 +73,7 @@ class WorkerLink:
         self._socket = socket.socket(fileno=int(os.environ[LINK]))
         self._lock = threading.Condition()
         self._newest: Entered | None = None
+        self._told: list[Entered] = []
         self._granted: dict[int, bool] = {}
         self.name = os.environ[WORKER]
         self.stop_requested = False
@@ -95,6 +96,12 @@ class WorkerLink:
         with self._lock:
             self._lock.wait_for(lambda: self.newest > after, timeout_s)
             return self._newest if self.newest > after else None
+
+    def told_until(self, number: int) -> list[Entered]:
+        """The generations up to `number` that the agent has told of since the last call, in order."""
+        with self._lock:
+            past, self._told = ([e for e in self._told if (e.number <= number) is past] for past in (True, False))
+            return past
 
     def tell(self, kind: str, **more: Any) -> None:
         """Send the agent a line."""
@@ -133,6 +140,7 @@ class WorkerLink:
                 match told["kind"]:
                     case "enter":
                         self._newest = Entered.from_json(told)
+                        self._told.append(self._newest)
                     case "granted":
                         self._granted[told["step"]] = told["granted"]
                     case "stop":

@@ -236,13 +236,11 @@ class Runtime:
             self._speeds.append(engine.last_step.samples_per_second)
 
     def _write_journal(self, change: Change, phases: Phases, group: dist.ProcessGroup) -> None:
-        """One line, from rank 0: the slowest rank's seconds, all ranks' bytes (collective)."""
+        """One line, from rank 0 (collective)."""
         everyones = gather_json(group, [phases.seconds, change.bytes_moved, change.redone_steps])
+        told = self._link.told_until(change.generation)
         if dist.get_rank() == 0:
-            names = dict.fromkeys(name for seconds, _, _ in everyones for name in seconds)
-            slowest = {name: max(s.get(name, 0.0) for s, _, _ in everyones) for name in names}
-            moved, redone = sum(b for _, b, _ in everyones), max(r for _, _, r in everyones)
-            self._journal.write(replace(change, seconds=slowest, bytes_moved=moved, redone_steps=redone))
+            self._journal.write(change.of_all(everyones, [(e.why, e.gone) for e in told]))
 
     # -- host versions -----------------------------------------------------------------------------------------
 

@@ -92,7 +92,7 @@ def _says(pid: int, environment: str) -> bool:
 # -- torchrun ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_one_torchrun(tmp_path: Path, undisturbed: list[float], workers: int) -> None:
     """A job of one node, with one worker and with several."""
     with nodes(job_of(tmp_path, workers=workers)) as job:
@@ -112,7 +112,7 @@ def test_two_torchruns(tmp_path: Path, undisturbed: list[float]) -> None:
 
 def test_four_torchruns_one_killed_one_late(tmp_path: Path, undisturbed: list[float]) -> None:
     """Three from the start; one dies with its launcher, its workers with it; the fourth comes late."""
-    slow = {"import": TINY, "args": {"pause_s": 0.2}}
+    slow = {"import": TINY, "args": {"pause_s": 0.12}}
     with nodes(job_of(tmp_path, model=slow, elastic=ELASTIC | {"min_nodes": 2})) as job:
         for name in ("n1", "n2", "n3"):
             job.torchrun(name)

@@ -114,7 +114,7 @@ def test_what_it_says(killed: Life) -> None:
 
 
 @LIMIT
-@pytest.mark.parametrize("told", ["agent", "everybody"])
+@pytest.mark.parametrize("told", [pytest.param("agent", marks=pytest.mark.full), "everybody"])
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, undisturbed: dict[int, Any], told: str) -> None:
     """To the agent, as a person does, or to all processes at once, as some launchers do."""
     job = write_job(tmp_path / "run.yaml", model=SLOW, elastic={}, export=False, **(SHAPE | {"workers": 2}))

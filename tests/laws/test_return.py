@@ -31,7 +31,9 @@ def test_all_ranks_raise_alike(ranks: Any, kind: str, world: int) -> None:
 
 
 @pytest.mark.parametrize("kind,world", [("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4)])
-@pytest.mark.parametrize("where", ["before the forward", "in the forward", "after the forward"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("before the forward", marks=pytest.mark.full), "in the forward", "after the forward"]
+)
 def test_one_rank_raises_in_a_displaced_pass(kind: str, world: int, where: str) -> None:
     """A group of its own: the failure cuts the transport for good."""
     from tests.ranks import Ranks
