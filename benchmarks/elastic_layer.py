@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.elastic import Nodes, Row
 from benchmarks.elastic_job import BLOCK
 
-WIDTH, UNIT, BATCH = 185_000, 512, 1024
+WIDTH, UNIT, BATCH = 185_000, 96, 192
 STEPS = 160
 SKIPPED = 16
 """The first steps, in which caches fill."""
