@@ -34,7 +34,8 @@ from elastic_lsopt.elastic.exchange import LOOK_S, Cut, gather_json, never
 from elastic_lsopt.elastic.versions import FACTS, Chunk, Index, Version
 from elastic_lsopt.errors import PeerFailed
 
-MESSAGE_BYTES = 16 * 2**20
+MESSAGE_BYTES = 4 * 2**20
+"""Of one message: of 16 MB they cost a fifth more of the processors' time over a local socket (measured)."""
 CLOSE_S = 0.1
 Routes = dict[tuple[int, int], list[Chunk]]
 """(source rank, target rank) -> the chunks that it sends it."""
