@@ -154,7 +154,7 @@ class UnitsOracle(Oracle):
             self.backend.begin(last=last and k == len(mine) - 1)
             share, start = self._share(index), time.monotonic()
             value = self._forward(index, weightless=not share)
-            if share:
+            if share and index is not None:
                 local += value.item() * share  # on a GPU this waits for the forward to end
                 nonfinite += not math.isfinite(value.item())
                 self._forward_s += time.monotonic() - start
