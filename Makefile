@@ -27,7 +27,7 @@ quickstart: $(INSTALLED)  ## train a small Llama on Python's standard library: S
 elastic-quickstart: $(INSTALLED)  ## workers that may die and come back: kill -9 one meanwhile; about a minute
 	$(BIN)/elastic-lsopt train configs/elastic-quickstart.yaml
 
-test: $(INSTALLED)  ## all laws and contracts on two cores, at most 15 minutes
+test: $(INSTALLED)  ## all laws and contracts on two cores, about half an hour
 	$(BIN)/python -m pytest tests -m "not full"
 
 test-fast: $(INSTALLED)  ## the minute before a commit
