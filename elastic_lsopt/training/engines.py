@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,8 @@ from elastic_lsopt.optimizers.registry import Method
 from elastic_lsopt.oracle.loss import Loss, causal_lm_loss, classification_loss
 from elastic_lsopt.training.data import Data
 from elastic_lsopt.training.models import apply_activation_checkpointing, blocks, build_model
+
+log = logging.getLogger("elastic_lsopt")
 
 
 def build_engine(config: TrainConfig, method: Method, data: Data, world: World, total_samples: int) -> Engine:
@@ -66,7 +69,10 @@ def _shard(config: TrainConfig, model: nn.Module, world: World) -> None:
     if world.size % replicas:
         if world.plan is None:
             raise UserError(f"fsdp_replicas={replicas} must divide the {world.size} ranks of the job.")
-        replicas = 1  # the members of an elastic job come and go: until they can be grouped again, all share one copy
+        if world.is_first and world.generation:
+            log.warning("fsdp_replicas=%d does not divide %d workers: they share one copy until it does.",
+                        replicas, world.size)  # fmt: skip
+        replicas = 1
     if replicas > 1:
         shape, names = (replicas, world.size // replicas), ("replicate", "shard")
     else:
