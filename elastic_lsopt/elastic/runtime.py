@@ -171,7 +171,8 @@ class Runtime:
             if chosen is None:
                 raise
             # A job that runs does not end for it: its state waits here for further workers.
-            self._journal.say(f"generation {entered.number} waits: {error}")
+            if world.is_first:
+                self._journal.say(f"generation {entered.number} waits: {error}")
             raise Interrupted from error
         phases.end("agree")
         run = self._run = self._build(replace(world, plan=self._plan))
