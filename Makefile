@@ -17,6 +17,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@# Peers in tests and benchmarks; their metadata asks for torchvision, which they do not need here.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
+		pyhessian curvlinops-for-pytorch backpack-for-pytorch
 	touch $@
 
 install: $(INSTALLED)  ## make .venv and install the package with all that tests and jobs need

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from elastic_lsopt.backends.gathering import Gathering
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.oracle.passes import Passes
 from elastic_lsopt.space.layout import Piece
@@ -92,12 +94,33 @@ class Backend(Passes):
 
     # -- whole parameters --------------------------------------------------------------------------------------
 
+    @cached_property
+    def _gathering(self) -> Gathering:
+        return Gathering(self.layout, self.device, self.shard_group, self.replica_group)
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same pieces as this one; None where there are none."""
+        return dist.group.WORLD if self.shard_group is None and self.world > 1 else None
+
+    def whole(self, pieces: Sequence[Tensor], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        self.transport.refuse_cut()
+        return self._gathering.whole(pieces, wanted, dtype)
+
+    def cut(self, wholes: Sequence[Tensor | None], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        self.transport.refuse_cut()
+        return self._gathering.cut(wholes, wanted, dtype)
+
+    def own(self, wanted: Sequence[int]) -> list[int]:
+        return self._gathering.own(wanted)
+
+    def plain_class(self, module: nn.Module) -> type[nn.Module]:
+        return type(module)
+
     def full_shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """The shape of a module's parameter when it is whole."""
         return tuple(parameter.shape)
 
     def full_parameter(self, parameter: Tensor) -> Tensor:
-        """A module's parameter that is not trained, whole on this rank (collective where it is sharded)."""
         whole = getattr(parameter, "full_tensor", None)
         return whole() if whole is not None else parameter
 

@@ -71,6 +71,7 @@ class FSDP2(Backend):
             )
         self.shard_group = mesh.get_group(mesh.ndim - 1)
         self.replicas = self.world // dist.get_world_size(self.shard_group)
+        self._replica_group = mesh.get_group(0) if mesh.ndim == 2 else None
         self.device = local(self._parameters[0]).device
         self.compute_dtype = self._compute_dtype()
         pieces = []
@@ -84,6 +85,15 @@ class FSDP2(Backend):
     def _compute_dtype(self) -> torch.dtype:
         policies = [m._get_fsdp_state()._mp_policy.param_dtype for m in self._modules]  # private: torch 2.11 to 2.13
         return next((d for d in policies if d is not None), self._parameters[0].dtype)
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        return self._replica_group
+
+    def plain_class(self, module: nn.Module) -> type[nn.Module]:
+        """`fully_shard` gives a module a class of its own, made of FSDPModule and the user's."""
+        kind = type(module)
+        return next(c for c in kind.__mro__[1:] if c is not FSDPModule) if isinstance(module, FSDPModule) else kind
 
     @property
     def slots(self) -> list[Tensor]:

@@ -9,24 +9,32 @@ from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.loss import Loss, LossFunction, as_loss
-from elastic_lsopt.oracle.oracle import Oracle
+from elastic_lsopt.oracle.products import Mode
 from elastic_lsopt.oracle.units_oracle import UnitsOracle
 from elastic_lsopt.space.geometry import ParameterSpace
 
 
 def attach(
-    model_or_engine: Any, loss_fn: Loss | LossFunction | None, microbatches: Sequence[Any], *, seed: int = 0
-) -> tuple[ParameterSpace, Oracle]:
+    model_or_engine: Any,
+    loss_fn: Loss | LossFunction | None,
+    microbatches: Sequence[Any],
+    *,
+    seed: int = 0,
+    products: Mode = "auto",
+    checked: bool = True,
+) -> tuple[ParameterSpace, UnitsOracle]:
     """The space of a model (plain, DDP, FSDP2) or engine, and the loss on the ranks' micro-batches (collective).
 
+    `products` says how curvature is multiplied with vectors: auto, kept, rebuilt, blockwise or differences. The first
+    product is preceded by the checks of `oracle/checks.py` unless `checked` is False.
     Raises Unsupported and UserError as the engine does.
     """
     if isinstance(model_or_engine, Engine):
-        if loss_fn is None:
-            return model_or_engine.space, model_or_engine.oracle(microbatches)
         backend, space = model_or_engine.backend, model_or_engine.space
+        loss, clock = model_or_engine.loss if loss_fn is None else loss_fn, model_or_engine.clock
     else:
-        backend = backend_for(model_or_engine)
+        backend, loss, clock = backend_for(model_or_engine), loss_fn, SampleClock()
         space = ParameterSpace(backend, seed)
     assert backend.module is not None
-    return space, UnitsOracle(space, backend, as_loss(loss_fn, backend.module), microbatches, SampleClock())
+    loss = as_loss(loss, backend.module)
+    return space, UnitsOracle(space, backend, loss, microbatches, clock, products=products, checked=checked)

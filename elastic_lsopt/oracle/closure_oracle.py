@@ -12,7 +12,7 @@ from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.oracle import Oracle, Part
 from elastic_lsopt.oracle.passes import Passes
-from elastic_lsopt.oracle.units_oracle import replayed
+from elastic_lsopt.oracle.slot import replayed
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.noise import block_seed
 

@@ -26,10 +26,37 @@ class Loss:
     forward: Callable[[Any, Any], Any]
     criterion: Callable[[Any, Any], Tensor]
     count: Callable[[Any], float]
+    curvature: Callable[[Tensor, Any, Tensor], Tensor] | None = None
+    """(logits, batch, t) -> the criterion's Hessian by the logits, times t; may overwrite t. None: by autograd."""
 
     def __call__(self, model: Any, batch: Any) -> Tensor:
         """The mean loss of the batch, a 0-d tensor."""
         return self.criterion(self.forward(model, batch), batch)
+
+    def output_product(self, logits: Tensor, batch: Any, t: Tensor) -> Tensor:
+        """B t for the Hessian B of the criterion by the logits; may overwrite t."""
+        if self.curvature is not None:
+            return self.curvature(logits, batch, t)
+        with torch.enable_grad():
+            z = logits.detach().requires_grad_()
+            [g] = torch.autograd.grad(self.criterion(z, batch), z, create_graph=True)
+            return torch.autograd.grad(g, z, t)[0] if g.requires_grad else torch.zeros_like(t)
+
+
+ROWS = 4096
+"""Rows of logits whose probabilities are in memory at once in `cross_entropy_product_`."""
+
+
+def cross_entropy_product_(logits: Tensor, weights: Tensor, t: Tensor) -> Tensor:
+    """t <- B t for L = sum_i w_i CE(z_i), row by row: B_i = w_i (diag p_i - p_i p_i'), p = softmax z.
+
+    logits and t (n, classes), weights (n,). Beside these, memory of ROWS rows: the probabilities of a whole batch
+    (batch, sequence, vocabulary) are never there at once.
+    """
+    for z, w, row in zip(logits.split(ROWS), weights.split(ROWS), t.split(ROWS), strict=True):
+        p = torch.softmax(z.to(row.dtype), dim=-1)
+        row.sub_(torch.linalg.vecdot(p, row)[:, None]).mul_(p).mul_(w[:, None])
+    return t
 
 
 @dataclass(frozen=True)
@@ -70,11 +97,24 @@ def causal_lm_loss() -> Loss:
     def criterion(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         targets = batch["labels"][..., 1:].reshape(-1)
         total = nn.functional.cross_entropy(
-            logits[..., :-1, :].float().flatten(0, -2), targets, ignore_index=-100, reduction="sum"
+            _wide(logits[..., :-1, :]).flatten(0, -2), targets, ignore_index=-100, reduction="sum"
         )
         return total / max(_unmasked_targets(batch), 1.0)
 
-    return Loss(forward, criterion, _unmasked_targets)
+    def curvature(logits: Tensor, batch: Mapping[str, Tensor], t: Tensor) -> Tensor:
+        # The last position predicts nothing: its weight is 0.
+        kept = nn.functional.pad(batch["labels"][..., 1:] != -100, (0, 1)).to(t.dtype)
+        weights = kept / max(_unmasked_targets(batch), 1.0)
+        t = t.contiguous()
+        cross_entropy_product_(logits.flatten(0, -2), weights.flatten(), t.flatten(0, -2))
+        return t
+
+    return Loss(forward, criterion, _unmasked_targets, curvature)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least fp32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def classification_loss() -> Loss:
@@ -87,9 +127,13 @@ def classification_loss() -> Loss:
         return model(**inputs).logits
 
     def criterion(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(logits.float(), batch["labels"])
+        return nn.functional.cross_entropy(_wide(logits), batch["labels"])
 
-    return Loss(forward, criterion, lambda batch: float(batch["labels"].shape[0]))
+    def curvature(logits: Tensor, batch: Mapping[str, Tensor], t: Tensor) -> Tensor:
+        n = len(batch["labels"])
+        return cross_entropy_product_(logits, torch.full((n,), 1 / n, dtype=t.dtype, device=t.device), t.contiguous())
+
+    return Loss(forward, criterion, lambda batch: float(batch["labels"].shape[0]), curvature)
 
 
 def as_loss(loss_fn: Loss | LossFunction | None, module: nn.Module) -> Loss | _Whole:

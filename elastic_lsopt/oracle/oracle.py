@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
-from elastic_lsopt.errors import NonFinite
+from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.differences import Product
 from elastic_lsopt.oracle.passes import Passes
 from elastic_lsopt.space.geometry import ParameterSpace, local_square
 from elastic_lsopt.space.vector import Lease, Vector
@@ -113,6 +114,23 @@ class Oracle(ABC):
             for part in self.parts(1):
                 part.backward()
         return total.gradient
+
+    def hvp(self, v: Vector) -> Product:
+        """The Hessian of the mean loss at the present weights, times v: sharded as v is (collective).
+
+        Exact, or with an error estimate: see `products.py` for modes, cost and memory. Raises UserError for an oracle
+        made of closures.
+        """
+        raise UserError(
+            "products with the curvature need more than a closure; use lso.attach(model, loss_fn, batches)."
+        )
+
+    def ggn_vp(self, v: Vector) -> Product:
+        """The generalised Gauss-Newton matrix of the mean loss at the present weights, times v (collective).
+
+        Raises UserError where the loss is not an lso.Loss, which says what the logits are.
+        """
+        return self.hvp(v)
 
     @contextmanager
     def accumulating(self) -> Iterator[Pass]:

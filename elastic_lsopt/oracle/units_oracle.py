@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.oracle.checks import check_products
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.loss import Loss, idle, refuse_coupled_samples, samples
+from elastic_lsopt.oracle.differences import Product
+from elastic_lsopt.oracle.loss import Loss, refuse_coupled_samples, samples
 from elastic_lsopt.oracle.oracle import Oracle, Part
 from elastic_lsopt.oracle.passes import Passes
+from elastic_lsopt.oracle.products import Mode, Products
+from elastic_lsopt.oracle.slot import Slot
 from elastic_lsopt.oracle.units import Unit, as_units, part_bounds, slots
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.noise import block_seed
-
-
-@contextmanager
-def replayed(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's generators start from `seed` inside, and go on as if nothing had happened after."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
-        yield
+from elastic_lsopt.space.vector import Vector
 
 
 class UnitsOracle(Oracle):
@@ -47,6 +42,8 @@ class UnitsOracle(Oracle):
         *,
         stop_requested: Callable[[], bool] | None = None,
         signals: Callable[[], Sequence[float]] | None = None,
+        products: Mode = "auto",
+        checked: bool = False,
     ) -> None:
         super().__init__(space, backend, clock, stop_requested=stop_requested, signals=signals)
         if backend.module is not None:
@@ -58,6 +55,27 @@ class UnitsOracle(Oracle):
         self._weights = {i: float(loss.count(u.batch)) for i, u in self._units.items()}
         self._unit_samples = {i: samples(u.batch) for i, u in self._units.items()}
         self._agree(units)
+        self._mode: Mode = products
+        self._checked = checked
+        self._curvature: Products | None = None
+
+    @property
+    def products(self) -> Products:
+        """What `hvp` and `ggn_vp` ask: the mode that was chosen, and `close()` to free its memory."""
+        if self._curvature is None:
+            slots = [self._slot(index) for index in self._slots((0, self._count))]
+            self._curvature = Products(self.space, self.backend, self._loss, slots, self._mode)
+            if self._checked:
+                check_products(self._curvature, self.gradient)
+                self.space.end_lease()
+                self.backend.clear_gradient()
+        return self._curvature
+
+    def hvp(self, v: Vector) -> Product:
+        return self.products.hvp(v)
+
+    def ggn_vp(self, v: Vector) -> Product:
+        return self.products.ggn_vp(v)
 
     def _agree(self, units: Sequence[Unit]) -> None:
         """All ranks learn the total weight, the number of units, and whether a rank has nothing to run."""
@@ -128,23 +146,20 @@ class UnitsOracle(Oracle):
         local = 0.0
         with torch.no_grad():
             for index in self._slots((0, self._count)):
-                value = self._forward(index)
-                if share := self._share(index):
-                    local += value.item() * share
+                slot = self._slot(index)
+                value = slot.value(self._loss, self.backend.forward, self.backend.device)
+                if slot.share:
+                    local += value.item() * slot.share
         return self.backend.sum_world_(torch.tensor([local], dtype=torch.float64, device=self.backend.device)).item()
 
     def _share(self, index: int | None) -> float:
         """A slot's share of the total weight; 0 for an idle one and for a unit whose labels are all masked."""
         return self._weights.get(index, 0.0) / self._total if index is not None else 0.0
 
-    def _forward(self, index: int | None, *, weightless: bool = False) -> Tensor:
+    def _slot(self, index: int | None) -> Slot:
         unit = self._units.get(index) if index is not None else None
-        batch = unit.batch if unit else self._stand_in
         seed = block_seed(self.space.seed, "dropout", self.step, -1 if unit is None else unit.index)
-        with replayed(seed, self.backend.device):
-            if weightless:
-                return idle(self._loss, self.backend.forward, batch)
-            return self._loss(self.backend.forward, batch)
+        return Slot(unit.batch if unit else self._stand_in, self._share(index), seed)
 
     def _backward(self, part: Part, *, last: bool) -> tuple[float, int]:
         bounds = part_bounds(self._count, part.of)[part.number]
@@ -152,8 +167,8 @@ class UnitsOracle(Oracle):
         local, nonfinite = 0.0, 0
         for k, index in enumerate(mine):
             self.backend.begin(last=last and k == len(mine) - 1)
-            share, start = self._share(index), time.monotonic()
-            value = self._forward(index, weightless=not share)
+            slot, start = self._slot(index), time.monotonic()
+            share, value = slot.share, slot.value(self._loss, self.backend.forward, self.backend.device)
             if share and index is not None:
                 local += value.item() * share  # on a GPU this waits for the forward to end
                 nonfinite += not math.isfinite(value.item())

@@ -1,0 +1,100 @@
+"""What must hold before a product with the curvature means anything; about six gradients, once an oracle.
+
+1. the loss is a mean                    it stays as it is when every sample is given twice
+2. the gradient is deterministic         two of them agree
+3. the skeleton is the model             its gradient is the engine's
+4. autograd sees the second derivative   H g agrees with a central difference along g: a custom kernel's backward
+                                         may be a constant to autograd, and the product silently wrong
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from elastic_lsopt.errors import Unsupported, UserError
+from elastic_lsopt.oracle.loss import samples
+from elastic_lsopt.oracle.products import Products
+from elastic_lsopt.space.vector import Lease, Vector
+
+log = logging.getLogger("elastic_lsopt")
+AGREE = {torch.float64: 1e-7, torch.float32: 1e-3}
+"""How far two gradients may be from each other, as a share of their length: the order of sums differs. Else (bf16) …"""
+AGREE_BF16 = 0.3
+STEP = 0.1
+"""Of eps^(1/3) |w|: the length of the central difference."""
+
+
+def check_products(products: Products, gradient: Callable[[], Lease]) -> None:
+    """Raise UserError, naming the check and by how much it failed; `gradient` is the engine's (collective).
+
+    Where only the last check fails and the mode is `auto`, products go on by differences, with a warning; asked for by
+    name, an exact mode raises Unsupported.
+    """
+    space = products.space
+    _refuse_a_sum(products)
+    first = gradient().clone()
+    length = space.norm(first)
+    limit = AGREE.get(space.shards.compute_dtype, AGREE_BF16)
+    apart = _apart(products.gradient(), first, length)
+    if not apart <= limit:
+        twice = _apart(gradient(), first, length)
+        if not twice <= limit:
+            raise UserError(
+                f"the gradient is not deterministic: two passes over the same batch at the same weights differ by "
+                f"{twice:.1e} of its length (limit {limit:.0e}); take the randomness out of the model or the loss, or "
+                "draw it from torch's generator, which is replayed."
+            )
+        raise UserError(
+            f"the gradient through the bare module differs from the engine's by {apart:.1e} of its length (limit "
+            f"{limit:.0e}): hooks or a wrapper change what the model computes; remove them while curvature is measured."
+        )
+    if products.chosen != "differences" and length > 0:
+        reason = _second_derivative_missing(products, first, length)
+        if reason and products.mode != "auto":
+            raise Unsupported(f"products={products.mode!r} needs a second derivative, but {reason}; use 'differences'.")
+        if reason:
+            log.warning("products with the curvature go by central differences, because %s.", reason)
+            products.use_differences()
+
+
+def _apart(a: Vector, b: Vector, length: float) -> float:
+    distance = b.space.norm(a - b)
+    return distance / length if length else distance
+
+
+def _second_derivative_missing(products: Products, g: Vector, length: float) -> str | None:
+    """Why exact products cannot be had, in half a sentence; None where they can."""
+    space = products.space
+    u = g * (1 / length)
+    try:
+        exact = products.hvp(u)
+    except RuntimeError as error:  # what autograd and kernels raise where a formula is missing
+        return f"autograd cannot differentiate the model twice ({' '.join(str(error).split())[:160]})"
+    h = STEP * torch.finfo(space.dtype).eps ** (1 / 3) * max(space.norm(space.weights), 1.0)
+    near = products.difference(u, h)
+    size, distance = space.norm(near), space.norm(near - exact)
+    if distance <= 0.1 * size + 1e-4 * length:
+        return None
+    return (
+        f"the product along the gradient is {distance / max(size, 1e-30):.1e} of its length away from a central "
+        "difference: some backward pass is a constant to autograd"
+    )
+
+
+def _refuse_a_sum(products: Products) -> None:
+    once, twice = products.values(lambda batch: batch), products.values(_doubled)
+    if once and twice / once > 1.7:
+        raise UserError(
+            f"the loss is not a mean: it grows from {once:.4g} to {twice:.4g} when every sample is given twice; divide "
+            "it by the number of samples, or give lso.Loss(forward, criterion, count)."
+        )
+
+
+def _doubled(batch: object) -> object:
+    n = samples(batch)
+    return tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() and len(t) == n else t, batch)

@@ -1,0 +1,48 @@
+"""One forward of this rank in a pass over the global batch: a unit with its weight and its dropout, or an idle slot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_lsopt.errors import UserError
+from elastic_lsopt.oracle.loss import Loss, idle
+
+
+@contextmanager
+def replayed(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's generators start from `seed` inside, and go on as if nothing had happened after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+        yield
+
+
+@dataclass(frozen=True)
+class Slot:
+    """`share` is the unit's share of the batch's total weight, 0 for an idle slot: a real batch, selected out."""
+
+    batch: Any
+    share: float
+    seed: int
+
+    def value(self, loss: Any, model: Any, device: torch.device) -> Tensor:
+        """The loss of the unit, not weighed; of an idle slot a zero that is still connected to the weights."""
+        with replayed(self.seed, device):
+            if self.share or not torch.is_grad_enabled():
+                return loss(model, self.batch)
+            return idle(loss, model, self.batch)
+
+    def logits(self, loss: Loss, model: Any, device: torch.device) -> Tensor:
+        """What goes into the criterion. Raises UserError where it is no single tensor."""
+        with replayed(self.seed, device):
+            out = loss.forward(model, self.batch)
+        if not isinstance(out, Tensor):
+            raise UserError(
+                f"forward of lso.Loss returned a {type(out).__name__}; Gauss-Newton products need one tensor of logits."
+            )
+        return out
