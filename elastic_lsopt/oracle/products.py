@@ -1,8 +1,7 @@
 """Products of the loss's Hessian and Gauss-Newton matrix with vectors; v and the result are sharded.
 
-    H v = d/dw <g(w), v>     g = dL/dw, differentiated twice (Pearlmutter 1994, Fast exact multiplication by the Hessian)
-    G v = J' B J v           J = dz/dw of the logits z, B = d2L/dz2 (Schraudolph 2002, Fast curvature matrix-vector
-                             products for second-order gradient descent)
+    H v = d/dw <g(w), v>     g = dL/dw, differentiated twice (Pearlmutter 1994, "Fast exact multiplication …")
+    G v = J' B J v           J = dz/dw of the logits z, B = d2L/dz2 (Schraudolph 2002, "Fast curvature matrix-vector …")
 
     mode         weights                 each product                                          gradients
     kept         all gathered            through a differentiated graph that is kept           2
