@@ -9,7 +9,12 @@ all weights were held). So a block is a function whose derivative is again such 
     its derivative                                            runs it again, back, and back through that
 
 A product through a graph of these costs 12 forwards (4 gradients): 9 in BlockGradient's derivative, 3 in Block's.
-All ranks meet the blocks in the same order, also in a backward pass, so their gathers match.
+
+[Note: every rank the same way back] Each step of a backward pass here is a collective, so all ranks must take the same
+steps in the same order. Autograd takes only those that lead from an output to a leaf, and that depends on the rank: it
+may hold no piece of a block, and an idle unit's loss is cut off before a criterion that the others differentiate twice.
+So every block also takes a leaf that all ranks have (a zero), and gives out a token (a zero) on which its gradient
+depends: a block that has run is always on the way back, in the first pass and in the second.
 """
 
 from __future__ import annotations
@@ -35,8 +40,7 @@ class Blockwise(Weights):
     Memory: a copy of this rank's pieces where they are narrower than the space's precision, one block, the activations
     between blocks, and what the root owns without a module of its own.
 
-    The last leaf is a zero that every block takes and gives back: a rank that holds no piece of a block runs it like
-    the others, because autograd skips whatever leads to no leaf.
+    The last leaf is the zero of [Note: every rank the same way back].
     """
 
     communicates = True
@@ -82,9 +86,14 @@ class Share:
         self._dtype = weights.space.dtype
 
     @property
+    def zero(self) -> Tensor:
+        """The last leaf."""
+        return self.weights.leaves[-1]
+
+    @property
     def pieces(self) -> list[Tensor]:
         """This rank's leaves in the block, and the zero."""
-        return [*(self.weights.leaves[i] for i in self._own), self.weights.leaves[-1]]
+        return [*(self.weights.leaves[i] for i in self._own), self.zero]
 
     def whole(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         return self.backend.whole([p.detach() for p in pieces[:-1]], self.trainable, self._dtype)
@@ -92,7 +101,7 @@ class Share:
     def cut(self, wholes: Sequence[Tensor | None]) -> list[Tensor]:
         """Pieces of the sum over all ranks, and a zero."""
         cut = self.backend.cut(wholes, self.trainable, self._dtype)
-        return [*cut, torch.zeros_like(self.weights.leaves[-1])]
+        return [*cut, torch.zeros_like(self.zero)]
 
     def put(self, wholes: Sequence[Tensor]) -> None:
         """Whole weights, the frozen ones too, where they belong (collective where frozen ones are sharded)."""
@@ -103,29 +112,31 @@ class Share:
     def fill(self) -> None:
         """The same for weights that stay gathered as long as the graph that they are in."""
         if self.block.places:
-            self.put(_Whole.apply(self, *self.pieces))
+            *wholes, _ = _Whole.apply(self, *self.pieces)
+            self.put(wholes)
 
 
 class _Whole(torch.autograd.Function):
-    """Pieces to whole weights; its derivative is `_Cut`."""
+    """Pieces to whole weights and a token; its derivative is `_Cut`. See [Note: every rank the same way back]."""
 
     @staticmethod
     def forward(ctx: Any, share: Share, *pieces: Tensor) -> tuple[Tensor, ...]:
-        ctx.share = share
-        return tuple(t.clone() for t in share.whole(pieces))
+        ctx.share, token = share, torch.zeros_like(share.zero)
+        ctx.save_for_backward(token)
+        return *(t.clone() for t in share.whole(pieces)), token
 
     @staticmethod
-    def backward(ctx: Any, *wholes: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_Cut.apply(ctx.share, *wholes)
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_Cut.apply(ctx.share, *cotangents[:-1], *ctx.saved_tensors)
 
 
 class _Cut(torch.autograd.Function):
-    """Whole tensors, each rank's share, to pieces of their sum; its derivative is `_Whole`."""
+    """Whole tensors, each rank's share, and the token to pieces of their sum; its derivative is `_Whole`."""
 
     @staticmethod
     def forward(ctx: Any, share: Share, *wholes: Tensor) -> tuple[Tensor, ...]:
         ctx.share = share
-        return tuple(t.clone() for t in share.cut(wholes))
+        return tuple(t.clone() for t in share.cut(wholes[:-1]))
 
     @staticmethod
     def backward(ctx: Any, *pieces: Tensor) -> tuple[Tensor | None, ...]:
@@ -145,7 +156,8 @@ class Runner(Share):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _Call(self, args, kwargs)
-        return call.output(_Block.apply(call, *call.inputs, *self.pieces))
+        *out, _ = _Block.apply(call, *call.inputs, *self.pieces)
+        return call.output(out)
 
     def run(self, call: _Call, inputs: Sequence[Tensor], wholes: Sequence[Tensor], *, again: bool) -> list[Any]:
         """The block's outputs, flat; `again` with the random numbers of the first time."""
@@ -228,34 +240,34 @@ class _Call:
 
 
 class _Block(torch.autograd.Function):
-    """x, pieces -> y; see [Note: differentiated twice, one block at a time]."""
+    """x, pieces -> y and a token; see both notes above."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs, pieces, _ = call.split(tensors)
         out = call.keep(call.runner.run(call, inputs, call.runner.whole(pieces), again=False))
-        ctx.call = call
-        ctx.save_for_backward(*tensors)
+        ctx.call, token = call, torch.zeros_like(call.runner.zero)
+        ctx.save_for_backward(*tensors, token)
         given = {id(t) for t in inputs}
         out = tuple(t.clone() if id(t) in given else t for t in out)
         ctx.mark_non_differentiable(*(t for i, t in enumerate(out) if i not in call.differentiable))
-        return out
+        return *out, token
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        call, tensors = ctx.call, ctx.saved_tensors
-        found = list(_BlockGradient.apply(call, *tensors, *cotangents))
+        call, (*tensors, token) = ctx.call, ctx.saved_tensors
+        found = list(_BlockGradient.apply(call, *tensors, *cotangents[:-1], token))
         by_input = dict(zip(call.wanted, found, strict=False))
         xs = [by_input.get(i) for i in range(call.count)]
         return None, *xs, *found[len(call.wanted) :]
 
 
 class _BlockGradient(torch.autograd.Function):
-    """x, pieces, dL/dy -> dL/dx of the wanted inputs, dL/dpieces."""
+    """x, pieces, dL/dy, token -> dL/dx of the wanted inputs, dL/dpieces."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs, pieces, cotangents = call.split(tensors)
+        inputs, pieces, (*cotangents, _) = call.split(tensors)
         ctx.call = call
         ctx.save_for_backward(*tensors)
         with torch.enable_grad():
@@ -269,7 +281,7 @@ class _BlockGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         call = ctx.call
-        inputs, pieces, cotangents = call.split(ctx.saved_tensors)
+        inputs, pieces, (*cotangents, token) = call.split(ctx.saved_tensors)
         n = len(call.wanted)
         with torch.enable_grad():
             xs, ws = call.leaves(inputs, pieces)
@@ -289,4 +301,5 @@ class _BlockGradient(torch.autograd.Function):
             *(by_input.get(i) for i in range(len(inputs))),
             *call.runner.cut(second[n : n + len(ws)]),
             *(by_output.get(i) for i in range(len(cotangents))),
+            torch.zeros_like(token),
         )

@@ -106,10 +106,15 @@ class Products:
     # -- weights and mode --------------------------------------------------------------------------------------
 
     def _at_the_weights(self) -> Weights:
-        """The weights where the space is now, and the mode. Weights are written in place, which autograd counts."""
-        self.space.ready()
-        shards = self.space.shards
-        stamp = (len(self.space.excursions), [t._version for t in (*shards.masters, *shards.working)])
+        """The weights where the space is now, and the mode.
+
+        Weights are written in place, which autograd counts: on the tensor that was written, so a DTensor's step shows
+        on the DTensor (a slot's key), and a displacement on its local part.
+        """
+        space, shards = self.space, self.backend
+        space.ready()
+        written = [t._version for t in (*shards.masters, *shards.working, *shards.slot_keys)]
+        stamp = (len(space.excursions), space.edits, written)
         if self._weights is not None and stamp == self._stamp:
             return self._weights
         self.close()

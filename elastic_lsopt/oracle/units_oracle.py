@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.checks import check_products
@@ -150,6 +151,25 @@ class UnitsOracle(Oracle):
                 value = slot.value(self._loss, self.backend.forward, self.backend.device)
                 if slot.share:
                     local += value.item() * slot.share
+        return self.backend.sum_world_(torch.tensor([local], dtype=torch.float64, device=self.backend.device)).item()
+
+    def mean_over_logits(self, function: Callable[[Tensor, Any], Tensor]) -> float:
+        """The mean of `function(logits, batch)`, a mean over a unit, weighed as the loss is (collective; one forward).
+
+        Raises UserError for a loss that is not split: then nobody knows what the logits are.
+        """
+        if not isinstance(self._loss, Loss):
+            raise UserError(
+                "the logits need the loss in two steps; pass lso.Loss(forward, criterion, count) as loss_fn."
+            )
+        self.space.ready()
+        local = 0.0
+        with torch.no_grad():
+            for index in self._slots((0, self._count)):
+                slot = self._slot(index)
+                logits = slot.logits(self._loss, self.backend.forward, self.backend.device)
+                if slot.share:
+                    local += function(logits, slot.batch).item() * slot.share
         return self.backend.sum_world_(torch.tensor([local], dtype=torch.float64, device=self.backend.device)).item()
 
     def _share(self, index: int | None) -> float:

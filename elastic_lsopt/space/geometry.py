@@ -39,6 +39,8 @@ class ParameterSpace:
         self.measure_fidelity = False
         self.last_fidelity: Fidelity | None = None
         self.excursions: list[Excursion] = []
+        self.edits = 0
+        """Steps and settlements so far: fused optimizers write where autograd does not count."""
         self._generation_over = False
         self._stale: str | None = None
         self._unpublished = False
@@ -167,6 +169,7 @@ class ParameterSpace:
     def stepped(self) -> None:
         """The base optimizer has rewritten every copy of the weights, and clipped the gradient that it was lent."""
         self._unpublished = False
+        self.edits += 1
         self.end_lease()
 
     def ready(self) -> None:
@@ -202,6 +205,7 @@ class ParameterSpace:
         self.shards.retract()
         self.shards.publish()
         self._stale, self._unpublished = None, False
+        self.edits += 1
 
     def retire(self) -> None:
         """End this generation: every later use of the space or of its vectors raises StaleGeneration."""

@@ -39,6 +39,9 @@ class Net(nn.Module):
             self.unused = nn.Linear(5, 3)
         if "frozen" in extra:
             self.second.requires_grad_(False)
+        if "lora" in extra:
+            self.requires_grad_(False)
+            self.second = LowRank(self.second)
         if "tied" in extra:
             self.third = nn.Linear(13, 13)
             self.fourth = nn.Linear(13, 13)
@@ -50,6 +53,72 @@ class Net(nn.Module):
             h = torch.tanh(self.fourth(torch.tanh(self.third(h))))
         h = self.dropout(torch.tanh(self.second(h)))
         return self.last(self.norm(h)) * self.tiny
+
+
+class LowRank(nn.Module):
+    """LoRA: a frozen layer, and a trainable product of rank 2 beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.randn(2, base.in_features) / base.in_features**0.5)
+        self.up = nn.Parameter(torch.randn(base.out_features, 2) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+class Attending(nn.Module):
+    """A layer as transformers have it: arguments by keyword, a tuple out, attention, dropout."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, *, scale: Tensor, again: bool = False) -> tuple[Tensor, None]:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, -1)).movedim(-3, 0).transpose(-2, -3)
+        h = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(-2, -3).flatten(-2)
+        return x + self.dropout(torch.tanh(self.out(h))) * scale, None
+
+
+class Transformer(nn.Module):
+    """Three layers in a list, an embedding that is the head too (`tied`), weights of its own (`scale`)."""
+
+    def __init__(self, extra: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(CLASSES + 4, 12)
+        self.layers = nn.ModuleList(Attending(12, 0.3 if "dropout" in extra else 0.0) for _ in range(3))
+        self.head = nn.Linear(12, CLASSES + 4, bias=False)
+        self.scale = nn.Parameter(torch.full((1,), 0.7))
+        if "tied" in extra:
+            self.head.weight = self.embedding.weight
+        if "frozen" in extra:
+            self.layers[1].requires_grad_(False)
+        if "lora" in extra:
+            self.requires_grad_(False)
+            for layer in self.layers:
+                layer.qkv = LowRank(layer.qkv)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x, _ = layer(x, scale=self.scale)
+        return self.head(x)
+
+
+def transformer(extra: Sequence[str] = (), dtype: torch.dtype = torch.float32, seed: int = 0) -> Transformer:
+    torch.manual_seed(seed)
+    return Transformer(extra).to(dtype)
+
+
+def token_batches(units: int, *, size: int = 2, last: int | None = None, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """One global batch of `units` micro-batches of sequences of 5 tokens, and a class for each token."""
+    torch.manual_seed(seed)
+    sizes = [size] * (units - 1) + [last or size]
+    return [(torch.randint(0, CLASSES + 4, (n, 5)), torch.randint(0, CLASSES + 4, (n, 5))) for n in sizes]
 
 
 def net(extra: Sequence[str] = (), dtype: torch.dtype = torch.float32, seed: int = 0) -> Net:
@@ -130,7 +199,8 @@ def sharded(kind: str, model: nn.Module, bf16: bool = False) -> nn.Module:
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": kind != "fsdp2-kept"}
     if bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for child in (getattr(model, n) for n in ("first", "second") if hasattr(model, n)):
+    children = [getattr(model, n) for n in ("first", "second") if hasattr(model, n)]
+    for child in [*children, *getattr(model, "layers", ())]:
         fully_shard(child, **options)
     fully_shard(model, **options)
     return model
