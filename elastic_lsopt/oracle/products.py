@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from elastic_lsopt.errors import Unsupported, UserError
 from elastic_lsopt.oracle.blockwise import Blockwise
@@ -59,13 +60,18 @@ class Products:
         self.space, self.backend, self.loss = space, backend, loss
         self.mode: Mode = mode
         self.chosen: Mode = mode
-        self._slots = list(slots)
+        self._slots = [replace(slot, batch=tree_map(self._wide, slot.batch)) for slot in slots]
         self._weights: Weights | None = None
         self._keep: bool | None = {"kept": True, "rebuilt": False}.get(mode)
         self._blockwise: bool | None = {"kept": False, "rebuilt": False, "blockwise": True}.get(mode)
         self._graphs: dict[Any, Graph] = {}
         self._stamp: Any = None
         self._differences: Differences | None = None
+
+    def _wide(self, t: Any) -> Any:
+        """Inputs for an engine in bf16 go into a skeleton in fp32."""
+        narrow = isinstance(t, Tensor) and t.is_floating_point() and t.dtype.itemsize < self.space.dtype.itemsize
+        return t.to(self.space.dtype) if narrow else t
 
     # -- what others ask ---------------------------------------------------------------------------------------
 
