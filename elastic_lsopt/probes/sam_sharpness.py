@@ -183,9 +183,8 @@ class _Ascent:
 
 def _checkpoints(steps: int) -> set[int]:
     """Steps after which APGD looks at its progress (Croce and Hein 2020): at 22 % and then ever more often."""
-    at, gap, out = 0.22, 0.22, set[int]()
+    last, at, out = 0.0, 0.22, set[int]()
     while ceil(at * steps) < steps:
         out.add(ceil(at * steps))
-        gap = max(gap - 0.03, 0.06)
-        at += gap
+        last, at = at, at + max(at - last - 0.03, 0.06)
     return out

@@ -64,7 +64,7 @@ def vector(space: Any, whole: dict[str, Tensor]) -> Vector:
     """This rank's pieces of whole tensors by name."""
     out = space.zeros()
     for piece, t in zip(space.layout.pieces, out.tensors, strict=True):
-        flat = whole[space.layout.parameters[piece.parameter].name].reshape(-1)
+        flat = whole[space.layout.parameters[piece.parameter].name].detach().reshape(-1)
         t.copy_(flat[piece.offset : piece.offset + piece.length])
     return out
 
