@@ -1,0 +1,18 @@
+"""Trajectories and surfaces give the same numbers at any world size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def test_the_same_numbers_at_any_world_size(ranks: Any) -> None:
+    """Motion, components with their signs, filters, surfaces, projections and paths; and the weights are back."""
+    out = [ranks(world).run("tests.cases.trajectories:numbers", kind="fsdp2") for world in (1, 2, 3)]
+    reference = out[0][0]
+    for r in (r for world in out for r in world):
+        assert r["back"]
+        for what in ("motion", "ratios", "pca", "filters", "surface", "projection", "paths"):
+            assert len(r[what]) == len(reference[what]) > 0
+            assert r[what] == pytest.approx(reference[what], rel=1e-9, abs=1e-11), what
