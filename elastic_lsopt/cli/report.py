@@ -1,0 +1,52 @@
+"""`elastic-lsopt report RUN`: one HTML page and its pictures, from what the run has left in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from elastic_lsopt.elastic.journal import JOURNAL, read_journal
+from elastic_lsopt.errors import UserError
+from elastic_lsopt.report.run import PROBES, STUDY, Run
+from elastic_lsopt.report.write import write_report
+from elastic_lsopt.training.run_folder import METRICS, read_metrics
+
+
+def report(run_folder: str | Path) -> int:
+    """Write the report and print where it lies; returns the exit code.
+
+    Raises UserError where the folder is none, or is no run's, or holds nothing to draw.
+    """
+    folder = Path(run_folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give the output_dir of a job, or the folder of a probe or a study.")
+    if not any((folder / name).is_file() for name in (METRICS, PROBES, STUDY)):
+        raise UserError(
+            f"{folder} is no run folder: it holds none of {METRICS}, {PROBES}, {STUDY}; give the output_dir of a job."
+        )
+    for path in write_report(folder, Run.of(folder, _rows(folder / METRICS), _changes(folder))):
+        print(path)
+    return 0
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        rows = read_metrics(path)
+        if not all(isinstance(row, dict) and isinstance(row["step"], int) for row in rows):
+            raise TypeError("a line is no object with a step")
+    except (OSError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise _damaged(path, error) from error
+    return rows
+
+
+def _changes(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return [change for change in read_journal(folder) if isinstance(change, dict)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(folder / JOURNAL, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({type(error).__name__}: {error}); take the lines away that are no steps.")

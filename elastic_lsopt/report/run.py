@@ -1,0 +1,122 @@
+"""What a run folder tells of its probes: readings over training, of the finished model, and a study. Reads files only.
+
+metrics.jsonl  {"step", "samples", "loss", "lr", "batch", "world", …, "probes": {name: {field: number or list}}} a line
+probes.json    {"probes": {name: {…}}, "model": where the model lies}
+study.json     {"measures": {name: {"tau", "interval", "models"}}, "models": [{setting: …, "gap", measure: …}]}
+
+Every field may be absent or null (what was not finite).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic_lsopt.errors import UserError
+
+PROBES, STUDY = "probes.json", "study.json"
+EIGENVALUES = ("top_eigenvalues", "lambda_max")
+"""The probes that give eigenvalues, the richer first."""
+LARGEST = 1e100
+"""What is beyond has no place on an axis."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one probe said once; `step` is None and `samples` NaN for a finished model."""
+
+    probe: dict[str, Any]
+    step: int | None = None
+    samples: float = math.nan
+
+    @property
+    def when(self) -> str:
+        return "of the finished model" if self.step is None else f"at step {self.step:,}"
+
+    def number(self, field: str) -> float:
+        return number(self.probe.get(field))
+
+    def numbers(self, field: str) -> list[float]:
+        return numbers(self.probe.get(field))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder's contents, as far as the report draws them."""
+
+    name: str
+    rows: Sequence[dict[str, Any]] = ()
+    changes: Sequence[dict[str, Any]] = ()
+    finished: dict[str, Any] | None = None
+    study: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, folder: Path, rows: Sequence[dict[str, Any]], changes: Sequence[dict[str, Any]]) -> Run:
+        """With the steps of metrics.jsonl and the changes of journal.jsonl; the other files are read here."""
+        name = folder.resolve().name
+        return cls(name, rows, changes, _object(folder / PROBES, "probes"), _object(folder / STUDY, "measures"))
+
+    def readings(self, *names: str) -> list[Reading]:
+        """What the probe said over training, in order; of several `names` the first that a step has."""
+        return [
+            Reading(probe, row["step"], samples)
+            for row in self.rows
+            if (probe := _first(row.get("probes"), names)) is not None
+            and not math.isnan(samples := number(row.get("samples")))
+        ]
+
+    def last(self, *names: str) -> Reading | None:
+        """What the probe said of the finished model, else at the end of training."""
+        if (probe := _first((self.finished or {}).get("probes"), names)) is not None:
+            return Reading(probe)
+        return next(reversed(self.readings(*names)), None)
+
+    def names(self) -> list[str]:
+        """The probes that have said something, in the order in which they first did."""
+        found = [row.get("probes") for row in self.rows] + [(self.finished or {}).get("probes")]
+        named = (name for probes in found if isinstance(probes, dict) for name, v in probes.items() if _is(v))
+        return list(dict.fromkeys(named))
+
+
+def number(value: Any) -> float:
+    """A number that can be drawn, or NaN for whatever is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST < value < LARGEST:
+        return math.nan
+    return float(value)
+
+
+def numbers(values: Any) -> list[float]:
+    """A list's numbers, NaN where one is none; empty for whatever is no list."""
+    return [number(v) for v in values] if isinstance(values, list) else []
+
+
+def finite(pairs: Iterable[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """The pairs of which both are numbers."""
+    return (pair for pair in pairs if not any(math.isnan(v) for v in pair))
+
+
+def _is(probe: Any) -> bool:
+    return isinstance(probe, dict) and bool(probe)
+
+
+def _first(probes: Any, names: Sequence[str]) -> dict[str, Any] | None:
+    if not isinstance(probes, dict):
+        return None
+    return next((probes[name] for name in names if _is(probes.get(name))), None)
+
+
+def _object(path: Path, key: str) -> dict[str, Any] | None:
+    """The JSON object of a file, None where there is no file; raises UserError for one that is no such object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); write it again, or take it away.") from error
+    if not isinstance(found, dict) or not isinstance(found.get(key), dict):
+        raise UserError(f"{path} holds no object with an object {key!r} in it; write it again, or take it away.")
+    return found

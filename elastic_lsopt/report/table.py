@@ -1,0 +1,77 @@
+"""The table of final values: each probe's last numbers with their errors, and what they cost. Reads a Run, no more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from elastic_lsopt.report.measures import measure
+from elastic_lsopt.report.run import EIGENVALUES, Reading, Run
+from elastic_lsopt.report.spectrum import ritz_values
+
+COSTS = ("products", "passes", "gradients", "forwards")
+NO_RESULTS = (
+    "seconds", "dimension", "samples", "vectors", "steps", "parameters", "of", "seed", *COSTS,
+)  # fmt: skip
+"""Fields that say how a number came about."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One number; NaN where a part is not known."""
+
+    title: str
+    unit: str
+    value: float
+    error: float
+    when: str
+    work: str
+    seconds: float
+    meaning: str
+
+
+def final_values(run: Run) -> list[Line]:
+    """A line for each number that the probes have told last."""
+    return [line for name in run.names() if (last := run.last(name)) is not None for line in _lines(name, last)]
+
+
+def _lines(name: str, reading: Reading) -> Iterator[Line]:
+    shown, work = measure(name), ""
+    for cost in COSTS:
+        if not math.isnan(count := reading.number(cost)):
+            work = f"{count:,.0f} {cost}"
+            break
+    seconds = reading.number("seconds")
+    for i, (title, value, error, unit) in enumerate(_numbers(name, reading)):
+        meaning = shown.meaning if i == 0 else ""  # what belongs to the probe is said once
+        yield Line(title, unit, value, error, reading.when, *((work, seconds) if i == 0 else ("", math.nan)), meaning)
+
+
+def _numbers(name: str, reading: Reading) -> Iterator[tuple[str, float, float, str]]:
+    """(title, value, error, unit) of one reading."""
+    shown = measure(name)
+    if name in EIGENVALUES:
+        residuals = reading.numbers("residuals")
+        for i, value in enumerate(reading.numbers("eigenvalues")):
+            yield f"eigenvalue {i + 1}", value, residuals[i] if i < len(residuals) else math.nan, shown.unit
+    elif name == "spectral_density":
+        if ritz := ritz_values(reading):
+            unit = measure("lambda_max").unit
+            yield "smallest Ritz value", min(float(n[0]) for n, _ in ritz), math.nan, unit
+            yield "largest Ritz value", max(float(n[-1]) for n, _ in ritz), math.nan, unit
+    else:
+        if "value" in reading.probe:
+            yield shown.title, reading.number("value"), _error(reading), shown.unit
+        for field in reading.probe:
+            value = reading.number(field)
+            if field != "value" and not field.endswith("error") and field not in NO_RESULTS and not math.isnan(value):
+                errors = (reading.number(f"{field}_{kind}") for kind in ("standard_error", "error"))
+                error = next((e for e in errors if not math.isnan(e)), math.nan)
+                yield f"{shown.title}: {field.replace('_', ' ')}", value, error, ""
+
+
+def _error(reading: Reading) -> float:
+    """The value's standard error, else what the product's relative error makes of it."""
+    error = reading.number("standard_error")
+    return abs(reading.number("value")) * reading.number("relative_error") if math.isnan(error) else error

@@ -1,0 +1,58 @@
+"""Writes a run's report: pictures/*.png and report.html in its folder. No torch, no processes, no network."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from elastic_lsopt.errors import UserError
+from elastic_lsopt.report.html import Picture, page
+from elastic_lsopt.report.run import Run
+from elastic_lsopt.report.sections import SECTIONS, Section
+from elastic_lsopt.report.table import final_values
+
+PAGE, PICTURES = "report.html", "pictures"
+
+
+def write_report(folder: Path, run: Run) -> list[Path]:
+    """Draw all that the run has; returns the files written, the page first.
+
+    A picture of an earlier report that this run has no longer goes. Raises UserError where there is nothing to draw
+    or the folder cannot be written.
+    """
+    there = {"rows": bool(run.rows), "probes": bool(run.rows or run.finished), "study": run.study is not None}
+    pictures, missing = [], []
+    try:
+        (folder / PICTURES).mkdir(exist_ok=True)
+        for section in SECTIONS:
+            target = folder / PICTURES / f"{section.key}.png"
+            words = section.draw(run, target) if there[section.of] else None
+            if words is not None:
+                pictures.append(Picture(section, target, words))
+                continue
+            target.unlink(missing_ok=True)
+            if there[section.of] and section.probe is not None:
+                missing.append(_how_to_get(section, run))
+        if not pictures and not final_values(run):
+            with suppress(OSError):
+                (folder / PICTURES).rmdir()
+            raise UserError(
+                f"{folder} holds nothing to draw: no losses and no probes; add `probes:` to the job, or run "
+                "`elastic-lsopt probe` on its model."
+            )
+        unfinished = folder / f"{PAGE}.unfinished"
+        unfinished.write_text(page(run, pictures, missing), encoding="utf-8", errors="replace")
+        os.replace(unfinished, folder / PAGE)  # a reader never meets half a page
+    except OSError as error:
+        raise UserError(
+            f"the report in {folder} cannot be written: {error.strerror}; make room, or copy it."
+        ) from error
+    return [folder / PAGE, *(picture.path for picture in pictures)]
+
+
+def _how_to_get(section: Section, run: Run) -> str:
+    what = f"no {section.title[0].lower()}{section.title[1:]} in this run"
+    if not run.rows:
+        return f"{what}: elastic-lsopt probe … --measures {section.probe}"
+    return f"{what}: add probes: {{{section.probe}: …}} to its YAML"
