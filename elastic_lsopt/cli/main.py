@@ -1,4 +1,4 @@
-"""The command line: `elastic-lsopt train | agent | validate FILE.yaml [key=value …]`, `status RUN_FOLDER`, `schema`.
+"""The command line: `train | agent | validate FILE.yaml [key=value …]`, `status | report RUN_FOLDER`, `schema`.
 
 Sub-commands import what they need when they run, so `--help` answers at once. A user's mistake is one line on stderr
 and exit code 2; whatever else goes wrong keeps its traceback, because it is ours to mend.
@@ -48,6 +48,10 @@ def _run(arguments: argparse.Namespace) -> int:
                 arguments.run_folder, endpoint=arguments.endpoint, secret_file=arguments.secret_file,
                 once=arguments.once,
             )  # fmt: skip
+        case "report":
+            from elastic_lsopt.cli.report import report
+
+            return report(arguments.run_folder)
         case _:
             from elastic_lsopt.config.schema import schema_text
 
@@ -76,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     live.add_argument("--endpoint", metavar="HOST:PORT", help="any living node's store (default: of the run folder)")
     live.add_argument("--secret-file", metavar="FILE", help="as in the job's elastic block")
     live.add_argument("--once", action="store_true", help="print once, also on a terminal")
+    purpose = "draw a run: one HTML page that needs no network, and its pictures"
+    drawn = commands.add_parser("report", help=purpose, description=purpose)
+    drawn.add_argument("run_folder", metavar="RUN_FOLDER", help="a job's output_dir, or the folder of a probe or study")
     commands.add_parser("schema", help="print the JSON schema of a job's YAML, for editors")
     return parser
 
