@@ -54,7 +54,7 @@ class Task:
 
 def train_and_measure(task: Task) -> dict[str, Any]:
     """The network's losses, errors, gaps and measures; None, with a reason under `reasons`, where a measure failed."""
-    cell, config = task.cell, task.config
+    cell, config, began = task.cell, task.config, time.process_time()
     train, test, classes = data(config, cell.label_noise)
     torch.manual_seed(cell.seed)
     model = network(train.x.shape[1], cell.width, cell.depth, classes).double()
@@ -69,7 +69,8 @@ def train_and_measure(task: Task) -> dict[str, Any]:
     }  # fmt: skip
     result = {key: value if isfinite(value) else None for key, value in result.items()}
     if converged:
-        return result | measure(model, train, start, task)
+        measured = measure(model, train, start, task)
+        return result | measured | {"cpu_seconds": round(time.process_time() - began, 3)}
     reason = f"the training loss is {train_loss:.2g} after {epochs} epochs, above stop_loss={config.stop_loss:g}"
     return result | {"measures": dict.fromkeys(task.measures), "reasons": dict.fromkeys(task.measures, reason)}
 

@@ -109,7 +109,7 @@ def best_first(rankings: dict[str, Ranking]) -> list[str]:
 def _model(line: Line, measures: Sequence[str]) -> Line:
     result = dict(line["result"])
     values = {name: result["measures"][name] for name in measures}
-    for key in ("measures", "reasons", "measure_seconds", "converged"):
+    for key in ("measures", "reasons", "measure_seconds", "cpu_seconds", "converged"):
         result.pop(key, None)
     return {"id": line["id"]} | line["settings"] | result | values
 

@@ -1,0 +1,102 @@
+"""Processes of a pool: all tasks' results, and what is said of those that fail, hang, die or are too large."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from elastic_lsopt.study.pool import run
+
+ROOT = Path(__file__).parents[2]
+
+
+def behave(task: str) -> tuple[str, int, int]:
+    kind, _, number = task.partition(" ")
+    if kind == "raise":
+        raise ValueError("no\n  such luck")
+    if kind == "hang":
+        time.sleep(600)
+    if kind == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "leave":
+        os._exit(3)
+    if kind == "nothing left":
+        raise MemoryError
+    time.sleep(float(number or 0))
+    return task, os.getpid(), torch.get_num_threads()
+
+
+def outcomes(tasks, **settings):
+    return {o.task: o for o in run(tasks, behave, **{"workers": 2, "timeout_s": 60.0} | settings)}
+
+
+def test_each_task_has_a_process_of_one_thread():
+    found = outcomes(["a", "b", "c", "d"])
+    assert {o.result[0] for o in found.values()} == {"a", "b", "c", "d"}
+    assert len({o.result[1] for o in found.values()} | {os.getpid()}) == 5
+    assert {o.result[2] for o in found.values()} == {1}
+    assert all(o.failure is None for o in found.values())
+
+
+def test_failures_are_told_and_harm_no_other():
+    tasks = ["raise", "die", "good", "leave", "hang", "fine"]
+    found = outcomes(tasks, timeout_s=6.0)
+    assert {task: o.failure for task, o in found.items()} == {
+        "raise": "ValueError: no such luck",
+        "die": "its process was killed by SIGKILL",
+        "leave": "its process ended with code 3",
+        "hang": "it took longer than timeout_s=6",
+        "good": None, "fine": None,
+    }  # fmt: skip
+    assert found["good"].result[0] == "good"
+    assert 6 <= found["hang"].seconds < 20
+
+
+def test_as_many_at_a_time_as_there_are_workers():
+    began = time.monotonic()
+    spent = sum(o.seconds for o in outcomes([f"sleep 1.{i}" for i in range(4)], workers=4).values())
+    assert spent > 1.5 * (time.monotonic() - began)
+
+
+def test_no_process_is_left_when_the_caller_stops():
+    running = run(["quick", "hang 1", "hang 2"], behave, workers=3, timeout_s=60)
+    assert next(running).task == "quick"
+    began = time.monotonic()
+    running.close()
+    assert time.monotonic() - began < 5
+
+
+PARENT = """
+import sys
+from elastic_lsopt.study.pool import run
+from tests.study.pool_tasks import say_and_wait
+if __name__ == "__main__":
+    list(run([sys.argv[1]], say_and_wait, workers=1, timeout_s=60))
+"""
+
+
+def test_a_process_ends_with_its_killed_parent(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    told = tmp_path / "pid"
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py"), str(told)], env=os.environ | {"PYTHONPATH": "."}
+    ) as parent:
+        until = time.monotonic() + 60
+        while not (told.exists() and told.read_text()) and time.monotonic() < until:
+            time.sleep(0.1)
+        child = int(told.read_text())
+        parent.kill()
+    until = time.monotonic() + 10
+    with suppress(ProcessLookupError):
+        while time.monotonic() < until:
+            os.kill(child, 0)
+            time.sleep(0.05)
+        pytest.fail("the process lives on")
