@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import elastic_lsopt as lso
-from elastic_lsopt.probes.effective_dimension import effective_dimension
+from elastic_lsopt.probes.edge_of_stability import adam_edge_of_stability, edge_of_stability
 from elastic_lsopt.probes.epsilon_sharpness import epsilon_sharpness
 from elastic_lsopt.probes.filter_norms import filter_norms, normalised
 from elastic_lsopt.probes.fisher_rao import fisher_rao
@@ -123,5 +120,20 @@ def measures(kind: str) -> dict[str, list[float]]:
     }
     after = engines.whole(space)
     out["moved"] = [float(any(not torch.equal(before[n], after[n]) for n in before))]
+    engines.close(engine)
+    return out
+
+
+def edges(kind: str) -> list[float]:
+    """The ratios of SGD and Adam after two steps of AdamW."""
+    engine = engines.build(kind, engines.net((), torch.float64), lso.Plain(), base="adamw", loss_fn=split_loss())
+    steps = engines.batches(2, 7, last=2, dtype=torch.float64)
+    for units in steps:
+        engine.train_batch(engines.mine(units))
+    space, oracle = lso.attach(engine, None, engines.mine(steps[0]))
+    out = [
+        edge_of_stability(space, oracle, learning_rate=0.1, momentum=0.9).value,
+        adam_edge_of_stability(space, oracle, learning_rate=1e-2, steps=2).value,
+    ]
     engines.close(engine)
     return out
