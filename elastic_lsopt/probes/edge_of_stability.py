@@ -88,7 +88,7 @@ def preconditioned(
     eps: float = 1e-8,
     of: Matrix | Operator = "hessian",
 ) -> Operator:
-    """D^-1/2 H D^-1/2, with the eigenvalues of Adam's D^-1 H; memory: one vector and one more a product (collective)."""
+    """D^-1/2 H D^-1/2, with the eigenvalues of Adam's D^-1 H; memory: one vector, a product one more (collective)."""
     refuse_below_one("steps", steps)
     refuse_not_positive("eps", eps)
     for name, beta in zip(("beta1", "beta2"), betas, strict=True):

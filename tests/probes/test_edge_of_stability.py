@@ -1,4 +1,4 @@
-"""The edge of stability: descent on a quadratic diverges exactly where the ratio says so; Adam's against dense matrices."""
+"""The edge of stability: descent on a quadratic diverges exactly above a ratio of 1; Adam against dense matrices."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_bad_input() -> None:
     for bad in ({"steps": 0}, {"eps": 0.0}, {"betas": (1.0, 0.9)}, {"betas": (0.9, 1.0)}):
         with pytest.raises(UserError, match="must be"):
             adam_edge_of_stability(space, oracle, **{"learning_rate": 0.1, "steps": 1, **bad})  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="^the base optimizer keeps no exp_avg_sq: use Adam or AdamW"):
+    with pytest.raises(UserError, match=r"^the base optimizer keeps no exp_avg_sq: use Adam or AdamW"):
         adam_edge_of_stability(space, oracle, learning_rate=0.1, steps=1)
     net = engines.net((), torch.float64)
     fresh = lso.Engine(backend_for(net, torch.optim.AdamW(net.parameters())), lso.Plain(), loss_fn=cross_entropy)

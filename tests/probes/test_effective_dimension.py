@@ -26,7 +26,7 @@ def test_of_a_density() -> None:
 def test_bad_input() -> None:
     with pytest.raises(UserError, match=r"^regulariser=0\.0 must be a number > 0\.$"):
         effective_dimension([1.0], regulariser=0.0)
-    with pytest.raises(UserError, match="^weights has 1 numbers for 2 eigenvalues"):
+    with pytest.raises(UserError, match=r"^weights has 1 numbers for 2 eigenvalues"):
         effective_dimension([1.0, 2.0], weights=[1.0])
     with pytest.raises(NonFinite):
         effective_dimension([float("nan")])

@@ -38,7 +38,7 @@ def test_within_the_authors_tolerance() -> None:
 
 def test_a_zero_gradient_and_other_bad_input() -> None:
     h, w, c = dense(3)
-    with pytest.raises(UserError, match="^the gradient is 0, so epsilon-sharpness has no direction of ascent; .*$"):
+    with pytest.raises(UserError, match=r"^the gradient is 0, so epsilon-sharpness has no direction of ascent; .*$"):
         epsilon_sharpness(*quadratic(h, torch.zeros_like(w)))
     for bad in ({"epsilon": 0.0}, {"tolerance": -1.0}):
         with pytest.raises(UserError, match="must be a number > 0"):
@@ -58,5 +58,5 @@ class Bounded(nn.Module):
 
 def test_a_loss_that_never_rises_so_far() -> None:
     space, oracle = lso.attach(Bounded(), lambda m, b: m(b[0]), [(torch.zeros(1, 2, dtype=torch.float64),)])
-    with pytest.raises(UserError, match="^the loss along the gradient never rises by epsilon=0.1; .*$"):
+    with pytest.raises(UserError, match=r"^the loss along the gradient never rises by epsilon=0.1; .*$"):
         epsilon_sharpness(space, oracle)

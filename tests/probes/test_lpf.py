@@ -47,6 +47,6 @@ def test_a_loss_that_is_not_finite() -> None:
     with pytest.raises(NonFinite, match="the loss at the weights is nan"):
         lpf(*quadratic(h, w, c, offset=float("nan")))
     space, oracle = quadratic(h, w, c)
-    with pytest.raises(NonFinite, match="under noise of sigma=1e\\+200 is (inf|nan)"):
+    with pytest.raises(NonFinite, match=r"under noise of sigma=1e\+200 is (inf|nan)"):
         lpf(space, oracle, sigma=1e200)
     assert torch.equal(space.weights.tensors[0], w) and oracle.loss() < 100

@@ -43,13 +43,13 @@ def test_bad_input() -> None:
     for bad in ({"kappa": 1.0}, {"kappa": float("nan")}, {"step": 0.0}, {"tolerance": 0.0}):
         with pytest.raises(UserError, match=f"^{next(iter(bad))}=.* must be a number > .*$"):
             mean_valley(space, oracle, workers=[one, two], **bad)
-    with pytest.raises(UserError, match="^workers has 1 entries; a mean valley needs at least 2.$"):
+    with pytest.raises(UserError, match=r"^workers has 1 entries; a mean valley needs at least 2.$"):
         mean_valley(space, oracle, workers=[one])
-    with pytest.raises(UserError, match="^worker 0 is at the mean of the workers"):
+    with pytest.raises(UserError, match=r"^worker 0 is at the mean of the workers"):
         mean_valley(space, oracle, workers=[one, one])
-    with pytest.raises(UserError, match="^the loss at the mean of the workers is -"):
+    with pytest.raises(UserError, match=r"^the loss at the mean of the workers is -"):
         mean_valley(*(bad := quadratic(h, w, c, offset=-99.0)), workers=[vector(bad[0], {"w": r}) for r in (w, -w)])
-    with pytest.raises(UserError, match="^the loss never grows 2.0-fold towards worker 0; use a smaller kappa.$"):
+    with pytest.raises(UserError, match=r"^the loss never grows 2.0-fold towards worker 0; use a smaller kappa.$"):
         flat = quadratic(0 * h, w, 0 * c, offset=1.0)
         mean_valley(*flat, workers=[vector(flat[0], {"w": r}) for r in (w, -w)])
     with pytest.raises(NonFinite):

@@ -75,12 +75,12 @@ def test_without_noise_and_without_signal() -> None:
 def test_bad_input() -> None:
     h, w, c = dense(N)
     space, oracle = quadratic(h, w, c)
-    with pytest.raises(UserError, match="^the noise scale is measured between batches: got 1, needs at least 2.$"):
+    with pytest.raises(UserError, match=r"^the noise scale is measured between batches: got 1, needs at least 2.$"):
         noise_scale(space, [oracle])
     with pytest.raises(UserError, match=r"^samples=\[8, 0\] must hold one number > 0 for each of the 2 batches.$"):
         noise_scale(space, [oracle, oracle], samples=[8, 0])
     flat, still = quadratic(h, torch.zeros_like(w))
-    with pytest.raises(UserError, match="^the gradient of every batch is 0"):
+    with pytest.raises(UserError, match=r"^the gradient of every batch is 0"):
         noise_scale(flat, [still, still])
     with pytest.raises(NonFinite):
         from_gram(torch.full((2, 2), float("nan"), dtype=torch.float64), [1, 1])

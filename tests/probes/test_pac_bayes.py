@@ -47,5 +47,5 @@ def test_bad_settings_and_a_loss_that_does_not_rise() -> None:
     for bad in ({"rise": 0.0}, {"tolerance": float("nan")}, {"draws": 0}, {"samples": 0}):
         with pytest.raises(UserError, match=f"^{next(iter(bad))}=.* must be .*$"):
             pac_bayes(*quadratic(h, w), **bad)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="^noise of up to sigma=100 never raises the loss by rise=0.1; .*$"):
+    with pytest.raises(UserError, match=r"^noise of up to sigma=100 never raises the loss by rise=0.1; .*$"):
         pac_bayes(*quadratic(1e-9 * h, w))

@@ -66,7 +66,7 @@ def test_many_steps_reach_the_maximum_in_the_linf_ball(adaptive: bool) -> None:
 def test_random_starts_find_the_way_up_from_a_minimum() -> None:
     h, w, _ = dense(6)
     space, oracle = quadratic(h, torch.zeros_like(w))
-    with pytest.raises(UserError, match="^the gradient is 0, so there is no direction of ascent; give starts=1"):
+    with pytest.raises(UserError, match=r"^the gradient is 0, so there is no direction of ascent; give starts=1"):
         sam_sharpness(space, oracle, steps=5)
     got = sam_sharpness(space, oracle, rho=0.5, steps=40, starts=1)
     assert got.value == pytest.approx(0.5**2 / 2 * float(torch.linalg.eigvalsh(h)[-1]), rel=1e-3)
@@ -85,7 +85,7 @@ def test_bad_input() -> None:
     for bad in ({"rho": 0.0}, {"steps": 0}, {"starts": -1}):
         with pytest.raises(UserError, match=f"^{next(iter(bad))}=.* must be .*$"):
             sam_sharpness(*quadratic(h, w, c), **bad)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="^norm='l1' is unknown; use l2 or linf.$"):
+    with pytest.raises(UserError, match=r"^norm='l1' is unknown; use l2 or linf.$"):
         sam_sharpness(*quadratic(h, w, c), norm="l1")  # type: ignore[arg-type]
     space, oracle = quadratic(1e150 * h, w, c)
     for steps in (1, 4):

@@ -61,12 +61,12 @@ def test_bad_input() -> None:
     space, oracle = quadratic(h, w, c)
     x = space.weights.clone()
     for rounds in ([], [[x]]):
-        with pytest.raises(UserError, match="^rounds must hold the weights of at least 2 workers each"):
+        with pytest.raises(UserError, match=r"^rounds must hold the weights of at least 2 workers each"):
             worker_disagreement(space, oracle, rounds=rounds)
-    with pytest.raises(UserError, match="^all workers hold the same weights"):
+    with pytest.raises(UserError, match=r"^all workers hold the same weights"):
         worker_disagreement(space, oracle, rounds=[[x, x]])
-    with pytest.raises(UserError, match="^keep=0 must be >= 1.$"):
+    with pytest.raises(UserError, match=r"^keep=0 must be >= 1.$"):
         worker_disagreement(space, oracle, rounds=[[x, space.zeros()]], keep=0)
     still, at_rest = quadratic(h, torch.zeros_like(w))
-    with pytest.raises(UserError, match="^the gradient is 0"):
+    with pytest.raises(UserError, match=r"^the gradient is 0"):
         worker_disagreement(still, at_rest, rounds=[[vector(still, {"w": w}), still.zeros()]])
