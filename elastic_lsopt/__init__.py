@@ -25,7 +25,8 @@ from elastic_lsopt.oracle.loss import Loss
 from elastic_lsopt.oracle.units import Unit
 
 if TYPE_CHECKING:
-    from elastic_lsopt import elastic
+    from elastic_lsopt import elastic, probes
+    from elastic_lsopt.faces.trainer_callback import ProbeCallback
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "NonFinite",
     "PeerFailed",
     "Plain",
+    "ProbeCallback",
     "StaleGeneration",
     "StaleLease",
     "StaleWeights",
@@ -48,14 +50,17 @@ __all__ = [
     "attach",
     "elastic",
     "initialize",
+    "probes",
     "registry",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`lso.elastic`, imported where it is used: other jobs need not wait for it."""
-    if name == "elastic":
-        from importlib import import_module
+    """What is imported where it is used, because other jobs need not wait for it."""
+    from importlib import import_module
 
-        return import_module("elastic_lsopt.elastic")
+    if name in ("elastic", "probes"):
+        return import_module(f"elastic_lsopt.{name}")
+    if name == "ProbeCallback":  # needs transformers
+        return import_module("elastic_lsopt.faces.trainer_callback").ProbeCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

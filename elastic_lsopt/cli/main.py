@@ -9,16 +9,18 @@ import sys
 from collections.abc import Sequence
 
 from elastic_lsopt import __version__
+from elastic_lsopt.cli.probe import arguments_of
 from elastic_lsopt.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a mistake of the user's, 130 after an interrupt."""
-    arguments = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(given)
     if "" not in sys.path:
         sys.path.insert(0, "")  # a model's import path counts from the working directory, as under `python -m`
     try:
-        return _run(arguments)
+        return _run(arguments, given)
     except UserError as error:
         print(f"elastic-lsopt: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     match arguments.command:
         case "train":
             from elastic_lsopt.cli.train import train
@@ -41,6 +43,10 @@ def _run(arguments: argparse.Namespace) -> int:
             from elastic_lsopt.cli.validate import validate
 
             return validate(arguments.file, arguments.overrides)
+        case "study":
+            from elastic_lsopt.cli.study import study
+
+            return study(arguments.file, arguments.overrides)
         case "status":
             from elastic_lsopt.cli.status import status
 
@@ -48,6 +54,10 @@ def _run(arguments: argparse.Namespace) -> int:
                 arguments.run_folder, endpoint=arguments.endpoint, secret_file=arguments.secret_file,
                 once=arguments.once,
             )  # fmt: skip
+        case "probe":
+            from elastic_lsopt.cli.probe import probe
+
+            return probe(arguments, given[1:])
         case "report":
             from elastic_lsopt.cli.report import report
 
@@ -69,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "run a job; starts its own workers where no launcher did"),
         ("agent", "be this node's agent in an elastic job: start, feed and fence its workers, and vote"),
         ("validate", "check a file; print the batch arithmetic and the memory per rank, without a GPU"),
+        ("study", "train a grid of small networks; rank flatness measures by Kendall's tau with the gap"),
     ):
         command = commands.add_parser(name, help=purpose, description=purpose)
         command.add_argument("file", metavar="FILE.yaml", help="the job")
@@ -83,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     purpose = "draw a run: one HTML page that needs no network, and its pictures"
     drawn = commands.add_parser("report", help=purpose, description=purpose)
     drawn.add_argument("run_folder", metavar="RUN_FOLDER", help="a job's output_dir, or the folder of a probe or study")
+    finished = commands.add_parser("probe", help="curvature and flatness of a finished model")
+    arguments_of(finished)
     commands.add_parser("schema", help="print the JSON schema of a job's YAML, for editors")
     return parser
 

@@ -82,11 +82,11 @@ def _one_rank(job: Job) -> int:
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        code = _say(error, world)
-    return _leave(code, world.size)
+        code = say_failure(error, world)
+    return leave(code, world.size)
 
 
-def _say(error: Exception, world: World) -> int:
+def say_failure(error: Exception, world: World) -> int:
     """Tell a failure as far as no other rank has; returns the exit code, 2 for a user's mistake and its followers."""
     if isinstance(error, UserError):
         mine = f"{USAGE}{world.rank}"
@@ -100,7 +100,7 @@ def _say(error: Exception, world: World) -> int:
     return 1
 
 
-def _leave(code: int, world: int) -> int:
+def leave(code: int, world: int) -> int:
     """End the process group; after a failure leave at once, because its peers may be gone or wait in a collective."""
     import torch.distributed as dist
 

@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
 from elastic_lsopt.config.elastic import ElasticConfig, Rule
+from elastic_lsopt.config.probes import read_probes
 from elastic_lsopt.config.ranges import SETTINGS, BelowOne, Count, Name, NotNegative, Positive, SettingError
 
 LANDSCAPE_SCHEMA: dict[str, Any] = {"required": ["method"], "properties": {"method": {"type": "string"}}}
@@ -27,7 +28,6 @@ BUILTIN_DATASETS = ("python-stdlib", "digits")
 
 # Keys that a reader of other trainers' files may expect, and why they are refused.
 REFUSED = {
-    "probes": "probes in a job are not supported yet, they come in a later release; remove the block",
     "fp16": "loss scaling is refused: use bf16: true",
     "gradient_accumulation_steps": "accumulation follows from global_batch_size, "
     "per_device_train_batch_size and the world size; remove the key",
@@ -125,6 +125,10 @@ class TrainConfig:
     elastic: ElasticConfig | None = None
     """Nodes that come and go in mid-training; null: a job of fixed size."""
 
+    probes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What is measured of the landscape on the way, by name: {every_steps: 100} or {every_samples: …}, `budget` (share
+    of the time, 0.1), `units` (4), `products` (auto), `measure` (the name), and the measure's own settings."""
+
     # Evaluation, checkpoints, reports.
     eval_steps: Count | None = None
     """Optimizer steps between evaluations; null: only at the end."""
@@ -212,6 +216,7 @@ def _conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         for key, default in (("adam_beta1", 0.9), ("adam_beta2", 0.999), ("adam_epsilon", 1e-8)):
             if getattr(c, key) != default:
                 yield key, f"{key} is for optim adam and adamw, but optim=sgd; remove the key."
+    read_probes(c.probes)
     if not isinstance(c.landscape.get("method"), str):
         yield "landscape", "landscape needs `method`, a name such as none, sam, asam or lpf_sgd."
     if c.elastic is not None:

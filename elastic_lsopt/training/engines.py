@@ -34,7 +34,7 @@ def build_engine(config: TrainConfig, method: Method, data: Data, world: World, 
     )
     if config.activation_checkpointing:
         apply_activation_checkpointing(model)
-    loss, base = _loss(config), _base(config, model)
+    loss, base = loss_of(config), _base(config, model)
     options: dict[str, Any] = {"seed": config.seed, "total_samples": total_samples}
     if config.backend == "deepspeed":
         assert config.deepspeed is not None
@@ -112,8 +112,14 @@ def _base(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.optim.
     return build
 
 
-def _loss(config: TrainConfig) -> Loss:
-    loss = causal_lm_loss() if config.task == "causal_lm" else classification_loss()
+def plain_loss_of(config: TrainConfig) -> Loss:
+    """The task's loss, in whatever precision the model has."""
+    return causal_lm_loss() if config.task == "causal_lm" else classification_loss()
+
+
+def loss_of(config: TrainConfig) -> Loss:
+    """The task's loss as the engine computes it."""
+    loss = plain_loss_of(config)
     if not config.bf16 or config.backend == "fsdp2":
         return loss
 

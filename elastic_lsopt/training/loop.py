@@ -29,7 +29,8 @@ from elastic_lsopt.oracle.units import Unit
 from elastic_lsopt.schedules.learning_rate import LearningRate
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.data import Data, build_data
-from elastic_lsopt.training.engines import build_engine
+from elastic_lsopt.training.engines import build_engine, plain_loss_of
+from elastic_lsopt.training.probing import Probing
 from elastic_lsopt.training.result import finish, say_unsaved
 from elastic_lsopt.training.run_folder import CHECKPOINTS, RunFolder
 
@@ -81,6 +82,7 @@ class TrainingRun:
         self.stopped, self.eval_loss = False, None
         self._rate = LearningRate(peak=config.learning_rate, shape=config.lr_scheduler_type, warmup=config.warmup_ratio)
         self._rates = None if world.plan is None else Rates(self.engine, world.plan)
+        self._probing = Probing(config, self.engine, data, world, plain_loss_of(config)) if config.probes else None
         self._checkpoints: Checkpointer | None = None
         self._folder: RunFolder | None = None
 
@@ -105,7 +107,7 @@ class TrainingRun:
     def step(self, units: list[Unit]) -> dict[str, Any]:
         """One optimizer step with its metrics, evaluation and checkpoint; returns its row of metrics.jsonl."""
         engine, config, start = self.engine, self.config, time.monotonic()
-        lr = self._set_rate()
+        lr, before = self._set_rate(), (engine.clock.steps, engine.clock.samples)
         engine.train_batch(units)
         report, clock = engine.last_step, engine.clock
         assert report is not None
@@ -117,6 +119,8 @@ class TrainingRun:
         }  # fmt: skip
         if len(self.data.eval) and (last or _due(step, config.eval_steps)):
             row["eval_loss"] = self.eval_loss = evaluate(engine, self.data, config, self.world)
+        if self._probing is not None and (probes := self._probing.after(before)):
+            row["probes"] = probes
         if self._folder is not None:
             self._folder.write(row)
         self.console.step(row)

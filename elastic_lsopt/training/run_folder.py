@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -58,8 +59,8 @@ class RunFolder:
             self._metrics.flush()  # what is here survives a kill
         if self._to_board:
             with suppress(OSError):
-                for key, value in finite.items():
-                    if value is not None and key not in ("step", "generation"):
+                for key, value in _scalars(finite):
+                    if key not in ("step", "generation"):
                         self._events(row["step"]).add_scalar(key, value, row["step"])
 
     def _events(self, step: int) -> Any:
@@ -76,6 +77,16 @@ class RunFolder:
             if writer is not None:
                 with suppress(OSError):
                     writer.close()
+
+
+def _scalars(row: dict[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a row by their place, `probes/trace/value`; of a list the first eight."""
+    for key, given in row.items():
+        value = {str(i): v for i, v in enumerate(given[:8])} if isinstance(given, list) else given
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{path}{key}/")
+        elif isinstance(value, int | float):
+            yield f"{path}{key}", value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

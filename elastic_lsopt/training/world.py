@@ -61,8 +61,8 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def start_workers(count: int, arguments: Sequence[str]) -> int:
-    """Run `python -m elastic_lsopt.train ARGUMENTS` as `count` workers on this machine; returns the job's exit code.
+def start_workers(count: int, arguments: Sequence[str], *, module: str = "elastic_lsopt.train") -> int:
+    """Run `python -m MODULE ARGUMENTS` as `count` workers on this machine; returns the job's exit code.
 
     SIGTERM and SIGINT are passed on as SIGTERM, so that the workers end after their step; the same happens when this
     process is killed. When a worker fails, the others get LEAVE_S to end by themselves. Workers share the cores.
@@ -90,7 +90,7 @@ def start_workers(count: int, arguments: Sequence[str]) -> int:
         for rank in range(count):
             workers.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "elastic_lsopt.train", *arguments],
+                    [sys.executable, "-m", module, *arguments],
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdin=subprocess.PIPE,
                     start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which passes it on

@@ -91,7 +91,7 @@ def test_a_missing_key_is_named_with_its_meaning(write):
     assert refusal(path).startswith(f"{path}: dataset is missing: A text or jsonl file")
 
 
-@pytest.mark.parametrize("key", ["probes", "fp16", "gradient_accumulation_steps"])
+@pytest.mark.parametrize("key", ["fp16", "gradient_accumulation_steps"])
 def test_a_refused_key_names_its_line(write, key):
     path = write(f"{LEAST}{key}: {{a: 1}}\n")
     assert refusal(path).startswith(f"{path}:7: {key}: ")

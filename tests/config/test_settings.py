@@ -49,6 +49,7 @@ KEYS = [
     "landscape",
     "seed",
     "elastic",
+    "probes",
     "eval_steps",
     "eval_batches",
     "save_steps",

@@ -1,0 +1,121 @@
+"""A callback for Hugging Face's Trainer that measures curvature and flatness on the way.
+
+    trainer = Trainer(model, …, callbacks=[ProbeCallback({"lambda_max": {}}, batches=batches, every_steps=100)])
+
+Results go into the Trainer's log (its reporters see the numbers), and into `output_dir/metrics.jsonl`, which
+`elastic-lsopt report` draws.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.trainer_callback import TrainerCallback
+
+from elastic_lsopt.backends.detect import backend_for
+from elastic_lsopt.errors import NonFinite, UserError
+from elastic_lsopt.faces.report import log
+from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.loss import Loss, LossFunction, as_loss
+from elastic_lsopt.oracle.products import Mode
+from elastic_lsopt.oracle.units import Unit
+from elastic_lsopt.oracle.units_oracle import UnitsOracle
+from elastic_lsopt.probes.catalogue import Situation, as_json, measure
+from elastic_lsopt.space.geometry import ParameterSpace
+
+
+class ProbeCallback(TrainerCallback):
+    """Measures by name with their settings, on `batches` (this rank's, always the same), each `every_steps` steps.
+
+    `loss_fn` as for `lso.attach`. Raises UserError for an unknown measure, no batch, every_steps < 1. The gradients of
+    a step are done with when it measures; it leaves weights, gradients (None) and the model's mode as they were.
+    Tested on one process and with a model under `fully_shard`; DistributedDataParallel hides its wrapper from
+    callbacks, so several ranks of it are refused.
+    """
+
+    def __init__(
+        self,
+        measures: Mapping[str, Mapping[str, Any]],
+        *,
+        batches: Sequence[Any],
+        every_steps: int,
+        loss_fn: Loss | LossFunction | None = None,
+        products: Mode = "auto",
+    ) -> None:
+        if every_steps < 1:
+            raise UserError(f"every_steps={every_steps} must be >= 1.")
+        if not batches:
+            raise UserError("batches is empty; give one or more.")
+        for name, settings in measures.items():
+            measure(name, settings)
+        self.measures, self.batches, self.every_steps = measures, list(batches), every_steps
+        self.loss_fn, self.products = loss_fn, products
+        self.results: list[dict[str, Any]] = []
+        self._checked = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Called by the Trainer after an optimizer step."""
+        if state.global_step % self.every_steps:
+            return
+        model: nn.Module = more["model"]
+        base = more.get("optimizer")
+        base = getattr(base, "optimizer", base)  # out of Accelerate's wrapper
+        group = base.param_groups[0] if base is not None else {}
+        training = model.training
+        model.eval()
+        try:
+            found = self._measured(model, base, state.global_step)
+        finally:
+            model.train(training)
+            for p in model.parameters():
+                p.grad = None
+        samples = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        row = {"step": state.global_step, "samples": samples, "lr": group.get("lr"), "probes": found}
+        self.results.append(row)
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            with (Path(args.output_dir) / "metrics.jsonl").open("a", encoding="utf-8") as out:
+                out.write(json.dumps(row) + "\n")
+        state.log_history.append({"step": state.global_step, **dict(_numbers(found))})
+
+    def _measured(self, model: nn.Module, base: Any, step: int) -> dict[str, Any]:
+        backend = backend_for(model, base)
+        group: Mapping[str, Any] = base.param_groups[0] if base is not None else {}
+        space = ParameterSpace(backend)
+        loss = as_loss(self.loss_fn, model)
+
+        def oracle(batches: Sequence[Any], *, checked: bool = False) -> UnitsOracle:
+            return UnitsOracle(
+                space, backend, loss, batches, SampleClock(steps=step), products=self.products, checked=checked
+            )
+
+        together = oracle(self.batches, checked=not self._checked)
+        self._checked = True
+        adam = (tuple(group["betas"]), group["eps"], step) if "betas" in group else None
+        situation = Situation(
+            space=space, oracle=together, samples=together.samples, learning_rate=group.get("lr"),
+            momentum=group.get("momentum", 0.0), adam=adam,  # type: ignore[arg-type]
+            batches=lambda: [oracle([Unit(0, b, idle=backend.rank > 0)]) for b in self.batches],
+        )  # fmt: skip
+        found = {}
+        for name, settings in self.measures.items():
+            try:
+                found[name] = as_json(measure(name, settings).ask(situation, **settings))
+            except (UserError, NonFinite) as error:
+                log.warning("measure %s gave nothing after step %d: %s", name, step, error)
+                found[name] = None
+        together.products.close()
+        return found
+
+
+def _numbers(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, result in found.items():
+        for key in ("value", "standard_error"):
+            if isinstance(result, dict) and isinstance(result.get(key), float):
+                yield f"probes/{name}/{key}", result[key]
+        for i, value in enumerate((result or {}).get("eigenvalues", [])):
+            yield f"probes/{name}/{i}", value

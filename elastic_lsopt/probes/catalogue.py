@@ -1,0 +1,174 @@
+"""Measures by name: what a YAML's `probes:`, `elastic-lsopt probe --measures` and the Trainer's callback can ask for.
+
+    lambda_max: {}                        a measure with its probe's own settings
+    top_eigenvalues: {k: 3, of: ggn}      settings are the probe's keyword arguments
+
+What a measure needs beside space and oracle (the learning rate, single batches, the initial weights) it takes from the
+`Situation` that it is measured in.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor
+
+from elastic_lsopt.errors import UserError
+from elastic_lsopt.oracle.units_oracle import UnitsOracle
+from elastic_lsopt.probes.edge_of_stability import adam_edge_of_stability, edge_of_stability
+from elastic_lsopt.probes.effective_dimension import effective_dimension
+from elastic_lsopt.probes.epsilon_sharpness import epsilon_sharpness
+from elastic_lsopt.probes.fisher_rao import fisher_rao
+from elastic_lsopt.probes.frobenius import frobenius
+from elastic_lsopt.probes.gradient_norm import gradient_norm
+from elastic_lsopt.probes.hutchinson import hutchinson
+from elastic_lsopt.probes.hutchpp import hutchpp
+from elastic_lsopt.probes.lanczos import lanczos
+from elastic_lsopt.probes.lobpcg import lobpcg
+from elastic_lsopt.probes.local_entropy import local_entropy, local_entropy_gradient
+from elastic_lsopt.probes.lpf import lpf
+from elastic_lsopt.probes.noise_scale import noise_scale
+from elastic_lsopt.probes.operator import Matrix, Operator
+from elastic_lsopt.probes.pac_bayes import pac_bayes
+from elastic_lsopt.probes.power_iteration import power_iteration
+from elastic_lsopt.probes.sam_sharpness import sam_sharpness
+from elastic_lsopt.probes.shannon_entropy import shannon_entropy
+from elastic_lsopt.probes.spectral_density import spectral_density
+from elastic_lsopt.probes.surface import surface
+from elastic_lsopt.probes.xtrace import xtrace
+from elastic_lsopt.space.basis import Basis
+from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.vector import Vector
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """Where a measure is taken: the loss on fixed batches, and what is known of the training around it."""
+
+    space: ParameterSpace
+    oracle: UnitsOracle
+    batches: Callable[[], Sequence[UnitsOracle]]
+    """An oracle a batch, for the noise between them."""
+    samples: int
+    """Of the training set."""
+    learning_rate: float | None = None
+    """Of the next step; None: there is no training."""
+    momentum: float = 0.0
+    adam: tuple[tuple[float, float], float, int] | None = None
+    """Its betas, its epsilon, its steps so far; None: the base is SGD."""
+    initial: Vector | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A probe by name: `ask(situation, **settings)`; `settings` are its keywords and their defaults."""
+
+    ask: Callable[..., Any]
+    settings: Mapping[str, Any]
+
+
+def _probe(
+    function: Callable[..., Any], given: Callable[[Situation], dict[str, Any]] = lambda s: {}, **other: Any
+) -> Measure:
+    """A probe's keywords of plain type; `given` by the situation, `other` defaults than the probe's own."""
+    settings = {
+        name: other.get(name, p.default)
+        for name, p in inspect.signature(function).parameters.items()
+        if p.kind is p.KEYWORD_ONLY and (name in other or isinstance(p.default, bool | int | float | str | None))
+    }
+
+    def ask(s: Situation, **own: Any) -> Any:
+        return function(s.space, s.oracle, **{**other, **given(s), **own})
+
+    return Measure(ask, settings)
+
+
+def _asking(function: Callable[..., Any]) -> Measure:
+    """A function of the situation itself."""
+    parameters = inspect.signature(function).parameters.values()
+    return Measure(function, {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY})
+
+
+def _edge(s: Situation, *, of: Matrix = "hessian") -> Any:
+    if s.learning_rate is None:
+        raise UserError("edge_of_stability needs a learning rate, and a finished model has none; measure lambda_max.")
+    if s.adam is None:
+        return edge_of_stability(s.space, s.oracle, learning_rate=s.learning_rate, momentum=s.momentum, of=of)
+    betas, eps, steps = s.adam
+    return adam_edge_of_stability(
+        s.space, s.oracle, learning_rate=s.learning_rate, steps=steps, betas=betas, eps=eps, of=of
+    )
+
+
+def _effective_dimension(s: Situation, *, k: int = 10, regulariser: float = 1.0, of: Matrix = "hessian") -> Any:
+    n = s.space.layout.numel
+    top = lanczos(s.space, s.oracle, k=min(k, n), of=of)
+    found = effective_dimension(list(top.eigenvalues), dimension=n, regulariser=regulariser)
+    return {**as_json(found), "products": top.products, "seconds": top.seconds}
+
+
+def _noise(s: Situation) -> Any:
+    return noise_scale(s.space, s.batches())
+
+
+MEASURES: dict[str, Measure] = {
+    "adaptive_sharpness": _probe(sam_sharpness, adaptive=True, rho=0.5),
+    "edge_of_stability": _asking(_edge),
+    "effective_dimension": _asking(_effective_dimension),
+    "epsilon_sharpness": _probe(epsilon_sharpness),
+    "fisher_rao": _probe(fisher_rao),
+    "frobenius": _probe(frobenius),
+    "gradient_norm": _probe(gradient_norm),
+    "hutchpp": _probe(hutchpp),
+    "lambda_max": _probe(lanczos, k=1),
+    "lobpcg": _probe(lobpcg),
+    "local_entropy": _probe(local_entropy),
+    "local_entropy_gradient": _probe(local_entropy_gradient),
+    "lpf": _probe(lpf),
+    "noise_scale": _asking(_noise),
+    "pac_bayes": _probe(pac_bayes, lambda s: {"initial": s.initial, "samples": s.samples}),
+    "power_iteration": _probe(power_iteration),
+    "sam_sharpness": _probe(sam_sharpness),
+    "shannon_entropy": _probe(shannon_entropy),
+    "spectral_density": _probe(spectral_density),
+    "surface": _probe(surface),
+    "top_eigenvalues": _probe(lanczos),
+    "trace": _probe(hutchinson),
+    "xtrace": _probe(xtrace),
+}
+
+
+def measure(name: str, settings: Mapping[str, Any]) -> Measure:
+    """The measure of that name. Raises UserError, with the nearest name, for an unknown one or an unknown setting."""
+    if name not in MEASURES:
+        raise UserError(f"unknown measure {name!r}{_nearest(name, MEASURES)}")
+    found = MEASURES[name]
+    for key in settings:
+        if key not in found.settings:
+            raise UserError(f"measure {name!r} has no setting {key!r}{_nearest(key, found.settings)}")
+    return found
+
+
+def _nearest(word: str, known: Mapping[str, Any]) -> str:
+    near = get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}."
+
+
+def as_json(result: Any) -> Any:
+    """A result's numbers, lists and names; vectors stay behind, and what is not finite becomes None."""
+    if is_dataclass(result) and not isinstance(result, type):
+        pairs = [(f.name, getattr(result, f.name)) for f in fields(result) if not f.name.startswith("_")]
+        computed = [n for n, v in vars(type(result)).items() if isinstance(v, property) and not n.startswith("_")]
+        return as_json(dict(pairs + [(n, getattr(result, n)) for n in computed]))
+    if isinstance(result, Mapping):
+        return {str(k): as_json(v) for k, v in result.items() if not isinstance(v, Vector | Basis | Operator)}
+    if isinstance(result, Tensor):
+        return as_json(result.tolist())
+    if isinstance(result, list | tuple):
+        return [as_json(v) for v in result if not isinstance(v, Vector | Basis)]
+    return None if isinstance(result, float) and not math.isfinite(result) else result

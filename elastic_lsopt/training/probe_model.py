@@ -1,0 +1,149 @@
+"""Measures of a finished model: a checkpoint of a run, or a Hugging Face folder, on any number of workers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from elastic_lsopt.checkpoint.checkpointer import Checkpointer
+from elastic_lsopt.checkpoint.folder import MANIFEST, listing
+from elastic_lsopt.config.load import load_config
+from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.elastic.world import World
+from elastic_lsopt.errors import NonFinite, UserError
+from elastic_lsopt.optimizers.plain import Plain
+from elastic_lsopt.oracle.units_oracle import UnitsOracle
+from elastic_lsopt.probes.catalogue import Situation, as_json, measure
+from elastic_lsopt.training.data import build_data
+from elastic_lsopt.training.engines import build_engine, plain_loss_of
+from elastic_lsopt.training.probing import fixed_units
+from elastic_lsopt.training.run_folder import CHECKPOINTS, CONFIG
+
+RESULTS = "probes.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is to be measured: `measures` by name with their settings, on `units` units of `batch_size` samples."""
+
+    model: Path
+    measures: Mapping[str, Mapping[str, Any]]
+    output: Path
+    data: str | None = None
+    """A dataset as in a job's YAML; None: the run's own."""
+    units: int = 4
+    batch_size: int | None = None
+    block_size: int | None = None
+    products: str = "auto"
+
+
+def settings_of(question: Question, world_size: int) -> tuple[TrainConfig, Path | None]:
+    """The job that builds this model again, and the checkpoint to load (None: the folder's own weights).
+
+    Raises UserError for a path that is neither a checkpoint, a run folder nor a Hugging Face folder.
+    """
+    path = question.model
+    for name, settings in question.measures.items():
+        measure(name, settings)
+    backend: Any = "fsdp2" if world_size > 1 else "replicated"
+    own: dict[str, Any] = {
+        "output_dir": str(question.output), "backend": backend, "deepspeed": None, "workers": 1, "bf16": False,
+        "fsdp_replicas": 1, "fsdp_reshard_after_forward": True, "activation_checkpointing": False, "elastic": None,
+        "report_to": (), "probes": {},
+    }  # fmt: skip
+    asked = {
+        "dataset": question.data,
+        "per_device_train_batch_size": question.batch_size,
+        "block_size": question.block_size,
+    }
+    own |= {key: value for key, value in asked.items() if value is not None}
+    if (path / "config.json").is_file():
+        if question.data is None:
+            raise UserError(f"{path} is a Hugging Face folder, which names no data; give --data.")
+        task = _task_of(path)
+        own |= {"global_batch_size": own.get("per_device_train_batch_size", 8), "max_steps": 1}
+        return TrainConfig(model_name_or_path=str(path), task=task, **own), None
+    checkpoint = _checkpoint(path)
+    run = checkpoint.parent.parent
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{checkpoint} lies in no run folder ({run / CONFIG} is missing), so its model is not known.")
+    config = load_config(run / CONFIG)
+    own["global_batch_size"] = max(config.global_batch_size, own.get("per_device_train_batch_size", 1))
+    return replace(config, **own), checkpoint
+
+
+def _checkpoint(path: Path) -> Path:
+    if (path / MANIFEST).is_file():
+        return path
+    if found := listing(path / CHECKPOINTS) or listing(path):
+        return found[0]
+    what = "does not exist" if not path.exists() else "is no checkpoint, run folder or Hugging Face folder"
+    raise UserError(f"{path} {what}; give runs/NAME, runs/NAME/checkpoints/checkpoint-STEP, or a saved model's folder.")
+
+
+def _task_of(path: Path) -> Any:
+    shape = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    architectures = shape.get("architectures") or [""]
+    if architectures[0].endswith("ForSequenceClassification"):
+        return "sequence_classification"
+    if architectures[0].endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal_lm"
+    kind = architectures[0] or "model without architectures"
+    raise UserError(f"{path} holds a {kind}: supported are causal language models and sequence classifiers.")
+
+
+def answer(question: Question, world: World, say: Any = lambda line: None) -> dict[str, Any]:
+    """Measure (collective); rank 0 writes `output/probes.json` after each measure. Raises UserError for a wrong input.
+
+    A measure that cannot be taken of this model is null, with the reason under `failed`.
+    """
+    config, checkpoint = settings_of(question, world.size)
+    data = build_data(config)
+    engine = build_engine(config, Plain(), data, world, total_samples=config.global_batch_size)
+    if checkpoint is not None:
+        loader = Checkpointer(checkpoint.parent)
+        loader.resume(engine, checkpoint, hyperparameters=False)
+        loader.close()
+    engine.module.eval()
+    units, single = fixed_units(data, config, world, question.units)
+    loss, products = plain_loss_of(config), question.products
+
+    def oracle(own: Sequence[Any], *, checked: bool) -> UnitsOracle:
+        return UnitsOracle(
+            engine.space, engine.backend, loss, own, engine.clock, products=products, checked=checked,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    together = oracle(units, checked=True)
+    situation = Situation(
+        space=engine.space, oracle=together, samples=len(data.train),
+        batches=lambda: [oracle(single(i), checked=False) for i in range(question.units)],
+    )  # fmt: skip
+    told: dict[str, Any] = {
+        "model": str(checkpoint or question.model), "data": config.dataset, "samples": together.samples,
+        "parameters": engine.space.layout.numel, "workers": world.size, "loss": together.loss(), "probes": {},
+        "failed": {},
+    }  # fmt: skip
+    for name, settings in question.measures.items():
+        begin = time.monotonic()
+        try:
+            told["probes"][name] = as_json(measure(name, settings).ask(situation, **settings))
+        except (UserError, NonFinite) as error:
+            if not engine.space.settled:
+                engine.space.settle()
+            told["probes"][name], told["failed"][name] = None, str(error)
+        say(f"{name}: {time.monotonic() - begin:.1f} s")
+        world.on_first(lambda: _write(question.output, told))
+    together.products.close()
+    return told
+
+
+def _write(folder: Path, told: dict[str, Any]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RESULTS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be written: {error.strerror}; choose another.") from error

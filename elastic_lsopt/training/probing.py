@@ -1,0 +1,154 @@
+"""Probes during training: measured between two steps, on fixed batches, within a budget of time.
+
+[Note: one clock for all ranks] Whether a probe's time is used up is a matter of seconds, which no two ranks agree on,
+and a measurement is collective. So rank 0's clock decides, in one small sum over the ranks at each point that is due.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from elastic_lsopt.config.probes import TRAJECTORY, ProbeConfig, read_probes
+from elastic_lsopt.config.ranges import SettingError
+from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.elastic.world import World
+from elastic_lsopt.errors import NonFinite, UserError
+from elastic_lsopt.faces.engine import Engine
+from elastic_lsopt.oracle.loss import Loss
+from elastic_lsopt.oracle.units import Unit
+from elastic_lsopt.oracle.units_oracle import UnitsOracle
+from elastic_lsopt.probes.catalogue import Situation, as_json, measure
+from elastic_lsopt.probes.trajectory import Trajectory
+from elastic_lsopt.training.data import Data
+
+log = logging.getLogger("elastic_lsopt")
+
+
+def check_probes(block: Mapping[str, Any]) -> dict[str, ProbeConfig]:
+    """The probes of a job. Raises SettingError, with the nearest name, for an unknown measure or setting."""
+    probes = read_probes(block)
+    for name, probe in probes.items():
+        if probe.measure == TRAJECTORY:
+            if probe.settings:
+                raise SettingError(f"probes.{name}", f"probes.{name}: the trajectory has no settings of its own.")
+            continue
+        try:
+            measure(probe.measure or name, probe.settings)
+        except UserError as error:
+            raise SettingError(f"probes.{name}", f"probes.{name}: {error}") from None
+    return probes
+
+
+class Probing:
+    """The probes of one engine (all collective). Each is measured with the model in eval mode.
+
+    A measure that fails says so once in the log and is null in the metrics; it never ends the training.
+    """
+
+    def __init__(self, config: TrainConfig, engine: Engine, data: Data, world: World, loss: Loss) -> None:
+        self.probes = check_probes(config.probes)
+        self._config, self._engine, self._data, self._world, self._loss = config, engine, data, world, loss
+        self._began, self._spent = time.monotonic(), dict.fromkeys(self.probes, 0.0)
+        self._warned: set[str] = set()
+        self._checked: set[str] = set()
+        self._trajectory: Trajectory | None = None
+        if any(p.measure == TRAJECTORY for p in self.probes.values()):
+            self._trajectory = Trajectory(engine.space, samples=engine.clock.samples)
+
+    def after(self, before: tuple[int, int]) -> dict[str, Any]:
+        """What is due after the step that began at `before` (steps, samples): results by name, ready for JSON."""
+        clock = self._engine.clock
+        out = {}
+        for name, probe in self.probes.items():
+            if probe.due(before, (clock.steps, clock.samples)) and self._affordable(name, probe):
+                begin = time.monotonic()
+                out[name] = self._measured(name, probe)
+                self._spent[name] += time.monotonic() - begin
+        return out
+
+    def _affordable(self, name: str, probe: ProbeConfig) -> bool:
+        """See [Note: one clock for all ranks]."""
+        over = self._spent[name] > probe.budget * (time.monotonic() - self._began)
+        vote = torch.tensor([float(over and self._world.is_first)], dtype=torch.float64, device=self._world.device)
+        left_out = self._engine.backend.sum_world_(vote).item() > 0
+        if left_out and name not in self._warned:
+            self._warned.add(name)
+            self._say(f"probe {name} takes more than {probe.budget:.0%} of the time: it is measured less often.")
+        return not left_out
+
+    def _measured(self, name: str, probe: ProbeConfig) -> Any:
+        engine = self._engine
+        training = engine.module.training
+        engine.module.eval()
+        try:
+            if self._trajectory is not None and probe.measure == TRAJECTORY:
+                return as_json(self._trajectory.observe(engine.clock))
+            situation = self._situation(probe, checked=name not in self._checked)
+            self._checked.add(name)
+            try:
+                return as_json(measure(probe.measure or name, probe.settings).ask(situation, **probe.settings))
+            finally:
+                situation.oracle.products.close()
+        except (UserError, NonFinite) as error:  # decided by sums over all ranks, so all ranks are here
+            if not engine.space.settled:
+                engine.space.settle()
+            if name not in self._warned:
+                self._warned.add(name)
+                self._say(f"probe {name} gave nothing after step {engine.clock.steps}: {error}")
+            return None
+        finally:
+            engine.module.train(training)
+            engine.space.end_lease()
+            engine.backend.clear_gradient()
+
+    def _situation(self, probe: ProbeConfig, *, checked: bool) -> Situation:
+        engine, config = self._engine, self._config
+        units, single = fixed_units(self._data, config, self._world, probe.units)
+        group: dict[str, Any] = next(iter(engine.param_groups), {})
+        adam = None
+        if config.optim != "sgd":
+            adam = ((config.adam_beta1, config.adam_beta2), config.adam_epsilon, max(engine.clock.steps, 1))
+        return Situation(
+            space=engine.space,
+            oracle=self._oracle(units, probe, checked=checked and not config.bf16),
+            batches=lambda: [self._oracle(single(i), probe, checked=False) for i in range(probe.units)],
+            samples=len(self._data.train), learning_rate=group.get("lr"), momentum=config.momentum, adam=adam,
+        )  # fmt: skip
+
+    def _oracle(self, units: Sequence[Unit], probe: ProbeConfig, *, checked: bool) -> UnitsOracle:
+        engine = self._engine
+        return UnitsOracle(
+            engine.space, engine.backend, self._loss, units, engine.clock, products=probe.products, checked=checked
+        )
+
+    def _say(self, line: str) -> None:
+        if self._world.is_first:
+            log.warning("%s", line)
+
+
+def fixed_units(
+    data: Data, config: TrainConfig, world: World, count: int
+) -> tuple[list[Unit], Callable[[int], list[Unit]]]:
+    """This rank's units of `count` in all, and the i-th of them as a batch of its own (which rank 0 runs).
+
+    The same training samples, drawn by the seed, at any world size. Raises UserError where there are fewer samples.
+    """
+    size = config.per_device_train_batch_size
+    if count * size > len(data.train):
+        raise UserError(
+            f"units={count} of per_device_train_batch_size={size} are more than the {len(data.train)} training "
+            "samples; measure on fewer."
+        )
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(config.seed)).tolist()
+
+    def batch(i: int) -> dict[str, Any]:
+        rows = data.collate([data.train[j] for j in order[i * size : (i + 1) * size]])
+        return {k: v.to(world.device) for k, v in rows.items()}
+
+    together = [Unit(i, batch(i)) for i in range(world.rank, count, world.size)] or [Unit(0, batch(0), idle=True)]
+    return together, lambda i: [Unit(0, batch(i), idle=world.rank > 0)]
