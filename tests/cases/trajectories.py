@@ -19,7 +19,7 @@ from tests.oracles.paper_loops import cross_entropy
 
 def numbers(kind: str) -> dict[str, Any]:
     """All measures of six steps of momentum, as flat lists of numbers; `back` tells whether the weights came back."""
-    dtype = torch.float64
+    dtype = torch.float32 if kind.startswith("zero") else torch.float64
     engine = engines.build(kind, engines.net(dtype=dtype), lso.Plain())
     steps = engines.batches(6, 5, last=2, dtype=dtype)
     space = engine.space

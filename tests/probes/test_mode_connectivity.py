@@ -148,6 +148,8 @@ def test_losses_that_are_not_finite() -> None:
     space, oracle = landscape(lambda x, y: -torch.log(x.abs()) + y)
     path = mode_connectivity(space, oracle, start=at(space, -1, 0), end=at(space, 1, 0), points=3)
     assert path.barrier == inf and path.losses[1] == inf
+    hole, there = landscape(lambda x, y: x / x)
+    assert mode_connectivity(hole, there, start=at(hole, -1, 0), end=at(hole, 1, 0), points=3).barrier == inf
     with pytest.raises(NonFinite, match="ends of the path are inf and 0"):
         mode_connectivity(space, oracle, start=at(space, 0, 0), end=at(space, 1, 0))
     with pytest.raises(NonFinite, match="pass 1"):

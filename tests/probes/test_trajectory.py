@@ -151,7 +151,9 @@ def test_it_goes_on_from_a_saved_state() -> None:
     torch.manual_seed(0)
     points = torch.randn(9, 8, dtype=torch.float64)
     model, space = space_at([0.0] * 8)
-    first, second = Trajectory(space, window=4), Trajectory(space, window=4)
+    first = Trajectory(space, window=4)
+    model.put([1.0] * 8)
+    second = Trajectory(space, window=4)  # begun elsewhere
     for t, p in enumerate(points, 1):
         model.put(p)
         if t == 3:

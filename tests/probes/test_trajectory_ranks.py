@@ -16,3 +16,15 @@ def test_the_same_numbers_at_any_world_size(ranks: Any) -> None:
         for what in ("motion", "ratios", "pca", "filters", "surface", "projection", "paths"):
             assert len(r[what]) == len(reference[what]) > 0
             assert r[what] == pytest.approx(reference[what], rel=1e-9, abs=1e-11), what
+
+
+@pytest.mark.parametrize(
+    "kind,near", [("ddp", 1e-9), ("hsdp", 1e-9), ("zero1", 1e-3), ("zero2", 1e-3), ("zero3", 1e-3)]
+)
+def test_the_same_numbers_on_any_backend(ranks: Any, kind: str, near: float) -> None:
+    """ZeRO computes in fp32, and its masters stay where they are while the working weights are away."""
+    reference = ranks(2).run("tests.cases.trajectories:numbers", kind="fsdp2")[0]
+    for r in ranks(2).run("tests.cases.trajectories:numbers", kind=kind):
+        assert r.pop("back")
+        for what, values in r.items():
+            assert values == pytest.approx(reference[what], rel=near, abs=near / 100), what
