@@ -1,6 +1,6 @@
 """Some eigenvalues of a symmetric matrix, how far each is from being one, and their vectors: what eigensolvers return.
 
-    residual_i = |A x_i - lambda_i x_i|, |x_i| = 1: an eigenvalue lies within it of lambda_i (Weyl)
+residual_i = |A x_i - lambda_i x_i|, |x_i| = 1: an eigenvalue lies within it of lambda_i (Weyl)
 """
 
 from __future__ import annotations

@@ -98,10 +98,9 @@ class Krylov:
             elif self._coupling.any():
                 basis.take_off_(w, torch.cat([self._coupling, torch.zeros(1, dtype=torch.float64)]))
             self._matrix[m, :m] = self._coupling
-        length = hypot(float(torch.linalg.vector_norm(column)), self._take_off(w, column))
+        beta = self._take_off(w, column)
         self._matrix[: m + 1, m] = column
-        self._scale = max(self._scale, length)
-        beta = self._rest
+        self._scale = max(self._scale, hypot(float(torch.linalg.vector_norm(column)), beta))
         self.invariant = beta <= INVARIANT * torch.finfo(a.space.dtype).eps * self._scale
         self._coupling = torch.zeros(m + 1, dtype=torch.float64)
         if self.invariant:
@@ -112,21 +111,23 @@ class Krylov:
         self._last = q
 
     def _take_off(self, w: Vector, column: Tensor) -> float:
-        """Take the basis off w, its coefficients to `column`; the length that is left, `_rest` too."""
-        before = float("inf")
-        for _ in range(4):
+        """Take the basis off w and add its coefficients to `column`; the length that is left."""
+        enough, left = 0.0, 0.0
+        for passes in range(4):
             more = self.basis.coefficients(w)
             self.basis.take_off_(w, more)
             column += more
-            self._rest = self.a.space.norm(w)
-            if not isfinite(self._rest):
-                raise NonFinite(f"product {self.a.products} with the curvature is inf or NaN: the loss has no curvature here.")
-            if before == float("inf"):
-                before = hypot(self._rest, float(torch.linalg.vector_norm(column))) / 5
-            if self._rest >= before / 2:
+            left = self.a.space.norm(w)
+            if not isfinite(left):
+                raise NonFinite(
+                    f"product {self.a.products} with the curvature is inf or NaN: the loss is not smooth here."
+                )
+            if passes == 0:
+                enough = hypot(left, float(torch.linalg.vector_norm(column))) / 10
+            if left >= enough:
                 break
-            before = self._rest
-        return self._rest
+            enough = left / 2
+        return left
 
     def _renew(self) -> None:
         """A random direction orthogonal to the basis; M falls into blocks."""

@@ -4,7 +4,8 @@
 
 All wanted residuals are looked at after every product, so that not one is made too many; a thick restart keeps the
 best Ritz vectors where the basis is full. Beside an invariant space (beta = 0) it goes on from a random direction until
-that has shown that no copy of a wanted eigenvalue is missing.
+that has shown that no copy of a wanted eigenvalue is missing. Each residual is computed from the recurrence's own
+coefficients, not from T alone: it is that of the products as they were made, also where these are differences.
 
 Lanczos 1950, "An iteration method for the solution of the eigenvalue problem …"; Wu and Simon 2000, "Thick-restart
 Lanczos method for large symmetric eigenvalue problems". Cost: products until converged, at most `max_products`;
@@ -25,7 +26,6 @@ from elastic_lsopt.probes.krylov import Krylov, Ritz
 from elastic_lsopt.probes.operator import Matrix, Operator, operator
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
-from elastic_lsopt.space.vector import Vector
 
 Which = Literal["largest", "smallest", "both"]
 
@@ -39,7 +39,6 @@ def lanczos(
     tolerance: float = 1e-3,
     max_products: int = 300,
     capacity: int = 100,
-    start: str = "random",
     vectors: bool = False,
     of: Matrix | Operator = "hessian",
     parameters: str | None = None,
@@ -65,7 +64,7 @@ def lanczos(
         raise UserError(f"tolerance={tolerance} must be > 0.")
     low = 0 if which == "largest" else k
     high = wanted - low
-    krylov, made, done = Krylov(a, _first(a, oracle, start), room, basis_device), 0, False
+    krylov, made, done = Krylov(a, a.direction(0), room, basis_device), 0, False
     while not done and made < max_products:
         if len(krylov) == room:
             krylov.restart(_kept(krylov.ritz().columns, low, high))
@@ -90,15 +89,6 @@ def lanczos(
     )
 
 
-def _first(a: Operator, oracle: Oracle, start: str) -> Vector:
-    noise = a.direction(0)
-    if start == "random":
-        return noise
-    g = a.project_(oracle.gradient().clone())
-    length = a.space.norm(g)
-    return noise.add_(g, alpha=1 / length) if length > 0 else noise
-
-
 def _ends(m: int, low: int, high: int) -> Tensor:
     """Indices of the `low` lowest and `high` highest of m ascending values."""
     return torch.cat([torch.arange(low), torch.arange(m - high, m)])
@@ -119,7 +109,7 @@ def _converged(krylov: Krylov, low: int, high: int, tolerance: float) -> bool:
     limit = tolerance * float(ritz.values.abs().max())
     if bool((ritz.residuals[_ends(len(krylov), low, high)] > limit).any()):
         return False
-    return not krylov.newest and not krylov.invariant or _nothing_beyond(krylov, ritz, low, high, limit)
+    return (not krylov.newest and not krylov.invariant) or _nothing_beyond(krylov, ritz, low, high, limit)
 
 
 def _nothing_beyond(krylov: Krylov, ritz: Ritz, low: int, high: int, limit: float) -> bool:
