@@ -40,13 +40,23 @@ class Picture:
     path: Path
     words: str
     """What it shows, in words."""
+    probe: str | None = None
+    """Whose it is, where the probe is not named by its measure."""
+
+    @property
+    def key(self) -> str:
+        return self.path.stem
+
+    @property
+    def title(self) -> str:
+        return self.section.title if self.probe is None else f"{self.section.title}: {self.probe}"
 
 
 def page(run: Run, pictures: Sequence[Picture], missing: Sequence[str]) -> str:
     """The whole document; every text from the run is escaped."""
     tables = [("values", "Final values", _values(run)), ("tau", "Ranking in numbers", _ranks(run))]
     tables = [(key, title, body) for key, title, body in tables if body]
-    links = [(p.section.key, p.section.title) for p in pictures] + [(key, title) for key, title, _ in tables]
+    links = [(p.key, p.title) for p in pictures] + [(key, title) for key, title, _ in tables]
     body = [
         f"<h1>{escape(run.name)}</h1>",
         f'<p class="quiet">{escape(_summary(run))}</p>',
@@ -69,9 +79,9 @@ def page(run: Run, pictures: Sequence[Picture], missing: Sequence[str]) -> str:
 
 def _picture(picture: Picture) -> str:
     section, data = picture.section, base64.b64encode(picture.path.read_bytes()).decode("ascii")
-    alt = escape(f"{section.title}. {picture.words}".strip(), quote=True)
+    alt = escape(f"{picture.title}. {picture.words}".strip(), quote=True)
     return (
-        f'<section id="{section.key}"><h2>{escape(section.title)}</h2>\n<p>{escape(section.meaning)}</p>\n'
+        f'<section id="{picture.key}"><h2>{escape(picture.title)}</h2>\n<p>{escape(section.meaning)}</p>\n'
         f'<figure><img src="data:image/png;base64,{data}" alt="{alt}">\n'
         f"<figcaption>{escape(picture.words)}</figcaption></figure></section>"
     )
@@ -110,10 +120,14 @@ def _values(run: Run) -> str:
 
 def _ranks(run: Run) -> str:
     lines = [
-        [rank.name, *(number_cell(v) for v in (rank.tau, rank.low, rank.high)), str(rank.models or "")]
+        [
+            rank.name, *(number_cell(v) for v in (rank.tau, rank.low, rank.high)), str(rank.models or ""),
+            number_cell(rank.granulated), number_cell(rank.loss_gap),
+        ]
         for rank in ranking(run)
-    ]
-    return _table(("measure", "Kendall's τ", "interval from", "to", "models"), lines)
+    ]  # fmt: skip
+    head = ("measure", "Kendall's τ", "interval from", "to", "models", "Ψ, within one setting", "τ with the loss gap")
+    return _table(head, lines)
 
 
 class Markup(str):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ MEASURES = {
     "top_eigenvalues": Measure("largest eigenvalues", CURVATURE, "curvature along the steepest directions"),
     "lambda_max": Measure("λ max", CURVATURE, "curvature along the steepest direction"),
     "trace": Measure("trace of the Hessian", CURVATURE, "sum of all curvatures"),
+    "hutchpp": Measure("trace of the Hessian (Hutch++)", CURVATURE, "sum of all curvatures"),
+    "xtrace": Measure("trace of the Hessian (XTrace)", CURVATURE, "sum of all curvatures"),
     "frobenius": Measure("Frobenius norm", CURVATURE, "root of the sum of squared curvatures"),
     "lpf": Measure("LPF measure", "nats", "mean loss under Gaussian noise on the weights: a wide valley keeps it low"),
     "epsilon_sharpness": Measure(
@@ -57,6 +59,8 @@ SPECIAL = ("edge_of_stability", "noise_scale")
 """Measures with a picture of their own."""
 
 
-def measure(name: str) -> Measure:
-    """How a measure is shown; one that this file does not know is shown by its name."""
+def measure(name: str, of: str | None = None) -> Measure:
+    """How a probe is shown that measures `of` (default: what its name says); an unknown one by its name."""
+    if of is not None and of != name and of in MEASURES:
+        return replace(MEASURES[of], title=name)
     return MEASURES.get(name) or Measure(name.replace("_", " "), "", "")

@@ -36,7 +36,7 @@ def draw_measures(run: Run, target: Path) -> str | None:
     figure = canvas(max(3.4 * columns, 5), 2.3 * lines + 0.5)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, (name, points) in zip(panels, found.items(), strict=False):
-        shown = measure(name)
+        shown = measure(name, run.measures.get(name))
         tidy(axes, shown.title, size=10)
         draw_with_band(axes, points, BLUE)
         axes.set_ylabel(plain(shown.unit or "value", 40), fontsize=9)
@@ -48,13 +48,13 @@ def draw_measures(run: Run, target: Path) -> str | None:
         axes.remove()
     figure.suptitle("Measures of flatness over training; bands: one standard error", fontsize=11)
     save(figure, target)
-    ends = ", ".join(f"{measure(name).title} {points[-1][1]:.4g}" for name, points in found.items())
-    return f"At the end: {ends}."
+    titles = {name: measure(name, run.measures.get(name)).title for name in found}
+    return f"At the end: {', '.join(f'{titles[name]} {points[-1][1]:.4g}' for name, points in found.items())}."
 
 
 def measured(run: Run) -> list[str]:
     """The probes that give one value and have no picture of their own."""
-    names = [name for name in run.names() if name not in SPECIAL]
+    names = [name for name in run.names() if run.measure_of(name) not in SPECIAL]
     return [name for name in names if any(not math.isnan(r.number("value")) for r in run.readings(name))]
 
 
@@ -87,11 +87,10 @@ def draw_noise(run: Run, target: Path) -> str | None:
     tidy(axes, "Gradient noise scale, and the batch of the run")
     floor = 0.1 * min(y for _, y, _ in points)  # a band that reaches below zero ends here on the log scale
     draw_with_band(axes, [(x, y, min(e, y - floor)) for x, y, e in points], BLUE, "noise scale tr Σ / |G|²")
-    told = ((r.samples, r.number(f)) for r in readings for f in ("critical_batch", "hessian_value") if f in r.probe)
-    critical = [(x, y) for x, y in finite(told) if y > 0]
+    critical = [(x, y) for x, y in finite((r.samples, r.number("critical_batch")) for r in readings) if y > 0]
     if critical:
         axes.plot(*zip(*critical, strict=True), "s--", color=GREEN, markersize=4, label="critical batch")
-    batch = [(row["samples"], size) for row in run.rows if (size := number(row.get("batch"))) > 0]
+    batch = [(x, size) for x, size in finite((number(r.get("samples")), number(r.get("batch"))) for r in run.rows)]
     if batch:
         axes.plot(*zip(*batch, strict=True), color=RED, linewidth=1.8, drawstyle="steps-pre", label="batch used")
     axes.set_yscale("log")
@@ -122,7 +121,7 @@ def draw_spent(run: Run, target: Path) -> str | None:
     tidy(axes, "Seconds spent on probes" + (" and on training steps" if steps else ""))
     axes.grid(axis="x", alpha=0.25)
     axes.grid(axis="y", visible=False)
-    shown = [(measure(name).title, spent[name], BLUE) for name in names]
+    shown = [(measure(name, run.measures.get(name)).title, spent[name], BLUE) for name in names]
     shown += [("training steps", steps, GREY)] if steps else []
     labels, values, colours = zip(*shown, strict=True)
     bars = axes.barh([plain(label, 40) for label in labels], values, color=colours)

@@ -1,5 +1,6 @@
 """What a run folder tells of its probes: readings over training, of the finished model, and a study. Reads files only.
 
+config.yaml    {probes: {name: {measure: the measure's name, where it is not the probe's}}}
 metrics.jsonl  {"step", "samples", "loss", "lr", "batch", "world", …, "probes": {name: {field: number or list}}} a line
 probes.json    {"probes": {name: {…}}, "model": where the model lies}
 study.json     {"measures": {name: {"tau", "interval", "models"}}, "models": [{setting: …, "gap", measure: …}]}
@@ -11,16 +12,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from elastic_lsopt.errors import UserError
 
-PROBES, STUDY = "probes.json", "study.json"
-EIGENVALUES = ("top_eigenvalues", "lambda_max")
-"""The probes that give eigenvalues, the richer first."""
+CONFIG, PROBES, STUDY = "config.yaml", "probes.json", "study.json"
+EIGENVALUES = ("top_eigenvalues", "lobpcg", "power_iteration", "lambda_max")
+"""The measures that give eigenvalues, the richer first."""
 LARGEST = 1e100
 """What is beyond has no place on an axis."""
 
@@ -53,27 +54,51 @@ class Run:
     changes: Sequence[dict[str, Any]] = ()
     finished: dict[str, Any] | None = None
     study: dict[str, Any] | None = None
+    measures: Mapping[str, str] = field(default_factory=dict)
+    """Probe -> what it measures, of those that are not named by their measure."""
+    only: str | None = None
+    """The one probe that is seen, under its measure's name; None: all that are named by their measure."""
 
     @classmethod
     def of(cls, folder: Path, rows: Sequence[dict[str, Any]], changes: Sequence[dict[str, Any]]) -> Run:
         """With the steps of metrics.jsonl and the changes of journal.jsonl; the other files are read here."""
-        name = folder.resolve().name
-        return cls(name, rows, changes, _object(folder / PROBES, "probes"), _object(folder / STUDY, "measures"))
+        return cls(
+            folder.resolve().name, rows, changes, _object(folder / PROBES, "probes"),
+            _object(folder / STUDY, "measures"), _renamed(folder / CONFIG),
+        )  # fmt: skip
+
+    @property
+    def whose(self) -> str:
+        """What a title adds where the run is seen by one probe alone."""
+        return "" if self.only is None else f", probe {self.only}"
+
+    def measure_of(self, name: str) -> str:
+        """What a probe measures."""
+        return self.measures.get(name, name)
+
+    def alone(self, name: str) -> Run:
+        """The run as this probe sees it: where its measure is asked for, it answers, and no other does."""
+        return replace(self, only=name)
 
     def readings(self, *names: str) -> list[Reading]:
         """What the probe said over training, in order; of several `names` the first that a step has."""
         return [
             Reading(probe, row["step"], samples)
             for row in self.rows
-            if (probe := _first(row.get("probes"), names)) is not None
+            if (probe := _first(row.get("probes"), self._asked(names))) is not None
             and not math.isnan(samples := number(row.get("samples")))
         ]
 
     def last(self, *names: str) -> Reading | None:
         """What the probe said of the finished model, else at the end of training."""
-        if (probe := _first((self.finished or {}).get("probes"), names)) is not None:
+        if (probe := _first((self.finished or {}).get("probes"), self._asked(names))) is not None:
             return Reading(probe)
         return next(reversed(self.readings(*names)), None)
+
+    def _asked(self, names: Sequence[str]) -> Sequence[str]:
+        if self.only is None:
+            return names
+        return [self.only] if {self.only, self.measure_of(self.only)} & set(names) else []
 
     def names(self) -> list[str]:
         """The probes that have said something, in the order in which they first did."""
@@ -97,6 +122,18 @@ def numbers(values: Any) -> list[float]:
 def finite(pairs: Iterable[tuple[float, float]]) -> Iterator[tuple[float, float]]:
     """The pairs of which both are numbers."""
     return (pair for pair in pairs if not any(math.isnan(v) for v in pair))
+
+
+def _renamed(config: Path) -> dict[str, str]:
+    """The probes of a job's YAML that name a measure; none where there is no such file, or it cannot be read."""
+    import yaml
+
+    try:
+        probes = yaml.safe_load(config.read_text(encoding="utf-8"))["probes"]
+        named = {name: given.get("measure") for name, given in probes.items() if isinstance(given, dict)}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        return {}
+    return {str(name): measure for name, measure in named.items() if isinstance(measure, str)}
 
 
 def _is(probe: Any) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from elastic_lsopt.report.loss_curve import draw_loss
 from elastic_lsopt.report.members import draw_members
 from elastic_lsopt.report.over_training import draw_measures, draw_noise, draw_spent
-from elastic_lsopt.report.run import Run
+from elastic_lsopt.report.run import EIGENVALUES, Run
 from elastic_lsopt.report.spectrum import draw_density, draw_eigenvalues
 from elastic_lsopt.report.study import draw_ranking, draw_scatter
 from elastic_lsopt.report.style import plain
@@ -36,7 +36,9 @@ class Section:
     of: str
     """rows (a training run), probes (a training run or a finished model) or study: what a folder must hold."""
     probe: str | None = None
-    """The probe that it is drawn from, which a missing picture's line names."""
+    """The measure that it is drawn from, which a missing picture's line names."""
+    kinds: tuple[str, ...] = ()
+    """The measures of which each probe with a name of its own gets a picture of its own."""
 
 
 def _loss(run: Run, target: Path) -> str | None:
@@ -70,14 +72,14 @@ SECTIONS = (
         "How many directions of weight space have which curvature: most eigenvalues lie in a bulk near zero, where the "
         "loss is flat, and a few stand apart (marked), often about as many as there are classes or clusters in the "
         "data. Negative eigenvalues are directions in which the loss still bends down.",
-        draw_density, "probes", "spectral_density",
+        draw_density, "probes", "spectral_density", ("spectral_density",),
     ),
     Section(
         "eigenvalues", "Eigenvalues and the edge of stability",
         "Plain gradient descent with step size η is stable along a direction only while its eigenvalue is below 2/η. "
         "Training with large batches often raises the largest eigenvalue until it hovers at that line. With momentum "
         "or Adam the line lies elsewhere: compare the lower panel, where there is one.",
-        draw_eigenvalues, "rows", "top_eigenvalues",
+        draw_eigenvalues, "rows", "top_eigenvalues", (*EIGENVALUES, "edge_of_stability"),
     ),
     Section(
         "measures", "Measures of flatness",
@@ -89,37 +91,37 @@ SECTIONS = (
         "surface", "Loss surface",
         "A slice through the loss with the trained weights at the star. It shows one or two directions of very many: "
         "a smooth bowl here does not mean that there are no sharp directions.",
-        draw_surface, "probes", "surface",
+        draw_surface, "probes", "surface", ("surface",),
     ),
     Section(
         "mode_connectivity", "Between two models",
         "The barrier is how far the loss rises above the straight line between the two models' losses. None means that "
         "both lie in one valley; a curve without a barrier, where the line has one, means a bent valley.",
-        draw_connectivity, "probes", "mode_connectivity",
+        draw_connectivity, "probes", "mode_connectivity", ("mode_connectivity",),
     ),
     Section(
         "trajectory", "Angles and distances",
         "Below 90° an update goes on in the direction of the one before; above, the steps bounce between the walls of "
         "a valley. A path much longer than the distance from the start is diffusion, not progress.",
-        draw_motion, "rows", "trajectory",
+        draw_motion, "rows", "trajectory", ("trajectory",),
     ),
     Section(
         "alignment", "Alignment with the sharpest directions",
         "A cosine near 1 means movement along the steepest walls; near 0, movement in the flat bulk. Random directions "
         "have a cosine of about one over the root of the number of weights.",
-        draw_alignment, "rows", "trajectory",
+        draw_alignment, "rows", "trajectory", ("trajectory",),
     ),
     Section(
         "update_to_weight", "Update against weight, by parameter",
         "How much each parameter changes in one step. Around 0.001 is a common rule of thumb; parameters far above it "
         "may be unstable, far below it they hardly learn. Grey: zero or not known.",
-        draw_ratios, "rows", "trajectory",
+        draw_ratios, "rows", "trajectory", ("trajectory",),
     ),
     Section(
         "noise_scale", "Gradient noise and batch size",
         "Where the batch is far below the noise scale, a larger batch saves almost as many steps as it costs samples; "
         "far above it, more samples a step buy hardly anything (McCandlish et al. 2018, arXiv 1812.06162).",
-        draw_noise, "rows", "noise_scale",
+        draw_noise, "rows", "noise_scale", ("noise_scale",),
     ),
     Section(
         "members", "Members of the elastic job",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elastic_lsopt.report.run import EIGENVALUES, Reading, Run, finite, number, numbers
+from elastic_lsopt.report.run import EIGENVALUES, LARGEST, Reading, Run, finite, number, numbers
 from elastic_lsopt.report.style import (
     BLUE,
     CYCLE,
@@ -51,7 +51,7 @@ def draw_density(run: Run, target: Path) -> str | None:
 
     figure = canvas()
     axes = figure.subplots()
-    tidy(axes, f"Spectral density of the Hessian {reading.when}")
+    tidy(axes, f"Spectral density of the Hessian {reading.when}{run.whose}")
     axes.fill_between(grid, floor, np.maximum(density, floor), color=BLUE, alpha=0.2, linewidth=0)
     axes.plot(grid, np.maximum(density, floor), color=BLUE, linewidth=1.4, label=reading.when)
     first = next(iter(run.readings("spectral_density")), reading)
@@ -136,7 +136,8 @@ def draw_eigenvalues(run: Run, target: Path) -> str | None:
     """eigenvalues.png: the largest eigenvalues with the line 2/η, and below the sharpness against its threshold."""
     readings, stability = run.readings(*EIGENVALUES), run.readings("edge_of_stability")
     curves = eigenvalue_curves(readings)
-    edge = [list(finite((r.samples, r.number(f)) for r in stability)) for f in ("sharpness", "threshold")]
+    fields = (("sharpness", "largest"), ("threshold",))
+    edge = [list(finite((r.samples, _either(r, either)) for r in stability)) for either in fields]
     panels = [bool(curves), bool(edge[0])]
     if not any(panels):
         return None
@@ -145,7 +146,9 @@ def draw_eigenvalues(run: Run, target: Path) -> str | None:
     said, axes = [], None
     if curves:
         axes = next(drawn)
-        _draw_curves(axes, curves, [(r["samples"], 2 / lr) for r in run.rows if (lr := number(r.get("lr"))) > 0])
+        rates = finite((number(r.get("samples")), number(r.get("lr"))) for r in run.rows)
+        line = [(x, 2 / rate) for x, rate in rates if rate > 2 / LARGEST]
+        _draw_curves(axes, curves, line, f"Largest eigenvalues of the Hessian, and the stability line 2/η{run.whose}")
         said.append(f"λ₁ = {curves[0][-1][1]:.4g} at the end.")
     if edge[0]:
         axes = next(drawn)
@@ -154,13 +157,18 @@ def draw_eigenvalues(run: Run, target: Path) -> str | None:
         if edge[1]:
             axes.plot(*zip(*edge[1], strict=True), "--", color=RED, linewidth=1.4, label="stability threshold")
         _spread_scale(axes, [y for points in edge for _, y in points])
-        axes.set_ylabel("sharpness, nats / weight²")
+        axes.set_ylabel("sharpness, units of 1/η")
         axes.legend(frameon=False, fontsize=9)
         if not math.isnan(ratio := stability[-1].number("value")):
             said.append(f"Edge-of-stability ratio {ratio:.4g} at the end.")
     against_samples(axes)
     save(figure, target)
     return " ".join(said)
+
+
+def _either(reading: Reading, fields: tuple[str, ...]) -> float:
+    """The first of the fields that is a number."""
+    return next((v for field in fields if not math.isnan(v := reading.number(field))), math.nan)
 
 
 def eigenvalue_curves(readings: list[Reading]) -> list[list[tuple[float, float, float]]]:
@@ -175,8 +183,10 @@ def eigenvalue_curves(readings: list[Reading]) -> list[list[tuple[float, float, 
     return [curve for curve in curves if curve]
 
 
-def _draw_curves(axes: Any, curves: list[list[tuple[float, float, float]]], line: list[tuple[float, float]]) -> None:
-    tidy(axes, "Largest eigenvalues of the Hessian, and the stability line 2/η")
+def _draw_curves(
+    axes: Any, curves: list[list[tuple[float, float, float]]], line: list[tuple[float, float]], title: str
+) -> None:
+    tidy(axes, title)
     for i, curve in enumerate(curves):
         x, y, error = zip(*curve, strict=True)
         axes.errorbar(

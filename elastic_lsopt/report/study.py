@@ -24,6 +24,10 @@ class Rank:
     low: float
     high: float
     models: int | None
+    granulated: float
+    """Ψ: the mean of tau over groups of models that differ in one setting alone (Jiang et al. 2020)."""
+    loss_gap: float
+    """Tau with the gap of the losses."""
 
     @property
     def sure(self) -> bool:
@@ -37,8 +41,13 @@ def ranking(run: Run) -> list[Rank]:
     for name, told in ((run.study or {}).get("measures") or {}).items():
         said = told if isinstance(told, dict) else {}
         low, high = (*numbers(said.get("interval")), math.nan, math.nan)[:2]
-        models = said.get("models")
-        found.append(Rank(name, number(said.get("tau")), low, high, models if isinstance(models, int) else None))
+        models, losses = said.get("models"), said.get("loss_gap")
+        found.append(
+            Rank(
+                name, number(said.get("tau")), low, high, models if isinstance(models, int) else None,
+                number(said.get("psi")), number(losses.get("tau")) if isinstance(losses, dict) else math.nan,
+            )
+        )  # fmt: skip
     return sorted(found, key=lambda rank: (math.isnan(rank.tau), -rank.tau))
 
 
@@ -99,11 +108,10 @@ def draw_scatter(run: Run, target: Path) -> str | None:
         else:
             axes.xaxis.get_major_locator().set_params(nbins=4)
             axes.xaxis.set_major_formatter(short)
-        axes.set_xlabel(shown.unit or "value", fontsize=8)
         axes.tick_params(labelsize=8)
     for axes in panels.ravel()[len(found) :]:
         axes.remove()
-    figure.suptitle("Each model's measure against its generalization gap", fontsize=11)
+    figure.suptitle("Each model's measure (across, in its own unit) against its generalization gap", fontsize=11)
     figure.supylabel("generalization gap", fontsize=10)
     save(figure, target)
     return f"{len(models)} models."

@@ -31,10 +31,13 @@ def draw_surface(run: Run, target: Path) -> str | None:
     if reading is None:
         return None
     alphas, betas = reading.numbers("alphas"), reading.numbers("betas")
-    return _draw_plane(reading, alphas, betas, target) if len(betas) > 1 else _draw_line(reading, alphas, target)
+    when = reading.when + run.whose
+    if len(betas) > 1:
+        return _draw_plane(reading, alphas, betas, target, when)
+    return _draw_line(reading, alphas, target, when)
 
 
-def _draw_plane(reading: Reading, alphas: list[float], betas: list[float], target: Path) -> str | None:
+def _draw_plane(reading: Reading, alphas: list[float], betas: list[float], target: Path, when: str) -> str | None:
     losses = reading.probe.get("losses")
     rows = [numbers(row) for row in losses] if isinstance(losses, list) else []
     if len(alphas) < 2 or len(rows) != len(betas) or any(len(row) != len(alphas) for row in rows):
@@ -46,7 +49,7 @@ def _draw_plane(reading: Reading, alphas: list[float], betas: list[float], targe
 
     figure = canvas(6.6, 5.2)
     axes = figure.subplots()
-    tidy(axes, f"Loss around the weights {reading.when}")
+    tidy(axes, f"Loss around the weights {when}")
     axes.grid(visible=False)
     axes.set_facecolor("#dddddd")  # what shows through is not finite
     levels = contour_levels(float(z.min()), float(z.max()))
@@ -70,7 +73,7 @@ def _draw_plane(reading: Reading, alphas: list[float], betas: list[float], targe
     return _words(reading, float(z.min()), float(z.max()))
 
 
-def _draw_line(reading: Reading, alphas: list[float], target: Path) -> str | None:
+def _draw_line(reading: Reading, alphas: list[float], target: Path, when: str) -> str | None:
     losses = reading.probe.get("losses")
     flat = losses[0] if isinstance(losses, list) and losses and isinstance(losses[0], list) else losses
     points = list(finite(zip(alphas, numbers(flat), strict=False)))
@@ -78,7 +81,7 @@ def _draw_line(reading: Reading, alphas: list[float], target: Path) -> str | Non
         return None
     figure = canvas()
     axes = figure.subplots()
-    tidy(axes, f"Loss along a line through the weights {reading.when}")
+    tidy(axes, f"Loss along a line through the weights {when}")
     x, y = zip(*points, strict=True)
     axes.plot(x, y, "o-", color=BLUE, markersize=3.5, linewidth=1.6)
     if not math.isnan(centre := reading.number("centre")):

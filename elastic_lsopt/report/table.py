@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from elastic_lsopt.report.measures import measure
+from elastic_lsopt.report.measures import Measure, measure
 from elastic_lsopt.report.run import EIGENVALUES, Reading, Run
 from elastic_lsopt.report.spectrum import ritz_values
 
@@ -33,33 +33,35 @@ class Line:
 
 def final_values(run: Run) -> list[Line]:
     """A line for each number that the probes have told last."""
-    return [line for name in run.names() if (last := run.last(name)) is not None for line in _lines(name, last)]
+    lasts = [(name, run.last(name)) for name in run.names()]
+    return [line for name, last in lasts if last is not None for line in _lines(run, name, last)]
 
 
-def _lines(name: str, reading: Reading) -> Iterator[Line]:
-    shown, work = measure(name), ""
+def _lines(run: Run, name: str, reading: Reading) -> Iterator[Line]:
+    kind, work = run.measure_of(name), ""
+    shown = measure(name, kind)
     for cost in COSTS:
         if not math.isnan(count := reading.number(cost)):
             work = f"{count:,.0f} {cost}"
             break
     seconds = reading.number("seconds")
-    for i, (title, value, error, unit) in enumerate(_numbers(name, reading)):
+    whose = "" if kind == name else f" ({name})"
+    for i, (title, value, error, unit) in enumerate(_numbers(kind, shown, reading, whose)):
         meaning = shown.meaning if i == 0 else ""  # what belongs to the probe is said once
         yield Line(title, unit, value, error, reading.when, *((work, seconds) if i == 0 else ("", math.nan)), meaning)
 
 
-def _numbers(name: str, reading: Reading) -> Iterator[tuple[str, float, float, str]]:
-    """(title, value, error, unit) of one reading."""
-    shown = measure(name)
-    if name in EIGENVALUES:
+def _numbers(kind: str, shown: Measure, reading: Reading, whose: str) -> Iterator[tuple[str, float, float, str]]:
+    """(title, value, error, unit) of one reading; `whose` is said where the measure's name does not tell."""
+    if kind in EIGENVALUES:
         residuals = reading.numbers("residuals")
         for i, value in enumerate(reading.numbers("eigenvalues")):
-            yield f"eigenvalue {i + 1}", value, residuals[i] if i < len(residuals) else math.nan, shown.unit
-    elif name == "spectral_density":
+            yield f"eigenvalue {i + 1}{whose}", value, residuals[i] if i < len(residuals) else math.nan, shown.unit
+    elif kind == "spectral_density":
         if ritz := ritz_values(reading):
             unit = measure("lambda_max").unit
-            yield "smallest Ritz value", min(float(n[0]) for n, _ in ritz), math.nan, unit
-            yield "largest Ritz value", max(float(n[-1]) for n, _ in ritz), math.nan, unit
+            yield f"smallest Ritz value{whose}", min(float(n[0]) for n, _ in ritz), math.nan, unit
+            yield f"largest Ritz value{whose}", max(float(n[-1]) for n, _ in ritz), math.nan, unit
     else:
         if "value" in reading.probe:
             yield shown.title, reading.number("value"), _error(reading), shown.unit

@@ -22,18 +22,18 @@ def write_report(folder: Path, run: Run) -> list[Path]:
     or the folder cannot be written.
     """
     there = {"rows": bool(run.rows), "probes": bool(run.rows or run.finished), "study": run.study is not None}
-    pictures, missing = [], []
+    pictures: list[Picture] = []
+    missing: list[str] = []
     try:
         (folder / PICTURES).mkdir(exist_ok=True)
         for section in SECTIONS:
-            target = folder / PICTURES / f"{section.key}.png"
-            words = section.draw(run, target) if there[section.of] else None
-            if words is not None:
-                pictures.append(Picture(section, target, words))
-                continue
-            target.unlink(missing_ok=True)
-            if there[section.of] and section.probe is not None:
+            drawn = _drawn(section, run, folder / PICTURES) if there[section.of] else []
+            pictures += drawn
+            if not drawn and there[section.of] and section.probe is not None:
                 missing.append(_how_to_get(section, run))
+            for old in [folder / PICTURES / f"{section.key}.png", *(folder / PICTURES).glob(f"{section.key}-*.png")]:
+                if old not in [picture.path for picture in drawn]:
+                    old.unlink(missing_ok=True)
         if not pictures and not final_values(run):
             with suppress(OSError):
                 (folder / PICTURES).rmdir()
@@ -49,6 +49,20 @@ def write_report(folder: Path, run: Run) -> list[Path]:
             f"the report in {folder} cannot be written: {error.strerror}; make room, or copy it."
         ) from error
     return [folder / PAGE, *(picture.path for picture in pictures)]
+
+
+def _drawn(section: Section, run: Run, folder: Path) -> list[Picture]:
+    """The section's picture, and one more for each probe of its measures that has a name of its own."""
+    found = []
+    target = folder / f"{section.key}.png"
+    if (words := section.draw(run, target)) is not None:
+        found.append(Picture(section, target, words))
+    others = [name for name in run.names() if run.measure_of(name) in section.kinds and name in run.measures]
+    for i, name in enumerate(others):
+        target = folder / f"{section.key}-{i + 1}.png"
+        if (words := section.draw(run.alone(name), target)) is not None:
+            found.append(Picture(section, target, words, name))
+    return found
 
 
 def _how_to_get(section: Section, run: Run) -> str:

@@ -184,7 +184,8 @@ def test_a_picture_that_the_run_has_no_longer_goes(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # a script that the font lacks is boxes, not an error
-def test_hostile_names_are_text(tmp_path: Path) -> None:
+def test_hostile_names_are_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elastic_lsopt.report.style.DPI", 20)
     rows = steps(40, 20, parameters=[HOSTILE, f"layers.{HOSTILE}.weight", "漢字.weight"])
     for row in rows:
         if "probes" in row:
@@ -256,6 +257,47 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: str, expected: str) ->
     (tmp_path / "probes.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=rf"probes\.json.*{expected}"):
         Run.of(tmp_path, [], [])
+
+
+def test_probes_with_names_of_their_own(tmp_path: Path) -> None:
+    """A job may take one measure several times, of different parameters: config.yaml says which is which."""
+    rows = steps(4, 2, parameters=["a"])
+    for row in rows:
+        if "probes" in row:
+            row["probes"] = {
+                "density <of> heads": spectrum(OUTLIERS, seed=1), "first": {"value": 2.0 + row["step"]},
+                "top": {"eigenvalues": [5.0, 3.0], "residuals": [0.1, 0.1]},
+            }  # fmt: skip
+    folder = write_run(tmp_path / "run", rows=rows)
+    (folder / "config.yaml").write_text(
+        "probes:\n  density <of> heads: {measure: spectral_density, every_steps: 2}\n"
+        "  first: {measure: trace, every_steps: 2}\n  top: {measure: lobpcg, every_steps: 2}\n  lpf: {every_steps: 9}\n"
+    )
+    (folder / "pictures").mkdir()
+    (folder / "pictures/surface-1.png").write_bytes(b"of an earlier report")
+    page = report(folder)
+    pictures = {p.stem for p in (folder / "pictures").iterdir()}
+    assert pictures == {"loss", "spectral_density-1", "eigenvalues-1", "measures", "probe_seconds"}
+    assert "Spectral density: density <of> heads" in page.text
+    assert "no spectral density in this run" not in page.text
+    assert "no loss surface in this run" in page.text
+    titles = {line[0]: line for line in page.cells if line}
+    assert titles["first"][1] == "6.06" and titles["first"][3] == "nats / weight²"
+    assert titles["eigenvalue 2 (top)"][1] == "3.03"
+
+
+@pytest.mark.parametrize("text", ["probes:", "probes: {a: 3, b: {measure: [1]}}", "- 1", "{", "\x00", "a: *b"])
+def test_a_config_that_cannot_be_read_renames_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    assert Run.of(tmp_path, [], []).measures == {}
+
+
+def test_a_step_without_its_samples_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elastic_lsopt.report.style.DPI", 20)
+    rows = steps(4, 2, parameters=["a"])
+    rows[1].pop("samples")
+    rows[2]["samples"] = None
+    report(write_run(tmp_path / "run", rows=rows, changes=CHANGES))
 
 
 def test_nothing_to_draw_leaves_nothing_behind(tmp_path: Path) -> None:
