@@ -11,7 +11,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = ("torch", "deepspeed", "transformers", "pytorch_optimizer")
+LIBRARIES = (
+    "torch", "deepspeed", "transformers", "pytorch_optimizer", "hessian-eigenthings", "PyHessian",
+    "curvlinops-for-pytorch",
+)  # fmt: skip
+"""Whose versions a result holds; older results hold those of the first four."""
 
 
 def commit() -> str:

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos_table import chaos_table
-from benchmarks.machine import commit, describe
+from benchmarks.machine import LIBRARIES, commit, describe
 from benchmarks.targets import TARGETS, rows
 
-NAMES = ("imports", "noise", "one_process", "steps", "memory", "elastic", "elastic_layer", "membership_simulation")
+NAMES = (
+    "imports", "noise", "one_process", "steps", "memory", "curvature", "curvature_spectra", "curvature_memory",
+    "elastic", "elastic_layer", "membership_simulation",
+)  # fmt: skip
 RESULTS = Path(__file__).resolve().parent / "results"
 HEAD = """# Results
 
@@ -66,7 +69,7 @@ def section(name: str, kind: str, runs: list[dict[str, Any]]) -> str:
         return f"## {name} on {'a GPU' if kind == 'cuda' else 'a CPU'}\n\nUnproved: no run has been committed.\n"
     newest = max(made, key=lambda run: run["made_by"]["time"])
     by, figures = newest["made_by"], newest["figures"]
-    versions = ", ".join(f"{k} {by[k]}" for k in ("python", "torch", "deepspeed", "transformers", "pytorch_optimizer"))
+    versions = ", ".join(f"{k} {by[k]}" for k in ("python", *LIBRARIES) if k in by)
     lines = [
         f"## {name} on {by['device']}",
         "",

@@ -43,6 +43,19 @@ TARGETS = (
         Target("memory", f"sam_{b}_extra_bytes", at_most=SCRATCH_BYTES)
         for b in ("zero1_bf16", "zero2_fp32", "zero2_bf16", "zero3_bf16")
     ),
+    Target("curvature", "product_kept_of_gradient", at_most=2.3),
+    Target("curvature", "product_rebuilt_of_gradient", at_most=3.1),
+    Target("curvature", "product_blockwise_of_gradient", at_most=4.5),
+    Target("curvature", "product_kept_fsdp2_of_gradient", at_most=2.6),
+    Target("curvature", "product_blockwise_fsdp2_of_gradient", at_most=4.5),
+    *(
+        Target("curvature_spectra", f"top5_{peer}_of_ours", at_least=2.0)
+        for peer in ("hessian_eigenthings", "pyhessian")
+    ),
+    Target("curvature_spectra", "top5_ours_largest_residual", at_most=1e-3),
+    Target("curvature_spectra", "spectral_density_hessian_eigenthings_of_ours", at_least=1.3),
+    Target("curvature_memory", "blockwise_peak_world2_of_world1", at_most=0.65),
+    Target("curvature_memory", "vector_bytes_world2_of_world1", at_most=0.505),
     Target("elastic", "kill_worker_fsdp2_small_s", at_most=0.5),
     Target("elastic", "kill_worker_fsdp2_60mb_s", at_most=1.0),
     *(Target("elastic", f"kill_worker_{b}_small_s", at_most=1.5) for b in ("zero2", "zero3")),

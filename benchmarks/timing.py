@@ -48,10 +48,10 @@ def _together() -> None:
         dist.barrier()
 
 
-def rounds(count: int, **works: Callable[[], object]) -> dict[str, list[float]]:
+def rounds(count: int, *, warm_up: bool = True, **works: Callable[[], object]) -> dict[str, list[float]]:
     """Seconds of every work in each round, after one round that warms up; the order turns round each time."""
     times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(-1, count):
+    for turn in range(-1 if warm_up else 0, count):
         for name in list(works)[:: 1 if turn % 2 else -1]:
             spent = seconds(works[name])
             if turn >= 0:

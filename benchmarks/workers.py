@@ -22,8 +22,8 @@ def world() -> int:
     return torch.cuda.device_count() or 2
 
 
-def on_ranks(case: str, **arguments: Any) -> Any:
-    """Rank 0's result of `module:function(**arguments)`, run on all ranks in one process group.
+def on_ranks(case: str, *, processes: int | None = None, **arguments: Any) -> Any:
+    """Rank 0's result of `module:function(**arguments)`, run on all ranks (`processes`, or `world()`) in one group.
 
     One thread a rank on a CPU, so that ranks do not fight for cores. Raises CalledProcessError with the ranks' own
     output on standard error where one fails, TimeoutExpired after 15 minutes.
@@ -40,7 +40,7 @@ def on_ranks(case: str, **arguments: Any) -> Any:
             "-m",
             "torch.distributed.run",
             "--standalone",
-            f"--nproc-per-node={world()}",
+            f"--nproc-per-node={processes or world()}",
         ]
         subprocess.run(
             [*launcher, "-m", "benchmarks.workers", order],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks import imports, membership_simulation, one_process, run
+from benchmarks import curvature, curvature_spectra, imports, membership_simulation, one_process, run
 from benchmarks.chaos_table import chaos_table
 from benchmarks.models import TOY
 from benchmarks.targets import Target, rows
@@ -38,6 +39,48 @@ def test_memory_counts_the_weights_copy(ranks: Callable[[int], Ranks]) -> None:
     figures = ranks(2).run("benchmarks.memory:measure", kind="ddp", size="toy", bf16=False)[0]
     assert figures["displaced_ddp_fp32_bytes"] == pytest.approx(figures["ddp_fp32_shard_bytes"], rel=0.01)
     assert figures["sam_ddp_fp32_extra_bytes"] == pytest.approx(figures["ddp_fp32_shard_bytes"], rel=0.05)
+
+
+def test_products() -> None:
+    figures = curvature.compare("toy")
+    assert figures["product_auto_chose"] == "kept"
+    assert figures["product_hessian_eigenthings_autograd_differs_by"] == pytest.approx(0.0, abs=1e-5)
+    assert figures["product_curvlinops_differs_by"] < 0.05  # type: ignore[operator]
+    for name in ("kept", "rebuilt", "blockwise", "hessian_eigenthings_differences", "curvlinops"):
+        assert figures[f"product_{name}_of_gradient"] > 0  # type: ignore[operator]
+
+
+@fast
+def test_products_under_fsdp2_count_what_they_exchange(ranks: Callable[[int], Ranks]) -> None:
+    # Kept: the vector is gathered, the product reduced. Blockwise: weights and vector are gathered more than once.
+    figures = ranks(2).run("benchmarks.curvature:compare_sharded", size="toy")[0]
+    assert figures["product_kept_fsdp2_bytes_of_model"] == pytest.approx(2.0)
+    assert figures["product_blockwise_fsdp2_bytes_of_model"] > 2
+    assert figures["product_kept_fsdp2_of_gradient"] > 0
+
+
+def test_top_eigenvalues_have_the_residuals_that_are_claimed() -> None:
+    figures = curvature_spectra.top("toy")
+    assert figures["top5_ours_largest_residual"] <= 1e-3  # type: ignore[operator]
+    for peer in ("hessian_eigenthings", "hessian_eigenthings_fewest_steps"):
+        assert figures[f"top5_{peer}_largest_residual"] <= 2e-3  # type: ignore[operator]
+        assert figures[f"top5_{peer}_largest_difference_from_ours"] <= 2e-3  # type: ignore[operator]
+    for peer in ("hessian_eigenthings", "pyhessian"):
+        assert figures[f"top5_{peer}_of_ours"] > 0  # type: ignore[operator]
+
+
+def test_spectral_density_of_both_has_one_trace() -> None:
+    figures = curvature_spectra.density("toy", vectors=5, steps=10, turns=2)
+    names = [f"spectral_density_{name}_trace" for name in ("ours", "hessian_eigenthings")]
+    (ours, theirs), errors = ([figures[f"{n}{end}"] for n in names] for end in ("", "_standard_error"))
+    assert abs(ours - theirs) <= 4 * math.hypot(*errors)  # type: ignore[operator, arg-type]
+    assert figures["spectral_density_hessian_eigenthings_of_ours"] > 0  # type: ignore[operator]
+
+
+def test_memory_of_vectors_is_split(ranks: Callable[[int], Ranks]) -> None:
+    one, two = (ranks(n).run("benchmarks.curvature_memory:measure", size="toy")[0] for n in (1, 2))
+    assert two["vector_tensor_bytes"] / one["vector_tensor_bytes"] == pytest.approx(0.5, abs=0.01)
+    assert one["blockwise_peak"] > 0
 
 
 @fast
