@@ -37,7 +37,7 @@ def draw_measures(run: Run, target: Path) -> str | None:
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, (name, points) in zip(panels, found.items(), strict=False):
         shown = measure(name, run.measures.get(name))
-        tidy(axes, shown.title, size=10)
+        tidy(axes, shown.title, size=10, limit=32)
         draw_with_band(axes, points, BLUE)
         axes.set_ylabel(plain(shown.unit or "value", 40), fontsize=9)
         axes.tick_params(labelsize=8)

@@ -30,6 +30,8 @@ BROADENING = 0.01
 MOST_ISOLATED = 10
 """Isolated Ritz values that are marked on each side."""
 MOST_CURVES = len(CYCLE)
+ASIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False, "fontsize": 9}
+"""A legend beside the axes: eigenvalues and lines leave no corner that is always free."""
 
 
 def draw_density(run: Run, target: Path) -> str | None:
@@ -155,10 +157,10 @@ def draw_eigenvalues(run: Run, target: Path) -> str | None:
         tidy(axes, "Sharpness that the optimizer sees, and where it would become unstable")
         axes.plot(*zip(*edge[0], strict=True), "o-", color=BLUE, markersize=4, label="sharpness")
         if edge[1]:
-            axes.plot(*zip(*edge[1], strict=True), "--", color=RED, linewidth=1.4, label="stability threshold")
+            axes.plot(*zip(*edge[1], strict=True), "--", color=RED, linewidth=1.4, label="threshold")
         _spread_scale(axes, [y for points in edge for _, y in points])
-        axes.set_ylabel("sharpness, units of 1/η")
-        axes.legend(frameon=False, fontsize=9)
+        axes.set_ylabel("sharpness, optimizer's scale")
+        axes.legend(**ASIDE)
         if not math.isnan(ratio := stability[-1].number("value")):
             said.append(f"Edge-of-stability ratio {ratio:.4g} at the end.")
     against_samples(axes)
@@ -200,7 +202,7 @@ def _draw_curves(
     near = [y for _, y in line if y <= 10 * max(abs(v) for v in values)]  # a warm-up begins at 2/0
     _spread_scale(axes, values + (near or [min((y for _, y in line), default=values[0])]))
     axes.set_ylabel("eigenvalue, nats / weight²")
-    axes.legend(frameon=False, fontsize=9, ncols=4, loc="best")
+    axes.legend(**ASIDE)
 
 
 def _spread_scale(axes: Any, values: list[float]) -> None:
@@ -209,6 +211,9 @@ def _spread_scale(axes: Any, values: list[float]) -> None:
     if low > 0 and high > 10 * low:
         axes.set_yscale("log")
         axes.set_ylim(low / 1.5, high * 2)
+    elif low <= 0 and size > 10 * (near := min((abs(v) for v in values if v), default=size)):
+        axes.set_yscale("symlog", linthresh=max(near, 1e-6 * size), linscale=1)
+        axes.set_ylim(2 * low if low < 0 else -near, 3 * size if high > 0 else near)
     elif high > low:
         axes.set_ylim(low - 0.08 * (high - low), high + 0.2 * (high - low))
     elif size > 0:

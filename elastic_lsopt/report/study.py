@@ -73,7 +73,7 @@ def draw_ranking(run: Run, target: Path) -> str | None:
     axes.margins(x=0.08)
     counts = sorted({rank.models for rank in ranks if rank.models is not None})
     models = f", {'–'.join(map(str, counts[:: max(1, len(counts) - 1)]))} models" if counts else ""
-    axes.set_xlabel(f"Kendall's τ with the gap (bar: its interval; hollow: not told from 0{models})")
+    axes.set_xlabel(f"Kendall's τ with the gap (bar: its interval; hollow: 0 is within{models})")
     save(figure, target)
     return f"Largest: {measure(ranks[0].name).title}, τ = {ranks[0].tau:+.3f}."
 
@@ -98,7 +98,7 @@ def draw_scatter(run: Run, target: Path) -> str | None:
     for axes, (rank, points) in zip(panels.ravel(), found.items(), strict=False):
         shown = measure(rank.name)
         tau = "" if math.isnan(rank.tau) else f" (τ {rank.tau:+.2f})"
-        tidy(axes, plain(shown.title, 28) + tau, size=9)
+        tidy(axes, shown.title + tau, size=9, limit=38)
         x, y = zip(*points, strict=True)
         axes.plot(x, y, "o", color=BLUE, alpha=0.5, markersize=4, markeredgewidth=0)
         if min(x) > 0 and max(x) > SPREAD * min(x):

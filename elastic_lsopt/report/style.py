@@ -24,11 +24,11 @@ def canvas(width: float = 7, height: float = 4.2) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def tidy(axes: Any, title: str = "", *, size: float = 11) -> None:
-    """No box, a faint grid, the title on the left."""
+def tidy(axes: Any, title: str, *, size: float = 11, limit: int = 90) -> None:
+    """No box, a faint grid, the title on the left, of at most `limit` characters."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    axes.set_title(plain(title), loc="left", fontsize=size)
+    axes.set_title(plain(title, limit), loc="left", fontsize=size)
 
 
 def against_samples(axes: Any) -> None:

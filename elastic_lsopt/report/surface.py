@@ -14,7 +14,7 @@ from elastic_lsopt.report.style import BLUE, MAP, RED, canvas, plain, save, tidy
 
 Array = NDArray[np.float64]
 UNITS = {
-    "random": ("random direction", "filter-normalised: 1 is the size of the weights"),
+    "random": ("random direction", "1: the size of the weights"),
     "eigenvectors": ("eigenvector", "of the Hessian"),
     "principal components": ("principal component", "of the trajectory"),
 }

@@ -26,7 +26,7 @@ from elastic_lsopt.report.style import (
     tidy,
 )
 
-MOST_ROWS = 40
+MOST_ROWS = 48
 """Rows of the heat map; more parameters are taken together by module."""
 
 
@@ -153,13 +153,17 @@ def by_module(readings: Sequence[Mapping[str, float]]) -> dict[str, list[float]]
     """Name -> its ratio in each reading, in the model's order; at most MOST_ROWS.
 
     Where there are more parameters the names lose their last part, the ratios of one module are one (their geometric
-    mean), until they are few enough; then every n-th stands for its neighbours.
+    mean), until they are few enough. Where that leaves next to nothing (a model of 96 layers), every n-th stands for
+    its neighbours.
     """
     names = list(dict.fromkeys(name for reading in readings for name in reading))
     shown = {name: name for name in names}
     while len(set(shown.values())) > MOST_ROWS and any("." in s for s in shown.values()):
         depth = max(s.count(".") for s in shown.values())
-        shown = {name: s.rpartition(".")[0] if s.count(".") == depth else s for name, s in shown.items()}
+        shorter = {name: s.rpartition(".")[0] if s.count(".") == depth else s for name, s in shown.items()}
+        if len(set(shorter.values())) < MOST_ROWS / 8:
+            break
+        shown = shorter
     rows = list(dict.fromkeys(shown.values()))
     every = -(-len(rows) // MOST_ROWS)
     members = {row: [name for name in names if shown[name] == row] for row in rows[:: every or 1]}

@@ -94,7 +94,7 @@ def test_stability_line_is_two_over_the_rate_and_eigenvalues_are_the_files(drawn
         # an errorbar's line itself has no label
         assert any(line.get_xydata().tolist() == expected for line in top.lines)
     threshold = [[row["samples"], row["probes"]["edge_of_stability"]["threshold"]] for row in said]
-    assert curves(below)["stability threshold"].tolist() == threshold
+    assert curves(below)["threshold"].tolist() == threshold
     for axes in (top, below):
         for axis in (axes.get_ylim(), axes.get_xlim()):
             assert axis[0] < axis[1]
@@ -214,6 +214,9 @@ def test_many_parameters_go_together_by_module_as_geometric_means() -> None:
     table = trajectory.by_module([told])
     assert list(table) == [f"layer{i}" for i in range(30)]
     assert all(row == pytest.approx([1e-2]) for row in table.values())
+    deep = {f"model.layers.{i}.{part}.w": 1e-3 for i in range(96) for part in ("attention", "mlp")}
+    table = trajectory.by_module([deep])
+    assert list(table) == [f"model.layers.{i}" for i in range(0, 96, 2)]
     flat = trajectory.by_module([{f"p{i}": 1.0 for i in range(1000)}])
     assert 20 <= len(flat) <= trajectory.MOST_ROWS
 
