@@ -50,7 +50,8 @@ def hutchpp(
     rest = []
     for i in range(samples, 2 * samples):
         z = a.signs(i)
-        q.orthogonalise_(z)
+        if len(q):
+            q.orthogonalise_(z)
         rest.append(a.dot(z, a(z)))
     error = stdev(rest) / sqrt(samples) if samples > 1 else float("nan")
     return Trace(sketched + fmean(rest), error, a.products, a.seconds)

@@ -63,7 +63,8 @@ def lobpcg(
     for q in s:
         image.append(a(q))
     values = _rotate(s, image, m, which)
-    for iteration in range(max_iterations + 1):
+    iteration = 0
+    while True:
         residuals = [image[i].add_(s[i], alpha=-float(values[i])) for i in range(m)]
         lengths = [space.norm(r) for r in residuals]
         limit = tolerance * float(values.abs().max())
@@ -77,6 +78,7 @@ def lobpcg(
         for i in range(len(image), len(s)):
             image.append(a(s[i]))
         values = _rotate(s, image, m, which)
+        iteration += 1
     order = range(k) if which == "largest" else range(k - 1, -1, -1)
     kept = None
     if vectors:

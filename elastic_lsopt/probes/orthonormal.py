@@ -21,6 +21,8 @@ ROUNDING = 100
 
 def whitening(gram: Tensor, dtype: torch.dtype) -> Tensor:
     """W (rank, m) such that W G W' = 1 on what is not rounding in vectors of that precision; fp64."""
+    if not len(gram):
+        return gram
     lengths = gram.diagonal().clamp(min=0).sqrt()
     scale = torch.where(lengths > 0, 1 / lengths, 0.0)
     s, u = torch.linalg.eigh(gram * scale[:, None] * scale)

@@ -45,17 +45,18 @@ def power_iteration(
     found = Basis(space, k, basis_device)
     values: list[float] = []
     residuals: list[float] = []
-    converged = True
+    converged, largest, rounding = True, 0.0, 10 * torch.finfo(space.dtype).eps
     for i in range(k):
         value, done = float("nan"), False
-        image = a.direction(i)
+        v = image = a.direction(i)
         for _ in range(max_iterations):
             found.orthogonalise_(image)
             length = space.norm(image)
             v = image.mul_(1 / length) if length > 0 else _orthogonal(a, found, k + i)
             image = a(v)
             before, value = value, a.dot(v, image)
-            done = abs(value - before) <= tolerance * abs(value)
+            largest = max(largest, abs(value))
+            done = abs(value - before) <= tolerance * abs(value) + rounding * largest
             if done:
                 break
         residuals.append(space.norm(image.add_(v, alpha=-value)))

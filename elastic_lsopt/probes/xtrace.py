@@ -53,6 +53,8 @@ def xtrace(
         white = whitening(gram, space.dtype)
         r = white @ gram @ r
         q.combine_all_(white)
+        if not len(q):
+            return Trace(0.0, 0.0, a.products, a.seconds)  # A W = 0 for a random W: A = 0
     rank = len(q)
     w = torch.zeros(rank, samples, dtype=torch.float64)
     squares = torch.zeros(samples, dtype=torch.float64)

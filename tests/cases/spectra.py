@@ -61,7 +61,8 @@ def small() -> tuple[Any, Any, Tensor, list[str]]:
     x, y = torch.cat([b[0] for b in units]), torch.cat([b[1] for b in units])
 
     def loss(w: Tensor) -> Tensor:
-        parts = dict(zip(named, (t.view(p.shape) for t, p in zip(w.split(sizes), named.values())), strict=True))
+        split = zip(named.items(), w.split(sizes), strict=True)
+        parts = {name: t.view(p.shape) for (name, p), t in split}
         return nn.functional.cross_entropy(torch.func.functional_call(model, parts, (x,)), y)
 
     w = torch.cat([p.detach().reshape(-1) for p in named.values()])
@@ -76,23 +77,23 @@ def probed(kind: str) -> dict[str, Any]:
     engine = engines.build(kind, model, lso.Plain())
     units = engines.mine(engines.batches(1, 3, dtype=torch.float64)[0])
     space, oracle = engine.space, engine.oracle(units)
-    top = lanczos(space, oracle, k=3, which="both", tolerance=1e-8, capacity=40, vectors=True)
+    top = lanczos(space, oracle, k=3, which="both", tolerance=1e-5, capacity=30, vectors=True)
     assert top.vectors
-    power = power_iteration(space, oracle, k=2, tolerance=1e-4)
-    block = lobpcg(space, oracle, k=3, tolerance=1e-7, vectors=True)
+    power = power_iteration(space, oracle, k=2, tolerance=1e-2)
+    block = lobpcg(space, oracle, k=3, tolerance=1e-4, vectors=True)
     assert block.vectors
     density = spectral_density(space, oracle, vectors=2, steps=8, parameters="second.*")
     d = diagonal(space, oracle, samples=4)
     out = {
         "lanczos": [*top.eigenvalues, *top.vectors.gram().abs().sum(1).tolist()],
-        "host": list(lanczos(space, oracle, k=2, basis_device="cpu", tolerance=1e-8).eigenvalues),
+        "host": list(lanczos(space, oracle, k=1, basis_device="cpu", tolerance=1e-5).eigenvalues),
         "same space": top.vectors.gram(block.vectors)[:3].square().sum().item(),
         "power": list(power.eigenvalues),
         "lobpcg": list(block.eigenvalues),
         "products": [top.products, power.products, block.products, density.products],
         "density": [*density.nodes[1], *density.weights[1], density.dimension],
-        "hutchpp": hutchpp(space, oracle, samples=4).value,
-        "xtrace": xtrace(space, oracle, samples=5).value,
+        "hutchpp": hutchpp(space, oracle, samples=3).value,
+        "xtrace": xtrace(space, oracle, samples=4).value,
         "frobenius": frobenius(space, oracle, samples=3).value,
         "diagonal": [space.norm(d.values), d.standard_error],
         "local": len(top.vectors) * space.layout.local_numel * 8 == top.vectors.local_bytes,
