@@ -87,10 +87,11 @@ def _numbers(result: Any) -> list[float]:
     return out
 
 
-def measures(kind: str) -> dict[str, list[float]]:
-    """Every measure's numbers on the small net in fp64, seven units of uneven size."""
-    units = engines.batches(1, 7, last=2, dtype=torch.float64)[0]
-    engine = engines.build(kind, engines.net((), torch.float64), lso.Plain(), loss_fn=split_loss())
+def measures(kind: str, bits: int = 64) -> dict[str, list[float]]:
+    """Every measure's numbers on the small net in fp64 or fp32, seven units of uneven size."""
+    dtype = torch.float64 if bits == 64 else torch.float32
+    units = engines.batches(1, 7, last=2, dtype=dtype)[0]
+    engine = engines.build(kind, engines.net((), dtype), lso.Plain(), loss_fn=split_loss())
     space, oracle = lso.attach(engine, None, engines.mine(units))
     before = engines.whole(space)
     singles = [lso.attach(engine, None, engines.mine([u]))[1] for u in units]
@@ -124,10 +125,11 @@ def measures(kind: str) -> dict[str, list[float]]:
     return out
 
 
-def edges(kind: str) -> list[float]:
+def edges(kind: str, bits: int = 64) -> list[float]:
     """The ratios of SGD and Adam after two steps of AdamW."""
-    engine = engines.build(kind, engines.net((), torch.float64), lso.Plain(), base="adamw", loss_fn=split_loss())
-    steps = engines.batches(2, 7, last=2, dtype=torch.float64)
+    dtype = torch.float64 if bits == 64 else torch.float32
+    engine = engines.build(kind, engines.net((), dtype), lso.Plain(), base="adamw", loss_fn=split_loss())
+    steps = engines.batches(2, 7, last=2, dtype=dtype)
     for units in steps:
         engine.train_batch(engines.mine(units))
     space, oracle = lso.attach(engine, None, engines.mine(steps[0]))
