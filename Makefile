@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .DEFAULT_GOAL := help
 CHAOS_EVENTS ?= 200
 CHAOS_RESULTS ?= benchmarks/results/chaos.jsonl
-.PHONY: help install quickstart elastic-quickstart test test-fast test-all chaos lint format bench bench-elastic schema clean
+.PHONY: help install quickstart elastic-quickstart test test-fast test-all chaos lint format study bench bench-elastic schema clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ lint: $(INSTALLED)  ## ruff, pyright, import-linter, no rebinding of .data
 format: $(INSTALLED)  ## let ruff lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+study: $(INSTALLED)  ## which flatness measure goes with generalisation: 128 small networks, ranked; 10 minutes
+	$(BIN)/elastic-lsopt study configs/study-digits.yaml
 
 bench: $(INSTALLED)  ## measure against the peers; writes benchmarks/results
 	$(BIN)/python -m benchmarks.run
