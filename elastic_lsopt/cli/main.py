@@ -1,4 +1,4 @@
-"""The command line: `train | agent | validate | study FILE.yaml [key=value …]`, `status | report RUN_FOLDER`, `schema`.
+"""The command line: `train | agent | validate | study FILE.yaml [key=value …]`, `status | report FOLDER`, `schema`.
 
 Sub-commands import what they need when they run, so `--help` answers at once. A user's mistake is one line on stderr
 and exit code 2; whatever else goes wrong keeps its traceback, because it is ours to mend.
