@@ -61,3 +61,11 @@ def test_bad_settings() -> None:
     a = of_matrix(torch.full((4, 4), float("inf"), dtype=torch.float64))
     with pytest.raises(NonFinite):
         lobpcg(a.space, None, k=1, of=a)  # type: ignore[arg-type]
+
+
+@pytest.mark.fast
+def test_the_last_step_makes_it_fast() -> None:
+    """Steepest descent, without P, takes about 700 products here."""
+    a = of_matrix(symmetric(torch.linspace(0, 1, 200) ** 2))
+    found = lobpcg(a.space, None, k=2, tolerance=1e-6, max_iterations=400, of=a)  # type: ignore[arg-type]
+    assert found.converged and found.products < 250
