@@ -94,7 +94,7 @@ def _summary(run: Run) -> str:
         last = run.rows[-1]
         said.append(f"{last['step']:,} steps")
         for key, text in (
-            ("samples", "{:,.0f} samples"), ("world", "{:.0f} workers at the end"), ("batch", "batch {:,.0f}"),
+            ("samples", "{:,.0f} samples"), ("world", "world {:.0f} at the end"), ("batch", "batch {:,.0f}"),
             ("loss", "last training loss {:.4f} nats"),
         ):  # fmt: skip
             if not math.isnan(value := number(last.get(key))):

@@ -41,6 +41,7 @@ def curves(axes: Any) -> dict[str, np.ndarray]:
 def test_density_integrates_to_one_and_has_the_moments_of_its_ritz_values() -> None:
     """Of the Gaussians' sum: mean sum w x, second moment sum w x^2 + sigma^2."""
     ritz = [(np.array([-1.0, 0.5, 3.0]), np.array([0.2, 0.5, 0.3])), (np.array([0.0, 2.0]), np.array([0.9, 0.1]))]
+    ritz.append((np.array([1.0]), np.array([1.0])))
     grid = np.linspace(-6, 8, 20_001)
     density = spectrum.broadened(ritz, grid, 0.3)
     means = [float((x * w).sum()) for x, w in ritz]
@@ -112,13 +113,19 @@ def test_eigenvalues_and_the_line_are_both_in_view(drawn: list[Any], tmp_path: P
 
 
 def test_surface_has_its_rows_along_beta(drawn: list[Any], tmp_path: Path) -> None:
-    """losses[j][i] lies at alphas[i], betas[j]: here the loss grows with alpha alone."""
+    """losses[j][i] lies at alphas[i], betas[j]: here the loss grows with alpha, and less with beta."""
     alphas, betas = [0.0, 1.0, 2.0], [0.0, 5.0]
-    told = {"alphas": alphas, "betas": betas, "losses": [alphas, alphas], "path": [[0.5, 4.0], [None, 1.0], [2.0, 0.0]]}
-    assert surface.draw_surface(run(surface=told), tmp_path) == "Loss from 0 to 2 on the slice."
+    told = {
+        "alphas": alphas,
+        "betas": betas,
+        "losses": [alphas, [a + 0.1 for a in alphas]],
+        "path": [[0.5, 4.0], [None, 1.0], [2.0, 0.0]],
+    }
+    assert surface.draw_surface(run(surface=told), tmp_path) == "Loss from 0 to 2.1 on the slice."
     axes = drawn[0].axes[0]
     lowest = axes.collections[0].get_paths()[0].vertices
-    assert lowest[:, 0].max() < 0.2 and lowest[:, 1].max() == 5.0
+    assert lowest[:, 0].max() < 0.2 and lowest[:, 1].min() == 0.0 and len(lowest[lowest[:, 0] == 0.0]) >= 2
+    assert lowest[lowest[:, 1] == 0.0][:, 0].max() > lowest[lowest[:, 1] > 2.0][:, 0].max()
     assert curves(axes)["trajectory"].tolist() == [[0.5, 4.0], [2.0, 0.0]]
 
 
