@@ -47,7 +47,7 @@ class Blockwise(Weights):
 
     def __init__(self, space: ParameterSpace, skeleton: Skeleton, *, twice: bool) -> None:
         super().__init__(space, skeleton, twice=twice)
-        zero = torch.zeros((), dtype=space.dtype, device=space.shards.device)
+        zero = torch.zeros((), dtype=self.dtype, device=space.shards.device)
         self.leaves = [t.requires_grad_() for t in (*self.pieces(), zero)]
         blocks, rest = skeleton.blocks()
         self._runners = [Runner(self, block) for block in blocks]
@@ -59,7 +59,7 @@ class Blockwise(Weights):
         return self.skeleton.module
 
     def spread(self, v: Vector) -> list[Tensor]:
-        return [*v.tensors, torch.zeros_like(self.leaves[-1])]
+        return [*(t.to(self.dtype) for t in v.tensors), torch.zeros_like(self.leaves[-1])]
 
     def collect(self, parts: Sequence[Tensor | None]) -> Vector:
         out = self.space.zeros()
@@ -83,7 +83,7 @@ class Share:
         self.skeleton, self.backend = weights.skeleton, weights.skeleton.backend
         self.trainable, self.frozen = block.sources(self.skeleton.trainable)
         self._own = self.backend.own(self.trainable)
-        self._dtype = weights.space.dtype
+        self._dtype = weights.dtype
 
     @property
     def zero(self) -> Tensor:

@@ -49,15 +49,24 @@ GATHERED_SHARE, GRAPH_SHARE = 0.4, 0.6
 class Products:
     """The curvature of the loss on `slots`, this rank's forwards, at the weights where the space is (all collective).
 
-    A kept graph is built at the first product and again when the weights have changed; `close` frees it. `mode` is
-    what is asked for, `chosen` what is used. Raises Unsupported for a mode that this model cannot have, UserError for
-    an unknown one.
+    A kept graph is built at the first product and again when the weights have changed; `close` frees it. `mode` is what
+    is asked for, `chosen` what is used; `dtype` is the precision of the passes (None: the space's). Raises Unsupported
+    for a mode that this model cannot have, UserError for an unknown one.
     """
 
-    def __init__(self, space: ParameterSpace, backend: Passes, loss: Any, slots: Sequence[Slot], mode: Mode) -> None:
+    def __init__(
+        self,
+        space: ParameterSpace,
+        backend: Passes,
+        loss: Any,
+        slots: Sequence[Slot],
+        mode: Mode,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if mode not in get_args(Mode):
             raise UserError(f"products={mode!r} is unknown; use one of {', '.join(get_args(Mode))}.")
         self.space, self.backend, self.loss = space, backend, loss
+        self.slots, self.dtype = slots, dtype or space.dtype
         self.mode: Mode = mode
         self.chosen: Mode = mode
         self._slots = [replace(slot, batch=tree_map(self._wide, slot.batch)) for slot in slots]
@@ -70,8 +79,8 @@ class Products:
 
     def _wide(self, t: Any) -> Any:
         """Inputs for an engine in bf16 go into a skeleton in fp32."""
-        narrow = isinstance(t, Tensor) and t.is_floating_point() and t.dtype.itemsize < self.space.dtype.itemsize
-        return t.to(self.space.dtype) if narrow else t
+        narrow = isinstance(t, Tensor) and t.is_floating_point() and t.dtype.itemsize < self.dtype.itemsize
+        return t.to(self.dtype) if narrow else t
 
     # -- what others ask ---------------------------------------------------------------------------------------
 
@@ -100,7 +109,8 @@ class Products:
 
     def gradient(self) -> Vector:
         """dL/dw through the skeleton, as an own vector."""
-        return self._gradient_at(None, 0.0)
+        weights = self._at_the_weights()
+        return weights.collect(self._parts_at(weights, None, 0.0))
 
     def close(self) -> None:
         """Free the graph and the gathered weights; the next product makes them anew."""
@@ -127,7 +137,7 @@ class Products:
         if self._blockwise is None:
             self._blockwise = not self._gathered_fits()
         kind = Blockwise if self._blockwise else Gathered
-        self._weights = kind(self.space, Skeleton(self.backend, self.space.dtype), twice=self.chosen != "differences")
+        self._weights = kind(self.space, Skeleton(self.backend, self.dtype), twice=self.chosen != "differences")
         self._stamp = stamp
         if self._keep is None and self.chosen != "differences":
             self._keep = self._graph_fits(self._weights)
@@ -141,7 +151,7 @@ class Products:
         self.chosen = "differences"
 
     def _gathered_fits(self) -> bool:
-        needed = 3 * self.space.layout.numel * self.space.dtype.itemsize
+        needed = 3 * self.space.layout.numel * self.dtype.itemsize
         return self._all_agree(needed < GATHERED_SHARE * available_bytes(self.space.shards.device))
 
     def _graph_fits(self, weights: Weights) -> bool:
@@ -226,9 +236,13 @@ class Products:
         return product
 
     def difference(self, v: Vector, h: float) -> Vector:
-        """(g(w + h v) - g(w - h v)) / 2h: two gradients."""
-        out = self._gradient_at(v, h)
-        return out.add_(self._gradient_at(v, -h), alpha=-1.0).mul_(0.5 / h)
+        """(g(w + h v) - g(w - h v)) / 2h: two gradients, their difference in the precision of the passes."""
+        weights = self._at_the_weights()
+        there, back = self._parts_at(weights, v, h), self._parts_at(weights, v, -h)
+        apart: Parts = [
+            None if a is None or b is None else (a - b) * (0.5 / h) for a, b in zip(there, back, strict=True)
+        ]
+        return weights.collect(apart)
 
     def values(self, change: Callable[[Any], Any]) -> float:
         """The loss with a change of each batch, but with the batch's own weights; no gradient."""
@@ -242,14 +256,13 @@ class Products:
         total = torch.tensor([local], dtype=torch.float64, device=self.backend.device)
         return self.backend.sum_world_(total).item()
 
-    def _gradient_at(self, direction: Vector | None, scale: float) -> Vector:
-        """dL/dw at w + scale * direction."""
-        weights = self._at_the_weights()
+    def _parts_at(self, weights: Weights, direction: Vector | None, scale: float) -> Parts:
+        """This rank's share of dL/dw at w + scale * direction."""
+        total: Parts = [None] * len(weights.leaves)
         with weights.moved(direction, scale) if direction is not None else nullcontext():
-            total: Parts = [None] * len(weights.leaves)
             for slot in self._running(weights):
                 _add(total, torch.autograd.grad(self._sum(weights, [slot]), weights.leaves, allow_unused=True))
-            return weights.collect(total)
+        return total
 
 
 def _pull(outputs: Sequence[Tensor | None], by: Sequence[Tensor], leaves: Sequence[Tensor], *, keep: bool) -> Parts:

@@ -35,6 +35,7 @@ class Weights(ABC):
 
     def __init__(self, space: ParameterSpace, skeleton: Skeleton, *, twice: bool) -> None:
         self.space, self.skeleton, self._twice = space, skeleton, twice
+        self.dtype = skeleton.dtype
         self.backend = skeleton.backend
         self.leaves: list[Tensor] = []
 
@@ -47,10 +48,10 @@ class Weights(ABC):
         return sdpa_kernel(SDPBackend.MATH) if self._twice else nullcontext()
 
     def pieces(self) -> list[Tensor]:
-        """This rank's weights in the space's precision: the masters, or inside an excursion what the forward sees."""
+        """This rank's weights in the skeleton's precision: the masters; inside an excursion what the forward sees."""
         shards = self.space.shards
         held = shards.working if self.space.excursions else shards.masters
-        return [t.detach().to(self.space.dtype) for t in held]
+        return [t.detach().to(self.dtype) for t in held]
 
     @abstractmethod
     def spread(self, v: Vector) -> list[Tensor]:
@@ -88,7 +89,7 @@ class Gathered(Weights):
     def __init__(self, space: ParameterSpace, skeleton: Skeleton, *, twice: bool) -> None:
         super().__init__(space, skeleton, twice=twice)
         self._all = tuple(range(skeleton.trainable))
-        own = self.backend.whole(self.pieces(), self._all, space.dtype)
+        own = self.backend.whole(self.pieces(), self._all, self.dtype)
         self._frozen = skeleton.whole_frozen(range(skeleton.trainable, skeleton.trainable + len(skeleton.frozen)))
         self._stand_at([t.detach().requires_grad_() for t in own])
 
@@ -97,12 +98,12 @@ class Gathered(Weights):
         self.skeleton.fill(self.skeleton.places, [*leaves, *self._frozen])
 
     def spread(self, v: Vector) -> list[Tensor]:
-        return self.backend.whole(v.tensors, self._all, self.space.dtype)
+        return self.backend.whole([t.to(self.dtype) for t in v.tensors], self._all, self.dtype)
 
     def collect(self, parts: Sequence[Tensor | None]) -> Vector:
         out = self.space.empty()
         with torch.no_grad():
-            torch._foreach_copy_(out.tensors, self.backend.cut(parts, self._all, self.space.dtype))
+            torch._foreach_copy_(out.tensors, self.backend.cut(parts, self._all, self.dtype))
         return out
 
     def close(self) -> None:

@@ -14,8 +14,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from statistics import fmean, stdev
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from elastic_lsopt.errors import UserError
@@ -39,7 +41,8 @@ from elastic_lsopt.probes.power_iteration import power_iteration
 from elastic_lsopt.probes.sam_sharpness import sam_sharpness
 from elastic_lsopt.probes.shannon_entropy import shannon_entropy
 from elastic_lsopt.probes.spectral_density import spectral_density
-from elastic_lsopt.probes.surface import surface
+from elastic_lsopt.probes.surface import project, surface
+from elastic_lsopt.probes.trajectory_pca import Window, trajectory_pca
 from elastic_lsopt.probes.xtrace import xtrace
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -62,6 +65,8 @@ class Situation:
     adam: tuple[tuple[float, float], float, int] | None = None
     """Its betas, its epsilon, its steps so far; None: the base is SGD."""
     initial: Vector | None = None
+    window: Window | None = None
+    """The points of the run so far, as differences from its start."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +110,62 @@ def _edge(s: Situation, *, of: Matrix = "hessian") -> Any:
     )
 
 
-def _effective_dimension(s: Situation, *, k: int = 10, regulariser: float = 1.0, of: Matrix = "hessian") -> Any:
-    n = s.space.layout.numel
-    top = lanczos(s.space, s.oracle, k=min(k, n), of=of)
-    found = effective_dimension(list(top.eigenvalues), dimension=n, regulariser=regulariser)
-    return {**as_json(found), "products": top.products, "seconds": top.seconds}
+def _effective_dimension(
+    s: Situation, *, vectors: int = 2, steps: int = 100, regulariser: float = 1.0, of: Matrix = "hessian"
+) -> Any:
+    """Of all eigenvalues, by the nodes and weights of the spectral density."""
+    density = spectral_density(s.space, s.oracle, vectors=vectors, steps=steps, of=of)
+    each = [
+        effective_dimension(nodes, weights=weights, dimension=density.dimension, regulariser=regulariser).value
+        for nodes, weights in zip(density.nodes, density.weights, strict=True)
+    ]
+    error = stdev(each) / len(each) ** 0.5 if len(each) > 1 else math.nan
+    return as_json(
+        {"value": fmean(each), "standard_error": error, "products": density.products, "seconds": density.seconds}
+    )
 
 
 def _noise(s: Situation) -> Any:
     return noise_scale(s.space, s.batches())
+
+
+def _surface(
+    s: Situation, *, along: str = "random", dimensions: int = 2, points: int = 21, extent: float = 1.0, draw: int = 0
+) -> Any:
+    """A slice through the weights: +- extent along random filter-normalised directions or eigenvectors (of length 1);
+    along the trajectory's principal components as far as it went, with its path.
+    """
+    if points < 2 or not 0 < extent < math.inf:
+        raise UserError(f"points={points} must be >= 2 and extent={extent} > 0.")
+    path: list[list[float]] | None = None
+    grids = [(-extent, extent)] * 2
+    vectors: Any = "random"
+    if along == "eigenvectors":
+        vectors = lanczos(s.space, s.oracle, k=dimensions, vectors=True).vectors
+    elif along == "trajectory":
+        if s.window is None or len(s.window) < 3:
+            raise UserError(
+                "along=trajectory needs a trajectory probe that has seen three points; add trajectory: {…}."
+            )
+        vectors = trajectory_pca(s.window, components=dimensions).directions
+        dimensions = len(vectors)
+        steps = s.window.differences
+        path = [list(p) for p in project(s.space, steps, vectors, dimensions=dimensions, origin=steps[-1]).coordinates]
+        grids = [_around(values) for values in zip(*path, strict=True)]
+    elif along != "random":
+        raise UserError(f"along={along!r} is unknown; use random, eigenvectors or trajectory.")
+    alphas, betas = (torch.linspace(*grid, points).tolist() for grid in (grids * 2)[:2])
+    found = surface(
+        s.space, s.oracle, along=vectors, dimensions=dimensions, alphas=alphas, betas=betas, kind=along, draw=draw
+    )
+    kind = "principal components" if along == "trajectory" else along
+    return {**as_json(found), "betas": betas if dimensions == 2 else None, "directions": kind, "path": path}
+
+
+def _around(values: Sequence[float]) -> tuple[float, float]:
+    """The range of some coordinates and of 0, the present weights, and a quarter of it on both sides."""
+    low, high = min(*values, 0.0), max(*values, 0.0)
+    return low - (high - low) / 4, high + (high - low) / 4
 
 
 MEASURES: dict[str, Measure] = {
@@ -136,7 +188,7 @@ MEASURES: dict[str, Measure] = {
     "sam_sharpness": _probe(sam_sharpness),
     "shannon_entropy": _probe(shannon_entropy),
     "spectral_density": _probe(spectral_density),
-    "surface": _probe(surface),
+    "surface": _asking(_surface),
     "top_eigenvalues": _probe(lanczos),
     "trace": _probe(hutchinson),
     "xtrace": _probe(xtrace),

@@ -27,6 +27,8 @@ from elastic_lsopt.probes.trajectory import Trajectory
 from elastic_lsopt.training.data import Data
 
 log = logging.getLogger("elastic_lsopt")
+WINDOW = 40
+"""Points of the trajectory that are kept, in host memory, for its principal components: a vector each."""
 
 
 def check_probes(block: Mapping[str, Any]) -> dict[str, ProbeConfig]:
@@ -34,8 +36,9 @@ def check_probes(block: Mapping[str, Any]) -> dict[str, ProbeConfig]:
     probes = read_probes(block)
     for name, probe in probes.items():
         if probe.measure == TRAJECTORY:
-            if probe.settings:
-                raise SettingError(f"probes.{name}", f"probes.{name}: the trajectory has no settings of its own.")
+            window = probe.settings.get("window", WINDOW)
+            if probe.settings.keys() - {"window"} or not isinstance(window, int) or window < 3:
+                raise SettingError(f"probes.{name}", f"probes.{name}: the trajectory's only setting is window, >= 3.")
             continue
         try:
             measure(probe.measure or name, probe.settings)
@@ -57,8 +60,10 @@ class Probing:
         self._warned: set[str] = set()
         self._checked: set[str] = set()
         self._trajectory: Trajectory | None = None
-        if any(p.measure == TRAJECTORY for p in self.probes.values()):
-            self._trajectory = Trajectory(engine.space, samples=engine.clock.samples)
+        for probe in self.probes.values():
+            if probe.measure == TRAJECTORY:
+                window = probe.settings.get("window", WINDOW)
+                self._trajectory = Trajectory(engine.space, samples=engine.clock.samples, window=window, device="cpu")
 
     def after(self, before: tuple[int, int]) -> dict[str, Any]:
         """What is due after the step that began at `before` (steps, samples): results by name, ready for JSON."""
@@ -118,6 +123,7 @@ class Probing:
             oracle=self._oracle(units, probe, checked=checked and not config.bf16),
             batches=lambda: [self._oracle(single(i), probe, checked=False) for i in range(probe.units)],
             samples=len(self._data.train), learning_rate=group.get("lr"), momentum=config.momentum, adam=adam,
+            window=self._trajectory.window if self._trajectory is not None else None,
         )  # fmt: skip
 
     def _oracle(self, units: Sequence[Unit], probe: ProbeConfig, *, checked: bool) -> UnitsOracle:

@@ -88,7 +88,7 @@ def test_tensorboard_has_the_numbers(runs: dict[str, Path]) -> None:
         ({"trace": {"every_steps": 1, "every_samples": 2}}, "exactly one of every_steps and every_samples"),
         ({"trace": {"every_steps": 0}}, "probes.trace.every_steps=0 must be greater than or equal to 1"),
         ({"trace": {"every_steps": 1, "budget": 2.0}}, "probes.trace.budget=2.0 must be less than or equal to 1"),
-        ({"trajectory": {"every_steps": 1, "k": 2}}, "the trajectory has no settings"),
+        ({"trajectory": {"every_steps": 1, "k": 2}}, "the trajectory's only setting is window"),
     ],
 )
 def test_wrong_probes_are_one_line(tmp_path: Path, probes: Any, says: str) -> None:
