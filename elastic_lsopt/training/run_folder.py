@@ -16,7 +16,9 @@ from elastic_lsopt.elastic.journal import JOURNAL
 from elastic_lsopt.errors import UserError
 
 CONFIG, METRICS, EVENTS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"
-PARTS = (CONFIG, METRICS, EVENTS, JOURNAL, CHECKPOINTS, "loss.png", "members.png", "model")
+PARTS = (
+    CONFIG, METRICS, EVENTS, JOURNAL, CHECKPOINTS, "loss.png", "members.png", "model", "report.html", "pictures",
+)  # fmt: skip
 """What a run writes into its folder."""
 
 
