@@ -46,6 +46,12 @@ GATHERED_SHARE, GRAPH_SHARE = 0.4, 0.6
 """Of the memory there is: what whole weights and two whole vectors may take, then what a kept graph may take."""
 
 
+def refuse_unknown(mode: str) -> None:
+    """Raise UserError for a mode that there is not."""
+    if mode not in get_args(Mode):
+        raise UserError(f"products={mode!r} is unknown; use one of {', '.join(get_args(Mode))}.")
+
+
 class Products:
     """The curvature of the loss on `slots`, this rank's forwards, at the weights where the space is (all collective).
 
@@ -63,8 +69,7 @@ class Products:
         mode: Mode,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if mode not in get_args(Mode):
-            raise UserError(f"products={mode!r} is unknown; use one of {', '.join(get_args(Mode))}.")
+        refuse_unknown(mode)
         self.space, self.backend, self.loss = space, backend, loss
         self.slots, self.dtype = slots, dtype or space.dtype
         self.mode: Mode = mode

@@ -17,7 +17,7 @@ from elastic_lsopt.oracle.differences import Product
 from elastic_lsopt.oracle.loss import Loss, refuse_coupled_samples, samples
 from elastic_lsopt.oracle.oracle import Oracle, Part
 from elastic_lsopt.oracle.passes import Passes
-from elastic_lsopt.oracle.products import Mode, Products
+from elastic_lsopt.oracle.products import Mode, Products, refuse_unknown
 from elastic_lsopt.oracle.slot import Slot
 from elastic_lsopt.oracle.units import Unit, as_units, part_bounds, slots
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -47,6 +47,7 @@ class UnitsOracle(Oracle):
         checked: bool = False,
     ) -> None:
         super().__init__(space, backend, clock, stop_requested=stop_requested, signals=signals)
+        refuse_unknown(products)
         if backend.module is not None:
             refuse_coupled_samples(backend.module)
         self._loss = loss

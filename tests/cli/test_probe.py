@@ -1,0 +1,167 @@
+"""`elastic-lsopt probe` of a checkpoint, a run and a Hugging Face folder, on one worker and on two."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import elastic_lsopt as lso
+from elastic_lsopt.cli.main import main
+from elastic_lsopt.training.data import build_data
+from tests.jobs import BIN, LLAMA, command, run, write_job
+from tests.ranks import ROOT, rank_environment
+
+MEASURES = ["--measures", "lambda_max,trace,lpf", "--set", "trace.samples=3", "--set", "lpf.draws=2", "--units", "3"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("probe")
+    job = write_job(folder / "run.yaml", model=LLAMA, max_steps=4, eval_steps=None, save_steps=2)
+    run(command("none", job), folder)
+    return folder
+
+
+def probe(folder: Path, *arguments: str) -> dict[str, Any]:
+    out = folder / f"out-{len(list(folder.iterdir()))}"
+    said = run([str(BIN / "elastic-lsopt"), "probe", *arguments, "--output", str(out)], folder)
+    assert "lambda_max" in said and f"written to {out}/probes.json" in said, said
+    return json.loads((out / "probes.json").read_text())
+
+
+def values(told: dict[str, Any]) -> list[float]:
+    found = told["probes"]
+    return [told["loss"], found["lambda_max"]["eigenvalues"][0], found["trace"]["value"], found["lpf"]["value"]]
+
+
+def test_a_run_on_one_worker_and_two(trained: Path) -> None:
+    one = probe(trained, str(trained / "run"), *MEASURES)
+    two = probe(trained, str(trained / "run" / "checkpoints" / "checkpoint-4"), *MEASURES, "--workers", "2")
+    assert one["model"] == two["model"] and one["workers"], two["workers"] == (1, 2)
+    assert values(two) == pytest.approx(values(one), rel=1e-3)
+    assert one["samples"] == 6 and one["failed"] == {}
+
+
+def test_the_saved_model_is_the_checkpoint(trained: Path) -> None:
+    """And its loss is what transformers computes on the same blocks of text."""
+    arguments = ["--data", str(trained / "text"), "--block-size", "16", "--batch-size", "2"]
+    saved = probe(trained, str(trained / "run" / "model"), *MEASURES, *arguments)
+    ours = probe(trained, str(trained / "run"), *MEASURES)
+    assert saved["parameters"] == ours["parameters"]
+    assert saved["loss"] == pytest.approx(ours["loss"], rel=0.1)  # other samples are held out, and others drawn
+
+    from transformers import AutoModelForCausalLM
+
+    from elastic_lsopt.training.probe_model import Question, settings_of
+    from elastic_lsopt.training.probing import fixed_units
+    from elastic_lsopt.training.world import World
+
+    question = Question(
+        model=trained / "run" / "model", measures={}, output=trained, data=str(trained / "text"), units=3, batch_size=2,
+        block_size=16,
+    )  # fmt: skip
+    config, checkpoint = settings_of(question, 1)
+    assert checkpoint is None
+    units, _ = fixed_units(build_data(config), config, World(0, 1, torch.device("cpu"), None), 3)  # type: ignore[arg-type]
+    ids = torch.cat([u.batch["input_ids"] for u in units])
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(trained / "run" / "model")(input_ids=ids, labels=ids).loss
+    assert saved["loss"] == pytest.approx(float(theirs), rel=1e-5)
+
+
+def test_under_torchrun(trained: Path) -> None:
+    out = trained / "torchrun"
+    start = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "-m", "elastic_lsopt", "probe"]
+    run([*start, str(trained / "run"), *MEASURES, "--output", str(out)], trained)
+    assert json.loads((out / "probes.json").read_text())["workers"] == 2
+
+
+@pytest.mark.parametrize(
+    "arguments,says",
+    [
+        (["no/such"], "no/such does not exist; give runs/NAME"),
+        (["RUN", "--measures", "lambda_mx"], "unknown measure 'lambda_mx'; did you mean 'lambda_max'?"),
+        (["RUN", "--measures", "trace", "--set", "trace.sample=1"], "no setting 'sample'; did you mean 'samples'?"),
+        (["RUN", "--set", "lpf=1"], "must read MEASURE.KEY=VALUE"),
+        (["RUN", "--measures", ","], "--measures is empty"),
+        (["RUN", "--units", "0"], "--units 0 must be >= 1"),
+        (["RUN/model"], "is a Hugging Face folder, which names no data; give --data"),
+        (["RUN/.."], "is no checkpoint, run folder or Hugging Face folder"),
+        (["RUN", "--products", "fast"], "products='fast' is unknown; use one of auto"),
+        (["RUN", "--units", "100000"], "are more than the"),
+    ],
+)
+def test_wrong_input_is_one_line(trained: Path, arguments: list[str], says: str) -> None:
+    given = [a.replace("RUN", str(trained / "run")) for a in arguments]
+    done = subprocess.run(
+        [str(BIN / "elastic-lsopt"), "probe", *given, "--output", str(trained / "wrong")], cwd=ROOT,
+        env=rank_environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done
+    assert says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_checkpoint_of_another_architecture(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    """The run's own settings say another width than its checkpoint: the first parameter that differs is named."""
+    for part in ("config.yaml", "checkpoints"):
+        (tmp_path / part).symlink_to(trained / "run" / part) if part == "checkpoints" else None
+    text = (trained / "run" / "config.yaml").read_text().replace("hidden_size: 16", "hidden_size: 32")
+    (tmp_path / "config.yaml").write_text(text)
+    done = subprocess.run(
+        [str(BIN / "elastic-lsopt"), "probe", str(tmp_path), "--output", str(tmp_path / "out")], cwd=ROOT,
+        env=rank_environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "another model: parameter model.embed_tokens.weight" in done.stderr
+
+
+@pytest.mark.fast
+def test_help_names_it(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["probe", "--help"])
+    assert "--measures" in capsys.readouterr().out
+
+
+def test_the_trainers_callback(tmp_path: Path) -> None:
+    """Its numbers are those of `attach` on the model that the Trainer leaves, and training is not changed by it."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    def trained_by(callbacks: list[Any]) -> Any:
+        torch.manual_seed(0)
+        shape = LlamaConfig(vocab_size=32, num_hidden_layers=1, hidden_size=16, num_attention_heads=2,
+                            intermediate_size=32, use_cache=False)  # fmt: skip
+        model = LlamaForCausalLM(shape)
+        rows = [{"input_ids": x, "labels": x} for x in torch.randint(0, 32, (16, 8))]
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / f"t{len(callbacks)}"), max_steps=4, per_device_train_batch_size=4, report_to=[],
+            learning_rate=1e-2, use_cpu=True, disable_tqdm=True, save_strategy="no", seed=0, lr_scheduler_type="constant",
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=rows, callbacks=callbacks).train()  # type: ignore[arg-type]
+        return model
+
+    x = torch.arange(16).view(2, 8)
+    batches = [{"input_ids": x, "labels": x}, {"input_ids": x + 3, "labels": x + 3}]
+    callback = lso.ProbeCallback(
+        {"lambda_max": {"tolerance": 1e-4}, "noise_scale": {}, "edge_of_stability": {}}, batches=batches, every_steps=2
+    )
+    model, plain = trained_by([callback]), trained_by([])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert [row["step"] for row in callback.results] == [2, 4]
+    space, oracle = lso.attach(model.eval(), None, batches)
+    wanted = lso.probes.lanczos(space, oracle, k=1, tolerance=1e-4).eigenvalues[0]
+    assert callback.results[1]["probes"]["lambda_max"]["eigenvalues"][0] == pytest.approx(wanted, rel=1e-3)
+    lines = (tmp_path / "t1" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
+    assert all(row["probes"][name] is not None for row in callback.results for name in callback.measures)
+    for wrong, says in (
+        ({"measures": {"trce": {}}, "batches": batches, "every_steps": 1}, "did you mean 'trace'"),
+        ({"measures": {"trace": {}}, "batches": [], "every_steps": 1}, "batches is empty"),
+        ({"measures": {"trace": {}}, "batches": batches, "every_steps": 0}, "every_steps=0 must be >= 1"),
+    ):
+        with pytest.raises(lso.UserError, match=says):
+            lso.ProbeCallback(**wrong)
