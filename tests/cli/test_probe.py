@@ -139,7 +139,8 @@ def test_the_trainers_callback(tmp_path: Path) -> None:
         rows = [{"input_ids": x, "labels": x} for x in torch.randint(0, 32, (16, 8))]
         arguments = TrainingArguments(
             output_dir=str(tmp_path / f"t{len(callbacks)}"), max_steps=4, per_device_train_batch_size=4, report_to=[],
-            learning_rate=1e-2, use_cpu=True, disable_tqdm=True, save_strategy="no", seed=0, lr_scheduler_type="constant",
+            learning_rate=1e-2, use_cpu=True, disable_tqdm=True, save_strategy="no", seed=0,
+            lr_scheduler_type="constant",
         )  # fmt: skip
         Trainer(model, arguments, train_dataset=rows, callbacks=callbacks).train()  # type: ignore[arg-type]
         return model
