@@ -25,6 +25,14 @@ def test_example(example: Path) -> None:
         plain, own, sam = done.stdout.splitlines()
         assert "passes a step 1" in plain and "passes a step 1" in own and "passes a step 2" in sam
         assert all(float(line.rsplit(" ", 1)[1]) > 0.85 for line in (plain, own, sam))
+    if example.name == "curvature_on_shards.py":
+        whole, sharded = (
+            [float(x) for x in line.split()[1:4]]
+            for line in done.stdout.splitlines()
+            if line.startswith(("whole", "sharded"))
+        )
+        assert whole == pytest.approx(sharded, abs=2e-5) and whole[0] > whole[1] > whole[2] > 0
+        assert done.stdout.count("bytes of eigenvectors") == 2
     if example.name == "elastic_demo.py":
         assert "kill -9 to node n2" in done.stdout and "joined: n4" in done.stdout, done.stdout
         worlds, largest = done.stdout.splitlines()[-2:]

@@ -130,13 +130,15 @@ class Products:
         """The weights where the space is now, and the mode.
 
         Weights are written in place, which autograd counts: on the tensor that was written, so a DTensor's step shows
-        on the DTensor (a slot's key), and a displacement on its local part.
+        on the DTensor (a slot's key), and a displacement on its local part. A rank without a piece sees nothing of
+        either, so all ranks ask each other: one small all-reduce.
         """
         space, shards = self.space, self.backend
         space.ready()
         written = [t._version for t in (*shards.masters, *shards.working, *shards.slot_keys)]
         stamp = (len(space.excursions), space.edits, written)
-        if self._weights is not None and stamp == self._stamp:
+        if self._all_agree(self._weights is not None and stamp == self._stamp):
+            assert self._weights is not None
             return self._weights
         self.close()
         if self._blockwise is None:

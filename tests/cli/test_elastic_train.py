@@ -19,6 +19,7 @@ from tests.ranks import free_port
 STEPS = 60
 SLOW = {"import": TINY, "args": {"pause_s": 0.02}}
 SHAPE: dict[str, Any] = {"max_steps": STEPS, "eval_steps": 30, "save_steps": 25, "workers": 3}
+PROBES = {"lambda_max": {"every_steps": 6, "units": 2, "budget": 1.0}, "trajectory": {"every_steps": 6}}
 LIMIT = pytest.mark.timeout(400)  # the first test that asks for a job waits for all of it
 
 
@@ -33,7 +34,7 @@ class Life:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, ranks: Callable[[int], Any]) -> dict[int, Any]:
     """step -> its row, of the same job without an elastic block, on two ranks."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    in_ranks(ranks, 2, "job", path=str(write_job(folder / "run.yaml", export=False, **SHAPE)))
+    in_ranks(ranks, 2, "job", path=str(write_job(folder / "run.yaml", export=False, probes=PROBES, **SHAPE)))
     return dict(rows(folder / "run"))
 
 
@@ -41,7 +42,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, ranks: Callable[[int],
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Life:
     """A job of three workers, whose rank 0 is killed after some steps."""
     folder = tmp_path_factory.mktemp("killed")
-    job = write_job(folder / "run.yaml", model=SLOW, elastic={}, **SHAPE)
+    job = write_job(folder / "run.yaml", model=SLOW, elastic={}, probes=PROBES, **SHAPE)
     started = Started(command("none", job), folder)
     run_folder = folder / "run"
     started.until(lambda: _world(run_folder) == 3 and _step(run_folder) >= 8)
@@ -60,6 +61,17 @@ def test_the_loss_of_each_step_is_the_undisturbed_ones(killed: Life, undisturbed
     for step in (30, 60):
         assert found[step]["eval_loss"] == pytest.approx(undisturbed[step]["eval_loss"], rel=1e-5)
     assert {row["world"] for row in found.values()} >= {2, 3}
+
+
+@LIMIT
+def test_probes_are_the_undisturbed_ones(killed: Life, undisturbed: dict[int, Any]) -> None:
+    """The sharpness at each point, whoever trains there; a new generation's trajectory begins where it does."""
+    found, wanted = (
+        {step: row["probes"]["lambda_max"]["eigenvalues"][0] for step, row in life.items() if "probes" in row}
+        for life in (rows(killed.folder), undisturbed)
+    )
+    assert list(found) == list(wanted) == list(range(6, STEPS + 1, 6))
+    assert list(found.values()) == pytest.approx(list(wanted.values()), rel=2e-3)
 
 
 @LIMIT
