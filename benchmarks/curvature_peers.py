@@ -45,7 +45,15 @@ def products(model: nn.Module, batch: Batch) -> dict[str, Callable[[Tensor], Ten
         with twice():
             return apply(v)
 
+    parameters = list(model.parameters())
+
+    def plain(v: Tensor) -> Tensor:
+        g = torch.autograd.grad(mean_loss(model, batch), parameters, create_graph=True)
+        parts = [part.view_as(p) for part, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)]
+        return torch.cat([h.reshape(-1) for h in torch.autograd.grad(g, parameters, parts)])
+
     return {
+        "plain_double_backward": partial(double_backward, plain),
         "hessian_eigenthings_autograd": partial(double_backward, exact.matvec),
         "hessian_eigenthings_differences": differences.matvec,
         "curvlinops": partial(double_backward, lambda v: operator @ v),
