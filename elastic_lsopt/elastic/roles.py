@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.agent import Agent
+from elastic_lsopt.elastic.endpoint import ENDPOINT, JOB, endpoint_by_mpi
 from elastic_lsopt.elastic.journal import Journal
 from elastic_lsopt.elastic.link import WorkerLink, is_worker
 from elastic_lsopt.elastic.mailbox import HERE, silence_torch
@@ -26,7 +27,6 @@ from elastic_lsopt.elastic.membership import Rules
 from elastic_lsopt.elastic.node import Node
 from elastic_lsopt.elastic.node_folder import NodeFolder
 from elastic_lsopt.elastic.plan import Policy
-from elastic_lsopt.elastic.rendezvous import ENDPOINT, JOB, endpoint_by_mpi
 from elastic_lsopt.elastic.signing import job_secret
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.schedules.batch_scaling import Hyperparameters

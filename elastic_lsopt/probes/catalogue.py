@@ -34,6 +34,7 @@ from elastic_lsopt.probes.lanczos import lanczos
 from elastic_lsopt.probes.lobpcg import lobpcg
 from elastic_lsopt.probes.local_entropy import local_entropy, local_entropy_gradient
 from elastic_lsopt.probes.lpf import lpf
+from elastic_lsopt.probes.mode_connectivity import Curve, mode_connectivity
 from elastic_lsopt.probes.noise_scale import noise_scale
 from elastic_lsopt.probes.operator import Matrix, Operator
 from elastic_lsopt.probes.pac_bayes import pac_bayes
@@ -67,6 +68,8 @@ class Situation:
     initial: Vector | None = None
     window: Window | None = None
     """The points of the run so far, as differences from its start."""
+    other: Vector | None = None
+    """The weights of another model of the same shape."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,27 @@ def _surface(
     return {**as_json(found), "betas": betas if dimensions == 2 else None, "directions": kind, "path": path}
 
 
+def _connectivity(
+    s: Situation,
+    *,
+    curve: Curve = "line",
+    points: int = 21,
+    steps: int = 100,
+    learning_rate: float = 0.1,
+    seed: int = 0,
+) -> Any:
+    """The loss on the way from the other model to this one."""
+    if s.other is None:
+        raise UserError(
+            "mode_connectivity needs another model of the same shape; give --other (a checkpoint or folder)."
+        )
+    start, end = s.other, s.space.weights.clone()
+    return mode_connectivity(
+        s.space, s.oracle, start=start, end=end, curve=curve, points=points, steps=steps, learning_rate=learning_rate,
+        seed=seed,
+    )  # fmt: skip
+
+
 def _around(values: Sequence[float]) -> tuple[float, float]:
     """The range of some coordinates and of 0, the present weights, and a quarter of it on both sides."""
     low, high = min(*values, 0.0), max(*values, 0.0)
@@ -182,6 +206,7 @@ MEASURES: dict[str, Measure] = {
     "local_entropy": _probe(local_entropy),
     "local_entropy_gradient": _probe(local_entropy_gradient),
     "lpf": _probe(lpf),
+    "mode_connectivity": _asking(_connectivity),
     "noise_scale": _asking(_noise),
     "pac_bayes": _probe(pac_bayes, lambda s: {"initial": s.initial, "samples": s.samples}),
     "power_iteration": _probe(power_iteration),

@@ -15,10 +15,12 @@ from elastic_lsopt.config.load import load_config
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.world import World
 from elastic_lsopt.errors import NonFinite, UserError
+from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.optimizers.plain import Plain
 from elastic_lsopt.oracle.units_oracle import UnitsOracle
 from elastic_lsopt.probes.catalogue import Situation, as_json, measure
-from elastic_lsopt.training.data import build_data
+from elastic_lsopt.space.vector import Vector
+from elastic_lsopt.training.data import Data, build_data
 from elastic_lsopt.training.engines import build_engine, plain_loss_of
 from elastic_lsopt.training.probing import fixed_units
 from elastic_lsopt.training.run_folder import CHECKPOINTS, CONFIG
@@ -39,6 +41,8 @@ class Question:
     batch_size: int | None = None
     block_size: int | None = None
     products: str = "auto"
+    other: Path | None = None
+    """Another model of the same shape, for the way between the two."""
 
 
 def settings_of(question: Question, world_size: int) -> tuple[TrainConfig, Path | None]:
@@ -103,12 +107,9 @@ def answer(question: Question, world: World, say: Any = lambda line: None) -> di
     """
     config, checkpoint = settings_of(question, world.size)
     data = build_data(config)
-    engine = build_engine(config, Plain(), data, world, total_samples=config.global_batch_size)
-    if checkpoint is not None:
-        loader = Checkpointer(checkpoint.parent)
-        loader.resume(engine, checkpoint, hyperparameters=False)
-        loader.close()
+    engine = _engine(config, checkpoint, data, world)
     engine.module.eval()
+    other = _weights_of(question.other, question, engine, data, world) if question.other is not None else None
     units, single = fixed_units(data, config, world, question.units)
     loss, products = plain_loss_of(config), question.products
 
@@ -120,7 +121,7 @@ def answer(question: Question, world: World, say: Any = lambda line: None) -> di
     together = oracle(units, checked=True)
     situation = Situation(
         space=engine.space, oracle=together, samples=len(data.train),
-        batches=lambda: [oracle(single(i), checked=False) for i in range(question.units)],
+        batches=lambda: [oracle(single(i), checked=False) for i in range(question.units)], other=other,
     )  # fmt: skip
     told: dict[str, Any] = {
         "model": str(checkpoint or question.model), "data": config.dataset, "samples": together.samples,
@@ -139,6 +140,33 @@ def answer(question: Question, world: World, say: Any = lambda line: None) -> di
         world.on_first(lambda: _write(question.output, told))
     together.products.close()
     return told
+
+
+def _engine(config: TrainConfig, checkpoint: Path | None, data: Data, world: World) -> Engine:
+    engine = build_engine(config, Plain(), data, world, total_samples=config.global_batch_size)
+    if checkpoint is not None:
+        loader = Checkpointer(checkpoint.parent)
+        loader.resume(engine, checkpoint, hyperparameters=False)
+        loader.close()
+    return engine
+
+
+def _weights_of(path: Path, question: Question, engine: Engine, data: Data, world: World) -> Vector:
+    """Another model's weights as a vector of this one's space (collective). Raises UserError for another shape."""
+    config, checkpoint = settings_of(replace(question, model=path), world.size)
+    found = _engine(config, checkpoint, data, world).space
+    for mine, theirs in zip(engine.space.layout.parameters, found.layout.parameters, strict=False):
+        if mine != theirs:
+            raise UserError(
+                f"--other {path} is another model: parameter {theirs.name} {list(theirs.shape)} stands where "
+                f"{mine.name} {list(mine.shape)} does; give one of the same shape."
+            )
+    if len(engine.space.layout.parameters) != len(found.layout.parameters):
+        raise UserError(f"--other {path} is another model: it has {len(found.layout.parameters)} parameters.")
+    out = engine.space.empty()
+    for t, theirs in zip(out.tensors, found.weights.tensors, strict=True):
+        t.copy_(theirs)
+    return out
 
 
 def _write(folder: Path, told: dict[str, Any]) -> None:

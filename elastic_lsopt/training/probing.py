@@ -23,7 +23,8 @@ from elastic_lsopt.oracle.loss import Loss
 from elastic_lsopt.oracle.units import Unit
 from elastic_lsopt.oracle.units_oracle import UnitsOracle
 from elastic_lsopt.probes.catalogue import Situation, as_json, measure
-from elastic_lsopt.probes.trajectory import Trajectory
+from elastic_lsopt.probes.lanczos import lanczos
+from elastic_lsopt.probes.trajectory import Motion, Trajectory
 from elastic_lsopt.training.data import Data
 
 log = logging.getLogger("elastic_lsopt")
@@ -36,9 +37,13 @@ def check_probes(block: Mapping[str, Any]) -> dict[str, ProbeConfig]:
     probes = read_probes(block)
     for name, probe in probes.items():
         if probe.measure == TRAJECTORY:
-            window = probe.settings.get("window", WINDOW)
-            if probe.settings.keys() - {"window"} or not isinstance(window, int) or window < 3:
-                raise SettingError(f"probes.{name}", f"probes.{name}: the trajectory's only setting is window, >= 3.")
+            window, align = probe.settings.get("window", WINDOW), probe.settings.get("align", 0)
+            wrong = not isinstance(window, int) or window < 3 or not isinstance(align, int) or align < 0
+            if wrong or probe.settings.keys() - {"window", "align"}:
+                raise SettingError(
+                    f"probes.{name}", f"probes.{name}: the trajectory's settings are window (points, >= 3) and align "
+                    "(eigenvectors to compare with, >= 0)."
+                )  # fmt: skip
             continue
         try:
             measure(probe.measure or name, probe.settings)
@@ -92,7 +97,7 @@ class Probing:
         engine.module.eval()
         try:
             if self._trajectory is not None and probe.measure == TRAJECTORY:
-                return as_json(self._trajectory.observe(engine.clock))
+                return as_json(self._observed(self._trajectory, name, probe))
             situation = self._situation(probe, checked=name not in self._checked)
             self._checked.add(name)
             try:
@@ -110,6 +115,19 @@ class Probing:
             engine.module.train(training)
             engine.space.end_lease()
             engine.backend.clear_gradient()
+
+    def _observed(self, trajectory: Trajectory, name: str, probe: ProbeConfig) -> Motion:
+        """The motion since the last time; with `align`, beside the sharpest directions where the weights are now."""
+        k = probe.settings.get("align", 0)
+        if not k:
+            return trajectory.observe(self._engine.clock)
+        situation = self._situation(probe, checked=name not in self._checked)
+        self._checked.add(name)
+        space, oracle = situation.space, situation.oracle
+        top = lanczos(space, oracle, k=k, vectors=True).vectors
+        gradient = oracle.gradient().clone()
+        oracle.products.close()
+        return trajectory.observe(self._engine.clock, gradient=gradient, eigenvectors=top)
 
     def _situation(self, probe: ProbeConfig, *, checked: bool) -> Situation:
         engine, config = self._engine, self._config

@@ -74,6 +74,18 @@ def test_the_saved_model_is_the_checkpoint(trained: Path) -> None:
     assert saved["loss"] == pytest.approx(float(theirs), rel=1e-5)
 
 
+def test_the_way_between_two_checkpoints(trained: Path) -> None:
+    """Its ends are the two models' own losses, on one worker and on two."""
+    checkpoints = trained / "run" / "checkpoints"
+    given = [str(checkpoints / "checkpoint-4"), "--measures", "lambda_max,mode_connectivity", "--units", "3"]
+    given += ["--set", "mode_connectivity.points=5", "--other", str(checkpoints / "checkpoint-2")]
+    one, two = probe(trained, *given), probe(trained, *given, "--workers", "2")
+    path = one["probes"]["mode_connectivity"]
+    assert path["losses"] == pytest.approx(two["probes"]["mode_connectivity"]["losses"], rel=1e-5)
+    first = probe(trained, str(checkpoints / "checkpoint-2"), "--measures", "lambda_max", "--units", "3")
+    assert [path["losses"][0], path["losses"][-1]] == pytest.approx([first["loss"], one["loss"]], rel=1e-6)
+
+
 def test_under_torchrun(trained: Path) -> None:
     out = trained / "torchrun"
     start = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "-m", "elastic_lsopt", "probe"]
@@ -90,6 +102,7 @@ def test_under_torchrun(trained: Path) -> None:
         (["RUN", "--set", "lpf=1"], "must read MEASURE.KEY=VALUE"),
         (["RUN", "--measures", ","], "--measures is empty"),
         (["RUN", "--units", "0"], "--units 0 must be >= 1"),
+        (["RUN", "--measures", "mode_connectivity", "--other", "no/such"], "no/such does not exist"),
         (["RUN/model"], "is a Hugging Face folder, which names no data; give --data"),
         (["RUN/.."], "is no checkpoint, run folder or Hugging Face folder"),
         (["RUN", "--products", "fast"], "products='fast' is unknown; use one of auto"),

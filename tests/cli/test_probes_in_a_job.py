@@ -20,7 +20,7 @@ PROBES: dict[str, Any] = {
     },
     "edge_of_stability": {"every_steps": 8, "budget": 1.0},
     "noise_scale": {"every_steps": 8, "budget": 1.0},
-    "trajectory": {"every_steps": 2, "budget": 1.0},
+    "trajectory": {"every_steps": 2, "budget": 1.0, "align": 2},
     "rare": {"measure": "gradient_norm", "every_steps": 1, "budget": 1.0e-6},
 }  # fmt: skip
 
@@ -70,6 +70,14 @@ def test_the_edge_is_of_the_rate_and_momentum(runs: dict[str, Path]) -> None:
     assert last["probes"]["edge_of_stability"]["threshold"] == pytest.approx(2 * 1.9 / last["lr"])
 
 
+def test_the_updates_beside_the_sharpest_directions(runs: dict[str, Path]) -> None:
+    one, two = (measured(runs[name], "trajectory") for name in ("one", "two"))
+    for step in one:
+        for what in ("update_alignment", "gradient_alignment"):
+            assert 0 <= one[step][what]["share"] <= 1
+            assert two[step][what]["share"] == pytest.approx(one[step][what]["share"], abs=5e-3)
+
+
 def test_tensorboard_has_the_numbers(runs: dict[str, Path]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -88,7 +96,7 @@ def test_tensorboard_has_the_numbers(runs: dict[str, Path]) -> None:
         ({"trace": {"every_steps": 1, "every_samples": 2}}, "exactly one of every_steps and every_samples"),
         ({"trace": {"every_steps": 0}}, "probes.trace.every_steps=0 must be greater than or equal to 1"),
         ({"trace": {"every_steps": 1, "budget": 2.0}}, "probes.trace.budget=2.0 must be less than or equal to 1"),
-        ({"trajectory": {"every_steps": 1, "k": 2}}, "the trajectory's only setting is window"),
+        ({"trajectory": {"every_steps": 1, "k": 2}}, "the trajectory's settings are window"),
     ],
 )
 def test_wrong_probes_are_one_line(tmp_path: Path, probes: Any, says: str) -> None:
