@@ -55,6 +55,8 @@ MEASURES = {
         "gradient noise scale", "samples", "batch size at which the gradient's noise equals its signal"
     ),
 }
+ENDINGS = {"_unnormalised": ", weights as they are", "_linf": " (L∞)"}
+"""What a study calls its variants, and how they are shown."""
 SPECIAL = ("edge_of_stability", "noise_scale")
 """Measures with a picture of their own."""
 
@@ -63,4 +65,7 @@ def measure(name: str, of: str | None = None) -> Measure:
     """How a probe is shown that measures `of` (default: what its name says); an unknown one by its name."""
     if of is not None and of != name and of in MEASURES:
         return replace(MEASURES[of], title=name)
+    for ending, words in ENDINGS.items():
+        if (plain := MEASURES.get(name.removesuffix(ending))) is not None and name.endswith(ending):
+            return replace(plain, title=plain.title + words)
     return MEASURES.get(name) or Measure(name.replace("_", " "), "", "")
