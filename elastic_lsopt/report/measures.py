@@ -55,7 +55,7 @@ MEASURES = {
         "gradient noise scale", "samples", "batch size at which the gradient's noise equals its signal"
     ),
 }
-ENDINGS = {"_unnormalised": ", weights as they are", "_linf": " (L∞)"}
+ENDINGS = {"_unnormalised": ", unnormalised", "_linf": " (L∞)"}
 """What a study calls its variants, and how they are shown."""
 SPECIAL = ("edge_of_stability", "noise_scale")
 """Measures with a picture of their own."""

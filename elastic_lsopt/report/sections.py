@@ -64,7 +64,7 @@ SECTIONS = (
     Section(
         "loss", "Loss",
         "The loss on training batches (faint; bold: smoothed) and on held-out data. The distance between the two is "
-        "the generalization gap.",
+        "the generalisation gap.",
         _loss, "rows",
     ),
     Section(
@@ -136,7 +136,7 @@ SECTIONS = (
     ),
     Section(
         "ranking", "Ranking of the measures",
-        "Kendall's τ is 1 where the measure orders the models exactly as their generalization gaps do, -1 where in "
+        "Kendall's τ is 1 where the measure orders the models exactly as their generalisation gaps do, -1 where in "
         "reverse, 0 where it tells nothing. It is a correlation over this grid of models, not a cause.",
         draw_ranking, "study",
     ),

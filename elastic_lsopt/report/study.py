@@ -1,4 +1,4 @@
-"""Pictures of a study: its measures ranked by Kendall's tau, and each against the generalization gap."""
+"""Pictures of a study: its measures ranked by Kendall's tau, and each against the generalisation gap."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def draw_ranking(run: Run, target: Path) -> str | None:
         return None
     figure = canvas(7, 1.4 + 0.3 * len(ranks))
     axes = figure.subplots()
-    tidy(axes, "Which measure goes with the generalization gap?")
+    tidy(axes, "Which measure goes with the generalisation gap?")
     axes.grid(axis="x", alpha=0.25)
     axes.axvline(0, color=GREY, linewidth=1)
     for y, rank in enumerate(ranks):
@@ -70,10 +70,10 @@ def draw_ranking(run: Run, target: Path) -> str | None:
         axes.annotate(f"{rank.tau:+.2f}", (edge, y), (6, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(ranks)), [plain(measure(rank.name).title, 40) for rank in ranks], fontsize=9)
     axes.set_ylim(len(ranks) - 0.4, -0.6)
-    axes.margins(x=0.08)
+    axes.margins(x=0.12)
     counts = sorted({rank.models for rank in ranks if rank.models is not None})
     models = f", {'–'.join(map(str, counts[:: max(1, len(counts) - 1)]))} models" if counts else ""
-    axes.set_xlabel(f"Kendall's τ with the gap (bar: its interval; hollow: 0 is within{models})")
+    axes.set_xlabel(f"Kendall's τ, its interval (hollow: 0 is within){models}")
     save(figure, target)
     return f"Largest: {measure(ranks[0].name).title}, τ = {ranks[0].tau:+.3f}."
 
@@ -111,7 +111,7 @@ def draw_scatter(run: Run, target: Path) -> str | None:
         axes.tick_params(labelsize=8)
     for axes in panels.ravel()[len(found) :]:
         axes.remove()
-    figure.suptitle("Each model's measure (across, in its own unit) against its generalization gap", fontsize=11)
-    figure.supylabel("generalization gap", fontsize=10)
+    figure.suptitle("Each model's measure (across, in its own unit) against its generalisation gap", fontsize=11)
+    figure.supylabel("generalisation gap", fontsize=10)
     save(figure, target)
     return f"{len(models)} models."
