@@ -111,6 +111,10 @@ class Backend(Passes):
         self.transport.refuse_cut()
         return self._gathering.cut(wholes, wanted, dtype)
 
+    def sum_replicas(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+        self.transport.refuse_cut()
+        return self._gathering.sum_replicas(pieces)
+
     def own(self, wanted: Sequence[int]) -> list[int]:
         return self._gathering.own(wanted)
 

@@ -1,9 +1,11 @@
 """Whole parameters from their pieces, and sums of whole tensors cut back into pieces, for any layout.
 
     whole(pieces, wanted)      each wanted parameter, complete on every rank (AllGather over the shard group)
-    cut(wholes, wanted)        this rank's pieces of the sum over all ranks (ReduceScatter, then the replicas' sum)
+    cut(wholes, wanted)        this rank's pieces of the sum over the shard group (ReduceScatter)
+    sum_replicas(pieces)       their sum over the ranks that hold the same pieces
 
-Each is the other's transpose, so a product with a sharded vector is: whole, any local linear map, cut.
+`whole` and `cut` are each other's transpose, so a product with a sharded vector is: whole, any local linear map, cut,
+and the replicas' sum once at the end: replicas may take different ways through a model until then.
 
 A large parameter whose equal parts lie in the order of the ranks (FSDP2, ZeRO-3) is gathered by itself, straight into
 its place. The others travel together, through a padded buffer. Where one rank holds most of them (the flat partitions
@@ -174,9 +176,9 @@ class Gathering:
         }
 
     def cut(self, wholes: Sequence[Tensor | None], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-        """This rank's 1-D pieces of the sum of `wholes` over all ranks; None stands for zeros.
+        """This rank's 1-D pieces of the sum of `wholes` over the shard group; None stands for zeros (collective).
 
-        Collective over the shard group, then over the replicas. Writes into none of them: autograd may hand out the
+        Writes into none of them: autograd may hand out the
         same tensor as a gradient and keep it for another product.
         """
         wanted = tuple(wanted)
@@ -187,13 +189,11 @@ class Gathering:
             for p, t in zip(wanted, wholes, strict=True)
         }
         if self._shards is None:
-            out = [given[self.layout.pieces[i].parameter] for i in self.own(wanted)]
-        else:
-            cut = {}
-            for batch in self._plan(wanted):
-                cut.update(zip(self.own(batch.parameters), self._cut(batch, given, dtype), strict=True))
-            out = [cut[i] for i in self.own(wanted)]
-        return self._sum_replicas(out)
+            return [given[self.layout.pieces[i].parameter] for i in self.own(wanted)]
+        cut = {}
+        for batch in self._plan(wanted):
+            cut.update(zip(self.own(batch.parameters), self._cut(batch, given, dtype), strict=True))
+        return [cut[i] for i in self.own(wanted)]
 
     def _cut(self, batch: Batch, given: dict[int, Tensor], dtype: torch.dtype) -> list[Tensor]:
         own = batch.runs[self._rank]
@@ -210,8 +210,8 @@ class Gathering:
         dist.reduce_scatter_tensor(received, send.view(-1), group=self._shards)
         return [received[run.start : run.start + run.length] for run in own]
 
-    def _sum_replicas(self, pieces: list[Tensor]) -> list[Tensor]:
-        """Over the ranks that hold equal pieces; small ones travel together."""
+    def sum_replicas(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The pieces' sums over the ranks that hold the same ones (collective); small pieces travel together."""
         if self._replicas is None:
             return pieces
         small = [t for t in pieces if t.numel() < LARGE]

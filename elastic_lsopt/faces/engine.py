@@ -10,6 +10,7 @@ from torch import nn
 
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.errors import StaleWeights
+from elastic_lsopt.faces.eval_mode import eval_mode
 from elastic_lsopt.faces.report import StepReport
 from elastic_lsopt.faces.step import LandscapeStep
 from elastic_lsopt.optimizers.registry import Method, State
@@ -118,19 +119,16 @@ class Engine:
         `rounds` yields lists of micro-batches as `train_batch` takes them, equally many lists on every rank; one is in
         memory at a time.
         """
-        training = self.module.training
-        self.module.eval()
         self._inside = True
         total = weight = 0.0
         try:
-            with self._landscape.informing():
+            with eval_mode(self.module), self._landscape.informing():
                 for microbatches in rounds:
                     oracle = self.oracle(microbatches)
                     total += oracle.loss() * oracle.weight
                     weight += oracle.weight
         finally:
             self._inside = False
-            self.module.train(training)
         return total / weight
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
     trainer = Trainer(model, …, callbacks=[ProbeCallback({"lambda_max": {}}, batches=batches, every_steps=100)])
 
-Results go into the Trainer's log (its reporters see the numbers), and into `output_dir/metrics.jsonl`, which
-`elastic-lsopt report` draws.
+Results go into the Trainer's `state.log_history` and `output_dir/metrics.jsonl`, which `elastic-lsopt report` draws.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import NonFinite, UserError
+from elastic_lsopt.faces.eval_mode import eval_mode
 from elastic_lsopt.faces.report import log
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.loss import Loss, LossFunction, as_loss
@@ -55,7 +55,8 @@ class ProbeCallback(TrainerCallback):
         self.measures, self.batches, self.every_steps = measures, list(batches), every_steps
         self.loss_fn, self.products = loss_fn, products
         self.results: list[dict[str, Any]] = []
-        self._checked = False
+        self._checked_mode: Mode | None = None
+        """What the first checks have settled."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Called by the Trainer after an optimizer step."""
@@ -65,14 +66,10 @@ class ProbeCallback(TrainerCallback):
         base = more.get("optimizer")
         base = getattr(base, "optimizer", base)  # out of Accelerate's wrapper
         group = base.param_groups[0] if base is not None else {}
-        training = model.training
-        model.eval()
-        try:
+        with eval_mode(model):
             found = self._measured(model, base, state.global_step)
-        finally:
-            model.train(training)
-            for p in model.parameters():
-                p.grad = None
+        for p in model.parameters():
+            p.grad = None
         samples = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         row = {"step": state.global_step, "samples": samples, "lr": group.get("lr"), "probes": found}
         self.results.append(row)
@@ -90,11 +87,16 @@ class ProbeCallback(TrainerCallback):
 
         def oracle(batches: Sequence[Any], *, checked: bool = False) -> UnitsOracle:
             return UnitsOracle(
-                space, backend, loss, batches, SampleClock(steps=step), products=self.products, checked=checked
+                space,
+                backend,
+                loss,
+                batches,
+                SampleClock(steps=step),
+                products=self._checked_mode or self.products,
+                checked=checked,
             )
 
-        together = oracle(self.batches, checked=not self._checked)
-        self._checked = True
+        together = oracle(self.batches, checked=self._checked_mode is None)
         adam = (tuple(group["betas"]), group["eps"], step) if "betas" in group else None
         situation = Situation(
             space=space, oracle=together, samples=together.samples, learning_rate=group.get("lr"),
@@ -105,10 +107,14 @@ class ProbeCallback(TrainerCallback):
         for name, settings in self.measures.items():
             try:
                 found[name] = as_json(measure(name, settings).ask(situation, **settings))
+                if together.made_products:
+                    self._checked_mode = together.mode
             except (UserError, NonFinite) as error:
+                if not space.settled:
+                    space.settle()
                 log.warning("measure %s gave nothing after step %d: %s", name, step, error)
                 found[name] = None
-        together.products.close()
+        together.close_products()
         return found
 
 

@@ -43,7 +43,9 @@ class Blockwise(Weights):
     The last leaf is the zero of [Note: every rank the same way back].
     """
 
-    communicates = True
+    @property
+    def communicates(self) -> bool:
+        return self.backend.replicas < self.backend.world
 
     def __init__(self, space: ParameterSpace, skeleton: Skeleton, *, twice: bool) -> None:
         super().__init__(space, skeleton, twice=twice)
@@ -62,10 +64,12 @@ class Blockwise(Weights):
         return [*(t.to(self.dtype) for t in v.tensors), torch.zeros_like(self.leaves[-1])]
 
     def collect(self, parts: Sequence[Tensor | None]) -> Vector:
-        out = self.space.zeros()
-        for mine, t in zip(out.tensors, parts[:-1], strict=True):
-            if t is not None:
-                mine.copy_(t)
+        mine = [
+            torch.zeros_like(leaf) if t is None else t for t, leaf in zip(parts[:-1], self.leaves[:-1], strict=True)
+        ]
+        out = self.space.empty()
+        with torch.no_grad():
+            torch._foreach_copy_(out.tensors, list(self.backend.sum_replicas(mine)))
         return out
 
     def close(self) -> None:
@@ -99,7 +103,7 @@ class Share:
         return self.backend.whole([p.detach() for p in pieces[:-1]], self.trainable, self._dtype)
 
     def cut(self, wholes: Sequence[Tensor | None]) -> list[Tensor]:
-        """Pieces of the sum over all ranks, and a zero."""
+        """Pieces of the sum over the shard group, and a zero."""
         cut = self.backend.cut(wholes, self.trainable, self._dtype)
         return [*cut, torch.zeros_like(self.zero)]
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from math import isfinite
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from elastic_lsopt.errors import Unsupported, UserError
+from elastic_lsopt.errors import PeerFailed, Unsupported, UserError
 from elastic_lsopt.oracle.loss import samples
 from elastic_lsopt.oracle.products import Mode, Products
 from elastic_lsopt.space.vector import Lease, Vector
@@ -77,19 +78,26 @@ def _second_derivative_missing(products: Products, g: Vector, length: float) -> 
     u = g * (1 / length)
     try:
         products.hvp(u)
+    except (torch.OutOfMemoryError, PeerFailed):
+        raise
     except RuntimeError as error:  # what autograd and kernels raise where a formula is missing
         return f"autograd cannot differentiate the model twice ({' '.join(str(error).split())[:160]})"
     mode: Mode = "blockwise" if products.chosen == "blockwise" else "rebuilt"
+    products.close()  # its graph may have taken most of the memory
     wide = Products(space, products.backend, products.loss, products.slots[:1], mode, torch.float64)
     h = STEP * max(space.norm(space.weights), 1.0)
     try:
         exact, near, nearer = wide.hvp(u), wide.difference(u, h), wide.difference(u, h / 2)
+    except (torch.OutOfMemoryError, PeerFailed):
+        raise
     except RuntimeError:  # a kernel that knows no fp64
         return None
     finally:
         wide.close()
     size = space.norm(nearer)
-    if space.norm(near - nearer) > 0.02 * size or space.norm(nearer - exact) <= 0.1 * size:
+    if not size > 0 or not space.norm(near - nearer) <= 0.02 * size or not isfinite(space.norm(exact)):
+        return None
+    if space.norm(nearer - exact) <= 0.1 * size:
         return None
     return (
         f"the product along the gradient is {space.norm(nearer - exact) / size:.1e} of its length away from a central "

@@ -118,7 +118,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def classification_loss() -> Loss:
-    """The mean cross-entropy over samples of a model with `.logits` or of one that maps `x` to logits."""
+    """The mean cross-entropy over samples (-100 masks) of a model with `.logits`, or of one from `x` to logits."""
 
     def forward(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -126,14 +126,18 @@ def classification_loss() -> Loss:
             return model(inputs["x"])
         return model(**inputs).logits
 
+    def count(batch: Mapping[str, Tensor]) -> float:
+        return float((batch["labels"] != -100).sum())
+
     def criterion(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(_wide(logits), batch["labels"])
+        total = nn.functional.cross_entropy(_wide(logits), batch["labels"], ignore_index=-100, reduction="sum")
+        return total / max(count(batch), 1.0)
 
     def curvature(logits: Tensor, batch: Mapping[str, Tensor], t: Tensor) -> Tensor:
-        n = len(batch["labels"])
-        return cross_entropy_product_(logits, torch.full((n,), 1 / n, dtype=t.dtype, device=t.device), t.contiguous())
+        weights = (batch["labels"] != -100).to(t.dtype) / max(count(batch), 1.0)
+        return cross_entropy_product_(logits, weights, t.contiguous())
 
-    return Loss(forward, criterion, lambda batch: float(batch["labels"].shape[0]), curvature)
+    return Loss(forward, criterion, count, curvature)
 
 
 def as_loss(loss_fn: Loss | LossFunction | None, module: nn.Module) -> Loss | _Whole:
@@ -148,7 +152,10 @@ def as_loss(loss_fn: Loss | LossFunction | None, module: nn.Module) -> Loss | _W
     kind = type(module).__name__
     if kind.endswith(("ForCausalLM", "LMHeadModel")):
         return causal_lm_loss()
-    if kind.endswith("ForSequenceClassification"):
+    # Regression and several labels a sample have losses of their own, which transformers knows by the config.
+    problem = getattr(getattr(module, "config", None), "problem_type", None)
+    one_label = problem in (None, "single_label_classification") and getattr(module, "num_labels", 2) > 1
+    if kind.endswith("ForSequenceClassification") and one_label:
         return classification_loss()
     if hasattr(module, "config"):
         return _Whole(lambda model, batch: model(**batch).loss)

@@ -13,6 +13,9 @@ CGROUPS = (
 )
 """Limit and use of a container's memory, in both generations of Linux's control groups."""
 
+PROCESSES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+"""How torchrun, DeepSpeed, MPI and Slurm say how many processes of the job share this machine."""
+
 
 def available_bytes(device: torch.device) -> int:
     """Free memory of the GPU, or this rank's share of what is free on the host (and within its container's limit)."""
@@ -24,4 +27,4 @@ def available_bytes(device: torch.device) -> int:
     for limit, used in CGROUPS:
         if Path(limit).exists() and (text := Path(limit).read_text(encoding="ascii").strip()) != "max":
             free = min(free, int(text) - int(Path(used).read_text(encoding="ascii")))
-    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(free, 0) // next((int(os.environ[name]) for name in PROCESSES if os.environ.get(name, "").isdigit()), 1)

@@ -61,7 +61,11 @@ class Passes(Shards):
 
     @abstractmethod
     def cut(self, wholes: Sequence[Tensor | None], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-        """This rank's 1-D pieces of the sum of `wholes` over all ranks (collective); None stands for zeros."""
+        """This rank's 1-D pieces of the sum of `wholes` over its shard group (collective); None stands for zeros."""
+
+    @abstractmethod
+    def sum_replicas(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The pieces' sums over the ranks that hold the same ones (collective)."""
 
     @abstractmethod
     def own(self, wanted: Sequence[int]) -> list[int]:

@@ -16,7 +16,7 @@ differentiate the model twice. The first three are exact to rounding, in the spa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from elastic_lsopt.errors import Unsupported, UserError
+from elastic_lsopt.errors import PeerFailed, Unsupported, UserError
 from elastic_lsopt.oracle.blockwise import Blockwise
 from elastic_lsopt.oracle.differences import Differences, Product
 from elastic_lsopt.oracle.loss import Loss
@@ -130,13 +130,18 @@ class Products:
         """The weights where the space is now, and the mode.
 
         Weights are written in place, which autograd counts: on the tensor that was written, so a DTensor's step shows
-        on the DTensor (a slot's key), and a displacement on its local part. A rank without a piece sees nothing of
+        on the DTensor (a slot's key), and a displacement on its local part. Fused optimizers and `.data` are not
+        counted: they show in sums of the weights. A rank without a piece sees nothing of
         either, so all ranks ask each other: one small all-reduce.
         """
         space, shards = self.space, self.backend
         space.ready()
-        written = [t._version for t in (*shards.masters, *shards.working, *shards.slot_keys)]
-        stamp = (len(space.excursions), space.edits, written)
+        module = shards.module
+        assert module is not None
+        others = [*(p for p in module.parameters() if not p.requires_grad), *module.buffers()]
+        written = [t._version for t in (*shards.masters, *shards.working, *shards.slot_keys, *others)]
+        modes = [m.training for m in module.modules()]
+        stamp = (len(space.excursions), space.edits, written, modes, _fingerprint(shards.masters))
         if self._all_agree(self._weights is not None and stamp == self._stamp):
             assert self._weights is not None
             return self._weights
@@ -192,9 +197,25 @@ class Products:
     def _product(self, weights: Weights, build: Callable[[Weights, Sequence[Slot]], Graph], v: Vector) -> Vector:
         directions = weights.spread(v)
         total: Parts = [None] * len(weights.leaves)
-        for graph in self._graphs_by(weights, build):
-            _add(total, graph(directions))
+        with self._together():
+            for graph in self._graphs_by(weights, build):
+                _add(total, graph(directions))
+                del graph  # before the next unit's is built
         return weights.collect(total)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What autograd raises inside on one rank is raised on all, before they meet in the next collective."""
+        error: Exception | None = None
+        try:
+            yield
+        except (PeerFailed, torch.OutOfMemoryError):
+            raise
+        except Exception as raised:
+            error = raised
+        if self._all_agree(error is None):
+            return
+        raise error if error is not None else RuntimeError("another rank cannot make this product")
 
     def _graphs_by(self, weights: Weights, build: Callable[[Weights, Sequence[Slot]], Graph]) -> Iterator[Graph]:
         """All units in one kept graph, or one unit's after the other."""
@@ -233,6 +254,8 @@ class Products:
             for slot, z, u, back in unit:
                 [tangent] = _pull(back, directions, [u], keep=True)
                 tangent = torch.zeros_like(z) if tangent is None else tangent
+                if any(tangent.untyped_storage().data_ptr() == d.untyped_storage().data_ptr() for d in directions):
+                    tangent = tangent.clone()  # the caller's own vector, and what follows writes
                 if slot.share:
                     tangent = self.loss.output_product(z.detach(), slot.batch, tangent).mul_(slot.share)
                 else:
@@ -254,7 +277,7 @@ class Products:
     def values(self, change: Callable[[Any], Any]) -> float:
         """The loss with a change of each batch, but with the batch's own weights; no gradient."""
         weights, local = self._at_the_weights(), 0.0
-        with torch.no_grad():
+        with torch.no_grad(), self._together():
             for slot in self._running(weights):
                 changed = replace(slot, batch=change(slot.batch))
                 value = changed.value(self.loss, weights.model, self.backend.device)
@@ -266,10 +289,18 @@ class Products:
     def _parts_at(self, weights: Weights, direction: Vector | None, scale: float) -> Parts:
         """This rank's share of dL/dw at w + scale * direction."""
         total: Parts = [None] * len(weights.leaves)
-        with weights.moved(direction, scale) if direction is not None else nullcontext():
+        with weights.moved(direction, scale) if direction is not None else nullcontext(), self._together():
             for slot in self._running(weights):
                 _add(total, torch.autograd.grad(self._sum(weights, [slot]), weights.leaves, allow_unused=True))
         return total
+
+
+def _fingerprint(tensors: Sequence[Tensor]) -> list[float]:
+    """Sums and lengths of this rank's weights: a pass over its shard, nothing beside a product."""
+    if not tensors:
+        return []
+    numbers = [*torch._foreach_norm(list(tensors)), *(t.sum() for t in tensors)]
+    return torch.stack([n.double() for n in numbers]).tolist()
 
 
 def _pull(outputs: Sequence[Tensor | None], by: Sequence[Tensor], leaves: Sequence[Tensor], *, keep: bool) -> Parts:

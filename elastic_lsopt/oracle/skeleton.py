@@ -8,6 +8,7 @@ products with the curvature run through this instead. Whatever the hooks of the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,31 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called",
 )  # fmt: skip
 _LEFT_OUT = {"_parameters", "_buffers", "_modules", "forward", "_compiled_call_impl", *_HOOKS}
+
+
+class Absent(Tensor):
+    """The place of a weight that is not there: whatever computes with it raises Unsupported. (CPU kernels take a meta
+    tensor for a weight without a word, and give garbage.)
+    """
+
+    parameter: str
+
+    @classmethod
+    def of(cls, name: str, meta: Tensor) -> Absent:
+        out = meta.as_subclass(cls)
+        out.parameter = name
+        return out
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("__get__", "dim", "size", "numel", "is_floating_point", "__repr__"):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        name = next((a.parameter for a in args if isinstance(a, Absent)), "")
+        raise Unsupported(
+            f"parameter {name} is used outside of its own module's forward, where products='blockwise' does not have "
+            "it; use rebuilt or kept."
+        )
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,7 @@ class Skeleton:
         self.frozen: list[Tensor] = []
         self.places: list[Place] = []
         self._made: dict[int, nn.Module] = {}
+        self._configs: dict[int, Any] = {}
         self.module = self._copy(backend.module)
         self._empty = self._meta()
         self.fill(self.places, self._empty)
@@ -65,6 +92,11 @@ class Skeleton:
         state = {k: v for k, v in module.__dict__.items() if k not in _LEFT_OUT}
         if "gradient_checkpointing" in state:
             state["gradient_checkpointing"] = False  # what is recomputed is decided here
+        for name, value in state.items():
+            if (
+                getattr(value, "use_cache", False) is True
+            ):  # a cache of keys and values would grow at each recomputation
+                state[name] = self._without_cache(value)
         new.__dict__.update(state)
         for hooks in _HOOKS:
             new.__dict__[hooks] = type(module.__dict__[hooks])()
@@ -75,6 +107,13 @@ class Skeleton:
                 self.places.append(Place(new, name, self._source(p)))
         new.__dict__["_modules"] = {k: None if m is None else self._copy(m) for k, m in module._modules.items()}
         return new
+
+    def _without_cache(self, config: Any) -> Any:
+        """A copy of a Hugging Face config, one for all modules that share it."""
+        if id(config) not in self._configs:
+            self._configs[id(config)] = copy(config)
+            self._configs[id(config)].use_cache = False
+        return self._configs[id(config)]
 
     def _buffer(self, buffer: Tensor | None) -> Tensor | None:
         if buffer is None:
@@ -89,9 +128,9 @@ class Skeleton:
         return self._number[id(parameter)]
 
     def _meta(self) -> list[Tensor]:
-        shapes = [p.shape for p in self.backend.layout.parameters]
-        shapes += [self.backend.full_shape(p) for p in self.frozen]
-        return [torch.empty(shape, dtype=self.dtype, device="meta") for shape in shapes]
+        every = [(p.name, p.shape) for p in self.backend.layout.parameters]
+        every += [("that is not trained", self.backend.full_shape(p)) for p in self.frozen]
+        return [Absent.of(name, torch.empty(shape, dtype=self.dtype, device="meta")) for name, shape in every]
 
     def whole_frozen(self, sources: Sequence[int]) -> list[Tensor]:
         """Frozen parameters in full and in the space's precision (collective where they are sharded)."""
@@ -140,6 +179,8 @@ class Block:
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         layer = isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList)
+        if isinstance(child, nn.ParameterList | nn.ParameterDict):
+            continue  # it has no forward: its weights are the root's
         if layer or any(p is not None for p in child._parameters.values()):
             yield child
         else:

@@ -22,7 +22,7 @@ from elastic_lsopt.oracle.slot import Slot
 from elastic_lsopt.oracle.units import Unit, as_units, part_bounds, slots
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.noise import block_seed
-from elastic_lsopt.space.vector import Vector
+from elastic_lsopt.space.vector import Lease, Vector
 
 
 class UnitsOracle(Oracle):
@@ -63,21 +63,49 @@ class UnitsOracle(Oracle):
 
     @property
     def products(self) -> Products:
-        """What `hvp` and `ggn_vp` ask: the mode that was chosen, and `close()` to free its memory."""
+        """What `hvp` and `ggn_vp` ask: the mode that was chosen, and `close()` to free its memory.
+
+        Made, and checked, when it is asked for first; who fails a check fails it each time.
+        """
         if self._curvature is None:
             slots = [self._slot(index) for index in self._slots((0, self._count))]
-            self._curvature = Products(self.space, self.backend, self._loss, slots, self._mode)
+            made = Products(self.space, self.backend, self._loss, slots, self._mode)
             if self._checked:
-                check_products(self._curvature, self.gradient)
-                self.space.end_lease()
-                self.backend.clear_gradient()
+                try:
+                    check_products(made, self.gradient)
+                finally:
+                    self.space.end_lease()
+                    self.backend.clear_gradient()
+            self._curvature = made
         return self._curvature
 
+    @property
+    def made_products(self) -> bool:
+        """Whether any product was asked for, so that the checks have run."""
+        return self._curvature is not None
+
+    @property
+    def mode(self) -> Mode:
+        """How products are made: what the checks have settled, or before the first product what was asked for."""
+        asked = self._mode
+        return "differences" if self._curvature is not None and self._curvature.chosen == "differences" else asked
+
+    def close_products(self) -> None:
+        """Free what products hold, if any was made."""
+        if self._curvature is not None:
+            self._curvature.close()
+
     def hvp(self, v: Vector) -> Product:
+        v = self._outliving(v)
         return self.products.hvp(v)
 
     def ggn_vp(self, v: Vector) -> Product:
+        v = self._outliving(v)
         return self.products.ggn_vp(v)
+
+    def _outliving(self, v: Vector) -> Vector:
+        """A gradient that is only lent would end with the checks' own passes."""
+        return v.clone() if isinstance(v, Lease) and self._checked and self._curvature is None else v
 
     def _agree(self, units: Sequence[Unit]) -> None:
         """All ranks learn the total weight, the number of units, and whether a rank has nothing to run."""

@@ -30,8 +30,10 @@ class Weights(ABC):
     `leaves` are what to differentiate by, `model` what to call; `twice`: they will be differentiated twice.
     """
 
-    communicates: bool
-    """Whether a forward is collective, so that every rank must run as many."""
+    @property
+    @abstractmethod
+    def communicates(self) -> bool:
+        """Whether a forward is collective, so that every rank must run as many."""
 
     def __init__(self, space: ParameterSpace, skeleton: Skeleton, *, twice: bool) -> None:
         self.space, self.skeleton, self._twice = space, skeleton, twice
@@ -84,7 +86,9 @@ class Weights(ABC):
 class Gathered(Weights):
     """All weights whole on each rank. Memory: the model in the space's precision (none where the ranks hold it)."""
 
-    communicates = False
+    @property
+    def communicates(self) -> bool:
+        return False
 
     def __init__(self, space: ParameterSpace, skeleton: Skeleton, *, twice: bool) -> None:
         super().__init__(space, skeleton, twice=twice)
@@ -103,7 +107,8 @@ class Gathered(Weights):
     def collect(self, parts: Sequence[Tensor | None]) -> Vector:
         out = self.space.empty()
         with torch.no_grad():
-            torch._foreach_copy_(out.tensors, self.backend.cut(parts, self._all, self.dtype))
+            mine = self.backend.sum_replicas(self.backend.cut(parts, self._all, self.dtype))
+            torch._foreach_copy_(out.tensors, list(mine))
         return out
 
     def close(self) -> None:

@@ -228,7 +228,21 @@ def measure(name: str, settings: Mapping[str, Any]) -> Measure:
     for key in settings:
         if key not in found.settings:
             raise UserError(f"measure {name!r} has no setting {key!r}{_nearest(key, found.settings)}")
+        _refuse_other_kind(name, key, settings[key], found.settings[key])
     return found
+
+
+def _refuse_other_kind(name: str, key: str, value: Any, default: Any) -> None:
+    """A value of another kind than the default would fail in the middle of a measurement."""
+    kinds: dict[type, tuple[tuple[type, ...], str]] = {
+        bool: ((bool,), "true or false"), int: ((int,), "a whole number"), str: ((str,), "a name"),
+        float: ((int, float), "a number (YAML reads 1e-3 as text: write 1.0e-3)"),
+    }  # fmt: skip
+    if type(default) not in kinds:
+        return
+    allowed, words = kinds[type(default)]
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise UserError(f"{name}.{key}={value!r} must be {words}.")
 
 
 def _nearest(word: str, known: Mapping[str, Any]) -> str:

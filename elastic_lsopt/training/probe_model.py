@@ -138,7 +138,7 @@ def answer(question: Question, world: World, say: Any = lambda line: None) -> di
             told["probes"][name], told["failed"][name] = None, str(error)
         say(f"{name}: {time.monotonic() - begin:.1f} s")
         world.on_first(lambda: _write(question.output, told))
-    together.products.close()
+    together.close_products()
     return told
 
 

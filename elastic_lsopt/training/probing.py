@@ -19,7 +19,9 @@ from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.world import World
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.faces.engine import Engine
+from elastic_lsopt.faces.eval_mode import eval_mode
 from elastic_lsopt.oracle.loss import Loss
+from elastic_lsopt.oracle.products import Mode
 from elastic_lsopt.oracle.units import Unit
 from elastic_lsopt.oracle.units_oracle import UnitsOracle
 from elastic_lsopt.probes.catalogue import Situation, as_json, measure
@@ -63,7 +65,7 @@ class Probing:
         self._config, self._engine, self._data, self._world, self._loss = config, engine, data, world, loss
         self._began, self._spent = time.monotonic(), dict.fromkeys(self.probes, 0.0)
         self._warned: set[str] = set()
-        self._checked: set[str] = set()
+        self._settled: dict[str, Mode] = {}
         self._trajectory: Trajectory | None = None
         for probe in self.probes.values():
             if probe.measure == TRAJECTORY:
@@ -77,7 +79,8 @@ class Probing:
         for name, probe in self.probes.items():
             if probe.due(before, (clock.steps, clock.samples)) and self._affordable(name, probe):
                 begin = time.monotonic()
-                out[name] = self._measured(name, probe)
+                with eval_mode(self._engine.module):
+                    out[name] = self._measured(name, probe)
                 self._spent[name] += time.monotonic() - begin
         return out
 
@@ -93,17 +96,14 @@ class Probing:
 
     def _measured(self, name: str, probe: ProbeConfig) -> Any:
         engine = self._engine
-        training = engine.module.training
-        engine.module.eval()
         try:
             if self._trajectory is not None and probe.measure == TRAJECTORY:
                 return as_json(self._observed(self._trajectory, name, probe))
-            situation = self._situation(probe, checked=name not in self._checked)
-            self._checked.add(name)
+            situation = self._situation(name, probe)
             try:
                 return as_json(measure(probe.measure or name, probe.settings).ask(situation, **probe.settings))
             finally:
-                situation.oracle.products.close()
+                self._close(name, situation.oracle)
         except (UserError, NonFinite) as error:  # decided by sums over all ranks, so all ranks are here
             if not engine.space.settled:
                 engine.space.settle()
@@ -112,7 +112,6 @@ class Probing:
                 self._say(f"probe {name} gave nothing after step {engine.clock.steps}: {error}")
             return None
         finally:
-            engine.module.train(training)
             engine.space.end_lease()
             engine.backend.clear_gradient()
 
@@ -121,15 +120,22 @@ class Probing:
         k = probe.settings.get("align", 0)
         if not k:
             return trajectory.observe(self._engine.clock)
-        situation = self._situation(probe, checked=name not in self._checked)
-        self._checked.add(name)
+        situation = self._situation(name, probe)
         space, oracle = situation.space, situation.oracle
-        top = lanczos(space, oracle, k=k, vectors=True).vectors
-        gradient = oracle.gradient().clone()
-        oracle.products.close()
+        try:
+            top = lanczos(space, oracle, k=k, vectors=True).vectors
+            gradient = oracle.gradient().clone()
+        finally:
+            self._close(name, oracle)
         return trajectory.observe(self._engine.clock, gradient=gradient, eigenvectors=top)
 
-    def _situation(self, probe: ProbeConfig, *, checked: bool) -> Situation:
+    def _close(self, name: str, oracle: UnitsOracle) -> None:
+        """Free the graph; keep what the checks have settled, for they run once a probe."""
+        if oracle.made_products:
+            self._settled[name] = oracle.mode
+        oracle.close_products()
+
+    def _situation(self, name: str, probe: ProbeConfig) -> Situation:
         engine, config = self._engine, self._config
         units, single = fixed_units(self._data, config, self._world, probe.units)
         group: dict[str, Any] = next(iter(engine.param_groups), {})
@@ -138,16 +144,22 @@ class Probing:
             adam = ((config.adam_beta1, config.adam_beta2), config.adam_epsilon, max(engine.clock.steps, 1))
         return Situation(
             space=engine.space,
-            oracle=self._oracle(units, probe, checked=checked and not config.bf16),
-            batches=lambda: [self._oracle(single(i), probe, checked=False) for i in range(probe.units)],
+            oracle=self._oracle(units, name, probe, checked=name not in self._settled and not config.bf16),
+            batches=lambda: [self._oracle(single(i), name, probe, checked=False) for i in range(probe.units)],
             samples=len(self._data.train), learning_rate=group.get("lr"), momentum=config.momentum, adam=adam,
             window=self._trajectory.window if self._trajectory is not None else None,
         )  # fmt: skip
 
-    def _oracle(self, units: Sequence[Unit], probe: ProbeConfig, *, checked: bool) -> UnitsOracle:
+    def _oracle(self, units: Sequence[Unit], name: str, probe: ProbeConfig, *, checked: bool) -> UnitsOracle:
         engine = self._engine
         return UnitsOracle(
-            engine.space, engine.backend, self._loss, units, engine.clock, products=probe.products, checked=checked
+            engine.space,
+            engine.backend,
+            self._loss,
+            units,
+            engine.clock,
+            products=self._settled.get(name, probe.products),
+            checked=checked,
         )
 
     def _say(self, line: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import elastic_lsopt as lso
+from elastic_lsopt.oracle.loss import classification_loss
 from elastic_lsopt.oracle.slot import replayed
 from elastic_lsopt.space.noise import block_seed
 from tests.cases import engines
@@ -185,6 +186,89 @@ def refusals(kind: str, what: str) -> dict[str, Any]:
         hook.remove()
     engines.close(engine)
     return {"said": said}
+
+
+def found_by_a_hostile_reader(kind: str) -> dict[str, Any]:
+    """Uses that once gave wrong numbers without a word, or destroyed what was the caller's."""
+    out: dict[str, Any] = {}
+    [units] = engines.batches(1, 4)
+
+    def attach(model: nn.Module, loss: Any, mode: Any = "auto", **more: Any) -> Any:
+        return lso.attach(model, loss, units, products=mode, **more)
+
+    def plain_loss(model: Any, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    def summed(model: Any, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+    def said(act: Callable[[], Any]) -> str:
+        try:
+            act()
+            return "nothing"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    space, oracle = attach(engines.net(), summed)
+    v = space.noise(0).vector()
+    out["refused each time"] = [said(lambda: oracle.hvp(v))[:40] for _ in range(2)]
+
+    model = engines.net(("dropout",))
+    space, oracle = attach(model, plain_loss, "kept", checked=False)
+    v = space.noise(0).vector()
+
+    def fresh() -> float:
+        _, other = attach(model, plain_loss, "rebuilt", checked=False)
+        return space.norm(oracle.hvp(v) - other.hvp(v)) / space.norm(other.hvp(v))
+
+    out["at first"] = fresh()
+    for p in model.parameters():
+        p.data.mul_(1.2)
+    out["after .data"] = fresh()
+    model.eval()
+    out["after eval()"] = fresh()
+    oracle.gradient()
+    torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
+    out["after a fused step"] = fresh()
+
+    space, oracle = attach(engines.net(), plain_loss)
+    g = oracle.gradient()
+    out["H g with a lease"] = said(lambda: oracle.hvp(g))
+
+    class HeadByWeight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(engines.FEATURES, 9), nn.Linear(9, engines.CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(torch.tanh(self.first(x)), self.last.weight, self.last.bias)
+
+    space, oracle = attach(HeadByWeight(), plain_loss, "blockwise", checked=False)
+    out["a weight read elsewhere"] = said(lambda: oracle.hvp(space.noise(0).vector()))
+
+    head = nn.Linear(engines.FEATURES, engines.CLASSES)
+    head.weight.requires_grad_(False)
+    one = [{"x": units[0][0][:1], "labels": units[0][1][:1]}]
+    space, oracle = lso.attach(head, classification_loss(), one, checked=False)
+    v = space.noise(0).vector()
+    before = v.clone()
+    oracle.ggn_vp(v)
+    out["v is the caller's"] = space.norm(v - before)
+    return out
+
+
+def unequal_units_blockwise() -> dict[str, float]:
+    """A plan for unequal ranks under DDP: [0, 1, 2] and [3]."""
+    [units] = engines.batches(1, 4)
+    own = [units[:3], units[3:]][dist.get_rank()]
+    first = [0, 3][dist.get_rank()]
+    model = nn.parallel.DistributedDataParallel(engines.net())
+    out = {}
+    for mode in ("kept", "blockwise"):
+        given = [lso.Unit(first + i, u) for i, u in enumerate(own)]
+        space, oracle = lso.attach(model, split_loss(), given, products=mode, checked=False)  # type: ignore[arg-type]
+        out[mode] = space.norm(oracle.hvp(space.noise(0).vector()))
+    return out
 
 
 def follows_the_weights(kind: str) -> dict[str, float]:

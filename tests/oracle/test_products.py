@@ -144,6 +144,21 @@ def test_checks(ranks: Any, kind: str, world: int, what: str) -> None:
         assert r["said"].startswith(SAYS[what]) and "\n" not in r["said"], r
 
 
+def test_what_a_hostile_reader_found(ranks: Any) -> None:
+    [r] = ranks(1).run("tests.cases.products:found_by_a_hostile_reader", kind="plain")
+    assert r["refused each time"] == ["UserError: the loss is not a mean: it gr"] * 2, r
+    for when in ("at first", "after .data", "after eval()", "after a fused step"):
+        assert r[when] < 1e-5, (when, r)
+    assert r["H g with a lease"] == "nothing", r
+    assert r["a weight read elsewhere"].startswith("Unsupported: parameter last.weight is used outside of its"), r
+    assert r["v is the caller's"] == 0.0, r
+
+
+def test_unequal_units_under_ddp(ranks: Any) -> None:
+    for r in ranks(2).run("tests.cases.products:unequal_units_blockwise"):
+        assert r["blockwise"] == pytest.approx(r["kept"], rel=1e-5), r
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_no_rank_holds_more_than_a_block(ranks: Any, world: int) -> None:
     """Eight equal blocks: weights and a direction of one are 0.25 of the model; all at once they would be 2."""
