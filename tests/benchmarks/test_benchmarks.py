@@ -54,7 +54,7 @@ def test_products() -> None:
 def test_products_under_fsdp2_count_what_they_exchange(ranks: Callable[[int], Ranks]) -> None:
     # Kept: the vector is gathered, the product reduced. Blockwise: weights and vector are gathered more than once.
     figures = ranks(2).run("benchmarks.curvature:compare_sharded", size="toy")[0]
-    assert figures["product_kept_fsdp2_bytes_of_model"] == pytest.approx(2.0)
+    assert figures["product_kept_fsdp2_bytes_of_model"] == pytest.approx(2.0, abs=0.01)  # and a few votes
     assert figures["product_blockwise_fsdp2_bytes_of_model"] > 2
     assert figures["product_kept_fsdp2_of_gradient"] > 0
 
