@@ -33,8 +33,7 @@ class ProbeCallback(TrainerCallback):
 
     `loss_fn` as for `lso.attach`. Raises UserError for an unknown measure, no batch, every_steps < 1. The gradients of
     a step are done with when it measures; it leaves weights, gradients (None) and the model's mode as they were.
-    Tested on one process and with a model under `fully_shard`; DistributedDataParallel hides its wrapper from
-    callbacks, so several ranks of it are refused.
+    Tested on one process. DistributedDataParallel hides its wrapper from callbacks, so several ranks of it are refused.
     """
 
     def __init__(
