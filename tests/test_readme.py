@@ -15,9 +15,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_there_is_a_program_a_face() -> None:
+def test_there_is_a_program_for_probes_and_a_face_each() -> None:
     assert [next(f for f in ("LandscapeOptimizer", "initialize", "attach") if f"lso.{f}(" in p) for p in PROGRAMS] == [
-        "LandscapeOptimizer", "initialize", "attach",
+        "attach", "LandscapeOptimizer", "initialize", "attach",
     ]  # fmt: skip
 
 

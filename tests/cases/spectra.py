@@ -72,10 +72,11 @@ def small() -> tuple[Any, Any, Tensor, list[str]]:
 
 
 def probed(kind: str) -> dict[str, Any]:
-    """What every spectral probe finds on these ranks: the same at any world size."""
-    model = engines.net((), torch.float64)
+    """What every spectral probe finds on these ranks: the same at any world size. ZeRO is fp32, all else fp64."""
+    dtype = torch.float32 if kind.startswith("zero") else torch.float64
+    model = engines.net((), dtype)
     engine = engines.build(kind, model, lso.Plain())
-    units = engines.mine(engines.batches(1, 3, dtype=torch.float64)[0])
+    units = engines.mine(engines.batches(1, 3, dtype=dtype)[0])
     space, oracle = engine.space, engine.oracle(units)
     top = lanczos(space, oracle, k=3, which="both", tolerance=1e-5, capacity=30, vectors=True)
     assert top.vectors
@@ -96,7 +97,7 @@ def probed(kind: str) -> dict[str, Any]:
         "xtrace": xtrace(space, oracle, samples=4).value,
         "frobenius": frobenius(space, oracle, samples=3).value,
         "diagonal": [space.norm(d.values), d.standard_error],
-        "local": len(top.vectors) * space.layout.local_numel * 8 == top.vectors.local_bytes,
+        "local": len(top.vectors) * space.layout.local_numel * dtype.itemsize == top.vectors.local_bytes,
     }
     engines.close(engine)
     return out

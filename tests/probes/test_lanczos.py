@@ -172,9 +172,33 @@ def test_an_error_of_the_products_is_passed_on() -> None:
     assert found.eigenvalues[0] == pytest.approx(float(torch.linalg.eigvalsh(h)[-1]), rel=1e-5)
 
 
-def test_the_same_at_every_world_size(ranks: Any) -> None:
+@pytest.fixture(scope="module")
+def alone(ranks: Any) -> dict[str, Any]:
+    [found] = ranks(1).run("tests.cases.spectra:probed", kind="fsdp2")
+    return found
+
+
+@pytest.mark.parametrize("kind,world", [("plain", 1), ("ddp", 2), ("hsdp", 2)])
+def test_the_same_on_other_backends(ranks: Any, alone: dict[str, Any], kind: str, world: int) -> None:
+    for r in ranks(world).run("tests.cases.spectra:probed", kind=kind):
+        assert r["products"] == alone["products"] and r["local"]
+        for name, value in alone.items():
+            assert r[name] == pytest.approx(value, rel=1e-8, abs=1e-9), name
+
+
+@pytest.mark.parametrize("kind", ["zero0", "zero1", "zero2", "zero3"])
+def test_the_same_under_zero(ranks: Any, alone: dict[str, Any], kind: str) -> None:
+    """In fp32: what converged to a tolerance, and the same random vectors."""
+    for r in ranks(2).run("tests.cases.spectra:probed", kind=kind):
+        assert r["local"] and r["same space"] == pytest.approx(3.0, abs=1e-3)
+        assert r["lanczos"][:6] == pytest.approx(alone["lanczos"][:6], rel=1e-4)
+        assert r["lobpcg"] == pytest.approx(alone["lobpcg"], rel=1e-3)
+        for name in ("hutchpp", "xtrace", "frobenius", "diagonal"):
+            assert r[name] == pytest.approx(alone[name], rel=1e-3), name
+
+
+def test_the_same_at_every_world_size(ranks: Any, alone: dict[str, Any]) -> None:
     """All spectral probes: see the case."""
-    [alone] = ranks(1).run("tests.cases.spectra:probed", kind="fsdp2")
     assert alone["same space"] == pytest.approx(3.0, abs=1e-4) and alone["local"]
     assert alone["lanczos"][:3] == pytest.approx(alone["lobpcg"], rel=1e-6)
     for world in (2, 3):
