@@ -27,8 +27,8 @@ from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.vector import Vector
 
 INVARIANT = 3 / 4
-"""A remainder below eps^(3/4) |A| is rounding, and the basis spans an invariant space: 8,000 eps in fp64, where divisions
-by the small betas before it were measured to leave up to 600; 54 in fp32, where more would end a bulk too soon."""
+"""A remainder below eps^(3/4) |A| is rounding, and the basis spans an invariant space: 8,000 eps in fp64, where the
+divisions by small betas before it were measured to leave up to 600; 54 in fp32, where more ends a bulk too soon."""
 FRESH = 1 << 19
 """Draws of directions that go on from an invariant space: none is a probe's own."""
 
