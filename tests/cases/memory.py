@@ -80,10 +80,7 @@ class Wide(nn.Module):
 
 def wide_engine(kind: str, method: Any, total: int, zero: dict[str, Any] | None, bf16: bool) -> lso.Engine:
     torch.manual_seed(0)
-    model = Wide().to(dtype_of(kind, "fp32", bf16))
-    if kind in ("fsdp2", "fsdp2-kept", "hsdp"):
-        for layer in model.layers:
-            engines.sharded(kind, layer, bf16)
+    model = Wide().to(dtype_of(kind, "fp32", bf16))  # `engines.build` shards each of its layers
     return engines.build(kind, model, method, zero=zero, bf16=bf16, total_samples=total)
 
 

@@ -132,8 +132,9 @@ def test_the_public_surface() -> None:
     assert sorted(lso.__all__) == sorted(
         [
             "ASAM", "LPFSGD", "SAM", "Engine", "LandscapeOptimizer", "Loss", "NonFinite", "PeerFailed", "Plain",
+            "ProbeCallback",
             "StaleGeneration", "StaleLease", "StaleWeights", "StepReport", "Unit", "Unsupported", "UserError", "attach",
-            "elastic", "initialize", "registry",
+            "elastic", "initialize", "probes", "registry",
         ]
     )  # fmt: skip
     assert all(hasattr(lso, name) for name in lso.__all__)
