@@ -53,6 +53,10 @@ class Console:
         self._bar.live.transient = False
         self._bar.start()
 
+    def lead(self, speaks: bool) -> None:
+        """This process speaks for the job from now on, or not: before anything is built, whose warnings count too."""
+        self._speaks = speaks
+
     def say(self, text: str) -> None:
         """One line, as it is."""
         if self._speaks:

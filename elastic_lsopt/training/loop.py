@@ -70,6 +70,7 @@ class TrainingRun:
 
     def __init__(self, config: TrainConfig, method: Method, data: Data, world: World, console: Console) -> None:
         self.config, self.data, self.world, self.console = config, data, world, console
+        console.lead(world.is_first)
         self.batch = config.global_batch_size if world.plan is None else world.plan.global_batch_size
         self.total_samples = _steps(config, len(data.train)) * config.global_batch_size
         self.engine = build_engine(config, method, data, world, self.total_samples)
