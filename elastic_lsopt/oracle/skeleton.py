@@ -93,9 +93,8 @@ class Skeleton:
         if "gradient_checkpointing" in state:
             state["gradient_checkpointing"] = False  # what is recomputed is decided here
         for name, value in state.items():
-            if (
-                getattr(value, "use_cache", False) is True
-            ):  # a cache of keys and values would grow at each recomputation
+            # A cache of keys and values would grow at each recomputation.
+            if getattr(value, "use_cache", False) is True:
                 state[name] = self._without_cache(value)
         new.__dict__.update(state)
         for hooks in _HOOKS:

@@ -57,7 +57,8 @@ def check_probes(block: Mapping[str, Any]) -> dict[str, ProbeConfig]:
 class Probing:
     """The probes of one engine (all collective). Each is measured with the model in eval mode.
 
-    A measure that fails says so once in the log and is null in the metrics; it never ends the training.
+    A measure that cannot be taken (UserError, NonFinite) says so once in the log, is null in the metrics, and ends
+    nothing. A kernel's own RuntimeError is not told from a dead peer's, and ends the step as one would.
     """
 
     def __init__(self, config: TrainConfig, engine: Engine, data: Data, world: World, loss: Loss) -> None:
