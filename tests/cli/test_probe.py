@@ -179,3 +179,37 @@ def test_the_trainers_callback(tmp_path: Path) -> None:
     ):
         with pytest.raises(lso.UserError, match=says):
             lso.ProbeCallback(**wrong)
+
+
+class Constant(torch.autograd.Function):
+    """tanh with a backward pass that is a constant to autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        [x] = ctx.saved_tensors
+        with torch.no_grad():
+            return g * (1 - torch.tanh(x.detach()) ** 2)
+
+
+class Hidden(torch.nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self[1](Constant.apply(self[0](x)))
+
+
+def test_a_fallback_is_remembered() -> None:
+    """The checks run once; what they settled holds at the next measurement too, whose exact products would be wrong."""
+    torch.manual_seed(0)
+    model = Hidden(torch.nn.Linear(6, 8), torch.nn.Linear(8, 3))
+    batches = [(torch.randn(16, 6), torch.randint(0, 3, (16,)))]
+    callback = lso.ProbeCallback(
+        {"lambda_max": {"tolerance": 1e-4}}, batches=batches, every_steps=1,
+        loss_fn=lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1]),
+    )  # fmt: skip
+    first, second = (callback._measured(model, None, step)["lambda_max"] for step in (1, 2))
+    assert first["relative_error"] is not None and second["relative_error"] is not None
+    assert second["eigenvalues"] == pytest.approx(first["eigenvalues"], rel=1e-2)
