@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.imports import COMMANDS
+
 
 @dataclass(frozen=True)
 class Target:
@@ -69,6 +71,7 @@ TARGETS = (
         for change in ("join", "worker_death", "node_silence", "host_death")
     ),
     Target("imports", "import_beyond_torch_s", at_most=0.3),
+    *(Target("imports", f"help{c and '_' + c}_beyond_python_s", at_most=0.3) for c in COMMANDS),
     Target("noise", "cpu_fill_speed_of_randn", at_least=0.5),
     *(
         Target("noise", f"gpu_{kind}_{dtype}_of_copy_bandwidth", at_least=0.7)

@@ -1,32 +1,37 @@
-"""Landscape-aware optimizers on sharded parameters: a DeepSpeed/FSDP integration layer with an elastic runtime."""
+"""Landscape-aware optimizers on sharded parameters: a DeepSpeed/FSDP integration layer with an elastic runtime.
 
+Each public name is imported where it is first used. A command's help, the reader of a YAML file and a report need no
+torch, whose import alone costs more than they do; and torch loads our rendezvous handler from this package while it
+imports itself, when nothing here could import torch.
+"""
+
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from elastic_lsopt.errors import (
-    NonFinite,
-    PeerFailed,
-    StaleGeneration,
-    StaleLease,
-    StaleWeights,
-    Unsupported,
-    UserError,
-)
-from elastic_lsopt.faces.attach import attach
-from elastic_lsopt.faces.engine import Engine
-from elastic_lsopt.faces.initialize import initialize
-from elastic_lsopt.faces.landscape_optimizer import LandscapeOptimizer
-from elastic_lsopt.faces.report import StepReport
-from elastic_lsopt.optimizers import registry
-from elastic_lsopt.optimizers.asam import ASAM
-from elastic_lsopt.optimizers.lpf_sgd import LPFSGD
-from elastic_lsopt.optimizers.plain import Plain
-from elastic_lsopt.optimizers.sam import SAM
-from elastic_lsopt.oracle.loss import Loss
-from elastic_lsopt.oracle.units import Unit
 
 if TYPE_CHECKING:
     from elastic_lsopt import elastic, probes
+    from elastic_lsopt.errors import (
+        NonFinite,
+        PeerFailed,
+        StaleGeneration,
+        StaleLease,
+        StaleWeights,
+        Unsupported,
+        UserError,
+    )
+    from elastic_lsopt.faces.attach import attach
+    from elastic_lsopt.faces.engine import Engine
+    from elastic_lsopt.faces.initialize import initialize
+    from elastic_lsopt.faces.landscape_optimizer import LandscapeOptimizer
+    from elastic_lsopt.faces.report import StepReport
     from elastic_lsopt.faces.trainer_callback import ProbeCallback
+    from elastic_lsopt.optimizers import registry
+    from elastic_lsopt.optimizers.asam import ASAM
+    from elastic_lsopt.optimizers.lpf_sgd import LPFSGD
+    from elastic_lsopt.optimizers.plain import Plain
+    from elastic_lsopt.optimizers.sam import SAM
+    from elastic_lsopt.oracle.loss import Loss
+    from elastic_lsopt.oracle.units import Unit
 
 __version__ = "0.1.0"
 __all__ = [
@@ -54,13 +59,41 @@ __all__ = [
     "registry",
 ]
 
+_HOMES = {
+    "ASAM": "optimizers.asam",
+    "LPFSGD": "optimizers.lpf_sgd",
+    "SAM": "optimizers.sam",
+    "Engine": "faces.engine",
+    "LandscapeOptimizer": "faces.landscape_optimizer",
+    "Loss": "oracle.loss",
+    "NonFinite": "errors",
+    "PeerFailed": "errors",
+    "Plain": "optimizers.plain",
+    "ProbeCallback": "faces.trainer_callback",
+    "StaleGeneration": "errors",
+    "StaleLease": "errors",
+    "StaleWeights": "errors",
+    "StepReport": "faces.report",
+    "Unit": "oracle.units",
+    "Unsupported": "errors",
+    "UserError": "errors",
+    "attach": "faces.attach",
+    "initialize": "faces.initialize",
+}
+_MODULES = {"elastic": "elastic", "probes": "probes", "registry": "optimizers.registry"}
+
 
 def __getattr__(name: str) -> Any:
-    """What is imported where it is used, because other jobs need not wait for it."""
-    from importlib import import_module
+    """The public name, imported now and kept, so that the next look-up costs nothing."""
+    if name in _HOMES:
+        found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name in _MODULES:
+        found = import_module(f"{__name__}.{_MODULES[name]}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
 
-    if name in ("elastic", "probes"):
-        return import_module(f"elastic_lsopt.{name}")
-    if name == "ProbeCallback":  # needs transformers
-        return import_module("elastic_lsopt.faces.trainer_callback").ProbeCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

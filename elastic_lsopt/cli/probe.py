@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from elastic_lsopt.errors import UserError
 
 MEASURES = "lambda_max,trace,frobenius,lpf,sam_sharpness"
@@ -58,6 +56,8 @@ def probe(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def _measures(names: str, settings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    import yaml
+
     chosen: dict[str, dict[str, Any]] = {name.strip(): {} for name in names.split(",") if name.strip()}
     if not chosen:
         raise UserError("--measures is empty; name one or more, such as lambda_max,trace.")
