@@ -7,8 +7,9 @@
     …
     checkpoints.close()                                                         # waits for the last one
 
-[Note: a save that fails] A full disk or a lost peer must not end training. The ranks agree in the collective that ends
-the write, so all of them report the same failure, the staged folder goes, and the last good checkpoint stays.
+[Note: a save that fails] A full disk or a lost peer must not end training. A save has three stages: rank 0 makes the
+staged folder, every rank writes its file, rank 0 commits. The ranks agree after each, so all of them report the same
+failure, the staged folder goes, and the last good checkpoint stays.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
+from elastic_lsopt.backends.agreement import gather_json, one_line, together
 from elastic_lsopt.checkpoint import folder as folders
 from elastic_lsopt.checkpoint.contents import Held, Snapshot, TrainingState, chunk_of, take_snapshot
-from elastic_lsopt.checkpoint.planner import ChunkLoadPlanner, ChunkSavePlanner, share_out
+from elastic_lsopt.checkpoint.planner import Chunk, share_out
 from elastic_lsopt.checkpoint.restore import refuse_other_model, restore
-from elastic_lsopt.checkpoint.storage import SafetensorsReader, SafetensorsWriter
-from elastic_lsopt.errors import PeerFailed, StaleGeneration, UserError
+from elastic_lsopt.checkpoint.storage import Json, SafetensorsReader, contents_of, write_share
+from elastic_lsopt.errors import StaleGeneration, UserError
 from elastic_lsopt.oracle.clock import SampleClock
 
 log = logging.getLogger("elastic_lsopt")
@@ -40,8 +40,10 @@ TIMEOUT = timedelta(hours=1)
 """How long a rank waits for the slowest one's file."""
 T = TypeVar("T")
 MayCommit = Callable[[int], bool]
-# Said at each save and load of a job of one process, where it is no news.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+
+
+class SaveFailed(RuntimeError):
+    """A stage of a save failed on some rank; the message begins with the first one."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[SaveReport] | None = None
         self._report: SaveReport | None = None
-        self._mine: tuple[object, set[tuple[str, int, int]]] | None = None
+        self._mine: tuple[object, set[Chunk]] | None = None
         self._together(self._prepare)
 
     def _prepare(self) -> None:
@@ -145,38 +147,59 @@ class Checkpointer:
         """Let go of a save that may be under way, whose peers may be dead. No communication; not for use after."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _fence(self, step: int) -> Callable[[], None]:
-        def refuse_outdated() -> None:
-            if self._may_commit is not None and not self._may_commit(step):
-                raise StaleGeneration("the job has gone on without this group, whose checkpoint does not count")
-
-        return refuse_outdated
-
-    def _share(self, state: TrainingState) -> set[tuple[str, int, int]]:
+    def _share(self, state: TrainingState) -> set[Chunk]:
         """The pieces that this rank writes: replicas of a piece share the work."""
         layout = state.backend.layout
         if self._mine is None or self._mine[0] is not layout:
             own = [chunk_of(state.backend, piece) for piece in layout.pieces]
-            self._mine = layout, share_out(self._everyones(own))[self.rank]
+            held = [[(name, at, length) for name, at, length in theirs] for theirs in self._everyones(own)]
+            self._mine = layout, share_out(held)[self.rank]
         return self._mine[1]
 
     def _write(self, snapshot: Snapshot, path: Path, step: int, start: float) -> SaveReport:
-        writer, error = SafetensorsWriter(path, self._fence(step), self._writer), None
+        staged, own, error = folders.staging(path, self._writer), Json(), None
         try:
-            dcp.save(
-                snapshot.tensors, storage_writer=writer, planner=ChunkSavePlanner(snapshot.facts),
-                process_group=self._group, no_dist=self.world == 1,
-            )  # fmt: skip
-        except (Exception, dcp.CheckpointException) as failure:  # the latter is no Exception
+            self._stage(lambda: self._open(staged))
+            everyones = self._stage(lambda: write_share(snapshot, staged / f"rank-{self.rank}.safetensors"))
+            own = everyones[self.rank]
+            self._stage(lambda: self._commit(path, step, everyones))
+        except Exception as failure:
             error = one_line(failure)
         if self.rank == 0 and error is None:
             folders.retain(self.folder, path, self.save_total_limit)
         elif self.rank == 0:
-            shutil.rmtree(folders.staging(path, self._writer), ignore_errors=True)
+            shutil.rmtree(staged, ignore_errors=True)
             left = next((p.name for p in folders.listing(self.folder)), None)
             stays = f"the last good checkpoint is {left}" if left else "there is no checkpoint yet"
             log.warning("the save of step %d failed (%s); training goes on, %s.", step, error, stays)
-        return SaveReport(path, step, time.monotonic() - start, writer.bytes, error)
+        return SaveReport(path, step, time.monotonic() - start, own["file"]["bytes"] if own else 0, error)
+
+    def _stage(self, act: Callable[[], Any]) -> list[Any]:
+        """What `act()` returned on each rank (JSON). Raises the first failure by rank, the same one on all ranks."""
+        try:
+            own = [act(), None]
+        except Exception as failure:
+            own = [None, one_line(failure)]
+        everyones = self._everyones(own)
+        for rank, (_, failure) in enumerate(everyones):
+            if failure is not None:
+                raise SaveFailed(f"rank {rank}: {failure}")
+        return [told for told, _ in everyones]
+
+    def _open(self, staged: Path) -> None:
+        if self.rank == 0:
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(parents=True)
+
+    def _commit(self, path: Path, step: int, written: list[Json]) -> None:
+        """Contents and manifest, then the name; the fence is asked at the last moment."""
+        if self.rank != 0:
+            return
+        contents, records = contents_of(written)
+        if self._may_commit is not None and not self._may_commit(step):
+            raise StaleGeneration("the job has gone on without this group, whose checkpoint does not count")
+        records.append(folders.write_json(folders.staging(path, self._writer) / folders.CONTENTS, contents))
+        folders.commit(path, records, self._writer)
 
     # -- resuming ----------------------------------------------------------------------------------------------
 
@@ -199,21 +222,21 @@ class Checkpointer:
         saved = self._together(lambda: SafetensorsReader(path))
         self._together(lambda: refuse_other_model(state, saved.facts, hyperparameters=hyperparameters))
 
-        def fill(wanted: dict[str, Held]) -> None:
+        def read(wanted: dict[str, Held]) -> None:
             try:
-                dcp.load(
-                    wanted, storage_reader=saved, planner=ChunkLoadPlanner(), process_group=self._group,
-                    no_dist=self.world == 1,
-                )  # fmt: skip
-            except dcp.CheckpointException as failure:
-                raise UserError(f"{path} could not be loaded: {one_line(failure)}.") from None
+                saved.read(wanted)
+            except Exception as failure:
+                raise UserError(f"{path} could not be loaded: {one_line(failure)}.") from failure
+
+        def fill(wanted: dict[str, Held]) -> None:
+            self._together(lambda: read(wanted))
 
         restore(state, saved, fill, hyperparameters=hyperparameters)
         facts = saved.facts
         return LoadReport(path, facts["step"], state.clock, facts["extra"], facts["world"] == self.world)
 
     def _newest(self) -> Path | None:
-        candidates: list[Path] = self._everyones(folders.listing(self.folder))[0]
+        candidates = self._first_listing(self.folder)
         for path in candidates:
             if (reason := self._damage(path)) is None:
                 return path
@@ -228,10 +251,14 @@ class Checkpointer:
 
     def _given(self, path: Path) -> Path:
         if (reason := self._damage(path)) is not None:
-            inside = self._everyones(folders.listing(path))[0]
+            inside = self._first_listing(path)
             fix = f"give {inside[0]}" if inside else "give the path of an intact checkpoint-<step>, auto or none"
             raise UserError(f"resume_from_checkpoint={path} is no intact checkpoint: {reason}; {fix}.")
         return path
+
+    def _first_listing(self, folder: Path) -> list[Path]:
+        """As rank 0 sees it, so that all ranks try the same checkpoints."""
+        return [folder / name for name in self._everyones([path.name for path in folders.listing(folder)])[0]]
 
     def _damage(self, path: Path) -> str | None:
         found = self._everyones(folders.damage(path, self.rank, self.world))
@@ -239,36 +266,9 @@ class Checkpointer:
 
     # -- agreeing ----------------------------------------------------------------------------------------------
 
-    def _everyones(self, own: T) -> list[T]:
-        """What each rank gave."""
-        if self._group is None:
-            return [own]
-        out: list[Any] = [None] * self.world
-        dist.all_gather_object(out, own, group=self._group)
-        return out
+    def _everyones(self, own: Any) -> list[Any]:
+        """What each rank gave, as JSON."""
+        return gather_json(self._group, own)
 
     def _together(self, act: Callable[[], T]) -> T:
-        """`act()` on all ranks; where it raises on one, all raise (a user's error as a user's error)."""
-        result, error = None, None
-        try:
-            result = act()
-        except Exception as raised:
-            error = raised
-        said = self._everyones(None if error is None else (isinstance(error, UserError), one_line(error)))
-        if error is not None:
-            raise error
-        for rank, other in enumerate(said):
-            if other is not None:
-                raise (UserError if other[0] else PeerFailed)(f"rank {rank}: {other[1]}")
-        return result  # type: ignore[return-value]
-
-
-def one_line(error: BaseException) -> str:
-    """An error without its traceback; of a collective failure the first rank's, by number."""
-    if isinstance(error, dcp.CheckpointException):
-        rank, (cause, _) = min(error.failures.items())
-        return f"rank {rank}: {one_line(cause)}"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:300]
+        return together(self._group, act)

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from elastic_lsopt.backends.agreement import gather_json, one_line
 from elastic_lsopt.backends.backend import Backend
-from elastic_lsopt.checkpoint.checkpointer import one_line
 from elastic_lsopt.checkpoint.contents import persistent_buffers
 from elastic_lsopt.checkpoint.folder import rename, staging, sync, write_json
 from elastic_lsopt.checkpoint.safetensors_file import Head, write_tensors
@@ -89,11 +89,9 @@ def cut(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
 
 def _agree(folder: Path, failure: str | None, group: dist.ProcessGroup | None) -> None:
     """All ranks raise what rank 0 met."""
-    said = [failure]
-    if group is not None:
-        dist.broadcast_object_list(said, src=0, group=group)
-    if said[0] is not None:
-        raise UserError(f"the export to {folder} failed: {said[0]}.")
+    said = gather_json(group, failure)[0]
+    if said is not None:
+        raise UserError(f"the export to {folder} failed: {said}.")
 
 
 def _foreign(folder: Path) -> str | None:
@@ -184,10 +182,7 @@ def _stream(
     layout = backend.layout
     pieces = [(layout.parameters[p.parameter].name, p.offset, p.length) for p in layout.pieces]
     mine = dict(zip(pieces, backend.masters, strict=True))
-    everyones: list[Any] = [pieces]
-    if group is not None:
-        everyones = [None] * backend.world
-        dist.all_gather_object(everyones, pieces, group=group)
+    everyones = gather_json(group, pieces)
     sender: dict[str, dict[tuple[int, int], int]] = {p.name: {} for p in layout.parameters}
     for rank, held in enumerate(everyones):  # the lowest holder sends: rank 0 has no need to ask for what it holds
         for name, offset, length in held:

@@ -1,4 +1,4 @@
-"""Between ranks: small values as JSON, compressed, never a pickle; and messages that a dead peer does not hold up.
+"""Messages between ranks that a dead peer does not hold up.
 
 [Note: a message that was half read] gloo (of torch 2.13) tells those who wait for a message that its connection broke,
 but not where a part of the message had been read or written: they wait for the group's timeout, and neither `abort()`
@@ -9,15 +9,10 @@ It keeps the message's buffer until the timeout.
 
 from __future__ import annotations
 
-import json
 import threading
-import zlib
 from collections.abc import Callable
-from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from elastic_lsopt.errors import PeerFailed
 
@@ -31,25 +26,6 @@ Cut = Callable[[], bool]
 def never() -> bool:
     """The cut of a job whose peers do not go."""
     return False
-
-
-def gather_json(group: dist.ProcessGroup, value: Any) -> list[Any]:
-    """Every rank's `value` (JSON), in the group's order, on every rank (collective, two gathers; a gloo group).
-
-    Raises TypeError where `value` is not JSON, before any communication.
-    """
-    own = zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 1)
-    sizes = [int(size) for size in _gather(group, torch.tensor([len(own)]))]
-    padded = torch.zeros(max(sizes), dtype=torch.uint8)
-    padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
-    texts = _gather(group, padded)
-    return [json.loads(zlib.decompress(t[:n].numpy().tobytes())) for t, n in zip(texts, sizes, strict=True)]
-
-
-def _gather(group: dist.ProcessGroup, own: Tensor) -> list[Tensor]:
-    out = [torch.empty_like(own) for _ in range(group.size())]
-    group.allgather([out], [own]).wait()
-    return out
 
 
 def wait_for_message(work: dist.Work, cut: Cut) -> None:

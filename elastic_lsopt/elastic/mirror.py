@@ -28,9 +28,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from elastic_lsopt.backends.agreement import gather_json
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.checkpoint.safetensors_file import ALIGNMENT
-from elastic_lsopt.elastic.exchange import LOOK_S, Cut, gather_json, never
+from elastic_lsopt.elastic.exchange import LOOK_S, Cut, never
 from elastic_lsopt.elastic.versions import FACTS, Chunk, Index, Version
 from elastic_lsopt.errors import PeerFailed
 

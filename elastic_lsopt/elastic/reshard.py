@@ -22,10 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from elastic_lsopt.backends.agreement import gather_json
 from elastic_lsopt.checkpoint.contents import Held, TrainingState, merge_facts
 from elastic_lsopt.checkpoint.restore import restore
 from elastic_lsopt.checkpoint.safetensors_file import BY_NAME
-from elastic_lsopt.elastic.exchange import Cut, gather_json, never, wait_for_message
+from elastic_lsopt.elastic.exchange import Cut, never, wait_for_message
 from elastic_lsopt.elastic.versions import FACTS, RANDOM, Chunk, HostVersions, Version, missing
 from elastic_lsopt.errors import PeerFailed
 from elastic_lsopt.oracle.clock import SampleClock

@@ -33,10 +33,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from elastic_lsopt.backends.agreement import gather_json
 from elastic_lsopt.backends.rebuild import form_group, tear_down
 from elastic_lsopt.backends.transport import Transport, shut_down
 from elastic_lsopt.config.elastic import ElasticConfig
-from elastic_lsopt.elastic.exchange import gather_json
 from elastic_lsopt.elastic.fault import is_peers, one_line
 from elastic_lsopt.elastic.generation import FINISHED
 from elastic_lsopt.elastic.job import Run, refuse_what_counts_steps_or_ranks

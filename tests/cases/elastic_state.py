@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 import elastic_lsopt as lso
+from elastic_lsopt.backends.agreement import gather_json
 from elastic_lsopt.backends.rebuild import form_group, tear_down
-from elastic_lsopt.elastic.exchange import gather_json
 from elastic_lsopt.elastic.mirror import Mirror
 from elastic_lsopt.elastic.reshard import choose, inventory, reshard
 from elastic_lsopt.elastic.versions import HostVersions
