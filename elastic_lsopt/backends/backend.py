@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from elastic_lsopt.backends.base_trial import refuse_closure
 from elastic_lsopt.backends.gathering import Gathering
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.oracle.passes import Passes
@@ -38,6 +39,11 @@ class Backend(Passes):
     @abstractmethod
     def step(self, gradient: Vector, norm: float | None) -> None:
         """Clip the gradient in the buffer and let the base optimizer step; leaves every copy of the weights right."""
+
+    def refuse_base(self) -> None:
+        """Raise UserError or Unsupported for a base optimizer that cannot step right on these pieces (collective)."""
+        if self.base is not None:
+            refuse_closure(self.base)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

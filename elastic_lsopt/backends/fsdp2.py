@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable_state import _module_state_mapping  # private; see _registered_modules
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from elastic_lsopt.backends.backend import Backend, local, scale_to_norm_
+from elastic_lsopt.backends.base_trial import reason_against_rows
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.errors import Unsupported, UserError
 from elastic_lsopt.space.layout import Layout, Parameter, Piece
@@ -85,6 +86,24 @@ class FSDP2(Backend):
     def _compute_dtype(self) -> torch.dtype:
         policies = [m._get_fsdp_state()._mp_policy.param_dtype for m in self._modules]  # private: torch 2.11 to 2.13
         return next((d for d in policies if d is not None), self._parameters[0].dtype)
+
+    def refuse_base(self) -> None:
+        super().refuse_base()
+        if self.base is None:
+            return
+        first = self._parameters[0]
+
+        def cut(whole: Tensor) -> Tensor:
+            placements = first.placements if whole.dim() else [Replicate()] * first.device_mesh.ndim
+            return distribute_tensor(whole, first.device_mesh, placements, src_data_rank=None)
+
+        shards = self.world // self.replicas
+        if reason := reason_against_rows(self.base, shards, self.device, cut, local, self.sum_world_):
+            raise Unsupported(
+                f"base {type(self.base).__name__} needs whole parameters and FSDP2 gives it sharded rows: {reason}; "
+                "let it compute with the DTensors themselves (p.norm(), never p.to_local().norm()), or use one that "
+                "works element by element (SGD, Adam, AdamW …), or DDP."
+            )
 
     @property
     def replica_group(self) -> dist.ProcessGroup | None:

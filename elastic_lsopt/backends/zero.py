@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elastic_lsopt.backends.backend import Backend
+from elastic_lsopt.backends.base_trial import reason_against_flat
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.errors import NonFinite, Unsupported, UserError
 from elastic_lsopt.space.layout import Layout, Parameter, Piece
@@ -80,6 +81,9 @@ class ZeroBackend(Backend):
     are not all in the engine's precision.
     """
 
+    flat = True
+    """Whether the base gets flat pieces of many parameters, and not each parameter whole."""
+
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.module = engine.module
@@ -126,6 +130,18 @@ class ZeroBackend(Backend):
     @abstractmethod
     def _working_slots(self) -> Sequence[Tensor]:
         """What the forward sees of the slots: this rank's own part."""
+
+    def refuse_base(self) -> None:
+        super().refuse_base()
+        if not self.flat:
+            return
+        dims = [len(p.shape) for p in self.layout.parameters]
+        if reason := reason_against_flat(self.base, dims, self.device):
+            stage = self.engine.zero_optimization_stage()
+            raise Unsupported(
+                f"base {type(self.base).__name__} needs whole parameters and ZeRO stage {stage} gives it flat pieces: "
+                f"{reason}; use one that works element by element (SGD, Adam, AdamW …), or stage 0."
+            )
 
     @property
     def base(self) -> torch.optim.Optimizer:  # type: ignore[override]

@@ -15,6 +15,7 @@ class Zero0(ZeroBackend):
     """The bare base optimizer (fp32), or FP16_UnfusedOptimizer (bf16); the slots are the masters, one a parameter."""
 
     name = "zero0"
+    flat = False
 
     def __init__(self, engine: Any) -> None:
         self._masters = getattr(engine.optimizer, "fp32_groups", None)

@@ -19,12 +19,10 @@ from torch import nn
 from elastic_lsopt.backends.zero import ZeroBackend, check_version
 from elastic_lsopt.backends.zero_adapter import zero_backend
 from elastic_lsopt.backends.zero_tested import refuse_untested
-from elastic_lsopt.errors import Unsupported, UserError
+from elastic_lsopt.errors import UserError
 
 # Set by the launchers whose environment DeepSpeed reads (the second by Open MPI).
 LAUNCHED = ("RANK", "OMPI_COMM_WORLD_SIZE")
-# On the flat pieces of many parameters that ZeRO 1 to 3 gives them they would compute something else.
-NEED_SHAPES = ("Muon", "Adafactor", "LBFGS", "SparseAdam")
 
 
 def start_distributed() -> int:
@@ -62,17 +60,11 @@ def start_engine(model: nn.Module, base: Callable[[Any], torch.optim.Optimizer],
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         what = f"{first['loc'][-1]}={first['input']!r}: {first['msg']}" if first else " ".join(str(error).split())
         raise UserError(f"DeepSpeed refuses the JSON: {what}") from error
-    stage = config.get("zero_optimization", {}).get("stage", 0)
 
     def made(params: Any) -> torch.optim.Optimizer:
         optimizer = base(params)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UserError(f"base gave a {type(optimizer).__name__}; it takes parameters and gives a torch optimizer.")
-        if stage and type(optimizer).__name__ in NEED_SHAPES:
-            raise Unsupported(
-                f"base {type(optimizer).__name__} needs whole parameters and ZeRO stage {stage} gives it flat pieces; "
-                "use one that works element by element (SGD, Adam, AdamW …), or stage 0."
-            )
         return optimizer
 
     trainable: Any = [p for p in model.parameters() if p.requires_grad]

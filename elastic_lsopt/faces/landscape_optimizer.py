@@ -30,7 +30,8 @@ class LandscapeOptimizer(torch.optim.Optimizer):
     `samples_per_step` is the global batch, `total_samples` the length of the run, for schedules on the sample clock.
     Parameters have names where `base` was built from `model.named_parameters()`, else their numbers.
     The layout is read again whenever the groups' parameters changed (FSDP2's `fully_shard`, accelerate's `prepare`).
-    Raises UserError for a DeepSpeed optimizer (use `lso.initialize`) and for fp16 parameters.
+    Raises UserError for a DeepSpeed optimizer (use `lso.initialize`), for fp16 parameters, and for a base that cannot
+    step on sharded rows.
     """
 
     def __init__(

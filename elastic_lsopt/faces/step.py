@@ -30,6 +30,7 @@ class LandscapeStep:
     skipped_steps: int = 0
 
     def __post_init__(self) -> None:
+        self.backend.refuse_base()
         self.space = ParameterSpace(self.backend, self.seed)
         self.state: State = self.method.init(self.space)
         self._warned = False
