@@ -127,6 +127,7 @@ class Excursion:
         if before is not None:
             self.fidelity = space.last_fidelity = _measure(space, before, working, direction, scale)
         self._moves += 1
+        space.rewritten()
         shards.publish()
 
     def __exit__(
@@ -139,6 +140,7 @@ class Excursion:
         with torch.no_grad():
             torch._foreach_copy_(list(shards.working), self._saved if self._saved is not None else list(shards.masters))
         self._saved = None
+        space.rewritten()
         if error is None:
             space.returned()
             return

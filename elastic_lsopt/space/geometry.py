@@ -159,6 +159,14 @@ class ParameterSpace:
         finally:
             self._deferring = False
 
+    def rewritten(self) -> None:
+        """Weights were written in place, by whatever way: each move, return, step and settlement ends here.
+
+        Autocast casts a weight once and keeps the cast until its outermost context ends: inside one, the next forward
+        would compute with the weights as they were.
+        """
+        torch.clear_autocast_cache()
+
     def returned(self) -> None:
         """An excursion has restored this rank's part: make the other copies right now, or before the next forward."""
         if self._deferring:
@@ -170,6 +178,7 @@ class ParameterSpace:
         """The base optimizer has rewritten every copy of the weights, and clipped the gradient that it was lent."""
         self._unpublished = False
         self.edits += 1
+        self.rewritten()
         self.end_lease()
 
     def ready(self) -> None:
@@ -206,6 +215,7 @@ class ParameterSpace:
         self.shards.publish()
         self._stale, self._unpublished = None, False
         self.edits += 1
+        self.rewritten()
 
     def retire(self) -> None:
         """End this generation: every later use of the space or of its vectors raises StaleGeneration."""
