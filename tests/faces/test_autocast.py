@@ -1,4 +1,4 @@
-"""Autocast keeps casts of the weights until its outermost context ends; moves of the weights must not be lost in them."""
+"""Autocast keeps casts of the weights until its outermost context ends; no move of the weights is lost in them."""
 
 from __future__ import annotations
 
