@@ -55,7 +55,7 @@ class ASAM:
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: State) -> Vector:
         d = oracle.gradient().clone()
         self._stretch_(space, d)
-        norm = space.norm(d)
+        norm = space.norm_on_device(d)
         self._stretch_(space, d)
         with space.displaced(d, self.rho / (norm + TINY)):
             del d

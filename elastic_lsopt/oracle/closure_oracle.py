@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -47,14 +46,14 @@ class ClosureOracle(Oracle):
             "a closure runs backward too and cannot give the loss alone; use lso.attach(model, loss_fn, batches)."
         )
 
-    def _backward(self, part: Part, *, last: bool) -> tuple[float, int]:
+    def _backward(self, part: Part, *, last: bool) -> tuple[float | Tensor, int | Tensor]:
         before = [p.grad for p in self.backend.slot_keys] if self.keeps_gradient else None
         seed = block_seed(self.space.seed, "dropout", self.step, part.number * self.backend.world + self.backend.rank)
         with replayed(seed, self.backend.device), torch.enable_grad():
             value = self._closures[part.number]()
         if not isinstance(value, Tensor | float | int):
             raise UserError(f"the closure returned {value!r}; return the mean loss of its batch.")
-        loss = value.item() if isinstance(value, Tensor) else float(value)
+        loss = torch.as_tensor(value, dtype=torch.float64).detach().reshape(())  # still where it was computed
         if before and any(
             g is not None and p.grad is not g for p, g in zip(self.backend.slot_keys, before, strict=True)
         ):
@@ -65,4 +64,4 @@ class ClosureOracle(Oracle):
         if last and part.of > 1:
             with torch.no_grad():
                 torch._foreach_mul_(list(self.backend.gradients()), part.weight)
-        return loss * part.weight / self.backend.world, int(not math.isfinite(loss))
+        return loss * part.weight / self.backend.world, (~loss.isfinite()).int()

@@ -19,13 +19,14 @@ LossFunction = Callable[[Any, Any], Tensor]
 class Loss:
     """A loss in three steps: `criterion(forward(model, batch), batch)` is the mean over `count(batch)` terms.
 
-    `count` weighs the batch among the others of the step: samples, or unmasked tokens. What products with the
+    `count` weighs the batch among the others of the step: samples, or unmasked tokens; as a number, or as a 0-d tensor
+    where reading the number would wait for a GPU. What products with the
     Gauss-Newton matrix need is the split into forward and criterion.
     """
 
     forward: Callable[[Any, Any], Any]
     criterion: Callable[[Any, Any], Tensor]
-    count: Callable[[Any], float]
+    count: Callable[[Any], float | Tensor]
     curvature: Callable[[Tensor, Any, Tensor], Tensor] | None = None
     """(logits, batch, t) -> the criterion's Hessian by the logits, times t; may overwrite t. None: by autograd."""
 
@@ -84,8 +85,8 @@ def samples(batch: Any) -> int:
     )
 
 
-def _unmasked_targets(batch: Mapping[str, Tensor]) -> float:
-    return float((batch["labels"][..., 1:] != -100).sum())
+def _unmasked_targets(batch: Mapping[str, Tensor]) -> Tensor:
+    return (batch["labels"][..., 1:] != -100).sum()
 
 
 def causal_lm_loss() -> Loss:
@@ -99,12 +100,12 @@ def causal_lm_loss() -> Loss:
         total = nn.functional.cross_entropy(
             _wide(logits[..., :-1, :]).flatten(0, -2), targets, ignore_index=-100, reduction="sum"
         )
-        return total / max(_unmasked_targets(batch), 1.0)
+        return total / _unmasked_targets(batch).clamp(min=1)
 
     def curvature(logits: Tensor, batch: Mapping[str, Tensor], t: Tensor) -> Tensor:
         # The last position predicts nothing: its weight is 0.
         kept = nn.functional.pad(batch["labels"][..., 1:] != -100, (0, 1)).to(t.dtype)
-        weights = kept / max(_unmasked_targets(batch), 1.0)
+        weights = kept / _unmasked_targets(batch).clamp(min=1)
         t = t.contiguous()
         cross_entropy_product_(logits.flatten(0, -2), weights.flatten(), t.flatten(0, -2))
         return t
@@ -126,15 +127,15 @@ def classification_loss() -> Loss:
             return model(inputs["x"])
         return model(**inputs).logits
 
-    def count(batch: Mapping[str, Tensor]) -> float:
-        return float((batch["labels"] != -100).sum())
+    def count(batch: Mapping[str, Tensor]) -> Tensor:
+        return (batch["labels"] != -100).sum()
 
     def criterion(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         total = nn.functional.cross_entropy(_wide(logits), batch["labels"], ignore_index=-100, reduction="sum")
-        return total / max(count(batch), 1.0)
+        return total / count(batch).clamp(min=1)
 
     def curvature(logits: Tensor, batch: Mapping[str, Tensor], t: Tensor) -> Tensor:
-        weights = (batch["labels"] != -100).to(t.dtype) / max(count(batch), 1.0)
+        weights = (batch["labels"] != -100).to(t.dtype) / count(batch).clamp(min=1)
         return cross_entropy_product_(logits, weights, t.contiguous())
 
     return Loss(forward, criterion, count, curvature)

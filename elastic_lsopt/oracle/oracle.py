@@ -6,7 +6,8 @@
     total.gradient
 
 Every pass ends in one all-reduce of four numbers, (loss, sum of squares of the gradient, non-finite losses, stop
-requests), and of the runtime's `signals`, on which all ranks decide alike.
+requests), and of the runtime's `signals`, on which all ranks decide alike. There the host waits for the device, once
+per pass: until then losses stay where they were computed.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.differences import Product
 from elastic_lsopt.oracle.passes import Passes
 from elastic_lsopt.space.geometry import ParameterSpace, local_square
+from elastic_lsopt.space.upload import on_device
 from elastic_lsopt.space.vector import Lease, Vector
 
 
@@ -33,8 +35,8 @@ class Pass:
 
     parts: int = 0
     done: int = 0
-    local_loss: float = 0.0
-    nonfinite: int = 0
+    local_loss: float | Tensor = 0.0
+    nonfinite: int | Tensor = 0
     loss: float = math.nan
     _gradient: Lease | None = None
 
@@ -79,8 +81,6 @@ class Oracle(ABC):
         self.losses: list[float] = []
         self.stop = False
         self.signals: tuple[float, ...] = ()
-        self.samples_per_second: float | None = None
-        """Of this rank's own forwards in gradient passes, where the oracle runs them itself; None before the first."""
         self._stop_requested, self._signals = stop_requested, signals
         self._running: Pass | None = None
 
@@ -93,6 +93,11 @@ class Oracle(ABC):
     def passes(self) -> int:
         return len(self.losses)
 
+    @property
+    def samples_per_second(self) -> float | None:
+        """Of this rank's own forwards in gradient passes, where the oracle runs them itself; None before the first."""
+        return None
+
     @abstractmethod
     def parts(self, m: int) -> Sequence[Part]:
         """The global batch as m parts of about equal size. Raises UserError where it has fewer units than parts."""
@@ -102,8 +107,11 @@ class Oracle(ABC):
         """The mean loss of the global batch at the present weights: one forward of every unit, no gradient."""
 
     @abstractmethod
-    def _backward(self, part: Part, *, last: bool) -> tuple[float, int]:
-        """Run the part; return this rank's share of the mean loss and its count of non-finite losses."""
+    def _backward(self, part: Part, *, last: bool) -> tuple[float | Tensor, int | Tensor]:
+        """Run the part; return this rank's share of the mean loss and its count of non-finite losses.
+
+        0-d tensors on the device where that is where they are: reading one here would wait for the forward.
+        """
 
     def gradient(self) -> Lease:
         """The gradient of the mean loss at the present weights: one pass, no memory (a lease).
@@ -170,12 +178,10 @@ class Oracle(ABC):
 
     def _close(self, total: Pass) -> None:
         gradients = self.backend.gradients()
-        square = local_square(gradients).item() / self.backend.replicas
+        square = local_square(gradients) / self.backend.replicas
         asked = self._stop_requested is not None and self._stop_requested()
-        values = torch.tensor(
-            [total.local_loss, square, total.nonfinite, asked, *(self._signals() if self._signals is not None else ())],
-            dtype=torch.float64, device=self.backend.device,
-        )  # fmt: skip
+        own = [total.local_loss, square, total.nonfinite, asked]
+        values = on_device([*own, *(self._signals() if self._signals is not None else ())], self.backend.device)
         loss, square, nonfinite, stop, *signals = self.backend.sum_world_(values).tolist()
         self.losses.append(loss)
         self.stop = self.stop or stop > 0

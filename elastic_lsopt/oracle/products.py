@@ -34,6 +34,7 @@ from elastic_lsopt.oracle.skeleton import Skeleton
 from elastic_lsopt.oracle.slot import Slot
 from elastic_lsopt.oracle.weights import Gathered, Weights
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.upload import on_device
 from elastic_lsopt.space.vector import Vector
 
 Mode = Literal["auto", "kept", "rebuilt", "blockwise", "differences"]
@@ -276,15 +277,15 @@ class Products:
 
     def values(self, change: Callable[[Any], Any]) -> float:
         """The loss with a change of each batch, but with the batch's own weights; no gradient."""
-        weights, local = self._at_the_weights(), 0.0
+        weights = self._at_the_weights()
+        local: float | Tensor = 0.0
         with torch.no_grad(), self._together():
             for slot in self._running(weights):
                 changed = replace(slot, batch=change(slot.batch))
                 value = changed.value(self.loss, weights.model, self.backend.device)
                 if slot.share:
-                    local += value.item() * slot.share
-        total = torch.tensor([local], dtype=torch.float64, device=self.backend.device)
-        return self.backend.sum_world_(total).item()
+                    local = local + value.double() * slot.share
+        return self.backend.sum_world_(on_device([local], self.backend.device)).item()
 
     def _parts_at(self, weights: Weights, direction: Vector | None, scale: float) -> Parts:
         """This rank's share of dL/dw at w + scale * direction."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.checks import check_products
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.differences import Product
+from elastic_lsopt.oracle.forward_time import ForwardTime
 from elastic_lsopt.oracle.loss import Loss, refuse_coupled_samples, samples
 from elastic_lsopt.oracle.oracle import Oracle, Part
 from elastic_lsopt.oracle.passes import Passes
@@ -22,6 +21,7 @@ from elastic_lsopt.oracle.slot import Slot
 from elastic_lsopt.oracle.units import Unit, as_units, part_bounds, slots
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.noise import block_seed
+from elastic_lsopt.space.upload import on_device
 from elastic_lsopt.space.vector import Lease, Vector
 
 
@@ -54,7 +54,8 @@ class UnitsOracle(Oracle):
         units = as_units(microbatches, backend.rank, backend.world)
         self._units = {u.index: u for u in units if not u.idle}
         self._stand_in = units[0].batch if units else None
-        self._weights = {i: float(loss.count(u.batch)) for i, u in self._units.items()}
+        self._weights: dict[int, float] = {}
+        self._time = ForwardTime(backend.device)
         self._unit_samples = {i: samples(u.batch) for i, u in self._units.items()}
         self._agree(units)
         self._mode: Mode = products
@@ -111,16 +112,19 @@ class UnitsOracle(Oracle):
         """All ranks learn the total weight, the number of units, and whether a rank has nothing to run."""
         world, rank = self.backend.world, self.backend.rank
         given = [u.index for u in units if not u.idle]
+        counts = [self._loss.count(u.batch) for u in self._units.values()]  # on a GPU not read yet: that would wait
         own = [
-            sum(self._weights.values()),
+            sum(counts),
             sum(self._unit_samples.values()),
             not units,
             any(u < 0 or u % world != rank for u in given),
             len(given) - len(self._units),
             *(max(self._units, default=-1) + 1 if r == rank else 0 for r in range(world)),
         ]
-        values = torch.tensor(own, dtype=torch.float64, device=self.backend.device)
-        total, number, empty, misplaced, twice, *ends = self.backend.sum_world_(values).tolist()
+        sums = self.backend.sum_world_(on_device(own, self.backend.device))
+        both = torch.cat([sums, on_device(counts, self.backend.device)]).tolist()
+        total, number, empty, misplaced, twice, *ends = both[: len(own)]
+        self._weights = dict(zip(self._units, both[len(own) :], strict=True))
         self._count, self._evenly = int(max(ends)), not misplaced
         if misplaced and not self._each_once():
             raise UserError(
@@ -137,7 +141,6 @@ class UnitsOracle(Oracle):
                 f"the total weight of the global batch is {total}; it must be > 0 (are all labels masked?)."
             )
         self._total, self.samples = total, int(number)
-        self._forward_s, self._forward_samples = 0.0, 0
 
     def _each_once(self) -> bool:
         """Whether the ranks hold each unit once in shares of their own, as a plan for unequal ranks deals them.
@@ -172,15 +175,7 @@ class UnitsOracle(Oracle):
         ]
 
     def loss(self) -> float:
-        self.space.ready()
-        local = 0.0
-        with torch.no_grad():
-            for index in self._slots((0, self._count)):
-                slot = self._slot(index)
-                value = slot.value(self._loss, self.backend.forward, self.backend.device)
-                if slot.share:
-                    local += value.item() * slot.share
-        return self.backend.sum_world_(torch.tensor([local], dtype=torch.float64, device=self.backend.device)).item()
+        return self._mean(lambda slot: slot.value(self._loss, self.backend.forward, self.backend.device))
 
     def mean_over_logits(self, function: Callable[[Tensor, Any], Tensor]) -> float:
         """The mean of `function(logits, batch)`, a mean over a unit, weighed as the loss is (collective; one forward).
@@ -191,15 +186,25 @@ class UnitsOracle(Oracle):
             raise UserError(
                 "the logits need the loss in two steps; pass lso.Loss(forward, criterion, count) as loss_fn."
             )
+        loss = self._loss
+
+        def value(slot: Slot) -> Tensor:
+            logits = slot.logits(loss, self.backend.forward, self.backend.device)
+            return function(logits, slot.batch) if slot.share else logits
+
+        return self._mean(value)
+
+    def _mean(self, value: Callable[[Slot], Tensor]) -> float:
+        """The mean of a slot's value over the global batch, without gradients."""
         self.space.ready()
-        local = 0.0
+        local: float | Tensor = 0.0
         with torch.no_grad():
             for index in self._slots((0, self._count)):
                 slot = self._slot(index)
-                logits = slot.logits(self._loss, self.backend.forward, self.backend.device)
+                found = value(slot)
                 if slot.share:
-                    local += function(logits, slot.batch).item() * slot.share
-        return self.backend.sum_world_(torch.tensor([local], dtype=torch.float64, device=self.backend.device)).item()
+                    local = local + _exact(found) * slot.share
+        return self.backend.sum_world_(on_device([local], self.backend.device)).item()
 
     def _share(self, index: int | None) -> float:
         """A slot's share of the total weight; 0 for an idle one and for a unit whose labels are all masked."""
@@ -210,22 +215,30 @@ class UnitsOracle(Oracle):
         seed = block_seed(self.space.seed, "dropout", self.step, -1 if unit is None else unit.index)
         return Slot(unit.batch if unit else self._stand_in, self._share(index), seed)
 
-    def _backward(self, part: Part, *, last: bool) -> tuple[float, int]:
+    def _backward(self, part: Part, *, last: bool) -> tuple[float | Tensor, int | Tensor]:
         bounds = part_bounds(self._count, part.of)[part.number]
         mine = self._slots(bounds)
-        local, nonfinite = 0.0, 0
+        local: float | Tensor = 0.0
+        nonfinite: int | Tensor = 0
         for k, index in enumerate(mine):
             self.backend.begin(last=last and k == len(mine) - 1)
-            slot, start = self._slot(index), time.monotonic()
-            share, value = slot.share, slot.value(self._loss, self.backend.forward, self.backend.device)
-            if share and index is not None:
-                local += value.item() * share  # on a GPU this waits for the forward to end
-                nonfinite += not math.isfinite(value.item())
-                self._forward_s += time.monotonic() - start
-                self._forward_samples += self._unit_samples[index]
-                # The backend averages over the world; the mean over the batch is a weighted sum.
-                value = value * (share * self.backend.world)
-            self.backend.backward(value)
-        if self._forward_s:
-            self.samples_per_second = self._forward_samples / self._forward_s
+            slot = self._slot(index)
+            if not slot.share or index is None:
+                self.backend.backward(slot.value(self._loss, self.backend.forward, self.backend.device))
+                continue
+            with self._time.of(self._unit_samples[index]):
+                value = slot.value(self._loss, self.backend.forward, self.backend.device)
+            local = local + _exact(value) * slot.share
+            nonfinite = nonfinite + (~_exact(value).isfinite()).int()
+            # The backend averages over the world; the mean over the batch is a weighted sum.
+            self.backend.backward(value * (slot.share * self.backend.world))
         return local, nonfinite
+
+    @property
+    def samples_per_second(self) -> float | None:
+        return self._time.samples_per_second
+
+
+def _exact(value: Tensor) -> Tensor:
+    """A loss as a 0-d fp64 tensor, where it was computed. Raises RuntimeError for more numbers than one."""
+    return value.detach().double().reshape(())

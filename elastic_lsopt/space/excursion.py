@@ -62,7 +62,7 @@ class Noise:
         return self.space.layout.parameters[piece.parameter].name, piece.offset
 
     def add_to(self, i: int, out: Tensor, begin: int, scale: float | Tensor, row_length: int | None = None) -> None:
-        """out += scale * the noise of piece i from its element `begin` on; `scale` is a number or one a row."""
+        """out += scale * the noise of piece i from its element `begin` on; `scale` is one number, or one a row."""
         name, offset = self._at(i)
         add_normal_(out, seed=self._seed, name=name, offset=offset + begin, scale=scale, row_length=row_length)
 
@@ -107,7 +107,7 @@ class Excursion:
     def move(self, direction: Direction, scale: float | Scales = 1.0) -> None:
         """Weights += scale * direction, in fp32 arithmetic whatever the working precision (collective).
 
-        `scale` is a number, or one a parameter or row (`Scales`).
+        `scale` is a number, or one for the model, a parameter or a row (`Scales`).
         """
         if self._moves_once and self._moves:
             raise RuntimeError("displaced() is one move; use space.excursion() for several.")
@@ -190,11 +190,16 @@ def _add_run(
             part, s = slice(span.begin, span.end), rows[span.first : span.first + span.rows]
             out[part].view(span.rows, -1).addcmul_(d[part].view(span.rows, -1).to(out.dtype), s[:, None].to(out.dtype))
         return
-    s = scale.values[piece.parameter].item() if isinstance(scale, Scales) else float(scale)
+    # A 0-d tensor stays on the device: to read it would wait, once per parameter.
+    s = scale.values[0 if scale.per == "model" else piece.parameter] if isinstance(scale, Scales) else float(scale)
     if isinstance(direction, Noise):
         direction.add_to(i, out, begin, s)
+        return
+    d = direction.tensors[i][begin : begin + out.numel()]
+    if isinstance(s, Tensor):
+        out.addcmul_(d.to(out.dtype), s.to(out.dtype))
     else:
-        out.add_(direction.tensors[i][begin : begin + out.numel()], alpha=s)
+        out.add_(d, alpha=s)
 
 
 def _measure(
@@ -212,6 +217,6 @@ def _measure(
         _add_run(space, i, asked, 0, direction, scale)
         got = now.to(space.shards.compute_dtype).to(wide) - was.to(wide)
         sums += torch.stack([x.sum(dtype=torch.float64) for x in (asked.square(), got.square(), asked * got)])
-    asked2, got2, both = (float(x) for x in space.shards.sum_pieces_(sums))
+    asked2, got2, both = space.shards.sum_pieces_(sums).tolist()
     cosine = both / (asked2 * got2) ** 0.5 if asked2 * got2 > 0 else float(asked2 == got2)
     return Fidelity(asked2**0.5, got2**0.5, cosine)

@@ -103,6 +103,10 @@ class ParameterSpace:
             return a.known_norm
         return self._sum(local_square(a.tensors).reshape(1))[0].sqrt().item()
 
+    def norm_on_device(self, a: Vector) -> Scales:
+        """The global L2 norm as a scale for the whole model, which the host need not wait for; one all-reduce."""
+        return Scales(self._sum(local_square(a.tensors).reshape(1)).sqrt(), "model")
+
     def norm_per_parameter(self, a: Vector) -> Scales:
         """The global L2 norm of each parameter; one all-reduce of one number a parameter."""
         total = torch.zeros(len(self.layout.parameters), dtype=torch.float64, device=self.shards.device)

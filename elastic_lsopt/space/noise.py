@@ -63,10 +63,10 @@ def add_normal_(
 ) -> Tensor:
     """Add scale * z to `out`, with the same z that `fill_normal_` writes; return `out`.
 
-    `scale` is a number, or a tensor (rows,) of fp32 or fp64 on the device of `out` with a `row_length`: element e of
-    the parameter then takes scale[e // row_length]. Arithmetic is in fp64 for an fp64 `out`, else in fp32, and rounded
-    once into `out`. Scratch on a CPU is at most two blocks of fp32, whatever the length; on a GPU one kernel reads and
-    writes `out` once.
+    `scale` is a number or a 0-d tensor, or a tensor (rows,) with a `row_length`: element e of the parameter then takes
+    scale[e // row_length]. Tensors are of fp32 or fp64 on the device of `out`. Arithmetic is in fp64 for an fp64 `out`,
+    else in fp32, and rounded once into `out`. Scratch on a CPU is at most two blocks of fp32, whatever the length; on a
+    GPU one kernel reads and writes `out` once.
     Raises what `fill_normal_` raises, and ValueError for a scale of another shape or with too few rows.
     """
     _check(out, offset)
@@ -145,11 +145,15 @@ def _check_scale(out: Tensor, offset: int, scale: float | Tensor, row_length: in
         if row_length is not None:
             raise ValueError(f"row_length={row_length} needs a 1-D tensor as scale, got {scale!r}; leave one out.")
         return
-    if scale.dim() != 1 or scale.device != out.device or row_length is None or row_length < 1:
+    single = scale.dim() == 0 and row_length is None
+    rows = scale.dim() == 1 and row_length is not None and row_length >= 1
+    if scale.device != out.device or not (single or rows):
         raise ValueError(
             f"scale of shape {tuple(scale.shape)} on {scale.device} with row_length={row_length}: a tensor scale must "
-            f"be 1-D, on {out.device}, with row_length >= 1; pass a single scale as a float."
+            f"be 1-D with row_length >= 1, or 0-d without, on {out.device}."
         )
+    if row_length is None:
+        return
     end = offset + out.numel()
     if scale.numel() * row_length < end:
         raise ValueError(

@@ -24,9 +24,9 @@ def normal_(
 ) -> Tensor:
     """Write z, or with a `scale` add scale * z, for elements [first, first + out.numel()) of the stream `key`.
 
-    `out` is a contiguous 1-D view, and is returned; `key` has 64 bits; `scale` is a number, or a tensor (rows,) on the
-    same device with a `row_length`. Arithmetic is in fp64 for an fp64 `out`, else in fp32, rounded once into `out`.
-    One pass over `out`, which it reads and writes once; no scratch, no synchronisation.
+    `out` is a contiguous 1-D view, and is returned; `key` has 64 bits; `scale` is a number or a 0-d tensor, or a tensor
+    (rows,) with a `row_length`, on the same device. Arithmetic is in fp64 for an fp64 `out`, else in fp32, rounded once
+    into `out`. One pass over `out`, which it reads and writes once; no scratch, no synchronisation.
     Raises ValueError for rows of more than 4e9 elements.
     """
     if row_length is not None and row_length > _MAX_ROW:

@@ -112,10 +112,13 @@ class Lease(Vector):
 
 @dataclass(frozen=True)
 class Scales:
-    """One number a parameter or a row of the whole model (fp64, 1-D, the same on every rank)."""
+    """One number for the model, or one a parameter or row of it (fp64, 1-D, the same on every rank).
+
+    They stay on the device: what is computed of them and moved by them waits for nothing.
+    """
 
     values: Tensor
-    per: Literal["parameter", "row"]
+    per: Literal["model", "parameter", "row"]
 
     def __add__(self, number: float) -> Scales:
         return Scales(self.values + number, self.per)

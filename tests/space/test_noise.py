@@ -215,7 +215,7 @@ def test_refusals_name_the_thing_and_the_fix() -> None:
         fill_normal_(torch.empty(4, device="meta"), **add)
     with pytest.raises(ValueError, match="row_length=2 needs a 1-D tensor"):
         add_normal_(torch.empty(4), scale=1.0, row_length=2, **add)
-    with pytest.raises(ValueError, match="row_length=None: a tensor scale must be 1-D"):
+    with pytest.raises(ValueError, match="row_length=None: a tensor scale must be 1-D with"):
         add_normal_(torch.empty(4), scale=torch.ones(2), **add)
     with pytest.raises(ValueError, match=r"2 row\(s\) of 2 elements, but the piece ends at element 5: pass at least 3"):
         add_normal_(torch.empty(4), scale=torch.ones(2), row_length=2, offset=1, **STREAM)
