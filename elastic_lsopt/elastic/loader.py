@@ -13,15 +13,19 @@ size and with any batch. What iteration has read ahead is not in it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from typing import Any, Protocol
 
+from elastic_lsopt.elastic.draws import CommonGenerator, Draws, drawing_alone, drawing_beside_others, trying
 from elastic_lsopt.elastic.order import SampleOrder
 from elastic_lsopt.elastic.shards import ShardStream
 from elastic_lsopt.errors import StaleGeneration, UserError
 from elastic_lsopt.oracle.units import Unit, unit_sizes, units_of_rank
+
+log = logging.getLogger("elastic_lsopt")
 
 
 class Dataset(Protocol):
@@ -38,9 +42,14 @@ class Shuffled:
         self.dataset = dataset
         self.order = SampleOrder(len(dataset), seed)
 
-    def read(self, first: int, count: int) -> list[Any]:
-        """The samples at positions first … first + count - 1."""
-        return [self.dataset[i] for i in self.order.at(range(first, first + count)).tolist()]
+    def read(self, first: int, count: int, draws: Draws | None = None) -> list[Any]:
+        """The samples at positions first … first + count - 1; what each draws starts anew (None: it draws nothing)."""
+        rows = []
+        for position, i in enumerate(self.order.at(range(first, first + count)).tolist(), first):
+            if draws is not None:
+                draws.start("sample", position // self.order.samples, i)
+            rows.append(self.dataset[i])
+        return rows
 
     def state_dict(self, committed: int) -> dict[str, int]:
         """The dataset's size and the seed, without which a cursor means nothing."""
@@ -60,13 +69,20 @@ class StepLoader:
     """Iterates over the optimizer steps that are left, each a list of this rank's units of the global batch.
 
     `dataset` has samples by number, or is a `ShardStream` (whose own seed counts). `collate` makes the batch of a unit
-    from its list of samples; it must be a pure function (a thread prepares the next step while this one computes).
+    from its list of samples. A thread prepares the next step while this one computes: see [Note: what samples draw].
     `total_samples` is the length of the whole job: the last step takes what is left, cut into at least `parts` units (a
     rest of fewer samples than `parts` joins the step before it). `units` are this rank's where a plan deals them
     unevenly; None: unit u belongs to rank u mod world. A rank without a unit gets unit 0 of the step as an idle one.
     State is torchdata's protocol: state_dict, load_state_dict, __iter__, __len__.
 
     Raises UserError for an empty dataset or a batch smaller than one unit. Memory: two steps of this rank's batches.
+
+    [Note: what samples draw] A sample may draw random numbers, to crop or to mask. What it draws from the generators of
+    torch, Python's `random` and numpy depends on (seed, epoch, sample) alone, in `collate` on the place of the unit:
+    the same at any world size and after a resume. Nobody else's numbers change by it. Only torch's generators can be
+    had apart for a thread: a data set that draws from the others is read by the training thread, step by step. That is
+    found out on the first step, where samples may be asked for twice. A generator that a data set holds itself (a
+    torch.Generator, numpy's default_rng) is its own affair.
     """
 
     def __init__(
@@ -86,6 +102,7 @@ class StepLoader:
         if not 0 <= rank < world:
             raise ValueError(f"rank={rank} must be between 0 and world-1={world - 1}.")
         self.source = dataset if isinstance(dataset, ShardStream) else Shuffled(dataset, seed)
+        self.seed = self.source.order.seed
         self.collate = collate
         self.sizes = unit_sizes(global_batch_size, unit_size)
         self.global_batch_size = global_batch_size
@@ -94,6 +111,7 @@ class StepLoader:
         self.total_samples, self.parts = total_samples, parts
         self.committed = 0
         self._own = units
+        self._reads_ahead = True
         self._loads = 0
         self._closed = False
 
@@ -112,14 +130,43 @@ class StepLoader:
         if position >= self.total_samples:
             return
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader") as thread:
-            ahead = thread.submit(self.units_at, position)
-            while position < self.total_samples:
-                units = ahead.result()
+            units = self._first(position)
+            while True:
                 position += self.samples_at(position)
-                if position < self.total_samples:
-                    ahead = thread.submit(self.units_at, position)
+                more = position < self.total_samples
+                ahead = thread.submit(self._beside, position) if more and self._reads_ahead else None
                 yield units
                 self._refuse_stale(loads)
+                if not more:
+                    return
+                units = (ahead.result() if ahead is not None else None) or self.units_at(position)
+
+    def _first(self, position: int) -> list[Unit]:
+        """The units of an iterator's first step, which nobody could have read ahead; says whether others can be."""
+        self._reads_ahead = True
+        try:
+            with trying(self.seed) as draws:
+                return self._units(position, draws)
+        except CommonGenerator as error:
+            self._stop_reading_ahead(error)
+            return self.units_at(position)
+
+    def _beside(self, position: int) -> list[Unit] | None:
+        """The units of a later step, while another thread trains; None where they must be read by that one."""
+        try:
+            with drawing_beside_others(self.seed) as draws:
+                return self._units(position, draws)
+        except CommonGenerator as error:
+            self._stop_reading_ahead(error)
+            return None
+
+    def _stop_reading_ahead(self, why: CommonGenerator) -> None:
+        self._reads_ahead = False
+        if self.rank == 0:
+            log.warning(
+                "no step is read ahead from now on: while samples were read, numbers were drawn from %s, which all "
+                "threads share; let the data set draw by torch.rand and the like, or from a generator of its own.", why,
+            )  # fmt: skip
 
     def samples_at(self, position: int) -> int:
         """Samples of the step that begins at `position`, over all ranks: the global batch, or what is left."""
@@ -127,18 +174,28 @@ class StepLoader:
         return left if left < self.global_batch_size + self.parts else self.global_batch_size
 
     def units_at(self, position: int) -> list[Unit]:
-        """This rank's units of the global batch that begins at `position`; a pure function, it moves no cursor."""
+        """This rank's units of the global batch that begins at `position`; a pure function, it moves no cursor.
+
+        While it runs no other thread may draw from a common generator.
+        """
+        with drawing_alone(self.seed) as draws:
+            return self._units(position, draws)
+
+    def _units(self, position: int, draws: Draws) -> list[Unit]:
         samples = self.samples_at(position)
         if samples == self.global_batch_size:
             sizes, own = self.sizes, self._own
         else:
             sizes, own = unit_sizes(samples, min(self.unit_size, max(1, samples // self.parts))), None
         mine = units_of_rank(len(sizes), self.rank, self.world) if own is None else own
-        return [self._unit(u, position, sizes) for u in mine] or [self._unit(0, position, sizes, idle=True)]
+        return [self._unit(u, position, sizes, draws) for u in mine] or [
+            self._unit(0, position, sizes, draws, idle=True)
+        ]
 
-    def _unit(self, index: int, position: int, sizes: Sequence[int], idle: bool = False) -> Unit:
-        # All units but the last are equally large.
-        rows = self.source.read(position + index * sizes[0], sizes[index])
+    def _unit(self, index: int, position: int, sizes: Sequence[int], draws: Draws, idle: bool = False) -> Unit:
+        first = position + index * sizes[0]  # all units but the last are equally large
+        rows = self.source.read(first, sizes[index], draws)
+        draws.start("unit", first)
         return Unit(index, self.collate(rows), idle)
 
     def _refuse_stale(self, loads: int) -> None:

@@ -18,9 +18,9 @@ import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
+from elastic_lsopt.elastic.draws import Draws
 from elastic_lsopt.elastic.order import SampleOrder
 from elastic_lsopt.errors import UserError
 
@@ -48,20 +48,31 @@ class ShardStream:
         self._reader: Iterator[Any] | None = None
         self._next = 0  # position of the sample that the reader gives next
 
-    def read(self, first: int, count: int) -> list[Any]:
+    def read(self, first: int, count: int, draws: Draws | None = None) -> list[Any]:
         """The samples at positions first … first + count - 1; cheapest in order of position.
 
+        What `open_shard` draws on the way to a sample starts anew with each position (None: it draws nothing).
         Raises ValueError for a position before the shard that `load_state_dict` has named.
         """
         with self._lock:  # see [Note: one reader]
             if self._reader is None or first < self._next:
                 self._rewind(first)
-            assert self._reader is not None
-            passed_over = islice(self._reader, first - self._next)
-            self._next = first + sum(0 for _ in passed_over)
-            rows = list(islice(self._reader, count))
-            self._next += count
-            return rows
+            while self._next < first:  # other ranks' samples, which may have drawn as well
+                self._take(draws)
+            return [self._take(draws) for _ in range(count)]
+
+    def _take(self, draws: Draws | None) -> Any:
+        """The sample at the reader's place."""
+        assert self._reader is not None
+        if draws is not None:
+            draws.start("position", self._next)
+        try:
+            row = next(self._reader)
+        except BaseException:  # a generator that has raised has ended: whoever asks again begins the shard again
+            self._reader = None
+            raise
+        self._next += 1
+        return row
 
     def state_dict(self, committed: int) -> dict[str, int]:
         """The committed place: a shard's number in the endless order, and samples from its beginning on.

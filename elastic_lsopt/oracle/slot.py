@@ -14,12 +14,29 @@ from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.loss import Loss, idle
 
 
+def generators_of(device: torch.device) -> list[torch.Generator]:
+    """torch's common generators that work on `device` draws from: the CPU's, and a GPU's own."""
+    if device.type != "cuda":
+        return [torch.default_generator]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, torch.cuda.default_generators[index]]
+
+
 @contextmanager
 def replayed(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's generators start from `seed` inside, and go on as if nothing had happened after."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+    """What a forward on `device` draws starts from `seed` inside, and goes on as if nothing had happened after.
+
+    Not `torch.manual_seed`: it would start all other GPUs of this process anew as well, and nobody puts those back.
+    """
+    generators = generators_of(device)
+    before = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+    try:
         yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
 
 
 @dataclass(frozen=True)

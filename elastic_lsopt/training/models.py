@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.config.spelling import did_you_mean
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.oracle.slot import replayed
 from elastic_lsopt.training.tokens import ByteTokens, tokens_of
 
 
@@ -47,8 +48,8 @@ def build_model(
     context that is too small.
     """
     target = torch.device(device or "cpu")
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if target.type == "meta" else "cpu"):
-        torch.manual_seed(config.seed)
+    cpu = torch.device("cpu")
+    with replayed(config.seed, cpu), torch.device("meta") if target.type == "meta" else cpu:
         if config.model is not None and "import" in config.model:
             model = _imported(config.model["import"], config.model.get("args", {}))
         else:
