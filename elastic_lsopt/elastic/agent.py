@@ -8,7 +8,8 @@
 
 [Note: one thread decides] Sockets and children are served by threads, which only put events into a queue; the main
 thread takes them out one by one, advances the state machine and carries out its effects in order. A vote is on disk
-(`Persist`) before the answer that gives it goes out (`Publish`).
+(`Persist`) before the answer that gives it goes out (`Publish`); where it cannot be written it is not given, see
+[Note: a disk that cannot be written] in membership.py.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from elastic_lsopt.elastic import manifest, membership, record
+from elastic_lsopt.elastic.clock import lease_now
 from elastic_lsopt.elastic.generation import FINISHED, Generation
 from elastic_lsopt.elastic.mailbox import Mailbox
 from elastic_lsopt.elastic.node import Node, find_the_job
 from elastic_lsopt.elastic.signing import Refused, sign, verified
 from elastic_lsopt.elastic.status import STATUS
+from elastic_lsopt.elastic.vote_disk import VoteDisk
 from elastic_lsopt.elastic.witness import Witness
 from elastic_lsopt.elastic.worker_process import WorkerProcess
 from elastic_lsopt.errors import UserError
@@ -69,6 +72,7 @@ class Agent:
         witness = node.settings.witness
         self._witness = None if witness is None else Witness(witness, node.rules.job, node.secret)
         self._leave_by, self._status_due = float("inf"), 0.0
+        self._disk = VoteDisk(node.folder)
         self.mailbox, self._state = self._begin()
         node.folder.announce(self.mailbox.address)
 
@@ -81,8 +85,7 @@ class Agent:
             if own is not None:
                 with suppress(UserError):  # the others know this address; where another has it now, join anew
                     mailbox = self._mailbox(own.address)
-                    now = time.monotonic()
-                    return mailbox, membership.restarted(remembered, mailbox.address, node.rules, now)
+                    return mailbox, membership.restarted(remembered, mailbox.address, node.rules, lease_now())
         mailbox, first = find_the_job(node, self._mailbox)
         if first is None:
             return mailbox, membership.found(node.name, mailbox.address, node.rules)
@@ -123,14 +126,19 @@ class Agent:
                 signal.signal(s, handler)
 
     def _advance(self, event: record.Event) -> None:
-        self._state, effects = membership.advance(self._state, event, time.monotonic())
-        for effect in effects:
+        before, now = self._state, lease_now()
+        self._state, effects = membership.advance(before, event, now, may_vote=self._disk.may_vote(now))
+        for done, effect in enumerate(effects):
+            if isinstance(effect, record.Persist) and not self._disk.write(effect.remembered, now):
+                self._state, instead = membership.advance(before, event, now, may_vote=False)
+                for other in instead:
+                    if other not in effects[:done]:  # workers that were killed already
+                        self._carry_out(other)
+                return
             self._carry_out(effect)
 
     def _carry_out(self, effect: record.Effect) -> None:
         match effect:
-            case record.Persist(remembered):
-                self.node.folder.remember(remembered.to_json())
             case record.Publish(to, said):
                 self._publish(to, said)
             case record.Enter(generation):
@@ -183,7 +191,7 @@ class Agent:
         """This node has no further part in the job: what still runs of it ends."""
         for worker in self._workers.values():
             worker.kill()
-        self.node.folder.forget()
+        self._disk.forget()
         if self._exit_code is None:
             self._exit_code = 0 if why == FINISHED or self._draining else 2 if self._generation is None else 1
         if self._exit_code:
@@ -308,9 +316,9 @@ class Agent:
                 log.warning("%s: worker %s %s and is ended.", self.node.name, worker.name, hung)
                 worker.kill()
         paused = self._generation is not None and not self._generation.running
-        if self._draining and not self._stopping and (paused or membership.view(self._state, now).dissolving):
+        if self._draining and not self._stopping and (paused or membership.view(self._state, lease_now()).dissolving):
             self._stop_job()
-        if self._draining and not self._workers and membership.view(self._state, now).dissolving:
+        if self._draining and not self._workers and membership.view(self._state, lease_now()).dissolving:
             self._leave("drained")
         notice = self.node.settings.preemption_notice_file
         if notice is not None and not self._draining and Path(notice).exists():
@@ -356,7 +364,7 @@ class Agent:
             worker.tell("granted", step=step, granted=manifest.claim(self._host_address(), generation, step))
 
         # A planned change waits until its group ends; one by force means that another group may go on from here.
-        if membership.view(self._state, time.monotonic()).lease_left_s > 0 and generation >= self._forced:
+        if membership.view(self._state, lease_now()).lease_left_s > 0 and generation >= self._forced:
             threading.Thread(target=ask, daemon=True).start()
         else:
             worker.tell("granted", step=step, granted=False)
@@ -369,11 +377,12 @@ class Agent:
 
     def _say_status(self) -> None:
         """Into this node's own store: all that is known at the host, elsewhere where the host is."""
-        seen = membership.view(self._state, time.monotonic())
+        seen = membership.view(self._state, lease_now())
         status = {
             "node": self.node.name, "host": seen.host, "host_address": self._host_address(),
             "generation": None if self._generation is None else self._generation.to_json(),
-            "lease_left_s": seen.lease_left_s, "reports": {**self._reports, self.node.name: self._report()},
+            "lease_left_s": seen.lease_left_s, "disk_fault": self._disk.fault,
+            "reports": {**self._reports, self.node.name: self._report()},
         }  # fmt: skip
         with suppress(RuntimeError):
             self.mailbox.store.set(STATUS, sign(status, self.node.secret))

@@ -97,7 +97,7 @@ class Leader(Outbox):
     def _decide(self) -> None:
         """Propose what is due, unless a proposal is out already."""
         s, c = self.s, self.s.campaign
-        if c is None or c.led_s is None or c.value:
+        if c is None or c.led_s is None or c.value or not self.may_vote:
             return
         if c.adopted:
             change = None if c.adopted.evicted and self.now < c.led_s + s.rules.evict_s else c.adopted

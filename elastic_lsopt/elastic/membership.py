@@ -27,6 +27,12 @@ so a leader that was left by its quorum cannot grant again before g+1.
 What an agent promises or accepts is on disk before it is sent (`Persist` comes first), so a crash forgets no vote.
 A new leader proposes the change that was accepted in the highest ballot that its quorum of promises reports, if any.
 An agent that lost its disk comes as a newcomer and has no vote before the generation that admits its new workers.
+
+[Note: a disk that cannot be written]
+The event is taken again, with `may_vote` False: no promise, no acceptance, no candidacy and no proposal comes of it,
+and nothing to persist; reports, grants and leases go on. Such an agent still enters a generation that the others
+decide. Its first vote there, that for the host in round 0, is what the generation itself implies, so a crash forgets
+nothing: whoever knows the generation again has it again.
 """
 
 from __future__ import annotations
@@ -112,9 +118,10 @@ def _departs(state: State, name: str) -> bool:
     return state.departing if name == state.name else peer is not None and peer.record.departing
 
 
-def advance(state: State, event: Event, now: float) -> tuple[State, tuple[Effect, ...]]:
+def advance(state: State, event: Event, now: float, *, may_vote: bool = True) -> tuple[State, tuple[Effect, ...]]:
     """The state after `event` at the agent's own time `now` (seconds, never backwards), and what to do, in order.
 
+    Where its Persist fails, carry out none of what follows it: take the same event again with `may_vote` False.
     O(1) for a record, apart from the change that it completes; O(members) for a leader's Tick and for a change.
     """
-    return Turn(state, now).take(event)
+    return Turn(state, now, may_vote=may_vote).take(event)

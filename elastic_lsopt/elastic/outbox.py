@@ -18,8 +18,8 @@ CANDIDATES = 3
 class Outbox:
     """Holds the state that one event changes, and the effects so far."""
 
-    def __init__(self, state: State, now: float) -> None:
-        self.s, self.now = state, now
+    def __init__(self, state: State, now: float, *, may_vote: bool = True) -> None:
+        self.s, self.now, self.may_vote = state, now, may_vote
         self.effects: list[Effect] = []
 
     def _set(self, **changes: Any) -> None:

@@ -118,7 +118,7 @@ class Turn(Leader):
     def _persist(self) -> None:
         """[Note: votes] what is remembered is on disk before anything but a kill follows from it."""
         s = self.s
-        if s.vote is None or s.generation is None:
+        if s.vote is None or s.generation is None or not self.may_vote:
             return
         remembered = Remembered(s.name, s.incarnation, s.generation, s.vote)
         if remembered != s.saved:
@@ -189,7 +189,7 @@ class Turn(Leader):
     def _consider(self, record: Record) -> None:
         """Answer a proposer. An agent that is granted a lease promises nothing to anyone but its leader."""
         s, ask = self.s, record.ask
-        if s.vote is None or ask is None or record.number != s.number:
+        if s.vote is None or ask is None or record.number != s.number or not self.may_vote:
             return
         vote = s.vote.answer(ask)
         moves = ask.ballot.name != s.vote.promised.name
@@ -207,7 +207,7 @@ class Turn(Leader):
         if s.leads:
             self._renew()
             self._decide()
-        if self.s.vote is not None and self._suspects:
+        if self.s.vote is not None and self._suspects and self.may_vote:
             self._stand_if_due()
         if self.now >= self.s.reported_s + s.rules.beat_s:
             self._ask_witness()

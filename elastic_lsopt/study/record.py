@@ -44,6 +44,11 @@ class Record:
             raise SettingError(
                 "output_dir", f"output_dir={folder}: another study is writing there; let it end, or choose another."
             ) from None
+        except OSError as error:  # a file system without locks
+            os.close(self._file)
+            raise SettingError(
+                "output_dir", f"output_dir={folder} cannot be locked: {error.strerror}; choose another file system."
+            ) from None
         text = (path / CELLS).read_text(encoding="utf-8", errors="replace")
         self.lines = last_lines(text)
         if text and not text.endswith("\n"):

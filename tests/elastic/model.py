@@ -37,7 +37,7 @@ from elastic_lsopt.elastic.record import (
 )
 from elastic_lsopt.elastic.state import State
 
-Advance = Callable[[State, Event, float], tuple[State, tuple[Effect, ...]]]
+Advance = Callable[..., tuple[State, tuple[Effect, ...]]]
 
 
 class Violation(AssertionError):
@@ -56,6 +56,16 @@ class Place:
     clock_s: float = 0.0
     rate: float = 1.0
     entered: int = 0
+    full: bool = False
+    """Nothing can be written to its disk."""
+
+    def take(self, event: Event, advance: Advance) -> tuple[State, tuple[Effect, ...]]:
+        """What the agent makes of an event: without a vote where its vote cannot be written."""
+        assert self.state is not None
+        state, effects = advance(self.state, event, self.clock_s)
+        if self.full and any(isinstance(e, Persist) for e in effects):
+            state, effects = advance(self.state, event, self.clock_s, may_vote=False)
+        return state, effects
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class World:
         world = world.give(reader, Heard(records[index]), advance)
         after = world.place(reader)
         if after.state:
-            again, effects = advance(after.state, Heard(records[index]), after.clock_s)
+            again, effects = after.take(Heard(records[index]), advance)
             if again != after.state or effects:
                 raise Violation(f"{reader} does something when it reads a record of {writer} twice: {effects}")
         return world
@@ -109,7 +119,12 @@ class World:
         place = self.place(name)
         assert place.disk is not None
         state = membership.restarted(place.disk, name, self.rules, place.clock_s)
-        return self._with(replace(place, state=state)).spawn(name, advance)
+        entered = min(place.entered, place.disk.generation.number)  # a full disk does not remember the newest
+        return self._with(replace(place, state=state, entered=entered)).spawn(name, advance)
+
+    def fill(self, *names: str) -> World:
+        """The disks of these nodes are full from now on, and no others."""
+        return replace(self, places=tuple(replace(p, full=p.name in names) for p in self.places))
 
     def kill_worker(self, name: str, advance: Advance = membership.advance) -> World:
         place = self.place(name)
@@ -126,7 +141,7 @@ class World:
         """The agent takes one event, and its effects happen."""
         place = self.place(name)
         assert place.state is not None
-        state, effects = advance(place.state, event, place.clock_s)
+        state, effects = place.take(event, advance)
         world = self._with(replace(place, state=state))
         said: list[Event] = []
         for effect in effects:

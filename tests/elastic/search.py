@@ -36,17 +36,20 @@ class Memory:
 
     def __init__(self, advance: Advance = membership.advance) -> None:
         self._advance = advance
-        self._answers: dict[tuple[int, Hashable, float], tuple[State, tuple[Effect, ...]]] = {}
+        self._answers: dict[tuple[int, Hashable, float, bool], tuple[State, tuple[Effect, ...]]] = {}
         self._forms: dict[tuple[int, float], int] = {}
         self._numbers: dict[Hashable, int] = {}
         self._kept: list[Any] = []
         """Whose identities are keys here must not be freed."""
 
-    def advance(self, state: State, event: Event, now: float) -> tuple[State, tuple[Effect, ...]]:
-        asked = (id(state), id(event.record) if isinstance(event, Heard) else event, now)
+    def advance(
+        self, state: State, event: Event, now: float, *, may_vote: bool = True
+    ) -> tuple[State, tuple[Effect, ...]]:
+        asked = (id(state), id(event.record) if isinstance(event, Heard) else event, now, may_vote)
         if asked not in self._answers:
             self._kept += [state, event]
-            self._answers[asked] = self._advance(state, event, now)
+            more = {} if may_vote else {"may_vote": False}
+            self._answers[asked] = self._advance(state, event, now, **more)
         return self._answers[asked]
 
     def key(self, world: World) -> Hashable:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.fast
 LEASE_S = 8.0
 ACTIONS = (
     "time", "time", "time", "read", "read", "read", "read", "stale", "crash", "restart", "kill", "spawn", "cut", "mend",
-    "drain", "refused", "broken",
+    "drain", "refused", "broken", "fill",
 )  # fmt: skip
 acts = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 2**16)), min_size=10, max_size=120)
 
@@ -89,6 +89,8 @@ def play(world: World, history: list[tuple[str, int]], rates: list[float]) -> tu
             world = world.give(name, Unreachable(names[chance // 7 % len(names)]))
         elif action == "broken" and place.state:
             world = world.give(name, Broken(place.state.number))
+        elif action == "fill":  # one node's disk, every node's, or none's any more
+            world = world.fill(*(names if chance % 5 == 0 else [name] if chance % 5 < 3 else []))
         elif action == "cut":
             other = names[chance // 11 % len(names)]
             cut |= {(name, other)} if chance % 2 else {(name, other), (other, name)}
@@ -119,6 +121,7 @@ def test_safe_always_and_settled_when_healed(
     for name in [p.name for p in start.places][count:]:
         start = start.spawn(name)
     world, job = play(start, history, rates)
+    world = world.fill()
     for place in world.places:
         if place.state is None and place.disk:
             world = world.restart(place.name)
