@@ -91,19 +91,21 @@ def table(told: Status, changes: list[dict[str, Any]]) -> Any:
     if generation is None:
         return f"no generation yet; waiting for nodes at {told['host_address']}"
     members = Table(title=f"generation {generation['number']} · host {generation['host']} · {_speed(told)}")
-    for column in ("node", "worker", "rank", "step", "samples", "loss", "s a step"):
-        members.add_column(column, justify="left" if column in ("node", "worker") else "right")
-    rank = 0
-    for member in generation["members"]:
-        report = told["reports"].get(member["name"], {"workers": {}, "draining": False})
-        for worker in member["workers"]:
-            said = report["workers"].get(worker, {})
-            name = member["name"] + (" (leaving)" if report["draining"] else "")
-            members.add_row(
-                name, worker.rpartition("/")[2], str(rank), str(said.get("step", "")), str(said.get("samples", "")),
-                _short(said.get("loss")), _short(said.get("seconds")),
-            )  # fmt: skip
-            rank += 1
+    for column in ("node", "host", "pid", "state", "rank", "step", "samples", "loss", "s per step"):
+        members.add_column(column, justify="left" if column in ("node", "host", "state") else "right", overflow="fold")
+    ranks = [(member["name"], worker) for member in generation["members"] for worker in member["workers"]]
+    spares = [
+        (node, worker) for node, report in sorted(told["reports"].items()) for worker in report["workers"]
+        if (node, worker) not in ranks
+    ]  # fmt: skip
+    for rank, (node, worker) in enumerate([*ranks, *spares]):
+        report = told["reports"].get(node, {"workers": {}, "draining": False, "host": ""})
+        said = report["workers"].get(worker, {})
+        members.add_row(
+            node, report["host"], str(said.get("pid", "")), "leaving" if report["draining"] else said.get("state", ""),
+            str(rank) if rank < len(ranks) else "", str(said.get("step", "")), str(said.get("samples", "")),
+            _short(said.get("loss")), _short(said.get("seconds")),
+        )  # fmt: skip
     return Group(members, last_changes(changes))
 
 

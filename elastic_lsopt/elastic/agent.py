@@ -15,9 +15,9 @@ thread takes them out one by one, advances the state machine and carries out its
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import time
@@ -30,7 +30,7 @@ from elastic_lsopt.elastic import manifest, membership, record
 from elastic_lsopt.elastic.clock import lease_now
 from elastic_lsopt.elastic.generation import FINISHED, Generation
 from elastic_lsopt.elastic.mailbox import Mailbox
-from elastic_lsopt.elastic.node import Node, find_the_job
+from elastic_lsopt.elastic.node import Node, find_the_job, new_life
 from elastic_lsopt.elastic.signing import Refused, sign, verified
 from elastic_lsopt.elastic.status import STATUS
 from elastic_lsopt.elastic.vote_disk import VoteDisk
@@ -55,7 +55,7 @@ class Agent:
         self.node = node
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._workers: dict[str, WorkerProcess] = {}
-        self._spawned = 0
+        self._life, self._spawned = new_life(), 0
         self._deaths: list[float] = []
         """When workers died of themselves; those that were ended for want of a lease do not count."""
         self._fenced: set[str] = set()
@@ -351,7 +351,7 @@ class Agent:
 
     def _start_worker(self) -> None:
         self._spawned += 1
-        name = f"{self.node.name}/{os.getpid()}-{self._spawned}"
+        name = f"{self.node.name}/{self._life}-{self._spawned}"
         self._workers[name] = WorkerProcess(
             name, self.node.command, self.node.environment,
             lambda worker, line: self._events.put(lambda: self._worker_said(worker, line)),
@@ -373,7 +373,8 @@ class Agent:
 
     def _report(self) -> dict[str, Any]:
         """What this node tells of its workers, for `elastic-lsopt status`."""
-        return {"workers": {w.name: w.told for w in self._workers.values()}, "draining": self._draining}
+        told = {w.name: {**w.told, "pid": w.process.pid, "state": w.state} for w in self._workers.values()}
+        return {"workers": told, "draining": self._draining, "host": socket.gethostname()}
 
     def _say_status(self) -> None:
         """Into this node's own store: all that is known at the host, elsewhere where the host is."""

@@ -38,6 +38,8 @@ from elastic_lsopt.errors import UserError
 
 HERE = "127.0.0.1"
 CONNECT_S = 2.0
+ANSWER_S = 4.0
+"""How long a listener may take to answer as a store."""
 WAIT = timedelta(hours=1)
 """How long a reader waits for a message. One that gives up loses the message that comes then, so it hardly does."""
 RETRY_S = 0.2
@@ -97,12 +99,22 @@ def reachable(address: str, timeout_s: float = CONNECT_S) -> bool:
 
 
 def connect(address: str, timeout: timedelta = WAIT) -> dist.TCPStore:
-    """A client of the store at `address`. Raises OSError or RuntimeError where none answers."""
+    """A client of the store at `address`. Raises OSError or RuntimeError where none answers within ANSWER_S.
+
+    torch gives a store's greeting no limit: whoever listens there and says nothing, a stopped agent or a stranger,
+    would be waited for without end. After ANSWER_S this process's connections to that address are cut.
+    """
     host, port = split_address(address)
     socket.create_connection((host, port), timeout=CONNECT_S).close()  # a refusal at once and without torch's long log
-    store = dist.TCPStore(
-        host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_S), use_libuv=True
-    )
+    limit = threading.Timer(ANSWER_S, cut_off, [address])
+    limit.daemon = True
+    limit.start()
+    try:
+        store = dist.TCPStore(
+            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_S), use_libuv=True
+        )
+    finally:
+        limit.cancel()
     store.set_timeout(timeout)
     return store
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,15 @@ from elastic_lsopt.elastic.status import status_at
 from elastic_lsopt.errors import UserError
 
 RETRY_S = 0.2
+CONSONANTS = "bcdfghjklmnpqrstvwxz"
+
+
+def new_life() -> str:
+    """Six letters that tell one life of a node's agent from another's, in the names of its workers.
+
+    A process id would not: in a container each life has the same one, and a worker's name is used once in a job.
+    """
+    return "".join(secrets.choice(CONSONANTS) for _ in range(6))
 
 
 @dataclass(frozen=True, kw_only=True)

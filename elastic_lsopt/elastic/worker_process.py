@@ -47,6 +47,19 @@ class WorkerProcess:
         threading.Thread(target=self._listen, daemon=True, name=f"{name}-link").start()
         threading.Thread(target=self._reap, daemon=True, name=f"{name}-reaper").start()
 
+    @property
+    def state(self) -> str:
+        """What it is doing, in a word or two, as `elastic-lsopt status` says it."""
+        if self._killed:
+            return "ending"
+        if self.finished:
+            return "finished"
+        if not self.ready:
+            return "warming up"
+        if not self.entered:
+            return "waiting"
+        return "forming" if self._behind() else "training"
+
     def tell(self, kind: str, **more: Any) -> None:
         """Send a line; nothing where the worker is dead (its end is reaped)."""
         if kind == "enter":
@@ -58,15 +71,20 @@ class WorkerProcess:
         """What is wrong with it for longer than that, "" for nothing: it does not beat, or its main thread does not
         come to a generation that it was told of (it may wait for ever in code of the user's)."""
         now = time.monotonic()
-        while self._ahead and self._ahead[0][0] <= self.told.get("generation", 0):
-            self._ahead.popleft()
+        behind = self._behind()
         if self._killed:
             return ""
         if now - self.last_beat > timeout_s:
             return f"is silent for {now - self.last_beat:.1f} s"
-        if self._ahead and now - self._ahead[0][1] > timeout_s:
+        if behind and now - self._ahead[0][1] > timeout_s:
             return f"has not come to generation {self._ahead[0][0]} within {now - self._ahead[0][1]:.1f} s"
         return ""
+
+    def _behind(self) -> bool:
+        """Whether it was told of a generation that its main thread has not come to."""
+        while self._ahead and self._ahead[0][0] <= self.told.get("generation", 0):
+            self._ahead.popleft()
+        return bool(self._ahead)
 
     def kill(self, *, wait: bool = False) -> None:
         """Fence it, and its own children; with `wait`, nothing of it runs when this returns."""

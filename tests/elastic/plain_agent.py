@@ -7,10 +7,14 @@ FOLDER/entered. It lives until its agent ends it, or SIGTERM does.
 from __future__ import annotations
 
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 from elastic_lsopt.config.elastic import ElasticConfig
+from elastic_lsopt.elastic.agent import Agent
 from elastic_lsopt.elastic.node import Node
 from elastic_lsopt.elastic.node_folder import NodeFolder
 from elastic_lsopt.elastic.record import Rules
@@ -59,11 +63,21 @@ def entered(folder: Path) -> list[tuple[str, int, int, list[str]]]:
     return [(name, int(pid), int(number), gone) for name, pid, number, *gone in lines]
 
 
+def pump(agents: list[Agent], seconds: float) -> None:
+    """What the agents' own loops do, in this thread."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for agent in agents:
+            with suppress(Empty):
+                while True:
+                    agent._events.get_nowait()()
+            agent._tick()
+        time.sleep(0.02)
+
+
 if __name__ == "__main__":
     import logging
     import os
-
-    from elastic_lsopt.elastic.agent import Agent
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     where, name, workers, *endpoint = sys.argv[1:]

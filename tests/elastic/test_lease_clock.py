@@ -5,30 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
 import pytest
 
 from elastic_lsopt.elastic import clock
 from elastic_lsopt.elastic.agent import Agent
-from tests.elastic.plain_agent import entered, node
+from tests.elastic.plain_agent import entered, node, pump
 
 pytestmark = pytest.mark.fast
-
-
-def pump(agents: list[Agent], seconds: float) -> None:
-    """What the agents' own loops do, in this thread."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        for agent in agents:
-            with suppress(Empty):
-                while True:
-                    agent._events.get_nowait()()
-            agent._tick()
-        time.sleep(0.02)
 
 
 def test_a_suspended_machine_finds_its_lease_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
