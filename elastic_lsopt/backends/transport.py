@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from elastic_lsopt.backends.ending import end_well
 from elastic_lsopt.errors import PeerFailed
 
 AGREE_S = 1.0
@@ -50,6 +51,7 @@ class Transport:
         self._ports: set[int] = set()
         Transport._made += 1
         if self.world > 1:
+            end_well()
             mine = sorted({local for _, local, _, state in _sockets() if state == LISTENING})
             heads = _gather([Transport._made, len(mine)])
             # a newcomer has made fewer than a survivor: all go on from the largest number

@@ -23,7 +23,8 @@ from torch.distributed.fsdp import FSDPModule
 from elastic_lsopt.backends.agreement import gather_json, one_line
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.checkpoint.contents import persistent_buffers
-from elastic_lsopt.checkpoint.folder import rename, staging, sync, write_json
+from elastic_lsopt.checkpoint.export_folder import publish, refusal
+from elastic_lsopt.checkpoint.folder import staging, sync, write_json
 from elastic_lsopt.checkpoint.safetensors_file import Head, write_tensors
 from elastic_lsopt.errors import Unsupported, UserError
 
@@ -47,16 +48,17 @@ def export_huggingface(
 
     A `transformers` model becomes a folder for `from_pretrained`, in the dtype of its config (else of its parameters),
     in files of at most `shard_bytes`; `tokenizer` goes beside it. A plain module becomes model.safetensors and a note.
-    An earlier export of that name is replaced. Raises UserError where the folder holds something else or cannot be
-    written, Unsupported for an adapter (merge it first), on all ranks.
+    An earlier export of that name is replaced, by its own manifest, and what else lies there stays. Raises UserError
+    where the folder holds only something else or cannot be written, Unsupported for an adapter (merge it first), on all
+    ranks.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if hasattr(module, "peft_config"):
         raise Unsupported("exporting a PEFT adapter is not supported; call merge_and_unload() and export its result.")
     backend.retract()  # FSDP2 hides the shards of a gathered group
     group = dist.new_group(backend="gloo", timeout=TIMEOUT) if backend.world > 1 else None
     try:
-        _agree(folder, _foreign(folder) if backend.rank == 0 else None, group)
+        _agree(folder, refusal(folder) if backend.rank == 0 else None, group)
         entries = _entries(backend, module)
         stream = _stream(backend, module, entries, group)
         failure: str | None = None
@@ -92,14 +94,6 @@ def _agree(folder: Path, failure: str | None, group: dist.ProcessGroup | None) -
     said = gather_json(group, failure)[0]
     if said is not None:
         raise UserError(f"the export to {folder} failed: {said}.")
-
-
-def _foreign(folder: Path) -> str | None:
-    if not folder.exists():
-        return None
-    if not folder.is_dir() or (any(folder.iterdir()) and not any(folder.glob("model*.safetensors"))):
-        return "it exists and is no earlier export; give a new folder"
-    return None
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -144,9 +138,9 @@ def _write(
         _describe(module, staged, names)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
-        for path in (*staged.iterdir(), staged):
+        for path in staged.iterdir():
             sync(path)
-        rename(staged, folder)
+        publish(staged, folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

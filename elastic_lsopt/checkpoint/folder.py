@@ -137,9 +137,14 @@ def commit(path: Path, files: Iterable[FileRecord], writer: int = 0) -> None:
     rename(staged, path)
 
 
+def aside_of(path: Path) -> Path:
+    """Where a folder waits while its successor takes its name."""
+    return path.parent / f"{_ASIDE}{path.name}"
+
+
 def rename(staged: Path, path: Path) -> None:
     """Give a finished folder its name; at every moment the old or the new one can be found (see `clean`)."""
-    aside = path.parent / f"{_ASIDE}{path.name}"
+    aside = aside_of(path)
     if path.exists():
         path.rename(aside)
     staged.rename(path)

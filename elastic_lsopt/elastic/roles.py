@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from elastic_lsopt.backends.ending import leave
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.agent import Agent
 from elastic_lsopt.elastic.endpoint import ENDPOINT, JOB, endpoint_by_mpi
@@ -51,16 +52,13 @@ def work(build: Build, settings: ElasticConfig, policy: Policy, journal: Journal
         runtime.main()
     except UserError as error:
         link.tell("failed", error=" ".join(str(error).split()))
-        os._exit(2)  # peers may wait in a collective, and are told by the end of this process
+        leave(2)  # peers may wait in a collective, and are told by the end of this process
     except BaseException:
         import traceback
 
         sys.stderr.write(f"worker {link.name}:\n{traceback.format_exc()}")
-        sys.stderr.flush()
-        os._exit(1)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # gloo's threads need not be waited for
+        leave(1)
+    leave(0)  # gloo's threads need not be waited for
 
 
 def serve(
@@ -85,10 +83,7 @@ def serve(
         environment=_environment(workers),
     )  # fmt: skip
     silence_torch()
-    code = Agent(node).main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # threads may wait in the network for ever
+    leave(Agent(node).main())  # threads may wait in the network for ever
 
 
 def _log_to_stderr() -> None:
