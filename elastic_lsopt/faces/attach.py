@@ -8,7 +8,8 @@ from typing import Any
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.loss import Loss, LossFunction, as_loss
+from elastic_lsopt.oracle.default_loss import as_loss
+from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.products import Mode
 from elastic_lsopt.oracle.units_oracle import UnitsOracle
 from elastic_lsopt.space.geometry import ParameterSpace

@@ -15,7 +15,8 @@ from elastic_lsopt.faces.report import StepReport
 from elastic_lsopt.faces.step import LandscapeStep
 from elastic_lsopt.optimizers.registry import Method, State
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.loss import Loss, LossFunction, as_loss
+from elastic_lsopt.oracle.default_loss import as_loss
+from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.units_oracle import UnitsOracle
 from elastic_lsopt.space.geometry import ParameterSpace
 

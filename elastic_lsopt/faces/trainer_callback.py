@@ -20,7 +20,8 @@ from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.faces.eval_mode import eval_mode
 from elastic_lsopt.faces.report import log
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.loss import Loss, LossFunction, as_loss
+from elastic_lsopt.oracle.default_loss import as_loss
+from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.products import Mode
 from elastic_lsopt.oracle.units import Unit
 from elastic_lsopt.oracle.units_oracle import UnitsOracle

@@ -60,19 +60,6 @@ def cross_entropy_product_(logits: Tensor, weights: Tensor, t: Tensor) -> Tensor
     return t
 
 
-@dataclass(frozen=True)
-class _Whole:
-    """A plain `loss_fn(model, batch)`: a mean over the batch's samples."""
-
-    function: LossFunction
-
-    def __call__(self, model: Any, batch: Any) -> Tensor:
-        return self.function(model, batch)
-
-    def count(self, batch: Any) -> float:
-        return float(samples(batch))
-
-
 def samples(batch: Any) -> int:
     """Samples of a batch: the first dimension of its first tensor. Raises UserError where it holds none."""
     values = list(batch.values()) if isinstance(batch, Mapping) else batch
@@ -85,8 +72,49 @@ def samples(batch: Any) -> int:
     )
 
 
-def _unmasked_targets(batch: Mapping[str, Tensor]) -> Tensor:
-    return (batch["labels"][..., 1:] != -100).sum()
+@dataclass(frozen=True)
+class Unsplit:
+    """A loss in one step, `function(model, batch)`: a mean over `count(batch)` terms."""
+
+    function: LossFunction
+    count: Callable[[Any], float | Tensor] = samples
+    outputs: Callable[[Any, Any], Any] | None = None
+    """(model, batch) -> what the loss is made of, where that can be had without it."""
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        return self.function(model, batch)
+
+
+def unmasked(labels: Tensor) -> Tensor:
+    """How many labels are not -100: a 0-d tensor, because reading the number would wait for a GPU."""
+    return (labels != -100).sum()
+
+
+def refuse_labels_out_of_range(labels: Tensor, classes: int) -> None:
+    """Raise UserError naming the first label that is no class and its sample, a row of `labels`."""
+    outside = (labels != -100) & ((labels < 0) | (labels >= classes))
+    if outside.any():
+        row = outside.reshape(len(labels), -1).any(1).nonzero()[0].item()
+        raise UserError(
+            f"label {labels[outside][0].item()} of sample {row} of a micro-batch is outside of 0 … {classes - 1}, the "
+            "classes that the model knows; mend the data, or give the model more classes (-100 masks a label)."
+        )
+
+
+def _total_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed over labels (rows …) that are not masked; logits (rows …, classes)."""
+    try:
+        return nn.functional.cross_entropy(
+            _wide(logits).flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum"
+        )
+    except IndexError:  # of a CPU's kernel
+        refuse_labels_out_of_range(labels, logits.shape[-1])
+        raise
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least fp32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def causal_lm_loss() -> Loss:
@@ -95,31 +123,30 @@ def causal_lm_loss() -> Loss:
     def forward(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return model(**{k: v for k, v in batch.items() if k != "labels"}).logits
 
+    def count(batch: Mapping[str, Tensor]) -> Tensor:
+        return unmasked(batch["labels"][..., 1:])
+
     def criterion(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        targets = batch["labels"][..., 1:].reshape(-1)
-        total = nn.functional.cross_entropy(
-            _wide(logits[..., :-1, :]).flatten(0, -2), targets, ignore_index=-100, reduction="sum"
-        )
-        return total / _unmasked_targets(batch).clamp(min=1)
+        total = _total_cross_entropy(logits[..., :-1, :], batch["labels"][..., 1:])
+        return total / count(batch).clamp(min=1)
 
     def curvature(logits: Tensor, batch: Mapping[str, Tensor], t: Tensor) -> Tensor:
         # The last position predicts nothing: its weight is 0.
         kept = nn.functional.pad(batch["labels"][..., 1:] != -100, (0, 1)).to(t.dtype)
-        weights = kept / _unmasked_targets(batch).clamp(min=1)
+        weights = kept / count(batch).clamp(min=1)
         t = t.contiguous()
         cross_entropy_product_(logits.flatten(0, -2), weights.flatten(), t.flatten(0, -2))
         return t
 
-    return Loss(forward, criterion, _unmasked_targets, curvature)
+    return Loss(forward, criterion, count, curvature)
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """At least fp32."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+def classification_loss(*, several: bool = True) -> Loss:
+    """The mean loss over samples of a model with `.logits` (b, classes), or of one from `x` to logits.
 
-
-def classification_loss() -> Loss:
-    """The mean cross-entropy over samples (-100 masks) of a model with `.logits`, or of one from `x` to logits."""
+    Labels of whole numbers (b,) are classes: cross-entropy, -100 masks. Labels of floats (b, classes), each in 0 … 1,
+    say which classes a sample has (`several`): binary cross-entropy, its mean over the classes.
+    """
 
     def forward(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -127,43 +154,31 @@ def classification_loss() -> Loss:
             return model(inputs["x"])
         return model(**inputs).logits
 
-    def count(batch: Mapping[str, Tensor]) -> Tensor:
-        return (batch["labels"] != -100).sum()
+    def count(batch: Mapping[str, Tensor]) -> float | Tensor:
+        labels = batch["labels"]
+        return float(len(labels)) if labels.is_floating_point() else unmasked(labels)
 
     def criterion(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        total = nn.functional.cross_entropy(_wide(logits), batch["labels"], ignore_index=-100, reduction="sum")
-        return total / count(batch).clamp(min=1)
+        labels = batch["labels"]
+        if several and labels.is_floating_point() and labels.shape == logits.shape:
+            return nn.functional.binary_cross_entropy_with_logits(_wide(logits), labels.to(_wide(logits).dtype))
+        if labels.is_floating_point() or labels.numel() * logits.shape[-1] != logits.numel():
+            raise UserError(
+                f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit logits of shape "
+                f"{tuple(logits.shape)}: give whole numbers of shape {tuple(logits.shape[:-1])}"
+                + (f", or for several classes a sample floats of shape {tuple(logits.shape)}." if several else ".")
+            )
+        return _total_cross_entropy(logits, labels) / unmasked(labels).clamp(min=1)
 
     def curvature(logits: Tensor, batch: Mapping[str, Tensor], t: Tensor) -> Tensor:
-        weights = (batch["labels"] != -100).to(t.dtype) / count(batch).clamp(min=1)
+        labels = batch["labels"]
+        if labels.is_floating_point():
+            p = logits.to(t.dtype).sigmoid()
+            return t * (p * (1 - p) / p.numel())
+        weights = (labels != -100).to(t.dtype) / unmasked(labels).clamp(min=1)
         return cross_entropy_product_(logits, weights, t.contiguous())
 
     return Loss(forward, criterion, count, curvature)
-
-
-def as_loss(loss_fn: Loss | LossFunction | None, module: nn.Module) -> Loss | _Whole:
-    """What the user gave, or the default: `model(**batch).loss`, split and weighed by tokens for Hugging Face models.
-
-    Raises UserError where there is no default.
-    """
-    if isinstance(loss_fn, Loss):
-        return loss_fn
-    if loss_fn is not None:
-        return _Whole(loss_fn)
-    kind = type(module).__name__
-    if kind.endswith(("ForCausalLM", "LMHeadModel")):
-        return causal_lm_loss()
-    # Regression and several labels a sample have losses of their own, which transformers knows by the config.
-    problem = getattr(getattr(module, "config", None), "problem_type", None)
-    one_label = problem in (None, "single_label_classification") and getattr(module, "num_labels", 2) > 1
-    if kind.endswith("ForSequenceClassification") and one_label:
-        return classification_loss()
-    if hasattr(module, "config"):
-        return _Whole(lambda model, batch: model(**batch).loss)
-    raise UserError(
-        f"loss_fn is missing and {kind} is no Hugging Face model with a default loss; pass "
-        "loss_fn=lambda model, batch: … (the mean loss of the batch) or lso.Loss(forward, criterion, count)."
-    )
 
 
 def refuse_coupled_samples(module: nn.Module) -> None:
@@ -176,14 +191,15 @@ def refuse_coupled_samples(module: nn.Module) -> None:
             )
 
 
-def idle(loss: Loss | _Whole, model: Any, batch: Any) -> Tensor:
+def idle(loss: Loss | Unsplit, model: Any, batch: Any) -> Tensor:
     """Zero, with zero gradient, but still connected: an idle slot takes part in every collective and adds nothing.
 
-    Selected, never multiplied. A split loss is cut before its criterion, whose backward is NaN however small its weight
-    where it divides by a count of zero (all labels masked).
+    Selected, never multiplied. Where it can be, the loss is cut before its mean, whose backward is NaN however small
+    its weight where it divides by a count of zero (all labels masked).
     """
-    if isinstance(loss, Loss):
-        leaves = tree_leaves(loss.forward(model, batch))
+    outputs = loss.forward if isinstance(loss, Loss) else loss.outputs
+    if outputs is not None:
+        leaves = tree_leaves(outputs(model, batch))
         values = [t.sum() for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     else:
         values = [loss(model, batch)]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.training.corpus import Document, bigram_entropy, documents, held_out
+from elastic_lsopt.training.models import class_names
 from elastic_lsopt.training.tokens import Tokens, tokens_of
 
 Batch = dict[str, Tensor]
@@ -46,6 +47,8 @@ class Data:
     """The vocabulary of text; None for numbers."""
     classes: tuple[str, ...] = ()
     """Names of the classes, by label; empty for causal_lm."""
+    labels_are_names: bool = False
+    """Whether the source names the classes, so that the model's config should; else `classes` are the numbers."""
     bigram_entropy: float | None = None
     """causal_lm: H(next byte | byte) of the whole corpus, in nats a byte."""
     bytes_per_token: float | None = None
@@ -55,6 +58,18 @@ class Data:
     def vocabulary_size(self) -> int | None:
         """Ids of the vocabulary; None for numbers."""
         return self.tokens.size if self.tokens else None
+
+    def refuse_labels_beyond(self, classes: int) -> None:
+        """Raise SettingError naming the first label that is none of the model's `classes`, and its sample."""
+        for part, samples in (("training", self.train), ("held-out", self.eval)):
+            labels = np.asarray(getattr(samples, "labels", ()))
+            if (labels >= classes).any():
+                first = int((labels >= classes).argmax())
+                raise SettingError(
+                    "model.num_labels",
+                    f"label {labels[first]} of sample {first} of the {part} part is outside of 0 … {classes - 1}, the "
+                    "classes of the model; leave num_labels out (it follows the data) or mend the labels.",
+                )
 
 
 def build_data(config: TrainConfig) -> Data:
@@ -180,25 +195,32 @@ def _sequence_classification(config: TrainConfig, tokens: Tokens) -> Data:
         names.append(document.name)
         texts.append(tokens.encode_whole(document.text, config.block_size))
         given.append(document.label)
-    classes, labels = _classes(given, config.dataset_label_field)
+    classes, labels = _classes(given, config.dataset_label_field, class_names(config))
     out = held_out(names, config.eval_fraction)
     train, evaluation = (
         LabelledTexts([texts[i] for i in chosen], [labels[i] for i in chosen])
         for chosen in (np.flatnonzero(~out), np.flatnonzero(out))
     )
     collate = partial(collate_texts, padding=tokens.padding)
-    return Data(train=train, eval=evaluation, collate=collate, tokens=tokens, classes=classes)
+    return Data(
+        train=train, eval=evaluation, collate=collate, tokens=tokens, classes=classes,
+        labels_are_names=isinstance(given[0], str),
+    )  # fmt: skip
 
 
-def _classes(given: list[int | str | None], field: str) -> tuple[tuple[str, ...], list[int]]:
-    """Integers are labels already, 0 … largest; names are numbered in alphabetical order."""
+def _classes(
+    given: list[int | str | None], field: str, known: tuple[str, ...] = ()
+) -> tuple[tuple[str, ...], list[int]]:
+    """Integers are labels already, 0 … largest; names are numbered as in the model, where it knows them all (its head
+    would have to learn another order), else in alphabetical order.
+    """
     if all(isinstance(label, int) for label in given):
         if min(given) < 0:
             raise SettingError("dataset_label_field", f"field {field!r} holds {min(given)}; classes count from 0.")
         return tuple(str(i) for i in range(max(given) + 1)), [int(label) for label in given]
     if not all(isinstance(label, str) for label in given):
         raise SettingError("dataset_label_field", f"field {field!r} mixes integers and names; use one of them.")
-    names = sorted(set(given))
+    names = list(known) if known and set(given) <= set(known) else sorted(set(given))
     number = {name: i for i, name in enumerate(names)}
     return tuple(names), [number[label] for label in given]
 

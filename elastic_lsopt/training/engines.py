@@ -17,7 +17,8 @@ from elastic_lsopt.errors import UserError
 from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.faces.initialize import initialize
 from elastic_lsopt.optimizers.registry import Method
-from elastic_lsopt.oracle.loss import Loss, causal_lm_loss, classification_loss
+from elastic_lsopt.oracle.default_loss import adds_router_loss, as_loss
+from elastic_lsopt.oracle.loss import Loss, Unsplit, causal_lm_loss, classification_loss
 from elastic_lsopt.training.data import Data
 from elastic_lsopt.training.models import apply_activation_checkpointing, blocks, build_model
 
@@ -29,12 +30,13 @@ def build_engine(config: TrainConfig, method: Method, data: Data, world: World, 
 
     Each rank first builds the whole model in host memory; loading a model that is larger than that comes later.
     """
-    model = build_model(
-        config, vocabulary_size=data.vocabulary_size, classes=len(data.classes) or None, device=world.device
-    )
+    classes = data.classes if data.labels_are_names else len(data.classes)
+    model = build_model(config, vocabulary_size=data.vocabulary_size, classes=classes or None, device=world.device)
+    if config.task == "sequence_classification":
+        data.refuse_labels_beyond(model.config.num_labels)  # type: ignore[union-attr,arg-type]
     if config.activation_checkpointing:
         apply_activation_checkpointing(model)
-    loss, base = loss_of(config), _base(config, model)
+    loss, base = loss_of(config, model), _base(config, model)
     options: dict[str, Any] = {"seed": config.seed, "total_samples": total_samples}
     if config.backend == "deepspeed":
         assert config.deepspeed is not None
@@ -112,22 +114,29 @@ def _base(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.optim.
     return build
 
 
-def plain_loss_of(config: TrainConfig) -> Loss:
-    """The task's loss, in whatever precision the model has."""
-    return causal_lm_loss() if config.task == "causal_lm" else classification_loss()
+def plain_loss_of(config: TrainConfig, model: nn.Module) -> Loss | Unsplit:
+    """The task's loss, in whatever precision the model has; with its routers' loss where the model adds one."""
+    if config.task != "causal_lm":
+        return classification_loss()
+    return as_loss(None, model) if adds_router_loss(model) else causal_lm_loss()
 
 
-def loss_of(config: TrainConfig) -> Loss:
+def loss_of(config: TrainConfig, model: nn.Module) -> Loss | Unsplit:
     """The task's loss as the engine computes it."""
-    loss = plain_loss_of(config)
+    loss = plain_loss_of(config, model)
     if not config.bf16 or config.backend == "fsdp2":
         return loss
 
-    def forward(model: Any, batch: Any) -> Any:
-        if config.backend == "deepspeed":  # its weights are bfloat16, and so must be what they meet
-            return loss.forward(model, {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()})
-        device = next(iter(batch.values())).device.type
-        with torch.autocast(device, dtype=torch.bfloat16):
-            return loss.forward(model, batch)
+    def cast(forward: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def run(model: Any, batch: Any) -> Any:
+            if config.backend == "deepspeed":  # its weights are bfloat16, and so must be what they meet
+                return forward(model, {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()})
+            device = next(iter(batch.values())).device.type
+            with torch.autocast(device, dtype=torch.bfloat16):
+                return forward(model, batch)
 
-    return Loss(forward, loss.criterion, loss.count)
+        return run
+
+    if isinstance(loss, Unsplit):
+        return Unsplit(cast(loss.function), loss.count, None if loss.outputs is None else cast(loss.outputs))
+    return Loss(cast(loss.forward), loss.criterion, loss.count)

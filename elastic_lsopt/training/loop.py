@@ -83,7 +83,11 @@ class TrainingRun:
         self.stopped, self.eval_loss = False, None
         self._rate = LearningRate(peak=config.learning_rate, shape=config.lr_scheduler_type, warmup=config.warmup_ratio)
         self._rates = None if world.plan is None else Rates(self.engine, world.plan)
-        self._probing = Probing(config, self.engine, data, world, plain_loss_of(config)) if config.probes else None
+        self._probing = (
+            Probing(config, self.engine, data, world, plain_loss_of(config, self.engine.module))
+            if config.probes
+            else None
+        )
         self._checkpoints: Checkpointer | None = None
         self._folder: RunFolder | None = None
 

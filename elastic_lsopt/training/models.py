@@ -11,7 +11,7 @@ model in host memory: streamed loading of a model that is larger than that is no
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -29,20 +29,23 @@ from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.slot import replayed
 from elastic_lsopt.training.tokens import ByteTokens, tokens_of
 
+_SAFE = {"trust_remote_code": False}
+"""No remote code (and no pickled weights): both would run what the folder's author wrote."""
+
 
 def build_model(
     config: TrainConfig,
     *,
     vocabulary_size: int | None = None,
-    classes: int | None = None,
+    classes: int | Sequence[str] | None = None,
     device: torch.device | str | None = None,
 ) -> nn.Module:
     """The model in training mode, its random weights drawn from `config.seed` alone; torch's generators stay.
 
-    `vocabulary_size` and `classes` (labels of sequence_classification) come from the data; None: the tokenizer's size,
-    and the number in `model`, the folder or Hugging Face's default of 2. `device="meta"` gives shapes without memory
-    (and without the weights of a folder); on any other device the weights are drawn on the CPU first, so they do not
-    depend on it.
+    `vocabulary_size` and `classes` (of sequence_classification: their number, or their names, which go into the config)
+    come from the data; None: the tokenizer's size, and the number in `model`, the folder or Hugging Face's default, 2.
+    `device="meta"` gives shapes without memory (and without the weights of a folder); on any other device the weights
+    are drawn on the CPU first, so they do not depend on it.
 
     Raises SettingError, one line, for a model that is missing, a key or import path that is wrong, a vocabulary or a
     context that is too small.
@@ -100,13 +103,29 @@ def _imported(path: str, args: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _transformer(config: TrainConfig, vocabulary_size: int | None, classes: int | None, meta: bool) -> nn.Module:
+def class_names(config: TrainConfig) -> tuple[str, ...]:
+    """The names that the model gives its classes, by label, in its folder or in `model`; empty where it names none."""
+    from transformers import AutoConfig
+
+    names: Mapping[Any, str] = {}
+    if config.model is not None:
+        names = config.model.get("id2label", {})
+    elif config.model_name_or_path is not None:
+        where = config.model_name_or_path
+        with _one_line("model_name_or_path", f"model_name_or_path={where!r}"):
+            names = AutoConfig.from_pretrained(_folder(where), **_SAFE).id2label or {}
+    numbered = {int(label): str(name) for label, name in names.items()}
+    return tuple(numbered[i] for i in range(len(numbered))) if set(numbered) == set(range(len(numbered))) else ()
+
+
+def _transformer(
+    config: TrainConfig, vocabulary_size: int | None, classes: int | Sequence[str] | None, meta: bool
+) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForCausalLM if config.task == "causal_lm" else AutoModelForSequenceClassification
-    labels = {"num_labels": classes} if classes is not None and config.task != "causal_lm" else {}
-    # No remote code and no pickled weights: both would run what the folder's author wrote.
-    safe = {"trust_remote_code": False}
+    labels = _labels(classes) if classes is not None and config.task != "causal_lm" else {}
+    safe = _SAFE
     if config.model is not None:
         shape, attention = _from_scratch(config, config.model, vocabulary_size, labels)
         _check_fits(config, shape, vocabulary_size)
@@ -132,8 +151,15 @@ def _transformer(config: TrainConfig, vocabulary_size: int | None, classes: int 
     return model
 
 
+def _labels(classes: int | Sequence[str]) -> dict[str, Any]:
+    """The keys of a Hugging Face config that say how many classes there are, and their names."""
+    if isinstance(classes, int):
+        return {"num_labels": classes}
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+
+
 def _from_scratch(
-    config: TrainConfig, given: Mapping[str, Any], vocabulary_size: int | None, labels: Mapping[str, int]
+    config: TrainConfig, given: Mapping[str, Any], vocabulary_size: int | None, labels: Mapping[str, Any]
 ) -> tuple[Any, str]:
     """The Hugging Face config of `model:`, what it leaves out filled in; and the attention's implementation."""
     from transformers import CONFIG_MAPPING, PretrainedConfig

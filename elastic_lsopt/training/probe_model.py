@@ -111,7 +111,7 @@ def answer(question: Question, world: World, say: Any = lambda line: None) -> di
     engine.module.eval()
     other = _weights_of(question.other, question, engine, data, world) if question.other is not None else None
     units, single = fixed_units(data, config, world, question.units)
-    loss, products = plain_loss_of(config), question.products
+    loss, products = plain_loss_of(config, engine.module), question.products
 
     def oracle(own: Sequence[Any], *, checked: bool) -> UnitsOracle:
         return UnitsOracle(

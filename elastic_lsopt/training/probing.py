@@ -20,7 +20,7 @@ from elastic_lsopt.elastic.world import World
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.faces.eval_mode import eval_mode
-from elastic_lsopt.oracle.loss import Loss
+from elastic_lsopt.oracle.loss import Loss, Unsplit
 from elastic_lsopt.oracle.products import Mode
 from elastic_lsopt.oracle.units import Unit
 from elastic_lsopt.oracle.units_oracle import UnitsOracle
@@ -61,7 +61,7 @@ class Probing:
     nothing. A kernel's own RuntimeError is not told from a dead peer's, and ends the step as one would.
     """
 
-    def __init__(self, config: TrainConfig, engine: Engine, data: Data, world: World, loss: Loss) -> None:
+    def __init__(self, config: TrainConfig, engine: Engine, data: Data, world: World, loss: Loss | Unsplit) -> None:
         self.probes = check_probes(config.probes)
         self._config, self._engine, self._data, self._world, self._loss = config, engine, data, world, loss
         self._began, self._spent = time.monotonic(), dict.fromkeys(self.probes, 0.0)
