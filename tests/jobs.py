@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from tests.ranks import ROOT, Ranks, free_port, rank_environment
+from tests.warm import Popen, is_server
 
 WORDS = ["alpha", "beta", "gamma", "delta", "loss", "sharp", "flat", "node", "rank", "shard"]
 BIN = Path(sys.executable).parent
@@ -83,7 +84,7 @@ class Started:
         self.arguments, self._end = arguments, time.monotonic() + limit_s
         self._log = folder / f"output-{time.monotonic_ns()}.txt"
         with self._log.open("wb") as out:
-            self.process = subprocess.Popen(
+            self.process = Popen(
                 arguments, cwd=ROOT, env=rank_environment(PATH=f"{BIN}:{os.environ['PATH']}"), stdin=subprocess.DEVNULL,
                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
@@ -94,7 +95,7 @@ class Started:
 
     def workers(self) -> list[int]:
         """The process ids of the ranks (the children, for own workers and torchrun)."""
-        return _children(self.process.pid)
+        return [pid for pid in _children(self.process.pid) if not is_server(pid)]
 
     def until(self, reached: Callable[[], bool]) -> None:
         """Wait for it while the job runs."""

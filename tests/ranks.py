@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.warm import ROOT, Popen
+
 GRACE_S = 8.0
 
 
@@ -52,7 +53,7 @@ class Ranks:
 
     def __init__(self, world: int) -> None:
         self.world = world
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[Popen] = []
 
     def run(self, case: str, *, timeout_s: float = 90.0, **arguments: Any) -> list[Any]:
         """Each rank's result of `function(**arguments)`, in order. Raises RankFailure with every rank's log."""
@@ -85,7 +86,7 @@ class Ranks:
             )  # fmt: skip
             with log.open("wb") as out:
                 self._processes.append(
-                    subprocess.Popen(
+                    Popen(
                         [sys.executable, "-m", "tests.rank_main"],
                         cwd=ROOT,
                         env=env,

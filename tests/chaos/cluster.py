@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 from elastic_lsopt.elastic.journal import read_journal
 from tests.ranks import ROOT, free_port, rank_environment
+from tests.warm import Popen
 
 Row = dict[str, Any]
 
@@ -38,7 +38,7 @@ class Cluster:
         }  # fmt: skip
         self._settings = folder / "settings.json"
         self._settings.write_text(json.dumps(settings))
-        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self.nodes: dict[str, Popen] = {}
         self.codes: dict[str, int] = {}
         self._count = 0
 
@@ -61,7 +61,7 @@ class Cluster:
         self._count += 1
         name = f"n{self._count}"
         with (self.folder / f"{name}.log").open("wb") as log:
-            self.nodes[name] = subprocess.Popen(
+            self.nodes[name] = Popen(
                 [sys.executable, "-W", "ignore", "-m", "tests.chaos.job", str(self._settings)], cwd=ROOT,
                 env=rank_environment(ELASTIC_LSOPT_NODE=name), stdout=log, stderr=log,
             )  # fmt: skip

@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from tests.chaos.cluster import Cluster
 from tests.ranks import ROOT, rank_environment
+from tests.warm import Popen
 
 NOBODY = "02:00:00:00:ff:ff"
 PORT = 29400
@@ -143,7 +144,7 @@ class SplitCluster(Cluster):
         self._count += again is None
         name = again or f"n{self._count}"
         with (self.folder / f"{name}.log").open("wb") as log:
-            self.nodes[name] = subprocess.Popen(
+            self.nodes[name] = Popen(
                 [
                     *self.network.inside(name), sys.executable, "-W", "ignore", "-m", "tests.chaos.job",
                     str(self._settings),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import pytest
 from tests.chaos.driver import check
 from tests.chaos.netns import PORT, Network, SplitCluster
 from tests.ranks import ROOT, rank_environment
+from tests.warm import Popen
 
 pytestmark = pytest.mark.skipif(Network.missing() is not None, reason=str(Network.missing()))
 
@@ -60,7 +60,7 @@ def test_two_mailboxes_hear_each_other_soon_after_the_network_is_whole(tmp_path:
     with Network(("n1", "n2")) as network, ExitStack() as stack, (tmp_path / "heard").open("w") as heard:
         addresses = {name: f"{network.address(name)}:{PORT}" for name in ("n1", "n2")}
         for me, other in (("n1", "n2"), ("n2", "n1")):
-            talker = subprocess.Popen(
+            talker = Popen(
                 [*network.inside(me), sys.executable, "-c", TALK, me, addresses[me], addresses[other]],
                 cwd=ROOT, env=rank_environment(), stdout=heard,
             )  # fmt: skip
