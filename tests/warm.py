@@ -5,11 +5,11 @@ Imports cost a new Python 2 to 6 s of a core, and a test that starts a job pays 
 Whatever else it is given, it executes. `LSOPT_TESTS_EXEC=1` executes everything.
 
 [Note: what a forked process has] Its own arguments and environment (in /proc too), working folder, session,
-descriptors, network namespace and random numbers, and an end through the interpreter's own exit. What a fork can't change is what
-imports have read from the environment (AT_IMPORT): where that differs, the process is executed. A forked process has a
-server of its own as a child, NAME, made while it has one thread, and its `subprocess.Popen` is the one of this file.
-What that server forks it gives to its parent (`_given_away`), so workers are children of whoever starts them: they are
-waited for, know their parent and end with it as if it had forked them itself.
+descriptors, network namespace and random numbers, and an end through the interpreter's own exit. What a fork can't
+change is what imports have read from the environment (AT_IMPORT): where that differs, the process is executed. A forked
+process has a server of its own as a child, NAME, made while it has one thread, and its `subprocess.Popen` is the one of
+this file. What that server forks it gives to its parent (`_given_away`), so workers are children of who starts them:
+they are waited for, know their parent and end with it as if it had forked them itself.
 
 [Note: one thread] A fork copies the calling thread alone, so whatever another holds is locked for ever in the child.
 The server never has a store, a group or a thread, and ends with an error if an import should start one.
@@ -343,6 +343,7 @@ def _prctl(option: int, value: Any) -> None:
 def run(arguments: list[str], folder: str) -> None:
     """As Python runs it."""
     first, *rest = arguments
+    sys.orig_argv = [sys.executable, *arguments]
     if first == "-m":
         sys.path[0], sys.argv = folder, rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)

@@ -245,12 +245,12 @@ class Agent:
     def _reaped(self, worker: WorkerProcess, code: int) -> None:
         del self._workers[worker.name]
         if worker.finished:
-            rest = self._workers.values()
-            if not any(w.entered and not w.finished for w in rest):
-                for spare in [w for w in rest if not w.entered]:  # started anew, and too late to take part
-                    spare.finished = True
-                    spare.kill()
-                self._advance(record.Finished())
+            # The last barrier is behind all who were in it. Who is left has nothing to do any more, or came too late to
+            # take part: such a worker may wait in a newer generation for those who have just finished.
+            for other in self._workers.values():
+                other.finished = True
+                other.kill()
+            self._advance(record.Finished())
             if self._generation is not None and not self._generation.ranks:  # all workers were told to go, and saved
                 self._go()
             return

@@ -23,6 +23,7 @@ import gc
 import os
 import signal
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -227,6 +228,7 @@ class Runtime:
             run.settle(save=True)
         self._link.generation = LAST
         run.finish()
+        sys.stdout.flush()  # the agent of the first that is through the barrier may end the others
         dist.barrier(group)
         self._link.tell("finished")
         return True

@@ -23,38 +23,43 @@ from torch.distributed.fsdp import fully_shard
 import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
 
-folder, endpoint = pathlib.Path(sys.argv[1]), sys.argv[2]
+folder, endpoint, event = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+name = os.environ.get("ELASTIC_LSOPT_WORKER", "")
 rows = [(torch.randn(12, generator=torch.Generator().manual_seed(i)), i % 5) for i in range(96)]
 collate = lambda rows: (torch.stack([x for x, _ in rows]), torch.tensor([y for _, y in rows]))
 loss = lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 def build(world):
+    while event == "a worker comes" and name.endswith("-2") and not (folder / "finishing").exists():
+        time.sleep(0.02)                               # in its warm-up, until the other one has made all steps
     torch.manual_seed(0)
     model = fully_shard(torch.nn.Linear(12, 5))
     backend = backend_for(model, torch.optim.SGD(model.parameters(), lr=0.1))
     engine = lso.Engine(backend, lso.Plain(), loss_fn=loss, total_samples=8 * STEPS)
     return lso.elastic.Job(
         world=world, engine=engine, dataset=rows, collate=collate, on_step=note, checkpoints=folder / "checkpoints",
-        on_finish=lambda job: time.sleep(float(sys.argv[4])),
+        on_finish=lambda job: ((folder / "finishing").touch(), time.sleep(float(sys.argv[4]))),
     )
 
 def note(job, row):
     with (folder / f"steps-{os.getpid()}.jsonl").open("a") as out:
         print(json.dumps(row), file=out)
-    if sys.argv[3] == "n2 leaves" and row["step"] == STEPS - 1 and os.environ["ELASTIC_LSOPT_NODE"] == "n2":
+    if event == "n2 leaves" and row["step"] == STEPS - 1 and os.environ["ELASTIC_LSOPT_NODE"] == "n2":
         os.kill(os.getppid(), signal.SIGTERM)          # this node is told to go
         time.sleep(1.0)                                # its agent says so, and the flag rides on the last step
 
 reference = lso.elastic.Hyperparameters(global_batch_size=8, learning_rate=0.1)
-elastic = {"endpoint": endpoint, "address": "127.0.0.1", "min_nodes": 2}
-lso.elastic.run(build, elastic, reference=reference, unit_size=2, output_dir=folder)
+alone = event == "a worker comes"
+elastic = {"endpoint": endpoint, "address": "127.0.0.1", "min_nodes": 2 - alone}
+lso.elastic.run(build, elastic, reference=reference, unit_size=2, output_dir=folder, workers=1 + alone)
 """.replace("STEPS", str(STEPS))
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize(("event", "finish_s"), [("n2 leaves", 0.0), ("n3 joins", 10.0)])
+@pytest.mark.parametrize(("event", "finish_s"), [("n2 leaves", 0.0), ("n3 joins", 5.0), ("a worker comes", 3.0)])
 def test_a_change_at_the_end(tmp_path: Path, event: str, finish_s: float) -> None:
-    """n2 leaves with the last step; n3 is let in while the others finish, and would wait for them for ever."""
+    """n2 leaves with the last step; n3, or a node's second worker, is let in while the others finish, and would wait
+    for them for ever."""
     loop, folder, endpoint = tmp_path / "loop.py", tmp_path / "run", f"127.0.0.1:{free_port()}"
     folder.mkdir()
     loop.write_text(LOOP)
@@ -63,7 +68,8 @@ def test_a_change_at_the_end(tmp_path: Path, event: str, finish_s: float) -> Non
         job = [str(loop), str(folder), endpoint, event, str(finish_s)]
         return Started(["env", f"ELASTIC_LSOPT_NODE={name}", sys.executable, *job], tmp_path)
 
-    nodes = [start("n1"), start("n2")]
+    names = ("n1",) if event == "a worker comes" else ("n1", "n2")
+    nodes = [start(name) for name in names]
     try:
         if event == "n3 joins":
             nodes[0].until(lambda: len([*folder.glob("steps-*.jsonl")]) == 2)
@@ -74,5 +80,5 @@ def test_a_change_at_the_end(tmp_path: Path, event: str, finish_s: float) -> Non
             node.kill()
     assert latest(folder / "checkpoints") == folder / "checkpoints" / f"checkpoint-{STEPS}"
     notes = [json.loads(line) for file in folder.glob("steps-*.jsonl") for line in file.read_text().splitlines()]
-    assert sorted(row["step"] for row in notes) == sorted(2 * [*range(1, STEPS + 1)]), notes
+    assert sorted(row["step"] for row in notes) == sorted(len(names) * [*range(1, STEPS + 1)]), notes
     assert os.listdir(folder / "checkpoints") == [f"checkpoint-{STEPS}"] and len(read_journal(folder)) == 1
