@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
 from elastic_lsopt.elastic.loader import Dataset, StepLoader
 from elastic_lsopt.elastic.rates import Rates
+from elastic_lsopt.elastic.same_data import Identity, identity_of
 from elastic_lsopt.elastic.shards import ShardStream
 from elastic_lsopt.elastic.world import World
 from elastic_lsopt.errors import Unsupported, UserError
@@ -52,6 +53,10 @@ class Run(Protocol):
         """The generation has ended: let go of threads and files. No communication; peers may be dead."""
         ...
 
+    def data_identity(self) -> Identity:
+        """What this rank trains on, to be compared with the others'."""
+        ...
+
 
 @dataclass(kw_only=True)
 class Job:
@@ -62,6 +67,8 @@ class Job:
     the base optimizer's own rate times the plan's factor). `on_step(job, row)` is called on all ranks after each step
     and may use collectives, `on_finish(job)` after the last. `checkpoints` is a folder that all nodes share; the state
     goes there every `save_steps` steps, at the end and on a stop. Raises UserError for an engine without total_samples.
+    Before the first step and when a worker joins, ranks compare their data sets: the length, and a few samples, which
+    are read twice for that; a stream's shards by their names.
     """
 
     world: World
@@ -145,6 +152,9 @@ class Job:
     def abandon(self) -> None:
         if self._checkpointer is not None:
             self._checkpointer.abandon()
+
+    def data_identity(self) -> Identity:
+        return identity_of(self.dataset)
 
 
 def refuse_what_counts_steps_or_ranks(engine: Engine) -> None:

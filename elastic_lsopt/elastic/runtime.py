@@ -47,6 +47,7 @@ from elastic_lsopt.elastic.mailbox import connect, split_address
 from elastic_lsopt.elastic.mirror import Mirror
 from elastic_lsopt.elastic.plan import Plan, Policy, Worker, plan
 from elastic_lsopt.elastic.reshard import choose, inventory, reshard
+from elastic_lsopt.elastic.same_data import SameData
 from elastic_lsopt.elastic.versions import HostVersions
 from elastic_lsopt.elastic.world import World, device_of
 from elastic_lsopt.errors import PeerFailed, UserError
@@ -84,7 +85,7 @@ class Runtime:
     ) -> None:
         self._build, self._settings, self._policy = build, settings, policy
         self._journal, self._link = journal, link
-        self._versions = HostVersions()
+        self._versions, self._same_data = HostVersions(), SameData()
         self._pushed: list[int] = []
         """Steps of this generation that were pushed to the mirror, from the committed one on."""
         self._number = 0
@@ -180,6 +181,7 @@ class Runtime:
         refuse_what_counts_steps_or_ranks(run.engine)
         run.engine.signals = self._signals
         run.engine.backend.transport.at_once = True
+        self._same_data.check(group, run.data_identity)
         phases.end("build")
         moved = 0
         if chosen is None:
@@ -384,10 +386,10 @@ class Runtime:
         says ready: the others wait for nothing of that."""
         os.environ["LOCAL_RANK"] = "0"
         form_group("gloo", dist.HashStore(), 0, 1, timedelta(seconds=FORM_TIMEOUT_S))
-        clock = SampleClock()
         policy = replace(self._policy, max_accumulation=None)  # which is of the real world, not of this one
-        alone = plan([Worker(0, "", None)], policy, clock, before=None, gain=None)
+        alone = plan([Worker(0, "", None)], policy, SampleClock(), before=None, gain=None)
         run = self._build(World(0, 1, device_of(0), dist.HashStore(), 0, alone))
+        self._same_data.learn(run.data_identity)
         run.abandon()
         tear_down(run.engine)
         gc.freeze()  # what the imports made stays for good: a change of members must not look through it (0.2 s)

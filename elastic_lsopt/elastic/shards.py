@@ -80,11 +80,11 @@ class ShardStream:
         Ranks may say it in different words, since the shard is the last that this rank has met; each is right.
         """
         begin, shard = self._begin_before(committed)
-        return {"shard": shard, "offset": committed - begin, "seed": self.order.seed, "shards": self._digest()}
+        return {"shard": shard, "offset": committed - begin, "seed": self.order.seed, "shards": self.digest()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go to the committed place (`committed` among the keys). Raises UserError for other shards or another seed."""
-        for name, now in (("seed", self.order.seed), ("shards", self._digest())):
+        for name, now in (("seed", self.order.seed), ("shards", self.digest())):
             if state_dict.get(name) != now:
                 raise UserError(
                     f"the checkpoint was made with other {'shards' if name == 'shards' else 'order of shards'} "
@@ -94,7 +94,8 @@ class ShardStream:
             self._begins = [(state_dict["committed"] - state_dict["offset"], state_dict["shard"])]
             self._reader = None
 
-    def _digest(self) -> int:
+    def digest(self) -> int:
+        """Of the shards' names, in their order."""
         return zlib.crc32("\n".join(self.shards).encode())
 
     def _begin_before(self, position: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from elastic_lsopt.config.settings import SettingError, TrainConfig
+from elastic_lsopt.elastic.same_data import Identity, digest_of
 from elastic_lsopt.training.corpus import Document, bigram_entropy, documents, held_out
 from elastic_lsopt.training.models import class_names
 from elastic_lsopt.training.tokens import Tokens, tokens_of
@@ -34,6 +35,11 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Any: ...
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """All content."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +64,19 @@ class Data:
     def vocabulary_size(self) -> int | None:
         """Ids of the vocabulary; None for numbers."""
         return self.tokens.size if self.tokens else None
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What must be the same on all ranks: lengths, and digests of all content; about 1 s/GB, once."""
+        parts = (("training", self.train), ("held-out", self.eval))
+        sizes = {f"{name} samples": len(samples) for name, samples in parts}
+        digests = {f"digest of the {name} part": digest_of(*samples.arrays) for name, samples in parts}
+        return {
+            **sizes,
+            **digests,
+            "classes": len(self.classes),
+            "digest of their names": digest_of(np.array(self.classes)),
+        }
 
     def refuse_labels_beyond(self, classes: int) -> None:
         """Raise SettingError naming the first label that is none of the model's `classes`, and its sample."""
@@ -93,6 +112,10 @@ class TokenBlocks:
     def __getitem__(self, index: int) -> NDArray[Any]:
         return self.blocks[index]
 
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        return (self.blocks,)
+
 
 class LabelledTexts:
     """Texts of different lengths in one array of tokens, and their classes."""
@@ -108,6 +131,10 @@ class LabelledTexts:
     def __getitem__(self, index: int) -> tuple[NDArray[Any], int]:
         return self.tokens[self.ends[index] : self.ends[index + 1]], int(self.labels[index])
 
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        return self.tokens, self.ends, self.labels
+
 
 class LabelledVectors:
     """Rows of numbers and their classes."""
@@ -120,6 +147,10 @@ class LabelledVectors:
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.float32], int]:
         return self.x[index], int(self.labels[index])
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        return self.x, self.labels
 
 
 def collate_blocks(blocks: list[NDArray[Any]]) -> Batch:

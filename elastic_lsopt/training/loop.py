@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
 from elastic_lsopt.checkpoint.folder import listing
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.loader import StepLoader
 from elastic_lsopt.elastic.rates import Rates
+from elastic_lsopt.elastic.same_data import Identity, refuse_other_data
 from elastic_lsopt.elastic.world import World
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.faces.engine import Engine
@@ -71,6 +74,9 @@ class TrainingRun:
     def __init__(self, config: TrainConfig, method: Method, data: Data, world: World, console: Console) -> None:
         self.config, self.data, self.world, self.console = config, data, world, console
         console.lead(world.is_first)
+        if world.plan is None and world.size > 1:
+            assert dist.group.WORLD is not None
+            refuse_other_data(dist.group.WORLD, data.identity)
         self.batch = config.global_batch_size if world.plan is None else world.plan.global_batch_size
         self.total_samples = _steps(config, len(data.train)) * config.global_batch_size
         self.engine = build_engine(config, method, data, world, self.total_samples)
@@ -176,6 +182,10 @@ class TrainingRun:
             self._checkpoints.abandon()
         if self._folder is not None:
             self._folder.close()
+
+    def data_identity(self) -> Identity:
+        """Sizes and digests of both parts: held-out parts of other lengths would wait for each other."""
+        return self.data.identity
 
     @property
     def _last_step(self) -> int:
