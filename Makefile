@@ -6,6 +6,7 @@ export OMP_NUM_THREADS ?= 1
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
+LANES ?= 3
 CHAOS_EVENTS ?= 200
 CHAOS_RESULTS ?= benchmarks/results/chaos.jsonl
 .PHONY: help install quickstart elastic-quickstart test test-fast test-all chaos lint format study bench bench-elastic schema clean
@@ -30,11 +31,11 @@ quickstart: $(INSTALLED)  ## train a small Llama on Python's standard library: S
 elastic-quickstart: $(INSTALLED)  ## workers that may die and come back: kill -9 one meanwhile; about a minute
 	$(BIN)/elastic-lsopt train configs/elastic-quickstart.yaml
 
-test: $(INSTALLED)  ## all laws and contracts on two cores, about half an hour
-	$(BIN)/python -m pytest tests -m "not full"
+test: $(INSTALLED)  ## all laws and contracts on two cores, 12 minutes
+	$(BIN)/python -m pytest tests -n $(LANES) -m "not full"
 
 test-fast: $(INSTALLED)  ## the minute before a commit
-	$(BIN)/python -m pytest tests -m "fast and not full"
+	$(BIN)/python -m pytest tests -n 2 -m "fast and not full"
 
 test-all: $(INSTALLED)  ## the full product of methods, backends, worlds and settings; takes what it takes
 	$(BIN)/python -m pytest tests

@@ -1,12 +1,29 @@
-"""Shared by all tests: groups of real processes, one a world size for the whole session."""
+"""Shared by all tests: lanes, and groups of real processes, one a world size for the whole session."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from tests.ranks import Ranks
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if lane := os.environ.get("PYTEST_XDIST_WORKER"):
+        from tests import lanes, warm
+
+        lanes.enter(lane)
+        warm.start_server()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.lanes import Lanes
+
+    return Lanes(config, log)
 
 
 @pytest.fixture(scope="session")

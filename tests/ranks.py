@@ -35,7 +35,8 @@ def free_port() -> int:
 
 
 def rank_environment(**more: str) -> dict[str, str]:
-    """The environment of a rank: one thread each, no accelerator but the CPU, this checkout on the path."""
+    """The environment of a rank: one thread each, no accelerator but the CPU, this checkout on the path. LOCAL_SIZE is
+    for DeepSpeed, which else asks a program for the number of sockets, 24 times an engine."""
     env = {
         k: v
         for k, v in os.environ.items()
@@ -43,7 +44,7 @@ def rank_environment(**more: str) -> dict[str, str]:
     }
     return {
         **env, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT),
-        "TOKENIZERS_PARALLELISM": "false",
+        "TOKENIZERS_PARALLELISM": "false", "LOCAL_SIZE": "1",
         "PYTHONFAULTHANDLER": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR", **more,
     }  # fmt: skip
 

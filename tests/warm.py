@@ -54,7 +54,8 @@ AT_IMPORT = (
 )  # fmt: skip
 MODULES = (
     "numpy", "scipy.stats", "sklearn.datasets", "matplotlib.pyplot", "datasets", "torch.distributed.run",
-    "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.utils.tensorboard", "deepspeed",
+    "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.utils.tensorboard", "deepspeed", "setuptools",
+    "torch.profiler._cupti_monitor", "torch._inductor.compile_fx", "deepspeed.runtime.superoffload.superoffload_stage3",
     "transformers.trainer", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
 )  # fmt: skip
 ROOM = 1 << 15

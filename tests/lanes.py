@@ -1,0 +1,58 @@
+"""Two kinds of lanes for `pytest -n`: one for files whose tests mostly wait, the others for what computes.
+
+Jobs that are killed and healed wait for leases, timeouts and pauses, and some of their tests say within how many
+seconds something must have happened. So one lane runs those files alone, one after another, while the others compute
+behind it at a lower priority: the cores are in use, and a test that looks at a clock gets one when it needs it. A lane
+that has nothing left of its own takes of the others'.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from xdist.scheduler import LoadFileScheduling
+
+WAITING = {
+    "tests/chaos/test_chaos.py": 150, "tests/chaos/test_partition.py": 90, "tests/cli/test_elastic_launchers.py": 90,
+    "tests/cli/test_elastic_train.py": 60, "tests/cli/test_elastic_hang.py": 45, "tests/chaos/test_witness_job.py": 40,
+    "tests/test_examples.py": 40, "tests/elastic/test_last_step.py": 30, "tests/cli/test_status.py": 25,
+    "tests/cli/test_elastic_bad_input.py": 25, "tests/cli/test_elastic_speeds.py": 20,
+    "tests/cli/test_elastic_scale_batch.py": 15, "tests/cli/test_elastic_hsdp.py": 15,
+    "tests/elastic/test_elastic_loop.py": 10, "tests/elastic/test_order.py": 5, "tests/test_ranks.py": 15,
+}  # fmt: skip
+"""Files of the first lane, with about how many seconds they take."""
+LONG = {
+    "tests/backends/test_zero.py": 120, "tests/oracle/test_products.py": 100, "tests/elastic/test_reshard.py": 80,
+    "tests/optimizers/test_extra_memory.py": 60, "tests/cli/test_probe.py": 60, "tests/laws/test_reference.py": 45,
+    "tests/laws/test_return.py": 45, "tests/benchmarks/test_benchmarks.py": 45, "tests/oracle/test_oracle.py": 40,
+    "tests/cli/test_probes_in_a_job.py": 40, "tests/study/test_run.py": 40, "tests/cli/test_train.py": 40,
+    "tests/cli/test_launchers.py": 50, "tests/faces/test_landscape_optimizer.py": 30,
+    "tests/checkpoint/test_resume.py": 30,
+}  # fmt: skip
+"""Others that are begun early, so that no lane is left alone with them at the end; a file that is not named takes a
+fifth of a second a test."""
+NICE = 10
+
+
+class Lanes(LoadFileScheduling):
+    """A file is one unit of work; each lane begins with the longest of its kind."""
+
+    def _assign_work_unit(self, node: Any) -> None:
+        first = node.gateway.id == "gw0"
+
+        def order(file: str) -> tuple[bool, float]:
+            seconds = WAITING.get(file, 0) or LONG.get(file, 0.2 * len(self.workqueue[file]))
+            return (file in WAITING) == first, seconds
+
+        # Of the other kind the shortest: its own lane is at the longest.
+        mine = [file for file in self.workqueue if order(file)[0]]
+        chosen = max(mine, key=order) if mine else min(self.workqueue, key=order)
+        self.workqueue.move_to_end(chosen, last=False)
+        super()._assign_work_unit(node)
+
+
+def enter(worker: str) -> None:
+    """Called in each lane's own process, before it collects."""
+    if worker != "gw0":
+        os.nice(NICE)
