@@ -16,6 +16,7 @@ from math import sqrt
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.operator import Matrix, Operator, operator
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.vector import Vector
 
 
@@ -34,6 +35,7 @@ class Diagonal:
     relative_error: float | None
 
 
+@full_precision()
 def diagonal(
     space: ParameterSpace,
     oracle: Oracle,

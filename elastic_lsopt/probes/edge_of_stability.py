@@ -26,6 +26,7 @@ from elastic_lsopt.probes.lanczos import lanczos
 from elastic_lsopt.probes.neighbourhood import refuse_below_one, refuse_not_positive
 from elastic_lsopt.probes.operator import Matrix, Operator, operator
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.vector import Vector
 
 
@@ -41,6 +42,7 @@ class EdgeOfStability:
     seconds: float
 
 
+@full_precision()
 def edge_of_stability(
     space: ParameterSpace,
     oracle: Oracle,
@@ -58,6 +60,7 @@ def edge_of_stability(
     return _ratio(space, oracle, operator(space, oracle, of), 2 * (1 + momentum) / learning_rate)
 
 
+@full_precision()
 def adam_edge_of_stability(
     space: ParameterSpace,
     oracle: Oracle,

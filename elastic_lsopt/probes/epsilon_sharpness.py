@@ -20,6 +20,7 @@ from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.neighbourhood import Neighbourhood, refuse_not_positive
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 
 LOWEST, GROWTH, GROWTHS, NARROW = 1e-16, 5.0, 60, 1e-12
 """The bracket: its lower end, how its upper end grows and how often, and the share of eta at which it is a point."""
@@ -37,6 +38,7 @@ class EpsilonSharpness:
     seconds: float
 
 
+@full_precision()
 def epsilon_sharpness(
     space: ParameterSpace,
     oracle: Oracle,

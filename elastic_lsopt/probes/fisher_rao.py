@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.operator import Matrix, Operator, operator
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class FisherRao:
     seconds: float
 
 
+@full_precision()
 def fisher_rao(
     space: ParameterSpace,
     oracle: Oracle,

@@ -20,6 +20,7 @@ from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.operator import Matrix, Operator, operator
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class FrobeniusNorm:
     relative_error: float | None
 
 
+@full_precision()
 def frobenius(
     space: ParameterSpace,
     oracle: Oracle,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class GradientNorm:
     seconds: float
 
 
+@full_precision()
 def gradient_norm(space: ParameterSpace, oracle: Oracle) -> GradientNorm:
     """The norms of the gradient at the present weights (collective). Raises NonFinite where it is inf or NaN."""
     began = time.monotonic()

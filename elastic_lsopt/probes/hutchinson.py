@@ -17,6 +17,7 @@ from statistics import fmean, stdev
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.operator import Matrix, Operator, operator
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Trace:
     seconds: float
 
 
+@full_precision()
 def hutchinson(
     space: ParameterSpace,
     oracle: Oracle,

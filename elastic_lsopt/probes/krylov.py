@@ -8,9 +8,9 @@ M is not made symmetric: it keeps what re-orthogonalising took off, so the relat
 products are only nearly symmetric (central differences), and |A x - theta x| follows without another product.
 
 Lanczos 1950, "An iteration method for the solution of the eigenvalue problem …"; Wu and Simon 2000, "Thick-restart
-Lanczos method for large symmetric eigenvalue problems". Cost: a product a step; memory: capacity + 4 vectors; three
-all-reduces a step. Neighbours are taken off first, then all vectors once, and again while the length still drops by
-more than half (Daniel, Gragg, Kaufman and Stewart 1976).
+Lanczos method for large symmetric eigenvalue problems". Cost: a product a step; memory: 4 vectors and the basis, which
+grows with the steps to its capacity; three all-reduces a step. Neighbours are taken off first, then all vectors once,
+and again while the length still drops by more than half (Daniel, Gragg, Kaufman and Stewart 1976).
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ coefficients, not from T alone: it is that of the products as they were made, al
 
 Lanczos 1950, "An iteration method for the solution of the eigenvalue problem …"; Wu and Simon 2000, "Thick-restart
 Lanczos method for large symmetric eigenvalue problems". Cost: products until converged, at most `max_products`;
-memory: `capacity` + 4 vectors (+ the eigenvectors that are asked for); three all-reduces a product.
+memory: 4 vectors and one per product, up to `capacity` (+ the eigenvectors that are asked for); three all-reduces a
+product.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from elastic_lsopt.probes.krylov import Krylov, Ritz
 from elastic_lsopt.probes.operator import Matrix, Operator, operator
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 
 Which = Literal["largest", "smallest", "both"]
 
 
+@full_precision()
 def lanczos(
     space: ParameterSpace,
     oracle: Oracle,

@@ -29,6 +29,7 @@ from elastic_lsopt.probes.filter_norms import filter_norms
 from elastic_lsopt.probes.neighbourhood import Neighbourhood, refuse_below_one, refuse_not_positive, settled
 from elastic_lsopt.probes.operator import FIRST_DRAW
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 
 RATE, KEPT = 0.1, 0.75
 """eta' of the inner steps and the share that the running mean keeps."""
@@ -55,6 +56,7 @@ class LocalEntropyGradient:
     seconds: float
 
 
+@full_precision()
 def local_entropy(
     space: ParameterSpace, oracle: Oracle, *, gamma: float = 100.0, draws: int = 100, normalised: bool = False
 ) -> LocalEntropy:
@@ -74,6 +76,7 @@ def local_entropy(
     return LocalEntropy(free - constants, error, free, around.loss, around.forwards, around.seconds)
 
 
+@full_precision()
 def local_entropy_gradient(
     space: ParameterSpace,
     oracle: Oracle,

@@ -20,6 +20,7 @@ from statistics import fmean, stdev
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.neighbourhood import Neighbourhood, refuse_below_one, refuse_not_positive
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class LPF:
         return self.value - self.loss
 
 
+@full_precision()
 def lpf(
     space: ParameterSpace, oracle: Oracle, *, sigma: float = 0.01, draws: int = 100, normalised: bool = False
 ) -> LPF:

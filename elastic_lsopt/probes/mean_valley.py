@@ -22,6 +22,7 @@ from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.neighbourhood import refuse_not_positive
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.vector import Vector
 
 GROWTH, STEPS = 1.2, 100
@@ -50,6 +51,7 @@ class MeanValley:
         return 1 / self.value
 
 
+@full_precision()
 def mean_valley(
     space: ParameterSpace,
     oracle: Oracle,

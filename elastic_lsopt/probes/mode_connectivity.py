@@ -26,6 +26,7 @@ from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.excursion import Excursion
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.vector import Vector
 
 Curve = Literal["line", "bezier"]
@@ -53,6 +54,7 @@ class Path:
     seconds: float
 
 
+@full_precision()
 def mode_connectivity(
     space: ParameterSpace,
     oracle: Oracle,

@@ -28,6 +28,7 @@ from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class NoiseScale:
         return 1 / (1 + self.critical_batch / batch)
 
 
+@full_precision()
 def noise_scale(
     space: ParameterSpace,
     oracles: Sequence[Oracle],

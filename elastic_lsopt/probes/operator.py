@@ -18,6 +18,7 @@ from typing import Literal
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.vector import Vector
 
 Matrix = Literal["hessian", "ggn"]
@@ -50,6 +51,7 @@ class Operator:
     def seconds(self) -> float:
         return time.monotonic() - self._began
 
+    @full_precision()
     def __call__(self, v: Vector) -> Vector:
         """A v; v must be zero outside of the operator's parameters (`project_`)."""
         self.products += 1

@@ -25,6 +25,7 @@ from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.filter_norms import filter_norms
 from elastic_lsopt.probes.neighbourhood import Neighbourhood, refuse_below_one, refuse_not_positive
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.vector import Vector
 
 FIRST, HIGHEST, NARROW = 1e-3, 100.0, 1e-12
@@ -45,6 +46,7 @@ class PACBayes:
     seconds: float
 
 
+@full_precision()
 def pac_bayes(
     space: ParameterSpace,
     oracle: Oracle,

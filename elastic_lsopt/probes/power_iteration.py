@@ -18,9 +18,11 @@ from elastic_lsopt.probes.eigenpairs import Eigenpairs
 from elastic_lsopt.probes.operator import Matrix, Operator, operator
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.vector import Vector
 
 
+@full_precision()
 def power_iteration(
     space: ParameterSpace,
     oracle: Oracle,

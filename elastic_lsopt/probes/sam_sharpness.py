@@ -32,6 +32,7 @@ from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.neighbourhood import refuse_below_one, refuse_not_positive, settled
 from elastic_lsopt.probes.operator import FIRST_DRAW
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.vector import Vector
 
 Norm = Literal["l2", "linf"]
@@ -51,6 +52,7 @@ class SAMSharpness:
     seconds: float
 
 
+@full_precision()
 def sam_sharpness(
     space: ParameterSpace,
     oracle: Oracle,

@@ -24,6 +24,7 @@ from elastic_lsopt.oracle.loss import ROWS
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.oracle.units_oracle import UnitsOracle
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class ShannonEntropy:
     seconds: float
 
 
+@full_precision()
 def shannon_entropy(space: ParameterSpace, oracle: Oracle) -> ShannonEntropy:
     """The mean entropy over the batch, each unit weighed as in the loss (collective).
 

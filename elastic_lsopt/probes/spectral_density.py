@@ -26,6 +26,7 @@ from elastic_lsopt.probes.krylov import Krylov
 from elastic_lsopt.probes.operator import Matrix, Operator, operator
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class SpectralDensity:
         return values.mean(0), values.std(0) / sqrt(len(each))
 
 
+@full_precision()
 def spectral_density(
     space: ParameterSpace,
     oracle: Oracle,

@@ -30,6 +30,7 @@ from elastic_lsopt.probes.filter_normalisation import filter_normalised
 from elastic_lsopt.probes.operator import FIRST_DRAW
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.vector import Vector
 
 GRID = tuple(i / 10 for i in range(-10, 11))
@@ -59,6 +60,7 @@ class Projection:
     distances: tuple[float, ...]
 
 
+@full_precision()
 def surface(
     space: ParameterSpace,
     oracle: Oracle,
@@ -95,6 +97,7 @@ def random_direction(space: ParameterSpace, draw: int = 0) -> Vector:
     return filter_normalised(space, space.noise(0, FIRST_DRAW + draw).vector())
 
 
+@full_precision()
 def project(
     space: ParameterSpace,
     points: Iterable[Vector],

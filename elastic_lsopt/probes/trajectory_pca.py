@@ -24,6 +24,7 @@ import torch
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.vector import Vector
 
 State = dict[str, Vector | float | int]
@@ -99,6 +100,7 @@ class Components:
     seconds: float
 
 
+@full_precision()
 def trajectory_pca(window: Window, *, components: int = 2) -> Components:
     """Up to `components` >= 1 principal components of the points in the window (collective).
 

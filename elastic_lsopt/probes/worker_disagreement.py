@@ -23,6 +23,7 @@ from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.vector import Vector
 
 NEGLIGIBLE = {torch.float64: 1e-13, torch.float32: 1e-6}
@@ -46,6 +47,7 @@ class WorkerDisagreement:
     seconds: float
 
 
+@full_precision()
 def worker_disagreement(
     space: ParameterSpace,
     oracle: Oracle,

@@ -24,8 +24,10 @@ from elastic_lsopt.probes.operator import Matrix, Operator, operator
 from elastic_lsopt.probes.orthonormal import whitening
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.precision import full_precision
 
 
+@full_precision()
 def xtrace(
     space: ParameterSpace,
     oracle: Oracle,

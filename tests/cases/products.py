@@ -357,6 +357,8 @@ def extra_bytes(kind: str) -> dict[str, float]:
     engine = engines.build(kind, model, lso.Plain(), loss_fn=split_loss())
     space = engine.space
     basis = Basis(space, 5)
+    for _ in range(5):
+        basis.append(space.zeros())
     whole = space.layout.numel * 4
     out = {"vector": space.zeros().local_bytes / whole, "basis of 5": basis.local_bytes / whole}
     assert math.isfinite(out["vector"])
