@@ -286,7 +286,7 @@ class Mirror:
                 works = [self._group.recv([ward.buffer[b:e]], lane.source, 0) for b, e in lane.spans]
                 arriving.append((ward, works))
             else:
-                sending += [self._group.send([version.buffer[b:e]], lane.target, 0) for b, e in lane.spans]
+                sending += [self._group.send([version.filled()[b:e]], lane.target, 0) for b, e in lane.spans]
                 self.sent_bytes += sum(e - b for b, e in lane.spans)
         broken: Exception | None = None
         for ward, works in arriving:

@@ -32,6 +32,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from elastic_lsopt.backends.agreement import gather_json
@@ -343,7 +344,7 @@ class Runtime:
         dist.distributed_c10d._set_pg_timeout(self._timeout, default)
         group = default if device.type == "cpu" else dist.new_group(backend="gloo", timeout=self._timeout)
         fence = partial(self._may_commit, entered.number) if rank == 0 else None
-        return World(rank, size, device, store, entered.number, None, fence), group
+        return World(rank, size, device, store, entered.number, may_commit=fence), group
 
     def _may_commit(self, generation: int, step: int) -> bool:
         return self._link.may_commit(generation, step, timeout_s=self._settings.lease_s + GRANT_S)
@@ -383,12 +384,13 @@ class Runtime:
 
     def _warm_up(self) -> None:
         """Form a group of one and build once, so that imports, compilers and caches are behind this worker when it
-        says ready: the others wait for nothing of that."""
+        says ready: the others wait for nothing of that. On the CPU: alone, a worker would hold the whole model, and
+        its place on the node, so its GPU, is known with its first generation only."""
         os.environ["LOCAL_RANK"] = "0"
         form_group("gloo", dist.HashStore(), 0, 1, timedelta(seconds=FORM_TIMEOUT_S))
         policy = replace(self._policy, max_accumulation=None)  # which is of the real world, not of this one
         alone = plan([Worker(0, "", None)], policy, SampleClock(), before=None, gain=None)
-        run = self._build(World(0, 1, device_of(0), dist.HashStore(), 0, alone))
+        run = self._build(World(0, 1, torch.device("cpu"), dist.HashStore(), 0, alone, rehearsal=True))
         self._same_data.learn(run.data_identity)
         run.abandon()
         tear_down(run.engine)

@@ -5,7 +5,8 @@
 
 A chunk `key@offset` is elements [offset, offset + length) of a flat tensor, as in a checkpoint; `facts/<rank>` is the
 JSON of everything that is no tensor. Where the chunks lie (`Index`) is worked out once and again when the set of
-tensors changes (Adam's state appears with the first step); after that a version is one copy.
+tensors changes (Adam's state appears with the first step); after that a version is one copy. From a GPU it is on its
+way when `take` returns, and whoever reads the buffer first waits for it: a mirror's thread, not the one that trains.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from elastic_lsopt.checkpoint.contents import TrainingState, chunk_of, take_snapshot
 from elastic_lsopt.checkpoint.safetensors_file import ALIGNMENT, BY_NAME, DTYPES
+from elastic_lsopt.elastic.download import Download
 
 Chunk = tuple[str, int, int]
 """Key, offset, length in elements."""
@@ -90,15 +92,24 @@ class Version:
     """All ranks' keys and their lengths, as far as this process knows: what must be there to go on from this step."""
     in_flight: int = 0
     """Transfers that read the buffer; it is not used again before they have ended."""
+    arrived: torch.cuda.Event | None = None
+    """After which a GPU's bytes are in the buffer; None: they are."""
 
     @property
     def stamp(self) -> tuple[int, int]:
         """What versions of one moment share; newer is larger."""
         return self.generation, self.step
 
+    def filled(self) -> Tensor:
+        """The buffer, when all bytes are in it."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+            self.arrived = None
+        return self.buffer
+
     def bytes_of(self, chunk: Chunk) -> Tensor:
         begin, end = self.index.span(chunk)
-        return self.buffer[begin:end]
+        return self.filled()[begin:end]
 
     def tensor(self, chunk: Chunk) -> Tensor:
         """A chunk's elements (a view)."""
@@ -121,8 +132,8 @@ class Version:
 class HostVersions:
     """This process's versions, and its wards' that `adopt` was given, over all generations that still count.
 
-    Memory: a buffer of the state's size for each version from the committed one on, at least 3. Not for use by
-    several threads; a mirror's thread only reads buffers, and says so in `Version.in_flight`.
+    Memory: a buffer of the state's size for each version from the committed one on, at least 3 (pinned beside a GPU).
+    Not for use by several threads; a mirror's thread only reads buffers, and says so in `Version.in_flight`.
     """
 
     def __init__(self, *, node: str = "") -> None:
@@ -133,6 +144,7 @@ class HostVersions:
         self._index: Index | None = None
         self._views: dict[int, list[Tensor]] = {}
         """A buffer's data pointer -> the chunks' views of it, made once: they cost more than the copy does."""
+        self._download: Download | None = None
 
     def take(self, state: TrainingState, *, generation: int, step: int, extra: dict[str, Any]) -> Version:
         """Copy the state as it is now; `extra` is the caller's JSON (a loader's cursor, a plan).
@@ -150,16 +162,21 @@ class HostVersions:
             for offset, tensor in held.chunks
         }
         index = self._index_of(source, f"{FACTS}{backend.rank}", len(text))
-        buffer = self._buffer(index.bytes)
+        buffer = self._buffer(index.bytes, pinned=backend.device.type == "cuda")
         # Before the ranks have told each other, at least all weights must be there, and what was there a step ago.
         whole = {f"weights/{p.name}": p.numel for p in backend.layout.parameters} | self._shared() | index.numels
         version = Version(generation, step, backend.rank, backend.world, self._node, index, buffer, whole)
         *chunks, facts = index.chunks
+        version.bytes_of(facts).numpy()[:] = memoryview(text.ljust(facts[2]))
+        on_host = [c for c in chunks if source[c][0].device.type == "cpu"]
         views = self._views.get(buffer.data_ptr())
         if views is None:
-            views = self._views[buffer.data_ptr()] = [version.tensor(c) for c in chunks]
-        torch._foreach_copy_(views, [source[c][0] for c in chunks])
-        version.bytes_of(facts).numpy()[:] = memoryview(text.ljust(facts[2]))
+            views = self._views[buffer.data_ptr()] = [version.tensor(c) for c in on_host]
+        torch._foreach_copy_(views, [source[c][0] for c in on_host])
+        if len(on_host) < len(chunks):
+            self._download = self._download or Download(backend.device)
+            there = [c for c in chunks if source[c][0].device.type != "cpu"]
+            version.arrived = self._download.to(buffer, [index.span(c) for c in there], [source[c][0] for c in there])
         self._own = [v for v in self._own if v.stamp != version.stamp] + [version]
         return version
 
@@ -184,8 +201,8 @@ class HostVersions:
         before = self._own[-1].whole if self._own else {}
         return {key: numel for key, numel in before.items() if not key.startswith((FACTS, RANDOM))}
 
-    def _buffer(self, size: int) -> Tensor:
-        return self._free.pop() if self._free else torch.empty(size, dtype=torch.uint8)
+    def _buffer(self, size: int, *, pinned: bool) -> Tensor:
+        return self._free.pop() if self._free else torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
 
     @property
     def newest(self) -> Version:

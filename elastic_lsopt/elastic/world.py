@@ -29,6 +29,8 @@ class World:
     generation: int = 0
     plan: Plan | None = None
     """What batch and rates are in this generation; None outside elastic jobs."""
+    rehearsal: bool = False
+    """Nothing is trained here: a worker of an elastic job builds once, on the CPU, to have its imports behind it."""
     may_commit: Callable[[int], bool] | None = None
     """Whether a checkpoint of that step may still get its name, asked by rank 0; None: nobody contests it."""
 
@@ -63,9 +65,14 @@ class World:
             return ""
 
 
+def on_gpu() -> bool:
+    """Whether this process computes on a GPU: there is one, and the environment does not say otherwise."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
 def device_of(local: int) -> torch.device:
     """The device of a node's worker number `local`, made the present one; the CPU where there is no GPU."""
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+    if on_gpu():
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device

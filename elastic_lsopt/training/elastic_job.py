@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,7 +12,7 @@ from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.journal import Journal
 from elastic_lsopt.elastic.plan import Policy
 from elastic_lsopt.elastic.roles import fingerprint_of, serve, work
-from elastic_lsopt.elastic.world import World
+from elastic_lsopt.elastic.world import World, on_gpu
 from elastic_lsopt.optimizers.registry import Method
 from elastic_lsopt.schedules.adascale import GainMonitor
 from elastic_lsopt.training.console import Console
@@ -35,9 +35,18 @@ def run_worker(config: TrainConfig, method: Method) -> NoReturn:
         method = GainMonitor(method=method, horizon_samples=GAIN_BATCHES * config.global_batch_size)
 
     def build(world: World) -> TrainingRun:
-        return TrainingRun(config, method, data, world, console)
+        return TrainingRun(rehearsed(config) if world.rehearsal else config, method, data, world, console)
 
     work(build, config.elastic, policy, Journal(Path(config.output_dir), console.say))
+
+
+def rehearsed(config: TrainConfig) -> TrainConfig:
+    """What a worker builds to warm up: the job's own, but for DeepSpeed on a GPU, which would put the model there."""
+    if config.backend != "deepspeed" or not on_gpu():
+        return config
+    import elastic_lsopt.backends.zero_start  # noqa: F401  (what takes the time)
+
+    return replace(config, backend="replicated", deepspeed=None)
 
 
 def run_agent(config: TrainConfig, arguments: Sequence[str]) -> NoReturn:

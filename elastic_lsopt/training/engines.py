@@ -31,7 +31,8 @@ def build_engine(config: TrainConfig, method: Method, data: Data, world: World, 
     Each rank first builds the whole model in host memory; loading a model that is larger than that comes later.
     """
     classes = data.classes if data.labels_are_names else len(data.classes)
-    model = build_model(config, vocabulary_size=data.vocabulary_size, classes=classes or None, device=world.device)
+    place = built_on(config, world.device)
+    model = build_model(config, vocabulary_size=data.vocabulary_size, classes=classes or None, device=place)
     if config.task == "sequence_classification":
         data.refuse_labels_beyond(model.config.num_labels)  # type: ignore[union-attr,arg-type]
     if config.activation_checkpointing:
@@ -60,6 +61,15 @@ def build_engine(config: TrainConfig, method: Method, data: Data, world: World, 
     if config.bf16 and config.backend == "replicated":
         backend.compute_dtype = torch.bfloat16  # autocast rounds the weights in the forward
     return Engine(backend, method, loss_fn=loss, **options)
+
+
+def built_on(config: TrainConfig, device: torch.device) -> torch.device:
+    """Where the whole fp32 model is made: on its GPU only if it stays there whole.
+
+    `fully_shard` brings a block after the other to the GPU, and keeps this rank's part of each before the next comes;
+    DeepSpeed casts to bf16 before it moves the model.
+    """
+    return device if config.backend == "replicated" else torch.device("cpu")
 
 
 def _shard(config: TrainConfig, model: nn.Module, world: World) -> None:

@@ -260,7 +260,10 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _placed(batch: dict[str, Any], world: World) -> dict[str, Any]:
-    return batch if world.device.type == "cpu" else {k: v.to(world.device, non_blocking=True) for k, v in batch.items()}
+    if world.device.type == "cpu":
+        return batch
+    # From pageable memory `non_blocking` means nothing: the host would wait for all that was asked of the GPU before.
+    return {k: v.pin_memory().to(world.device, non_blocking=True) for k, v in batch.items()}
 
 
 @contextmanager

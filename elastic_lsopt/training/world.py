@@ -21,7 +21,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from elastic_lsopt.elastic.world import World
+from elastic_lsopt.elastic.world import World, on_gpu
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 CHILD = "ELASTIC_LSOPT_CHILD"
@@ -40,15 +40,15 @@ def launched() -> bool:
 def join() -> World:
     """Join the process group that the environment describes; a process by itself forms a world of one."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
-    if on_gpu:
+    gpu = on_gpu()
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
         torch.cuda.set_device(device)
     if CHILD in os.environ:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     store, rank, size = next(dist.rendezvous("env://")) if launched() else (dist.HashStore(), 0, 1)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=dist.PrefixStore("default", store), rank=rank,
+        "cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore("default", store), rank=rank,
         world_size=size, timeout=COLLECTIVE_TIMEOUT,
     )  # fmt: skip
     return World(rank, size, device, store)

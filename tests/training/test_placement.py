@@ -1,0 +1,98 @@
+"""No GPU ever holds more of a sharded model than its part and a block; a worker warms up beside the GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from elastic_lsopt.config.elastic import ElasticConfig
+from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.elastic.plan import Policy
+from elastic_lsopt.elastic.runtime import Runtime
+from elastic_lsopt.elastic.world import World
+from elastic_lsopt.training import elastic_job
+from elastic_lsopt.training.engines import _shard, built_on
+from elastic_lsopt.training.models import build_model
+
+GPU = torch.device("cuda", 1)
+CPU = torch.device("cpu")
+
+
+def a_config(**more: Any) -> TrainConfig:
+    model = {"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4}
+    settings: dict[str, Any] = {
+        "dataset": "stdlib", "model": model, "global_batch_size": 8, "max_steps": 2, "output_dir": "runs/a",
+        "per_device_train_batch_size": 2,
+    }  # fmt: skip
+    return TrainConfig(**settings | more)
+
+
+@pytest.mark.fast
+def test_a_model_that_will_be_sharded_is_made_on_the_host() -> None:
+    assert built_on(a_config(backend="fsdp2"), GPU) == CPU
+    assert built_on(replace(a_config(), backend="deepspeed", deepspeed="configs/deepspeed/zero3.json"), GPU) == CPU
+    assert built_on(a_config(backend="replicated"), GPU) == GPU
+
+
+class Seen(Exception):
+    pass
+
+
+@pytest.mark.fast
+def test_a_worker_warms_up_beside_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight workers of a node would each build the whole model on its first GPU."""
+    chosen: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    worlds: list[World] = []
+
+    def build(world: World) -> Any:
+        worlds.append(world)
+        raise Seen
+
+    config = a_config(elastic=ElasticConfig())
+    runtime = SimpleNamespace(_policy=Policy.of(config, parts=1), _build=build)
+    try:
+        with pytest.raises(Seen):
+            Runtime._warm_up(runtime)  # type: ignore[arg-type]
+    finally:
+        dist.destroy_process_group()
+    assert [(w.device, w.rehearsal, w.size) for w in worlds] == [(CPU, True, 1)] and not chosen
+
+
+@pytest.mark.fast
+def test_deepspeed_is_rehearsed_without_its_engine_where_that_would_take_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    zero = a_config(backend="deepspeed", deepspeed="configs/deepspeed/zero3.json")
+    monkeypatch.setattr(elastic_job, "on_gpu", lambda: False)
+    assert elastic_job.rehearsed(zero) is zero
+    monkeypatch.setattr(elastic_job, "on_gpu", lambda: True)
+    told = elastic_job.rehearsed(zero)
+    assert (told.backend, told.deepspeed) == ("replicated", None) and told.model == zero.model
+    assert elastic_job.rehearsed(a_config(backend="fsdp2")).backend == "fsdp2"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sharding_takes_a_part_and_a_block_of_gpu_memory() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    config, device = a_config(backend="fsdp2"), torch.device("cuda", 0)
+    model = build_model(config, vocabulary_size=512, device=built_on(config, device))
+    size = sum(p.numel() for p in model.parameters()) * 4
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)  # eight ranks' mesh, one rank's memory
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _shard(config, model, World(0, 8, device, dist.HashStore()))
+        assert torch.cuda.max_memory_allocated() - before < size / 8 + size / 4
+        assert torch.cuda.memory_allocated() - before < size / 8 * 1.2
+    finally:
+        dist.destroy_process_group()
