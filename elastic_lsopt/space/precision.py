@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -19,10 +20,9 @@ def full_precision() -> Iterator[None]:
 
     The setting is the process's: threads beside this one see it too.
     """
-    kinds = [
-        torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn,
-        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn,
-    ]  # fmt: skip
+    backends: Any = torch.backends  # whose attributes type checkers do not all see
+    cuda, cudnn, cpu = backends.cuda, backends.cudnn, backends.mkldnn
+    kinds = (cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)
     before = [kind.fp32_precision for kind in kinds]
     for kind in kinds:
         kind.fp32_precision = "ieee"
