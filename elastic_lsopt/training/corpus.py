@@ -15,7 +15,7 @@ import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,16 @@ _SECTION = 16 * 1024
 
 @dataclass(frozen=True)
 class Document:
-    """`name` is stable from run to run; `label` is given for classification; `ends` is False inside a cut file."""
+    """`name` is stable from run to run; `label` is given for classification; `ends` is False inside a cut file.
+
+    `classes` are the names of the source's numbers, by number, where it declares them.
+    """
 
     name: str
     text: bytes
     label: int | str | None = None
     ends: bool = True
+    classes: tuple[str, ...] = ()
 
 
 def documents(source: str, *, text_field: str = "text", label_field: str | None = None) -> Iterator[Document]:
@@ -162,8 +166,11 @@ def _records(name: str, file: Path, text_field: str, label_field: str | None) ->
 
 
 def _rows(source: str, table: Any, text_field: str, label_field: str | None) -> Iterator[Document]:
+    feature = (getattr(table, "features", None) or {}).get(label_field)  # a ClassLabel knows its names
+    classes = tuple(getattr(feature, "names", None) or ())
     for number, row in enumerate(table):
-        yield _document(f"#{number}", f"dataset={source!r}, row {number}", row, text_field, label_field)
+        document = _document(f"#{number}", f"dataset={source!r}, row {number}", row, text_field, label_field)
+        yield replace(document, classes=classes)
 
 
 def _document(name: str, place: str, record: Mapping[str, Any], text_field: str, label_field: str | None) -> Document:

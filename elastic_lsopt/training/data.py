@@ -219,14 +219,17 @@ def _sequence_classification(config: TrainConfig, tokens: Tokens) -> Data:
             f"the tokenizer {config.tokenizer_name_or_path or config.model_name_or_path!r} has neither a padding nor "
             "an end token, and texts of a batch must be padded; set its pad_token and save it again.",
         )
-    names, texts, given = [], [], []
+    names, texts, given, declared = [], [], [], ()
     for document in documents(
         config.dataset, text_field=config.dataset_text_field, label_field=config.dataset_label_field
     ):
         names.append(document.name)
         texts.append(tokens.encode_whole(document.text, config.block_size))
         given.append(document.label)
-    classes, labels = _classes(given, config.dataset_label_field, class_names(config))
+        declared = document.classes
+    if declared and all(isinstance(label, int) and 0 <= label < len(declared) for label in given):
+        given = [declared[label] for label in given]
+    classes, labels = _classes(given, config.dataset_label_field, class_names(config), declared)
     out = held_out(names, config.eval_fraction)
     train, evaluation = (
         LabelledTexts([texts[i] for i in chosen], [labels[i] for i in chosen])
@@ -239,11 +242,9 @@ def _sequence_classification(config: TrainConfig, tokens: Tokens) -> Data:
     )  # fmt: skip
 
 
-def _classes(
-    given: list[int | str | None], field: str, known: tuple[str, ...] = ()
-) -> tuple[tuple[str, ...], list[int]]:
-    """Integers are labels already, 0 … largest; names are numbered as in the model, where it knows them all (its head
-    would have to learn another order), else in alphabetical order.
+def _classes(given: list[int | str | None], field: str, *known: tuple[str, ...]) -> tuple[tuple[str, ...], list[int]]:
+    """Integers are labels already, 0 … largest. Names are numbered as in the first of `known` that has them all (the
+    model's own first: its head would have to learn another order), else in alphabetical order.
     """
     if all(isinstance(label, int) for label in given):
         if min(given) < 0:
@@ -251,7 +252,7 @@ def _classes(
         return tuple(str(i) for i in range(max(given) + 1)), [int(label) for label in given]
     if not all(isinstance(label, str) for label in given):
         raise SettingError("dataset_label_field", f"field {field!r} mixes integers and names; use one of them.")
-    names = list(known) if known and set(given) <= set(known) else sorted(set(given))
+    names = next((list(names) for names in known if set(given) <= set(names)), sorted(set(given)))
     number = {name: i for i, name in enumerate(names)}
     return tuple(names), [number[label] for label in given]
 

@@ -75,3 +75,18 @@ def test_a_label_out_of_range_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"label 4 of sample 2 of the training part is outside of 0 … 2,") as raised:
         data.refuse_labels_beyond(3)
     assert "\n" not in str(raised.value)
+
+
+def test_names_that_a_dataset_declares(tmp_path: Path) -> None:
+    """`datasets` keeps numbers, and their names beside them; a trained model's order counts before the data set's."""
+    import datasets
+
+    names = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["y", "n", "?"])})
+    table = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]}, features=names)
+    table.save_to_disk(tmp_path / "table")
+    where = {"dataset": str(tmp_path / "table")}
+    data, model = built(settings(tmp_path / "a", [], **where))
+    assert labels_of(data) == [1, 0, 1] and model.config.id2label == {0: "y", 1: "n", 2: "?"}
+    trained = BERT | {"id2label": {0: "n", 1: "y"}}
+    data, model = built(settings(tmp_path / "a", [], **where, model=trained))
+    assert labels_of(data) == [0, 1, 0] and model.config.id2label == {0: "n", 1: "y"}
