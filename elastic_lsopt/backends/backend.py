@@ -50,6 +50,10 @@ class Backend(Passes):
         """The base optimizer's groups: set a learning rate here."""
         return self.base.param_groups if self.base is not None else []
 
+    def unreduced_gradients(self) -> Sequence[Tensor]:
+        """Gradients that the framework has accumulated without reducing them, where it keeps such aside."""
+        return []
+
     # -- pieces ------------------------------------------------------------------------------------------------
 
     @property

@@ -8,7 +8,7 @@ written in place (a rebound `.data` is ignored too).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -154,6 +154,23 @@ class FSDP2(Backend):
     def clear_gradient(self) -> None:
         for p in self._parameters:
             p.grad = None
+        for unsharded in self._fsdp_parameters():
+            unsharded.unsharded_accumulated_grad = None
+            if hasattr(unsharded, "_unsharded_param"):
+                unsharded._unsharded_param.grad = None
+
+    def unreduced_gradients(self) -> list[Tensor]:
+        """What backward passes under `set_requires_gradient_sync(False)` have left in the gathered parameters."""
+        found = []
+        for p in self._fsdp_parameters():
+            gathered = getattr(p, "_unsharded_param", None)
+            found += [p.unsharded_accumulated_grad, gathered.grad if gathered is not None else None]
+        return [local(g) for g in found if g is not None]
+
+    def _fsdp_parameters(self) -> Iterator[Any]:
+        for module in self._modules:
+            group = module._get_fsdp_state()._fsdp_param_group  # private: torch 2.11 to 2.13
+            yield from group.fsdp_params if group is not None else ()
 
     def gradients(self) -> list[Tensor]:
         grads = [None if p.grad is None else local(p.grad) for p in self._parameters]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from elastic_lsopt.backends.backend import Backend
-from elastic_lsopt.errors import StaleWeights
+from elastic_lsopt.errors import StaleWeights, UserError
 from elastic_lsopt.faces.eval_mode import eval_mode
 from elastic_lsopt.faces.report import StepReport
 from elastic_lsopt.faces.step import LandscapeStep
@@ -46,6 +46,7 @@ class Engine:
         self.signals: Callable[[], Sequence[float]] | None = None
         """Numbers of the elastic runtime that ride on each pass's all-reduce, as many on every rank."""
         self._inside = False
+        self._trained = [p.requires_grad for p in backend.module.parameters()]
         self.last_step: StepReport | None = None
         backend.module.register_forward_pre_hook(self._refuse_stale_forward, prepend=True)
 
@@ -108,6 +109,7 @@ class Engine:
         try:
             with self._landscape.informing():
                 self.space.refuse_stale("a step")
+                self._refuse_other_parameters()
                 oracle = self.oracle(microbatches)
                 self.last_step = self._landscape.take(oracle, oracle.samples)
         finally:
@@ -138,6 +140,15 @@ class Engine:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._landscape.load_state_dict(state_dict)
+
+    def _refuse_other_parameters(self) -> None:
+        for (name, p), trained in zip(self.module.named_parameters(), self._trained, strict=True):
+            if p.requires_grad != trained:
+                now = "trainable" if p.requires_grad else "frozen"
+                raise UserError(
+                    f"parameter {name} is {now} and was not when the engine was built, which has its place among the "
+                    "others fixed; build a new engine (a checkpoint carries the state over)."
+                )
 
     def _refuse_stale_forward(self, module: nn.Module, inputs: Any) -> None:
         if not self._inside and not self.space.settled:

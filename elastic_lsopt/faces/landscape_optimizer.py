@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.faces.accumulation import Accumulation
+from elastic_lsopt.faces.owners import owners_of
 from elastic_lsopt.faces.report import StepReport
 from elastic_lsopt.faces.step import LandscapeStep
 from elastic_lsopt.optimizers.registry import Method, State
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.closure_oracle import ClosureOracle
+from elastic_lsopt.oracle.compute_type import FP16
 from elastic_lsopt.space.geometry import ParameterSpace
 
+C = TypeVar("C", bound=Callable[[], Any])
 SAMPLES, STEPS = "landscape_samples", "landscape_steps"
 """Keys of the first parameter group: the sample clock."""
 
@@ -28,11 +32,15 @@ class LandscapeOptimizer(torch.optim.Optimizer):
     `base` is a torch optimizer already built; its `param_groups` and `state` are shared, so learning-rate schedulers
     attach to either. `max_grad_norm` clips the combined gradient by its global norm (0 or None: off).
     `samples_per_step` is the global batch, `total_samples` the length of the run, for schedules on the sample clock.
-    Parameters have names where `base` was built from `model.named_parameters()`, else their numbers.
-    The layout is read again whenever the groups' parameters changed (FSDP2's `fully_shard`, accelerate's `prepare`).
-    Raises UserError for a DeepSpeed optimizer (use `lso.initialize`), for fp16 parameters, and for a base that cannot
-    step on sharded rows.
+    Parameters have names where `base` was built from `model.named_parameters()`, else their numbers. `model` is who
+    holds them, for its buffers (batch norm's statistics) and the type of its forward; by default it is found.
+    The layout is read again whenever the groups' trainable parameters changed (FSDP2's `fully_shard`, accelerate's
+    `prepare`; after the first step by freezing, unfreezing and adding).
+    Raises UserError for a DeepSpeed optimizer (use `lso.initialize`), for fp16 in parameters, autocast or a GradScaler,
+    and for a base that cannot step on sharded rows.
     """
+
+    _step_supports_amp_scaling = True  # GradScaler then calls step() unconditionally, so that it can be refused
 
     def __init__(
         self,
@@ -43,6 +51,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         samples_per_step: int = 1,
         total_samples: int | None = None,
         seed: int = 0,
+        model: nn.Module | None = None,
     ) -> None:
         if not isinstance(base, torch.optim.Optimizer) or type(base).__module__.startswith("deepspeed"):
             raise UserError(
@@ -51,8 +60,10 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         self.base, self.method = base, method
         self.max_grad_norm, self.samples_per_step = max_grad_norm, samples_per_step
         self._seed, self._clock = seed, SampleClock(total_samples=total_samples)
+        self._model = model
         self._step: LandscapeStep | None = None
-        self._known: list[int] = []
+        self._known: list[tuple[int, bool]] = []
+        self._accumulation = Accumulation()
         self._oracle: ClosureOracle | None = None
         self._pending_state: dict[str, Any] | None = None
         self.last_step: StepReport | None = None
@@ -88,7 +99,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         self.base.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Empty the gradients; nothing between the parts of one pass, whose gradients add up."""
+        """Empty the gradients; nothing between the closures of one pass, whose gradients add up."""
         if self._oracle is None or not self._oracle.keeps_gradient:
             self.base.zero_grad(set_to_none=set_to_none)
 
@@ -121,9 +132,13 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         """One optimizer step; returns the loss at the weights before it (the mean over ranks). `last_step` tells more.
 
         `closure` empties the gradient (`optimizer.zero_grad()`), runs forward and backward and returns the loss; it
-        is run once a pass, with the same dropout. A method with several parts takes a list of closures, one a part.
-        Gradients left over from before are ignored. Raises UserError without a closure.
+        is run once a pass, with the same dropout. A method with several parts takes a list of closures, one a part; of
+        closures handed to `accumulate` it takes the last. Raises UserError without a closure, for a gradient that a
+        backward pass outside of step() has left, and for a GradScaler's call.
         """
+        if hasattr(self, "grad_scale"):  # GradScaler's sign that it calls
+            del self.grad_scale, self.found_inf
+            raise UserError(FP16)
         if closure is None and not self.state and all(float(g.get("lr", 1.0)) == 0.0 for g in self.param_groups):
             # torch.distributed.checkpoint makes a fresh optimizer's state so: zero gradients, learning rates of zero.
             self.base.step()
@@ -137,24 +152,48 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         if not isinstance(closures, Sequence) or not all(callable(c) for c in closures):
             raise UserError(f"step() takes a closure or a list of closures, got {type(closure).__name__}.")
         current = self._current()
-        self._oracle = ClosureOracle(current.space, current.backend, closures, current.clock)
+        with current.informing():
+            together = self._accumulation.take(closure)
+            if together is None:
+                self._accumulation.refuse_foreign(current.backend)
+        self._oracle = ClosureOracle(
+            current.space, current.backend, together or closures, current.clock, accumulating_losses=bool(together)
+        )
         try:
             with current.informing():
                 self.last_step = current.take(self._oracle, self.samples_per_step)
         finally:
             self._oracle = None
+            self._accumulation.note_left(current.backend)
         self._keep_clock(current.clock)
         return self.last_step.loss
 
+    def accumulate(self, closure: C) -> C:
+        """Hand in the closure of one of several micro-batches whose gradients the next step adds up; returns it.
+
+        A decorator. `step(closure)` with the last one runs them all in each pass, so what they return adds up too: give
+        back what you call backward on, the loss over the number of micro-batches. What a call of one before the step
+        leaves in the parameters is dropped. A method with several parts takes a multiple of them.
+        """
+        self._accumulation.add(closure)
+        return closure
+
     def _current(self) -> LandscapeStep:
         params = [p for group in self.param_groups for p in group["params"]]
-        if self._step is None or [id(p) for p in params] != self._known:
-            if self._step is not None:
-                if self._clock.steps:
-                    raise UserError("the parameters changed after the first step; build a new LandscapeOptimizer.")
-                self._step.space.retire()
-            self._known = [id(p) for p in params]
-            self._step = LandscapeStep(self._backend(params), self.method, self._seed, self._clock)
+        known = [(id(p), p.requires_grad) for p in params]
+        if self._step is None or known != self._known:
+            if self._step is not None and self._clock.steps and {p for p, _ in self._known} - {p for p, _ in known}:
+                raise UserError(
+                    "parameters were removed or replaced after the first step; build a new LandscapeOptimizer."
+                )
+            for p in params:
+                if not p.requires_grad:
+                    p.grad = None  # the base would go on stepping with what the last pass left
+            self._known, backend = known, self._backend(params)
+            if self._step is None:
+                self._step = LandscapeStep(backend, self.method, self._seed, self._clock)
+            else:
+                self._step = self._step.onto(backend)
             if self._pending_state is not None:
                 self._step.load_state_dict(self._pending_state)
                 self._keep_clock(self._step.clock)
@@ -175,7 +214,10 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         if len(names) != len(params):
             names = [str(i) for i in range(len(params))]
         named = list(zip(names, params, strict=True))
-        return backend_for(None, self.base, named_parameters=named, max_grad_norm=self.max_grad_norm)  # type: ignore[arg-type]
+        backend = backend_for(None, self.base, named_parameters=named, max_grad_norm=self.max_grad_norm)  # type: ignore[arg-type]
+        owners = owners_of(dict(named), self._model)
+        backend.module, backend.outermost = owners.home, owners.roots
+        return backend
 
     # -- state -------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.excursion import Fidelity
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.layout import Piece
 from elastic_lsopt.space.vector import Vector
 
 
@@ -33,7 +34,7 @@ class LandscapeStep:
         self.backend.refuse_base()
         self.space = ParameterSpace(self.backend, self.seed)
         self.state: State = self.method.init(self.space)
-        self._warned = False
+        self._warned = self._looked = False
 
     def take(self, oracle: Oracle, samples: int) -> StepReport:
         """Ask the method for its gradient, step the base, advance the clock by `samples` (collective).
@@ -41,9 +42,34 @@ class LandscapeStep:
         A non-finite loss or gradient in any pass makes all ranks skip the step together: counted and logged, its
         samples are committed. Any other exception leaves this rank's weights as they were; call it `informing()`.
         """
+        oracle.moves_buffers = True
         report = self._take(oracle)
         self.clock = self.clock.advanced(samples)
         return report
+
+    def onto(self, backend: Backend) -> LandscapeStep:
+        """This step on other trainable parameters (some were frozen, unfrozen or added): method, clock and state.
+
+        A Vector of the method keeps its elements; those of a new parameter are what `init` makes them, or 0. This one's
+        space is retired.
+        """
+        new = LandscapeStep(backend, self.method, self.seed, self.clock, self.skipped_steps)
+        new._warned, new._looked = self._warned, self._looked
+        for key, value in self.state.items():
+            if isinstance(value, Vector):
+                fresh = new.state.get(key)
+                new.state[key] = fresh if isinstance(fresh, Vector) else new.space.zeros()
+                kept = dict(zip(map(self._chunk, self.space.layout.pieces), value.tensors, strict=True))
+                for piece, tensor in zip(new.space.layout.pieces, new.state[key].tensors, strict=True):
+                    if (old := kept.get(new._chunk(piece))) is not None:
+                        tensor.copy_(old)
+            else:
+                new.state[key] = value
+        self.space.retire()
+        return new
+
+    def _chunk(self, piece: Piece) -> tuple[str, int, int]:
+        return self.space.layout.parameters[piece.parameter].name, piece.offset, piece.length
 
     @contextmanager
     def informing(self) -> Iterator[None]:
@@ -59,9 +85,10 @@ class LandscapeStep:
     def _take(self, oracle: Oracle) -> StepReport:
         space = self.space
         space.refuse_stale("a step")
-        asked, space.last_fidelity = space.measure_fidelity, None
-        # Rounding can spoil a displacement where the forward is narrower than fp32: look once, on the first step.
-        space.measure_fidelity = asked or (self.clock.steps == 0 and self.backend.compute_dtype.itemsize < 4)
+        space.last_fidelity = None
+        # Rounding can spoil a displacement where the forward is narrower than fp32: look once, on the first step, or on
+        # the second where the first moved only before any forward, which tells its type.
+        space.looks_at_narrow = self.clock.steps < 2 and not self._looked
         try:
             with space.deferring():
                 gradient = self.method.gradient(space, oracle, self.state)
@@ -74,7 +101,8 @@ class LandscapeStep:
         except NonFinite as error:
             return self._skip(oracle, error)
         finally:
-            space.measure_fidelity = asked
+            space.looks_at_narrow = False
+            self._looked = self._looked or space.last_fidelity is not None
         return StepReport(
             oracle.losses[0],
             oracle.passes,

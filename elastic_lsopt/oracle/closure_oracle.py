@@ -19,25 +19,37 @@ Closure = Callable[[], Tensor]
 
 
 class ClosureOracle(Oracle):
-    """`closures`, one a part, each: zero_grad, forward, backward (averaged over ranks), return the mean loss.
+    """`closures`, each: zero_grad, forward, backward (averaged over ranks), return the mean loss.
 
-    Each sees the same dropout in every pass of a step. `loss` of a pass is the mean over ranks and closures. With
-    several closures `zero_grad` of the wrapping optimizer does nothing between them, so their gradients add up.
+    Each sees the same dropout in every pass of a step. `loss` of a pass is the mean over ranks and closures. There is
+    one closure a part; or, if `accumulating_losses`, any multiple of that, whose losses (and so gradients) add up to
+    the mean. `zero_grad` of the wrapping optimizer does nothing between closures, so their gradients add up.
     """
 
-    def __init__(self, space: ParameterSpace, backend: Passes, closures: Sequence[Closure], clock: SampleClock) -> None:
+    def __init__(
+        self,
+        space: ParameterSpace,
+        backend: Passes,
+        closures: Sequence[Closure],
+        clock: SampleClock,
+        *,
+        accumulating_losses: bool = False,
+    ) -> None:
         super().__init__(space, backend, clock)
-        self._closures = list(closures)
+        self._closures, self._adds_up = list(closures), accumulating_losses
+        self._ran = 0
 
     @property
     def keeps_gradient(self) -> bool:
-        """Whether a `zero_grad` now would throw away a part's gradient."""
-        return self._running is not None and self._running.done > 0
+        """Whether a `zero_grad` now would throw away the gradient of a closure before it."""
+        return self._running is not None and self._ran > 0
 
     def parts(self, m: int) -> list[Part]:
-        if m != len(self._closures):
+        closures = len(self._closures)
+        if closures % m if self._adds_up else closures != m:
             raise UserError(
-                f"the method takes {m} part(s), step() got {len(self._closures)} closure(s); give a closure a part."
+                f"the method takes {m} part(s), step() got {closures} closure(s); give a closure a part, or accumulate "
+                "a multiple of that."
             )
         return [Part(self, i, m, 1 / m) for i in range(m)]
 
@@ -47,21 +59,30 @@ class ClosureOracle(Oracle):
         )
 
     def _backward(self, part: Part, *, last: bool) -> tuple[float | Tensor, int | Tensor]:
+        each = len(self._closures) // part.of
+        numbers = range(part.number * each, (part.number + 1) * each)
+        self._ran = numbers.start
+        losses = torch.stack([self._run_closure(number) for number in numbers])
+        weight = 1.0 if self._adds_up else part.weight
+        if last and weight != 1.0:
+            with torch.no_grad():
+                torch._foreach_mul_(list(self.backend.gradients()), weight)
+        return losses.sum() * weight / self.backend.world, (~losses.isfinite()).sum()
+
+    def _run_closure(self, number: int) -> Tensor:
+        """Its loss, a 0-d fp64 tensor where it was computed."""
         before = [p.grad for p in self.backend.slot_keys] if self.keeps_gradient else None
-        seed = block_seed(self.space.seed, "dropout", self.step, part.number * self.backend.world + self.backend.rank)
+        seed = block_seed(self.space.seed, "dropout", self.step, number * self.backend.world + self.backend.rank)
         with replayed(seed, self.backend.device), torch.enable_grad():
-            value = self._closures[part.number]()
+            value = self._closures[number]()
         if not isinstance(value, Tensor | float | int):
             raise UserError(f"the closure returned {value!r}; return the mean loss of its batch.")
-        loss = torch.as_tensor(value, dtype=torch.float64).detach().reshape(())  # still where it was computed
         if before and any(
             g is not None and p.grad is not g for p, g in zip(self.backend.slot_keys, before, strict=True)
         ):
             raise UserError(
-                "a closure threw away the gradient of the part before it; "
+                "a closure threw away the gradient of the one before it; "
                 "call the LandscapeOptimizer's zero_grad(), not the model's."
             )
-        if last and part.of > 1:
-            with torch.no_grad():
-                torch._foreach_mul_(list(self.backend.gradients()), part.weight)
-        return loss * part.weight / self.backend.world, (~loss.isfinite()).int()
+        self._ran = number + 1
+        return torch.as_tensor(value, dtype=torch.float64).detach().reshape(())

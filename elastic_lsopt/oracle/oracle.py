@@ -15,13 +15,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from elastic_lsopt.errors import NonFinite, UserError
+from elastic_lsopt.oracle.buffers import still_buffers
 from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.compute_type import observed
 from elastic_lsopt.oracle.differences import Product
 from elastic_lsopt.oracle.passes import Passes
 from elastic_lsopt.space.geometry import ParameterSpace, local_square
@@ -79,6 +81,8 @@ class Oracle(ABC):
     ) -> None:
         self.space, self.backend, self.clock = space, backend, clock
         self.losses: list[float] = []
+        self.moves_buffers = False
+        """Whether the first pass may move buffers (batch norm's statistics): it does in a step, and not in a probe."""
         self.stop = False
         self.signals: tuple[float, ...] = ()
         self._stop_requested, self._signals = stop_requested, signals
@@ -147,8 +151,11 @@ class Oracle(ABC):
         self.space.end_lease()
         self.backend.clear_gradient()
         self._running = total = Pass()
+        # The first pass of a step is at the weights themselves; no other may move running statistics.
+        moving = self.moves_buffers and not self.passes
         try:
-            yield total
+            with nullcontext() if moving else still_buffers(self.backend.roots):
+                yield total
         finally:
             self._running = None
         if total.done != total.parts or not total.parts:
@@ -171,7 +178,8 @@ class Oracle(ABC):
             )
         total.parts = part.of
         self.space.ready()
-        loss, nonfinite = self._backward(part, last=part.number == part.of - 1)
+        with observed(self.backend):
+            loss, nonfinite = self._backward(part, last=part.number == part.of - 1)
         total.local_loss += loss
         total.nonfinite += nonfinite
         total.done += 1

@@ -22,6 +22,16 @@ class Passes(Shards):
     world: int
     replicas: int
     """How many ranks hold each piece: the sum of local squares over the world counts it so often."""
+    observed: bool = False
+    """A forward has told in what type it computes (`compute_type.py`)."""
+
+    outermost: Sequence[nn.Module] = ()
+    """The modules around `module` whose forwards a pass may run too; none: there is only that one."""
+
+    @property
+    def roots(self) -> Sequence[nn.Module]:
+        """The modules whose forwards a pass runs, with all that is in them."""
+        return self.outermost or ([self.module] if self.module is not None else [])
 
     @property
     @abstractmethod

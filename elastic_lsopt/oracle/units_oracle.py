@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.oracle.buffers import still_buffers
 from elastic_lsopt.oracle.checks import check_products
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.differences import Product
@@ -198,7 +199,7 @@ class UnitsOracle(Oracle):
         """The mean of a slot's value over the global batch, without gradients."""
         self.space.ready()
         local: float | Tensor = 0.0
-        with torch.no_grad():
+        with torch.no_grad(), still_buffers(self.backend.roots):
             for index in self._slots((0, self._count)):
                 slot = self._slot(index)
                 found = value(slot)

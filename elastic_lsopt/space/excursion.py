@@ -120,7 +120,8 @@ class Excursion:
             if self._position is None:
                 self._position = [t.float() if t.element_size() < 4 else t.clone() for t in base]
             base = self._position
-        before = [t.to(shards.compute_dtype, copy=True) for t in base] if space.measure_fidelity else None
+        measures = space.measure_fidelity or (space.looks_at_narrow and shards.compute_dtype.itemsize < 4)
+        before = [t.to(shards.compute_dtype, copy=True) for t in base] if measures else None
         with torch.no_grad():
             for i, (out, origin) in enumerate(zip(working, base, strict=True)):
                 _add_piece(space, i, out, origin, direction, scale, keep_position=self._position is not None)

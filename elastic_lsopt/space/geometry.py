@@ -37,6 +37,8 @@ class ParameterSpace:
         self.shards = shards
         self.seed = seed
         self.measure_fidelity = False
+        self.looks_at_narrow = False
+        """Measure the fidelity of a move also unasked where the forward is narrower than fp32."""
         self.last_fidelity: Fidelity | None = None
         self.excursions: list[Excursion] = []
         self.edits = 0

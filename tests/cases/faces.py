@@ -52,7 +52,7 @@ def own_units(units: Sequence[Any]) -> list[Any]:
 
 
 def user_loop(kind: str, method: str, clip: float = 0.0, base: str = "momentum") -> dict[str, Any]:
-    """LandscapeOptimizer against the engine and the paper's loop, fp64, a stray gradient before every step."""
+    """LandscapeOptimizer against the engine and the paper's loop, fp64."""
     world = dist.get_world_size()
     hyper = engines.HYPERPARAMETERS[method]
     units = world * hyper.get("parts", 1)
@@ -73,7 +73,6 @@ def user_loop(kind: str, method: str, clip: float = 0.0, base: str = "momentum")
     )  # fmt: skip
     losses = []
     for s in steps:
-        paper_loops.cross_entropy(model, s[0]).backward()
         losses.append(optimizer.step(closures(optimizer, model, own_units(s))))
     assert optimizer.last_step and engine.last_step
     ours, engines_own = engines.whole(optimizer.space), engines.whole(engine.space)

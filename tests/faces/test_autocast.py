@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -51,22 +52,46 @@ def sam_by_hand(model: nn.Module, batch: Any, steps: int) -> None:
                 p.copy_(was - 0.5 * d)
 
 
-def by_optimizer(model: nn.Module, batch: Any) -> Callable[[], object]:
-    optimizer = lso.LandscapeOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.5), lso.SAM(rho=RHO))
+def entering(inside: bool, dtype: torch.dtype) -> Callable[[Any, Any], Tensor]:
+    """The loss, that enters autocast itself if `inside`."""
+
+    def loss_fn(model: Any, batch: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=dtype, enabled=True) if inside else nullcontext():
+            return loss_of(model, batch)
+
+    return loss_fn
+
+
+def by_optimizer(
+    model: nn.Module, batch: Any, *, method: Any = None, inside: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> Callable[[], Any]:
+    base = torch.optim.SGD(model.named_parameters(), lr=0.5)
+    optimizer, loss_fn = lso.LandscapeOptimizer(base, method or lso.SAM(rho=RHO)), entering(inside, dtype)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = loss_of(model, batch)
+        loss = loss_fn(model, batch)
         loss.backward()
         return loss
 
-    return lambda: optimizer.step(closure)
+    def step() -> Any:
+        optimizer.step(closure)
+        return optimizer.last_step
+
+    return step
 
 
-def by_engine(model: nn.Module, batch: Any) -> Callable[[], object]:
+def by_engine(
+    model: nn.Module, batch: Any, *, method: Any = None, inside: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> Callable[[], Any]:
     base = torch.optim.SGD(model.parameters(), lr=0.5)
-    engine = lso.Engine(backend_for(model, base), lso.SAM(rho=RHO), loss_fn=loss_of)
-    return lambda: engine.train_batch([batch])
+    engine = lso.Engine(backend_for(model, base), method or lso.SAM(rho=RHO), loss_fn=entering(inside, dtype))
+
+    def step() -> Any:
+        engine.train_batch([batch])
+        return engine.last_step
+
+    return step
 
 
 @pytest.mark.fast
@@ -117,3 +142,48 @@ def test_a_forward_between_steps_in_the_same_context_sees_the_new_weights() -> N
         now = loss_of(model, batch).item()
     with bf16():
         assert now == loss_of(model, batch).item()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("face", [by_optimizer, by_engine])
+@pytest.mark.parametrize("method,seen_at", [(lso.SAM(rho=1e-3), 0), (lso.LPFSGD(parts=1, gamma=1e-4, alpha=1.0), 1)])
+def test_fidelity_is_measured_in_the_type_that_the_loss_enters_itself(
+    caplog: pytest.LogCaptureFixture, face: Any, method: Any, seen_at: int
+) -> None:
+    model, batch = problem()
+    steps = face(model, batch, method=method, inside=True)
+    reports = [steps() for _ in range(3)]
+    assert [r.fidelity is not None for r in reports] == [i == seen_at for i in range(3)]
+    assert 0.0 < reports[seen_at].fidelity.cosine < 0.9
+    [line] = [r.getMessage() for r in caplog.records if "sees another displacement" in r.getMessage()]
+    assert line.startswith("the forward pass in torch.bfloat16 sees another displacement")
+
+
+@pytest.mark.fast
+def test_the_cosine_that_is_told_is_that_of_the_rounded_weights() -> None:
+    model, batch = problem()
+    step = by_optimizer(model, batch, method=lso.SAM(rho=1e-3), inside=True)
+    w = torch.cat([p.detach().flatten() for p in model.parameters()])
+    with bf16():
+        loss = loss_of(model, batch)
+    g = torch.cat([t.flatten() for t in torch.autograd.grad(loss, list(model.parameters()))])
+    asked = 1e-3 * g / g.norm()
+    got = (w + asked).bfloat16().double() - w.bfloat16().double()
+    wanted = torch.nn.functional.cosine_similarity(asked.double(), got, dim=0).item()
+    assert step().fidelity.cosine == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("face", [by_optimizer, by_engine])
+def test_fp16_is_refused_before_anything_has_changed(face: Any, outside: bool) -> None:
+    model, batch = problem()
+    before = [p.detach().clone() for p in model.parameters()]
+    step = face(model, batch, inside=not outside, dtype=torch.float16)
+    with (
+        torch.autocast("cpu", dtype=torch.float16, enabled=outside),
+        pytest.raises(lso.UserError, match=r"fp16 needs loss scaling .GradScaler.*use bf16") as caught,
+    ):
+        step()
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))

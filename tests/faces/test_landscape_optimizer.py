@@ -151,13 +151,7 @@ def test_the_closure_may_return_a_number_and_leave_zero_grad_out() -> None:
 
 @pytest.mark.fast
 def test_a_group_added_before_the_first_step_takes_part() -> None:
-    model, optimizer, closure = problem()
-    optimizer.step(closure)
-    late = nn.Parameter(torch.ones(2))
-    optimizer.add_param_group({"params": [("late", late)]})
-    with pytest.raises(lso.UserError, match="parameters changed after the first step"):
-        optimizer.step(closure)
-    model, optimizer, closure = problem()
+    model, optimizer, _ = problem()
     early = nn.Parameter(torch.ones(2))
     optimizer.add_param_group({"params": [("early", early)]})
     assert [p.name for p in optimizer.space.layout.parameters] == ["weight", "bias", "early"]
@@ -248,7 +242,7 @@ def test_a_closure_that_empties_the_models_gradient_between_parts_is_refused() -
         loss.backward()
         return loss
 
-    with pytest.raises(lso.UserError, match="threw away the gradient of the part before"):
+    with pytest.raises(lso.UserError, match="threw away the gradient of the one before"):
         optimizer.step([closure, wrong])
     optimizer.space.settle()
     assert optimizer.step([closure, closure]) > 0
