@@ -43,6 +43,7 @@ class Replicated(Backend):
         self._wrapper = model
         self._ddp = model if isinstance(model, DistributedDataParallel) else None
         self.module = self._ddp.module if self._ddp else model
+        self._learns_graph = self._ddp is not None and self._ddp.static_graph
         self.transport = Transport()
         self.rank, self.world = self.transport.rank, self.transport.world
         if model is not None and self._ddp is None and self.world > 1:
@@ -86,11 +87,13 @@ class Replicated(Backend):
     def begin(self, *, last: bool) -> None:
         self.transport.refuse_cut()
         if self._ddp is not None:
-            # Read by DDP's forward (it is what no_sync sets): only the closing backward averages the local sums.
-            self._ddp.require_backward_grad_sync = last
+            # Read by DDP's forward (it is what no_sync sets): only the closing backward averages the local sums. So
+            # does the first of all under static_graph, which fails unless it averages; the sum of means is the same.
+            self._ddp.require_backward_grad_sync = last or self._learns_graph
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+        self._learns_graph = False
 
     def clear_gradient(self) -> None:
         for p in self._parameters:

@@ -12,7 +12,7 @@ from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.faces.accumulation import Accumulation
-from elastic_lsopt.faces.owners import owners_of
+from elastic_lsopt.faces.owners import owners_of, refuse_not_averaged
 from elastic_lsopt.faces.report import StepReport
 from elastic_lsopt.faces.step import LandscapeStep
 from elastic_lsopt.optimizers.registry import Method, State
@@ -216,6 +216,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         named = list(zip(names, params, strict=True))
         backend = backend_for(None, self.base, named_parameters=named, max_grad_norm=self.max_grad_norm)  # type: ignore[arg-type]
         owners = owners_of(dict(named), self._model)
+        refuse_not_averaged(named, owners, changed=self._step is not None)
         backend.module, backend.outermost = owners.home, owners.roots
         return backend
 

@@ -6,10 +6,11 @@ Batch norm's statistics belong to a step as the weights do, and the type of a fo
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from elastic_lsopt.errors import UserError
 
@@ -53,13 +54,32 @@ def owners_of(parameters: Mapping[str, Tensor], model: nn.Module | None = None) 
     return Owners(bodies[0] if len(bodies) == 1 else nn.ModuleList(bodies) if bodies else None, roots)
 
 
+def refuse_not_averaged(named: Iterable[tuple[str, Tensor]], owners: Owners, *, changed: bool) -> None:
+    """Raise UserError for a parameter that was frozen when DistributedDataParallel was built around its model.
+
+    Where none was unfrozen their number tells; else (`changed`) DDP is asked for its buckets. Memory, only then: one
+    gradient.
+    """
+    wrappers = [m for root in owners.roots for m in root.modules() if isinstance(m, DistributedDataParallel)]
+    trained = {id(p) for ddp in wrappers for p in ddp._module_parameters if p.requires_grad}
+    counted = sum(ddp._get_ddp_logging_data()["num_parameter_tensors"] for ddp in wrappers)
+    if len(trained) <= counted and not changed:
+        return
+    buckets = [bucket for ddp in wrappers for bucket in ddp.reducer._get_zeros_like_grad_buckets()]
+    averaged = {id(p) for bucket in buckets for p in bucket.parameters()}
+    for name, p in named:
+        if id(p) in trained - averaged:
+            raise UserError(
+                f"parameter {name} was frozen when DistributedDataParallel was built, which does not average its "
+                "gradient, so the ranks would drift apart; build DistributedDataParallel again after unfreezing."
+            )
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """Without DistributedDataParallel and torch.compile around it, which lengthen names."""
-    for name in ("module", "_orig_mod"):
-        inner = module._modules.get(name)
-        if inner is not None and type(module).__name__ in ("DistributedDataParallel", "OptimizedModule"):
-            return unwrapped(inner)
-    return module
+    compiled = module._modules.get("_orig_mod")
+    inner = module.module if isinstance(module, DistributedDataParallel) else compiled
+    return unwrapped(inner) if inner is not None else module
 
 
 def _every_module() -> list[nn.Module]:
