@@ -62,12 +62,15 @@ class ClosureOracle(Oracle):
         each = len(self._closures) // part.of
         numbers = range(part.number * each, (part.number + 1) * each)
         self._ran = numbers.start
-        losses = torch.stack([self._run_closure(number) for number in numbers])
+        loss, nonfinite = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+        for number in numbers:
+            value = self._run_closure(number)
+            loss, nonfinite = value + loss, (~value.isfinite()).int() + nonfinite
         weight = 1.0 if self._adds_up else part.weight
         if last and weight != 1.0:
             with torch.no_grad():
                 torch._foreach_mul_(list(self.backend.gradients()), weight)
-        return losses.sum() * weight / self.backend.world, (~losses.isfinite()).sum()
+        return loss * weight / self.backend.world, nonfinite
 
     def _run_closure(self, number: int) -> Tensor:
         """Its loss, a 0-d fp64 tensor where it was computed."""
