@@ -1,10 +1,15 @@
-"""What must hold before a product with the curvature means anything; about six gradients, once an oracle.
+"""What must hold before a product with the curvature means anything; six to ten gradients, once an oracle.
 
 1. the loss is a mean                    it stays as it is when every sample is given twice
 2. the gradient is deterministic         two of them agree
 3. the skeleton is the model             its gradient is the engine's
 4. autograd sees the second derivative   H g agrees with a central difference along g: a custom kernel's backward
                                          may be a constant to autograd, and the product silently wrong
+
+[Note: an engine in bf16] Products are taken in fp32 whatever the engine computes in, and near a minimum, where the
+gradients of the samples cancel, a bf16 gradient may be further from the fp32 one than it is long. So what 2 and 3 allow
+is measured: the skeleton's gradient is taken once more in bf16, and its distance from the one in fp32 is what this type
+does to this model here. The last check never meets bf16: it compares the skeleton with itself.
 """
 
 from __future__ import annotations
@@ -24,10 +29,15 @@ from elastic_lsopt.space.vector import Lease, Vector
 
 log = logging.getLogger("elastic_lsopt")
 AGREE = {torch.float64: 1e-7, torch.float32: 1e-3}
-"""How far two gradients may be from each other, as a share of their length: the order of sums differs. Else (bf16) …"""
-AGREE_BF16 = 0.3
-STEP = 1e-6
-"""Of |w|: the length of the central difference, in fp64."""
+"""How far two gradients may be from each other, as a share of their length: the order of sums differs."""
+ROUNDINGS = 3.0
+"""… and for a narrower type, how many times what its rounding does to the skeleton's gradient."""
+STEP = {torch.float64: 1e-8, torch.float32: 3e-3}
+"""Of |w|: the length of the central difference."""
+CONFIRMED, SAME, KINKS = 0.02, {torch.float64: 0.01, torch.float32: 0.05}, 5.0
+"""Shares of the difference's length: its half must be as near for it to count; a product as far from it, or KINKS times
+as far as its half is, is another one (a single kink between the two lengths moves it twice as far).
+"""
 
 
 def check_products(products: Products, gradient: Callable[[], Lease]) -> None:
@@ -40,8 +50,9 @@ def check_products(products: Products, gradient: Callable[[], Lease]) -> None:
     _refuse_a_sum(products)
     first = gradient().clone()
     length = space.norm(first)
-    limit = AGREE.get(space.shards.compute_dtype, AGREE_BF16)
-    apart = _apart(products.gradient(), first, length)
+    bare = products.gradient()
+    limit, apart = _limit(products, bare, length), _apart(bare, first, length)
+    del bare
     if not apart <= limit:
         twice = _apart(gradient(), first, length)
         if not twice <= limit:
@@ -63,6 +74,24 @@ def check_products(products: Products, gradient: Callable[[], Lease]) -> None:
             products.use_differences()
 
 
+def _limit(products: Products, bare: Vector, length: float) -> float:
+    """See [Note: an engine in bf16]; `bare` is the skeleton's gradient in the products' precision."""
+    space, narrow = products.space, products.space.shards.compute_dtype
+    if narrow in AGREE:
+        return AGREE[narrow]
+    mode: Mode = "blockwise" if products.chosen == "blockwise" else "rebuilt"
+    rounded = Products(space, products.backend, products.loss, products.slots, mode, narrow)
+    try:
+        share = _apart(rounded.gradient(), bare, length)
+    except (torch.OutOfMemoryError, PeerFailed):
+        raise
+    except RuntimeError:  # a model that mixes precisions by itself
+        share = torch.finfo(narrow).eps ** 0.5
+    finally:
+        rounded.close()
+    return max(AGREE[torch.float32], ROUNDINGS * share)
+
+
 def _apart(a: Vector, b: Vector, length: float) -> float:
     distance = b.space.norm(a - b)
     return distance / length if length else distance
@@ -71,10 +100,10 @@ def _apart(a: Vector, b: Vector, length: float) -> float:
 def _second_derivative_missing(products: Products, g: Vector, length: float) -> str | None:
     """Why exact products cannot be had, in half a sentence; None where they can, or where nothing speaks against it.
 
-    In fp64, where a difference can be so short that it crosses none of a ReLU network's kinks and yet be no noise; on
-    each rank's first unit. A difference that its half does not confirm says nothing.
+    In fp64, where a difference can be so short that it crosses none of a ReLU network's kinks and yet be no noise (in
+    fp32 where a kernel knows no other); on each rank's first unit. A difference that its half does not confirm says
+    nothing.
     """
-    space = products.space
     u = g * (1 / length)
     try:
         products.hvp(u)
@@ -82,26 +111,34 @@ def _second_derivative_missing(products: Products, g: Vector, length: float) -> 
         raise
     except RuntimeError as error:  # what autograd and kernels raise where a formula is missing
         return f"autograd cannot differentiate the model twice ({' '.join(str(error).split())[:160]})"
-    mode: Mode = "blockwise" if products.chosen == "blockwise" else "rebuilt"
     products.close()  # its graph may have taken most of the memory
-    wide = Products(space, products.backend, products.loss, products.slots[:1], mode, torch.float64)
-    h = STEP * max(space.norm(space.weights), 1.0)
+    for dtype in (torch.float64, torch.float32):
+        try:
+            return _off_the_difference(products, u, dtype)
+        except (torch.OutOfMemoryError, PeerFailed):
+            raise
+        except RuntimeError:  # a kernel that knows no fp64
+            continue
+    return None
+
+
+def _off_the_difference(products: Products, u: Vector, dtype: torch.dtype) -> str | None:
+    space = products.space
+    mode: Mode = "blockwise" if products.chosen == "blockwise" else "rebuilt"
+    wide = Products(space, products.backend, products.loss, products.slots[:1], mode, dtype)
+    h = STEP[dtype] * max(space.norm(space.weights), 1.0)
     try:
         exact, near, nearer = wide.hvp(u), wide.difference(u, h), wide.difference(u, h / 2)
-    except (torch.OutOfMemoryError, PeerFailed):
-        raise
-    except RuntimeError:  # a kernel that knows no fp64
-        return None
     finally:
         wide.close()
-    size = space.norm(nearer)
-    if not size > 0 or not space.norm(near - nearer) <= 0.02 * size or not isfinite(space.norm(exact)):
+    size, doubt, off = space.norm(nearer), space.norm(near - nearer), space.norm(nearer - exact)
+    if not size > 0 or not doubt <= CONFIRMED * size or not isfinite(off):
         return None
-    if space.norm(nearer - exact) <= 0.1 * size:
+    if off <= max(SAME[dtype] * size, KINKS * doubt):
         return None
     return (
-        f"the product along the gradient is {space.norm(nearer - exact) / size:.1e} of its length away from a central "
-        "difference: some backward pass is a constant to autograd"
+        f"the product along the gradient is {off / size:.1e} of its length away from a central difference: some "
+        "backward pass is a constant to autograd"
     )
 
 

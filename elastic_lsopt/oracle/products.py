@@ -75,7 +75,7 @@ class Products:
         self.slots, self.dtype = slots, dtype or space.dtype
         self.mode: Mode = mode
         self.chosen: Mode = mode
-        self._slots = [replace(slot, batch=tree_map(self._wide, slot.batch)) for slot in slots]
+        self._slots = [replace(slot, batch=tree_map(self._fitting, slot.batch)) for slot in slots]
         self._weights: Weights | None = None
         self._keep: bool | None = {"kept": True, "rebuilt": False}.get(mode)
         self._blockwise: bool | None = {"kept": False, "rebuilt": False, "blockwise": True}.get(mode)
@@ -83,10 +83,11 @@ class Products:
         self._stamp: Any = None
         self._differences: Differences | None = None
 
-    def _wide(self, t: Any) -> Any:
-        """Inputs for an engine in bf16 go into a skeleton in fp32."""
-        narrow = isinstance(t, Tensor) and t.is_floating_point() and t.dtype.itemsize < self.dtype.itemsize
-        return t.to(self.dtype) if narrow else t
+    def _fitting(self, t: Any) -> Any:
+        """Inputs for an engine in bf16 go into a skeleton in fp32; into one in bf16 goes nothing else."""
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            return t
+        return t.to(self.dtype) if t.dtype.itemsize < self.dtype.itemsize or self.dtype.itemsize < 4 else t
 
     # -- what others ask ---------------------------------------------------------------------------------------
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.config.deepspeed_json import check_job, read_deepspeed_json
@@ -124,6 +124,12 @@ def _base(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.optim.
     return build
 
 
+def as_weights_are(batch: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
+    """The batch as the engine's forward takes it: DeepSpeed's weights are bfloat16, and so must be what they meet."""
+    narrow = config.bf16 and config.backend == "deepspeed"
+    return {k: v.bfloat16() if narrow and v.is_floating_point() else v for k, v in batch.items()}
+
+
 def plain_loss_of(config: TrainConfig, model: nn.Module) -> Loss | Unsplit:
     """The task's loss, in whatever precision the model has; with its routers' loss where the model adds one."""
     if config.task != "causal_lm":
@@ -139,8 +145,8 @@ def loss_of(config: TrainConfig, model: nn.Module) -> Loss | Unsplit:
 
     def cast(forward: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def run(model: Any, batch: Any) -> Any:
-            if config.backend == "deepspeed":  # its weights are bfloat16, and so must be what they meet
-                return forward(model, {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()})
+            if config.backend == "deepspeed":
+                return forward(model, as_weights_are(batch, config))
             device = next(iter(batch.values())).device.type
             with torch.autocast(device, dtype=torch.bfloat16):
                 return forward(model, batch)

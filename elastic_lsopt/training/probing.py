@@ -28,6 +28,7 @@ from elastic_lsopt.probes.catalogue import Situation, as_json, measure
 from elastic_lsopt.probes.lanczos import lanczos
 from elastic_lsopt.probes.trajectory import Motion, Trajectory
 from elastic_lsopt.training.data import Data
+from elastic_lsopt.training.engines import as_weights_are
 
 log = logging.getLogger("elastic_lsopt")
 WINDOW = 40
@@ -145,7 +146,7 @@ class Probing:
             adam = ((config.adam_beta1, config.adam_beta2), config.adam_epsilon, max(engine.clock.steps, 1))
         return Situation(
             space=engine.space,
-            oracle=self._oracle(units, name, probe, checked=name not in self._settled and not config.bf16),
+            oracle=self._oracle(units, name, probe, checked=name not in self._settled),
             batches=lambda: [self._oracle(single(i), name, probe, checked=False) for i in range(probe.units)],
             samples=len(self._data.train), learning_rate=group.get("lr"), momentum=config.momentum, adam=adam,
             window=self._trajectory.window if self._trajectory is not None else None,
@@ -185,7 +186,7 @@ def fixed_units(
 
     def batch(i: int) -> dict[str, Any]:
         rows = data.collate([data.train[j] for j in order[i * size : (i + 1) * size]])
-        return {k: v.to(world.device) for k, v in rows.items()}
+        return as_weights_are({k: v.to(world.device) for k, v in rows.items()}, config)
 
     together = [Unit(i, batch(i)) for i in range(world.rank, count, world.size)] or [Unit(0, batch(0), idle=True)]
     return together, lambda i: [Unit(0, batch(i), idle=world.rank > 0)]
