@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elastic_lsopt.backends.ending import end_well
+from elastic_lsopt.backends.signed_store import server_of
 from elastic_lsopt.errors import PeerFailed
 
 AGREE_S = 1.0
@@ -104,9 +105,7 @@ class Transport:
         """
         self.cut = True
         if self.world > 1:
-            master = dist.distributed_c10d._get_default_store()
-            while isinstance(master, dist.PrefixStore):
-                master = master.underlying_store
+            master = server_of(dist.distributed_c10d._get_default_store())
             shut_down(self._ports, keep=master.port if isinstance(master, dist.TCPStore) else -1)
 
     def first_failure(self) -> str | None:

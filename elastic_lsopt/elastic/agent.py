@@ -26,6 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from elastic_lsopt.backends.signed_store import derived
 from elastic_lsopt.elastic import manifest, membership, record
 from elastic_lsopt.elastic.clock import lease_now
 from elastic_lsopt.elastic.generation import FINISHED, Generation
@@ -175,7 +176,7 @@ class Agent:
                 worker.tell(
                     "enter", number=generation.number, workers=[w for _, w in ranks], nodes=[n for n, _ in ranks],
                     store=self._host_address(), gone=gone, why=generation.why, running=generation.running,
-                    node=self.node.name,
+                    node=self.node.name, secret=derived(self.node.secret, "workers", str(generation.number)).hex(),
                 )  # fmt: skip
 
     def _fence(self, why: str) -> None:
@@ -361,7 +362,8 @@ class Agent:
         """Whether a checkpoint of this generation may get its name: by compare-and-set at the host, under a lease."""
 
         def ask() -> None:
-            worker.tell("granted", step=step, granted=manifest.claim(self._host_address(), generation, step))
+            claimed = manifest.claim(self._host_address(), self.node.secret, generation, step)
+            worker.tell("granted", step=step, granted=claimed)
 
         # A planned change waits until its group ends; one by force means that another group may go on from here.
         if membership.view(self._state, lease_now()).lease_left_s > 0 and generation >= self._forced:

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 LINK = "ELASTIC_LSOPT_LINK"
@@ -44,6 +44,8 @@ class Entered:
     """The node of each rank."""
     store: str
     """Address of the store of this generation."""
+    secret: str = field(repr=False)
+    """Of this generation's workers alone, in hexadecimal: what they sign in that store."""
     gone: tuple[str, ...]
     """Workers of the generation before that died: nobody must wait for them."""
     why: str

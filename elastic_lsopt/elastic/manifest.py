@@ -5,18 +5,20 @@ from __future__ import annotations
 from contextlib import suppress
 from datetime import timedelta
 
+from elastic_lsopt.backends.signed_store import SignedStore, derived
 from elastic_lsopt.elastic.mailbox import connect
 
 TIMEOUT = timedelta(seconds=5)
 
 
-def claim(store_address: str, generation: int, step: int) -> bool:
+def claim(store_address: str, secret: bytes, generation: int, step: int) -> bool:
     """Whether the checkpoint of `step` is this generation's to commit: by compare-and-set, against older ones.
 
-    False where a newer generation has claimed it, and where the store cannot be asked. The caller holds a lease.
+    False where a newer generation has claimed it, where the store cannot be asked, and where what stands there is not
+    signed with `secret`. The caller holds a lease.
     """
     with suppress(RuntimeError, OSError):
-        store, key = connect(store_address, TIMEOUT), f"manifest/{step}"
+        store, key = SignedStore(connect(store_address, TIMEOUT), derived(secret, "manifests")), f"manifest/{step}"
         before = store.get(key).decode() if store.check([key]) else ""
         if not before or int(before) <= generation:
             return store.compare_set(key, before, str(generation)) == str(generation).encode()

@@ -45,6 +45,7 @@ from elastic_lsopt.elastic.job import Run, refuse_what_counts_steps_or_ranks
 from elastic_lsopt.elastic.journal import Change, Journal, Phases
 from elastic_lsopt.elastic.link import Entered, WorkerLink
 from elastic_lsopt.elastic.mailbox import connect, split_address
+from elastic_lsopt.elastic.meeting import meet
 from elastic_lsopt.elastic.mirror import Mirror
 from elastic_lsopt.elastic.plan import Plan, Policy, Worker, plan
 from elastic_lsopt.elastic.reshard import choose, inventory, reshard
@@ -59,7 +60,6 @@ from elastic_lsopt.schedules.adascale import Gain, measured
 Build = Callable[[World], Run]
 FORM_TIMEOUT_S = 20.0
 """How long a new group may take to connect; a peer that dies meanwhile costs the rest of it."""
-POLL_S = 0.002
 LAGS = 8
 """How many mirrored versions C may trail behind; the runtime waits for the mirror before it trails further."""
 IDLE_S = 0.2
@@ -330,10 +330,10 @@ class Runtime:
         os.environ["LOCAL_RANK"] = str(local)
         self._broken_since = None
         self._store_port = split_address(entered.store)[1]
-        store = dist.PrefixStore(
+        unsigned = dist.PrefixStore(
             f"generation/{entered.number}", connect(entered.store, timedelta(seconds=FORM_TIMEOUT_S))
         )
-        self._meet(store, size)
+        store = meet(unsigned, rank, size, bytes.fromhex(entered.secret), look_up=self._refuse_outdated)
         device = device_of(local)
         form_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store, rank, size,
@@ -349,13 +349,9 @@ class Runtime:
     def _may_commit(self, generation: int, step: int) -> bool:
         return self._link.may_commit(generation, step, timeout_s=self._settings.lease_s + GRANT_S)
 
-    def _meet(self, store: dist.Store, size: int) -> None:
-        """Wait until all have come, so that the group itself forms at once: nothing can interrupt that."""
-        store.add("met", 1)
-        while store.add("met", 0) < size:
-            if self._link.newest > self._number:
-                raise Interrupted
-            time.sleep(POLL_S)
+    def _refuse_outdated(self) -> None:
+        if self._link.newest > self._number:
+            raise Interrupted
 
     def _take_down(self) -> None:
         """Let go of everything but the host versions. No communication."""

@@ -8,6 +8,7 @@ a rank that only followed knows that there is nothing to add.
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -21,6 +22,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from elastic_lsopt.elastic.meeting import meet
+from elastic_lsopt.elastic.signing import SECRET_VARIABLE
 from elastic_lsopt.elastic.world import World, on_gpu
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -38,7 +41,11 @@ def launched() -> bool:
 
 
 def join() -> World:
-    """Join the process group that the environment describes; a process by itself forms a world of one."""
+    """Join the process group that the environment describes; a process by itself forms a world of one.
+
+    Where the environment holds the job's secret (SECRET_VARIABLE, on all ranks or on none), ranks believe each other
+    only what is signed with it.
+    """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     gpu = on_gpu()
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
@@ -47,6 +54,8 @@ def join() -> World:
     if CHILD in os.environ:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     store, rank, size = next(dist.rendezvous("env://")) if launched() else (dist.HashStore(), 0, 1)
+    if secret := os.environ.get(SECRET_VARIABLE):
+        store = meet(store, rank, size, secret.encode())
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore("default", store), rank=rank,
         world_size=size, timeout=COLLECTIVE_TIMEOUT,
@@ -74,7 +83,8 @@ def start_workers(count: int, arguments: Sequence[str], *, module: str = "elasti
             HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
         )
     environment = {
-        **os.environ, CHILD: "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        SECRET_VARIABLE: secrets.token_hex(32), **os.environ,
+        CHILD: "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": HOST, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
     }  # fmt: skip
