@@ -12,6 +12,11 @@ from elastic_lsopt import __version__
 from elastic_lsopt.cli.probe import arguments_of
 from elastic_lsopt.errors import UserError
 
+FROM_A_RUN = "run the code that names the model, also where the file is a run's own settings"
+TRUST = {
+    "train": FROM_A_RUN, "agent": FROM_A_RUN, "validate": "import the code that names the model, to know its size",
+}  # fmt: skip
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a mistake of the user's, 130 after an interrupt."""
@@ -34,15 +39,15 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         case "train":
             from elastic_lsopt.cli.train import train
 
-            return train(arguments.file, arguments.overrides)
+            return train(arguments.file, arguments.overrides, trust=arguments.trust)
         case "agent":
             from elastic_lsopt.cli.train import agent
 
-            return agent(arguments.file, arguments.overrides)
+            return agent(arguments.file, arguments.overrides, trust=arguments.trust)
         case "validate":
             from elastic_lsopt.cli.validate import validate
 
-            return validate(arguments.file, arguments.overrides)
+            return validate(arguments.file, arguments.overrides, trust=arguments.trust)
         case "study":
             from elastic_lsopt.cli.study import study
 
@@ -86,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", metavar="key=value", nargs="*", help="laid over the file, such as landscape.rho=0.1"
         )
+        if why := TRUST.get(name):
+            command.add_argument("--trust", action="store_true", help=why)
     live = commands.add_parser("status", help="members, generation, throughput and last changes of an elastic job")
     live.add_argument("run_folder", metavar="RUN_FOLDER", help="the job's output_dir")
     live.add_argument("--endpoint", metavar="HOST:PORT", help="any living node's store (default: of the run folder)")

@@ -21,30 +21,37 @@ USAGE = "usage: "
 """Before a user's mistake in what the ranks tell each other; see training/world.py [Note: who says what went wrong]."""
 
 
-def train(path: str | Path, overrides: Sequence[str] = ()) -> int:
-    """Run the job; returns the exit code. Raises UserError, before a worker starts, for a wrong file."""
+def train(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = False) -> int:
+    """Run the job; returns the exit code. Raises UserError, before a worker starts, for a wrong file.
+
+    Without `trust` settings in a run's folder that name code are refused: a run's folder may be somebody else's.
+    """
+    from elastic_lsopt.training.imported_model import of_a_run, refuse_untrusted
     from elastic_lsopt.training.world import launched, start_workers
 
     try:
         job = read_job(path, overrides)
         with job.file.located():
             check_paths(job.config)
+        if of_a_run(Path(path)):
+            refuse_untrusted(job.config, Path(path), trust=trust)
     except UserError:
         if launched() and os.environ.get("LOCAL_RANK", "0") != "0":
             return 2  # a neighbour reads the same file, and says it
         raise
+    arguments = [str(path), *overrides, *(["--trust"] if trust else [])]
     if job.config.elastic is not None:
-        _elastic(job, [str(path), *overrides])
+        _elastic(job, arguments)
     if not launched() and job.config.workers > 1:
-        return start_workers(job.config.workers, [str(path), *overrides])
+        return start_workers(job.config.workers, arguments)
     return _one_rank(job)
 
 
-def agent(path: str | Path, overrides: Sequence[str] = ()) -> int:
+def agent(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = False) -> int:
     """Be this node's agent; returns the exit code. Raises UserError for a file without an elastic block."""
     if read_job(path, overrides).config.elastic is None:
         raise UserError(f"{path} has no elastic block, so there is nothing for an agent to do; add one, or use train.")
-    return train(path, overrides)
+    return train(path, overrides, trust=trust)
 
 
 def _elastic(job: Job, arguments: Sequence[str]) -> NoReturn:

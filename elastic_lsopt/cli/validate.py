@@ -2,7 +2,8 @@
 
 Of an elastic job also what its policy makes of each world, and the host memory of the mirror.
 
-Neither a GPU nor the data is touched: the model is built on the meta device, which has shapes and no storage.
+Neither a GPU nor the data is touched: the model is built on the meta device, which has shapes and no storage. A model
+that is code of the user's own is built only if `trust` says so; without it the tables of memory are left out.
 """
 
 import os
@@ -22,6 +23,7 @@ from elastic_lsopt.elastic.plan import Plan, Policy, Worker, plan
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.units import part_bounds, slots, unit_sizes, units_of_rank
+from elastic_lsopt.training.imported_model import foreign_code
 from elastic_lsopt.training.memory import memory_per_rank, mirror_per_rank
 
 WORLDS = (1, 2, 4, 8)
@@ -29,31 +31,37 @@ MOST_SHOWN = 64
 """Ranks of the largest world whose plan is shown."""
 
 
-def validate(path: str | Path, overrides: Sequence[str] = ()) -> int:
+def validate(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = False) -> int:
     """Check a job and print its batch arithmetic and its memory per rank; returns the exit code 0.
 
-    Raises UserError, one line with the place, for whatever is wrong.
+    `trust` lets it import the code that the file names as its model. Raises UserError, one line with the place, for
+    whatever is wrong.
     """
     job = read_job(path, overrides)
     with job.file.located():
         check_paths(job.config)
         cut = _cut(job)
         plans = _plans(job)
-        size = _model_size(job.config)
+        code = None if trust else foreign_code(job.config)
+        size = _model_size(job.config) if code is None else None
     worlds = sorted({*WORLDS, job.config.workers})
     console = Console(soft_wrap=True, highlight=False)
-    console.print(
-        f"{path}: {job.config.task}, {size.parameters:,} trainable parameters, backend {_backend(job.config)}"
-    )
+    parameters = f"{size.parameters:,} trainable parameters, " if size is not None else ""
+    console.print(f"{path}: {job.config.task}, {parameters}backend {_backend(job.config)}")
     console.print(f"{job.method!r}: {(type(job.method).__doc__ or '').strip().splitlines()[0]}", markup=False)
     console.print(_batch_table(console, job.config, cut, worlds))
-    console.print(_memory_table(console, job.config, size, worlds))
+    if size is not None:
+        console.print(_memory_table(console, job.config, size, worlds))
     if job.config.elastic is not None:
         console.print(_plan_table(console, job.config, plans))
         for made in (made for made in plans if made.why):
             console.print(f" {made.world} ranks: {made.why}")
-        console.print(_mirror_table(console, job.config, size, plans))
-    console.print("Activations, communication buckets and the framework are not counted; * = workers of this file.")
+        if size is not None:
+            console.print(_mirror_table(console, job.config, size, plans))
+    if code is not None:
+        console.print(f"{code} was not imported, so the model's size is not known: --trust runs it, and shows memory.")
+    else:
+        console.print("Activations, communication buckets and the framework are not counted; * = workers of this file.")
     console.print(f"{path} is right.")
     return 0
 

@@ -14,7 +14,6 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.config.spelling import did_you_mean
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.slot import replayed
+from elastic_lsopt.training.imported_model import imported
 from elastic_lsopt.training.tokens import ByteTokens, tokens_of
 
 _SAFE = {"trust_remote_code": False}
@@ -54,7 +54,7 @@ def build_model(
     cpu = torch.device("cpu")
     with replayed(config.seed, cpu), torch.device("meta") if target.type == "meta" else cpu:
         if config.model is not None and "import" in config.model:
-            model = _imported(config.model["import"], config.model.get("args", {}))
+            model = imported(config.model["import"], config.model.get("args", {}))
         else:
             model = _transformer(config, vocabulary_size, classes, target.type == "meta")
     return model.train().to(target)
@@ -87,22 +87,6 @@ def apply_activation_checkpointing(model: nn.Module) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def _imported(path: str, args: Mapping[str, Any]) -> nn.Module:
-    module_name, _, name = path.partition(":")
-    try:
-        maker = getattr(import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise SettingError("model.import", f"model.import={path!r} cannot be imported: {error}.") from None
-    try:
-        inspect.signature(maker).bind(**args)
-    except TypeError as error:
-        raise SettingError("model.args", f"model.args do not fit {path}{inspect.signature(maker)}: {error}.") from None
-    model = maker(**args)
-    if not isinstance(model, nn.Module):
-        raise SettingError("model.import", f"{path} returned a {type(model).__name__}; it must return a torch module.")
-    return model
-
-
 def class_names(config: TrainConfig) -> tuple[str, ...]:
     """The names that the model gives its classes, by label, in its folder or in `model`; empty where it names none."""
     from transformers import AutoConfig
@@ -121,6 +105,7 @@ def class_names(config: TrainConfig) -> tuple[str, ...]:
 def _transformer(
     config: TrainConfig, vocabulary_size: int | None, classes: int | Sequence[str] | None, meta: bool
 ) -> nn.Module:
+def _transformer(config: TrainConfig, vocabulary_size: int | None, classes: int | None, meta: bool) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForCausalLM if config.task == "causal_lm" else AutoModelForSequenceClassification

@@ -22,6 +22,7 @@ from elastic_lsopt.probes.catalogue import Situation, as_json, measure
 from elastic_lsopt.space.vector import Vector
 from elastic_lsopt.training.data import Data, build_data
 from elastic_lsopt.training.engines import build_engine, plain_loss_of
+from elastic_lsopt.training.imported_model import refuse_untrusted
 from elastic_lsopt.training.probing import fixed_units
 from elastic_lsopt.training.run_folder import CHECKPOINTS, CONFIG
 
@@ -43,12 +44,15 @@ class Question:
     products: str = "auto"
     other: Path | None = None
     """Another model of the same shape, for the way between the two."""
+    trust: bool = False
+    """Whether code that a run's settings name as its model may run."""
 
 
 def settings_of(question: Question, world_size: int) -> tuple[TrainConfig, Path | None]:
     """The job that builds this model again, and the checkpoint to load (None: the folder's own weights).
 
-    Raises UserError for a path that is neither a checkpoint, a run folder nor a Hugging Face folder.
+    Raises UserError for a path that is neither a checkpoint, a run folder nor a Hugging Face folder, and for a run
+    whose model is code that is not trusted.
     """
     path = question.model
     for name, settings in question.measures.items():
@@ -76,6 +80,7 @@ def settings_of(question: Question, world_size: int) -> tuple[TrainConfig, Path 
     if not (run / CONFIG).is_file():
         raise UserError(f"{checkpoint} lies in no run folder ({run / CONFIG} is missing), so its model is not known.")
     config = load_config(run / CONFIG)
+    refuse_untrusted(config, run / CONFIG, trust=question.trust)
     own["global_batch_size"] = max(config.global_batch_size, own.get("per_device_train_batch_size", 1))
     return replace(config, **own), checkpoint
 
