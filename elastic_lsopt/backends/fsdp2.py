@@ -21,8 +21,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from elastic_lsopt.backends.backend import Backend, local, scale_to_norm_
 from elastic_lsopt.backends.base_trial import reason_against_rows
+from elastic_lsopt.backends.trainable import trainable
 from elastic_lsopt.backends.transport import Transport
-from elastic_lsopt.errors import Unsupported, UserError
+from elastic_lsopt.errors import Unsupported
 from elastic_lsopt.space.layout import Layout, Parameter, Piece
 from elastic_lsopt.space.vector import Vector
 
@@ -51,10 +52,7 @@ class FSDP2(Backend):
         self._modules = _fsdp_modules(model)
         for module in self._modules:
             module.reshard()  # a gathered group hides its DTensors from `parameters()`
-        named = list(model.named_parameters() if model is not None else named_parameters)
-        named = [(n, p) for n, p in named if p.requires_grad]
-        if not named:
-            raise UserError("the model has no trainable parameter; set requires_grad on at least one.")
+        named = trainable(model.named_parameters() if model is not None else named_parameters)
         if model is None:
             ours = {id(p) for _, p in named}
             self._modules = [m for m in self._modules if any(id(p) in ours for p in _parameters(m))]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from elastic_lsopt.backends.backend import Backend, scale_to_norm_
+from elastic_lsopt.backends.trainable import trainable
 from elastic_lsopt.backends.transport import Transport
-from elastic_lsopt.errors import Unsupported, UserError
+from elastic_lsopt.errors import Unsupported
 from elastic_lsopt.space.layout import Layout, Parameter, Piece
 from elastic_lsopt.space.vector import Vector
 
@@ -35,9 +36,7 @@ class Replicated(Backend):
         model: nn.Module | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
-        named = [(n, p) for n, p in named_parameters if p.requires_grad]
-        if not named:
-            raise UserError("the model has no trainable parameter; set requires_grad on at least one.")
+        named = trainable(named_parameters)
         self._parameters = [p for _, p in named]
         self.base, self.max_grad_norm = base, max_grad_norm
         self._wrapper = model

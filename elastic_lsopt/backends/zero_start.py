@@ -16,6 +16,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 from torch import nn
 
+from elastic_lsopt.backends.trainable import trainable
 from elastic_lsopt.backends.zero import ZeroBackend, check_version
 from elastic_lsopt.backends.zero_adapter import zero_backend
 from elastic_lsopt.backends.zero_tested import refuse_untested
@@ -67,10 +68,8 @@ def start_engine(model: nn.Module, base: Callable[[Any], torch.optim.Optimizer],
             raise UserError(f"base gave a {type(optimizer).__name__}; it takes parameters and gives a torch optimizer.")
         return optimizer
 
-    trainable: Any = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise UserError("the model has no trainable parameter; set requires_grad on at least one.")
+    parameters: Any = [p for _, p in trainable(model.named_parameters())]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, optimizer=made, config=config)
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, optimizer=made, config=config)
     return zero_backend(engine)

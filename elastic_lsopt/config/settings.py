@@ -25,6 +25,8 @@ LANDSCAPE_SCHEMA: dict[str, Any] = {"required": ["method"], "properties": {"meth
 
 # Data that comes with Python or with scikit-learn: names, never paths.
 BUILTIN_DATASETS = ("python-stdlib", "digits")
+MOST_UNITS, MOST_WORKERS = 1_000_000, 4096
+"""Of a step, and of a machine: what is far beyond them is a slip of the pen, and would only fill the memory."""
 
 # Keys that a reader of other trainers' files may expect, and why they are refused.
 REFUSED = {
@@ -194,6 +196,19 @@ def _conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
             "global_batch_size",
             f"global_batch_size={c.global_batch_size} must be at least per_device_train_batch_size="
             f"{c.per_device_train_batch_size} (one unit of work); raise it or lower the unit.",
+        )
+    units = -(-c.global_batch_size // c.per_device_train_batch_size)
+    if units > MOST_UNITS:
+        yield (
+            "global_batch_size",
+            f"global_batch_size={c.global_batch_size} is {units} units of per_device_train_batch_size="
+            f"{c.per_device_train_batch_size}, the limit is {MOST_UNITS} per step; lower it or raise the unit.",
+        )
+    if c.workers > MOST_WORKERS:
+        yield (
+            "workers",
+            f"workers={c.workers} processes on one machine are beyond the limit of {MOST_WORKERS}; a job of more ranks "
+            "is started on several nodes by a launcher.",
         )
 
     if c.backend == "deepspeed" and c.deepspeed is None:

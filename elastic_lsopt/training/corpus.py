@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from elastic_lsopt.config.settings import SettingError
 from elastic_lsopt.config.spelling import did_you_mean
+from elastic_lsopt.training.hub import local_only
 
 STDLIB = "python-stdlib"
 # Not the library's own code: tests, two programs that ship with it, tables that a program wrote, other packages.
@@ -203,6 +204,7 @@ def _by_name(source: str) -> Any:
     """A name that `datasets` knows; what looks like a path is missing, and asks nobody."""
     if Path(source).suffix in (*_TEXT, ".jsonl", ".json") or source[0] in "./~" or source.count("/") > 1:
         raise SettingError("dataset", f"dataset={source!r} does not exist; give a file, a folder or {STDLIB!r}.")
+    local_only("dataset", source, "datasets")
     import datasets
 
     try:

@@ -26,6 +26,7 @@ from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.config.spelling import did_you_mean
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.slot import replayed
+from elastic_lsopt.training.hub import local_only
 from elastic_lsopt.training.imported_model import imported
 from elastic_lsopt.training.tokens import ByteTokens, tokens_of
 
@@ -97,7 +98,8 @@ def class_names(config: TrainConfig) -> tuple[str, ...]:
     elif config.model_name_or_path is not None:
         where = config.model_name_or_path
         with _one_line("model_name_or_path", f"model_name_or_path={where!r}"):
-            names = AutoConfig.from_pretrained(_folder(where), **_SAFE).id2label or {}
+            alone = local_only("model_name_or_path", _folder(where))
+            names = AutoConfig.from_pretrained(_folder(where), local_files_only=alone, **_SAFE).id2label or {}
     numbered = {int(label): str(name) for label, name in names.items()}
     return tuple(numbered[i] for i in range(len(numbered))) if set(numbered) == set(range(len(numbered))) else ()
 
@@ -105,12 +107,11 @@ def class_names(config: TrainConfig) -> tuple[str, ...]:
 def _transformer(
     config: TrainConfig, vocabulary_size: int | None, classes: int | Sequence[str] | None, meta: bool
 ) -> nn.Module:
-def _transformer(config: TrainConfig, vocabulary_size: int | None, classes: int | None, meta: bool) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForCausalLM if config.task == "causal_lm" else AutoModelForSequenceClassification
     labels = _labels(classes) if classes is not None and config.task != "causal_lm" else {}
-    safe = _SAFE
+    safe: dict[str, Any] = dict(_SAFE)
     if config.model is not None:
         shape, attention = _from_scratch(config, config.model, vocabulary_size, labels)
         _check_fits(config, shape, vocabulary_size)
@@ -119,10 +120,13 @@ def _transformer(config: TrainConfig, vocabulary_size: int | None, classes: int 
     else:
         where = config.model_name_or_path or ""
         with _one_line("model_name_or_path", f"model_name_or_path={where!r}"):
+            safe["local_files_only"] = local_only("model_name_or_path", _folder(where))
             shape = AutoConfig.from_pretrained(_folder(where), **safe, **labels)
             _check_fits(config, shape, vocabulary_size)
             if meta:
-                model = kind.from_config(shape, attn_implementation="sdpa", dtype=torch.float32, **safe)
+                model = kind.from_config(
+                    shape, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
+                )
             else:
                 model = kind.from_pretrained(
                     _folder(where),

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_lsopt.config.settings import SettingError, TrainConfig
+from elastic_lsopt.training.hub import local_only
 
 END_OF_DOCUMENT = 256
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -62,14 +63,19 @@ class FolderTokens:
     Raises SettingError where the folder or name gives no tokenizer.
     """
 
-    def __init__(self, name_or_path: str) -> None:
+    def __init__(self, name_or_path: str, key: str = "tokenizer_name_or_path") -> None:
         from transformers import AutoTokenizer
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(Path(name_or_path).expanduser()))
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                str(Path(name_or_path).expanduser()),
+                local_files_only=local_only(key, name_or_path),
+            )
+        except SettingError:
+            raise
         except Exception as error:  # many kinds, by what is missing or broken in the folder
             raise SettingError(
-                "tokenizer_name_or_path",
+                key,
                 f"no tokenizer in {name_or_path!r} ({_first_line(error)}); give a folder that "
                 "AutoTokenizer reads, or leave tokenizer_name_or_path out for byte-level tokens.",
             ) from None
@@ -101,7 +107,11 @@ def tokens_of(config: TrainConfig) -> Tokens:
         return ByteTokens()
     folder = Path(config.model_name_or_path).expanduser()
     has_one = any((folder / name).is_file() for name in _TOKENIZER_FILES)
-    return FolderTokens(config.model_name_or_path) if has_one or not folder.is_dir() else ByteTokens()
+    return (
+        FolderTokens(config.model_name_or_path, "model_name_or_path")
+        if has_one or not folder.is_dir()
+        else ByteTokens()
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -148,6 +148,11 @@ def test_replica_groups_leave_out_the_worlds_that_they_cannot_divide(capsys):
         ("model.model_type=lama", "lama"),
         ("model.hidden_sze=3", "hidden_sze"),
         ("per_device_train_batch_size=64", "global_batch_size=32 must be at least per_device_train_batch_size=64"),
+        (
+            "global_batch_size=100000000000",
+            "is 12500000000 units of per_device_train_batch_size=8, the limit",
+        ),
+        ("workers=1000000000", "workers=1000000000 processes on one machine are beyond the limit of 4096"),
         ("probes={trace: {}}", "probes.trace needs exactly one of every_steps and every_samples"),
         ("elastic={max_accumulation: 1}", "too small for a global batch of 32"),
         ("elastic={min_nodes: 9, max_nodes: 8}", "min_nodes=9 is above max_nodes=8; raise max_nodes or lower it."),

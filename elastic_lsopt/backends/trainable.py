@@ -1,0 +1,26 @@
+"""The parameters that a backend takes: at least one, each with values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from elastic_lsopt.errors import UserError
+
+
+def trainable(named_parameters: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Those that require a gradient, with their names.
+
+    Raises UserError where there is none, and for a parameter on the meta device, frozen or not.
+    """
+    everyone = list(named_parameters)
+    for name, p in everyone:
+        if p.is_meta:
+            raise UserError(
+                f"parameter {name} is on the meta device, which has shapes and no values; build the model on a real "
+                "device, or call to_empty(device=…) and load its weights, before it is trained or probed."
+            )
+    named = [(name, p) for name, p in everyone if p.requires_grad]
+    if not named:
+        raise UserError("the model has no trainable parameter; set requires_grad on at least one.")
+    return named
