@@ -9,6 +9,10 @@ class Unsupported(UserError):
     """A combination that no test covers: refused at construction, never run on a silent fallback."""
 
 
+class Diverged(UserError):
+    """A job's loss or gradient was not finite for so many steps in a row that it ends; its good checkpoints stay."""
+
+
 class StaleGeneration(RuntimeError):
     """A space, vector or lease of an older generation was used."""
 

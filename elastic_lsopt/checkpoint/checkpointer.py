@@ -98,6 +98,10 @@ class Checkpointer:
         self._pending: Future[SaveReport] | None = None
         self._report: SaveReport | None = None
         self._mine: tuple[object, set[Chunk]] | None = None
+        self._crowded = False
+        """Whether older checkpoints are to be pruned for the newest one."""
+        self._committed: Path | None = None
+        """The newest checkpoint of this job, on rank 0."""
         self._together(self._prepare)
 
     def _prepare(self) -> None:
@@ -111,12 +115,15 @@ class Checkpointer:
     # -- saving ------------------------------------------------------------------------------------------------
 
     def save(
-        self, state: TrainingState, step: int, *, extra: dict[str, Any] | None = None, asynchronous: bool = True
-    ) -> None:
+        self, state: TrainingState, step: int, *, extra: dict[str, Any] | None = None, asynchronous: bool = True,
+        prune: bool = True,
+    ) -> None:  # fmt: skip
         """Write `checkpoint-<step>`; returns as soon as the state is copied to host memory, if `asynchronous`.
 
         `extra` is the caller's own JSON (cursor, scheduler …), rank 0's. Waits for the save before. See [Note: a save
-        that fails]; `wait` tells. Host memory: this rank's share of weights and optimizer state while it is written.
+        that fails]; `wait` tells. Without `prune`, older checkpoints beyond the limit stay until `prune` is called: for
+        a job that has yet to see whether this state is good. Host memory: this rank's share of weights and optimizer
+        state while it is written.
         Raises StaleWeights inside a displaced pass, Unsupported for optimizer state that cannot be resharded, and
         UserError for an `extra` that is not JSON, on all ranks.
         """
@@ -125,9 +132,24 @@ class Checkpointer:
         mine = self._share(state)
         snapshot = self._together(lambda: take_snapshot(state, step, extra or {}, mine, copy=asynchronous))
         path = folders.checkpoint_path(self.folder, step)
-        self._pending = self._thread.submit(self._write, snapshot, path, step, start)
+        self._pending = self._thread.submit(self._write, snapshot, path, step, start, prune)
+        self._crowded = not prune
         if not asynchronous:
             self.wait()
+
+    def prune(self) -> None:
+        """Delete the checkpoints beyond the limit, in the background and on rank 0: the newest has proved good.
+
+        Nothing where its save has failed, or where this group may no longer commit.
+        """
+        if self._crowded:
+            self._crowded = False
+            self._thread.submit(self._prune)
+
+    def _prune(self) -> None:
+        path = self._committed
+        if path is not None and (self._may_commit is None or self._may_commit(folders.step_of(path))):
+            folders.retain(self.folder, path, self.save_total_limit)
 
     def wait(self) -> SaveReport | None:
         """Wait for the save that is being written; how the newest save ended, None before the first."""
@@ -156,7 +178,7 @@ class Checkpointer:
             self._mine = layout, share_out(held)[self.rank]
         return self._mine[1]
 
-    def _write(self, snapshot: Snapshot, path: Path, step: int, start: float) -> SaveReport:
+    def _write(self, snapshot: Snapshot, path: Path, step: int, start: float, prune: bool) -> SaveReport:
         staged, own, error = folders.staging(path, self._writer), Json(), None
         try:
             self._stage(lambda: self._open(staged))
@@ -166,7 +188,9 @@ class Checkpointer:
         except Exception as failure:
             error = one_line(failure)
         if self.rank == 0 and error is None:
-            folders.retain(self.folder, path, self.save_total_limit)
+            self._committed = path
+            if prune:
+                folders.retain(self.folder, path, self.save_total_limit)
         elif self.rank == 0:
             shutil.rmtree(staged, ignore_errors=True)
             left = next((p.name for p in folders.listing(self.folder)), None)

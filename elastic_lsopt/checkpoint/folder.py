@@ -27,7 +27,7 @@ from elastic_lsopt.checkpoint.safetensors_file import FileRecord
 log = logging.getLogger("elastic_lsopt")
 MANIFEST, CONTENTS = "manifest.json", "contents.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_STAGED, _ASIDE = ".tmp-", ".old-"
+_STAGED, _ASIDE, _BAD = ".tmp-", ".old-", "diverged-"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -169,6 +169,13 @@ def clean(folder: Path) -> None:
             left.rename(named)
         else:
             shutil.rmtree(left, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Give a checkpoint a name by which nobody resumes from it, in place of one that had it before; its new path."""
+    bad = path.parent / f"{_BAD}{path.name}"
+    shutil.rmtree(bad, ignore_errors=True)
+    return path.rename(bad)
 
 
 def retain(folder: Path, committed: Path, limit: int | None) -> None:

@@ -11,11 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from elastic_lsopt.elastic.journal import read_journal
+from elastic_lsopt.checkpoint.ownership import owner_of
+from elastic_lsopt.elastic.journal import read_journal, read_rewinds
 from elastic_lsopt.elastic.node_folder import addresses
 from elastic_lsopt.elastic.signing import Refused, job_secret
 from elastic_lsopt.elastic.status import status_at
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.training.run_state import read_state
 
 CHANGES = 5
 EVERY_S = 0.5
@@ -23,9 +25,9 @@ Status = dict[str, Any]
 
 
 def status(run_folder: str | Path, *, endpoint: str | None, secret_file: str | None, once: bool) -> int:
-    """Print the status; on a terminal until Ctrl-C. Where nobody answers, the last changes that the journal tells of.
+    """Print the status; on a terminal until Ctrl-C. Where nobody answers, what state.json and the journal tell.
 
-    Returns the exit code; raises UserError where there is neither an agent nor a journal.
+    Returns the exit code; raises UserError where there is neither an agent nor one of these.
     """
     from rich.console import Console
     from rich.live import Live
@@ -33,15 +35,18 @@ def status(run_folder: str | Path, *, endpoint: str | None, secret_file: str | N
     folder = Path(run_folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no run folder; give the output_dir of the job.")
-    secret = job_secret(secret_file, folder)
     console = Console()
-    changes = read_journal(folder)
+    changes, state = read_journal(folder), state_line(folder)
+    if state is not None and not (folder / "elastic").is_dir():  # a job of fixed size has no agent
+        console.print(state)
+        return 0
+    secret = job_secret(secret_file, folder)
     try:
         found = ask(folder, endpoint, secret)
     except UserError as error:
-        if not changes:
+        if not changes and state is None:
             raise
-        console.print(last_changes(changes), str(error))
+        console.print(*([last_changes(changes)] if changes else []), state or str(error))
         return 0
     if once or not console.is_terminal:
         console.print(table(found, changes))
@@ -55,6 +60,28 @@ def status(run_folder: str | Path, *, endpoint: str | None, secret_file: str | N
                 print("the job has ended.", file=sys.stderr)
                 return 0
     return 0
+
+
+def state_line(folder: Path) -> str | None:
+    """What the job said last of itself, and whether it may still be running; None where it has said nothing."""
+    told = read_state(folder)
+    if told is None:
+        return None
+    line = f"{told['state']} after step {told['step']} of {told['steps']}"
+    if told["state"] == "running":
+        owner = owner_of(folder)
+        if owner is None or owner[1] is False:
+            line += ", but its process has gone (killed, or its node was lost); the same command goes on"
+        elif owner[1] is None:
+            line += f", as process {owner[0]['process']} on {owner[0]['host']} said at {_clock(told['time'])}"
+        else:
+            line += f", said at {_clock(told['time'])} by process {owner[0]['process']}"
+    rewinds = len(read_rewinds(folder))
+    return line + (f"; rewound {rewinds} times" if rewinds else "") + (f": {told['why']}" if told["why"] else "")
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def ask(folder: Path, endpoint: str | None, secret: bytes) -> Status:

@@ -84,8 +84,8 @@ def _one_rank(job: Job) -> int:
     world = join()
     try:
         with job.file.located():
-            run(job.config, job.method, world)
-        code = 0
+            ended = run(job.config, job.method, world)
+        code = job.config.exit_code_when_stopped if ended.stopped else 0
     except KeyboardInterrupt:
         code = 130
     except Exception as error:

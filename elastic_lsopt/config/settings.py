@@ -139,11 +139,26 @@ class TrainConfig:
     save_steps: Count | None = None
     """Optimizer steps between checkpoints; null: only at the end."""
     save_total_limit: Count | None = None
-    """Checkpoints to keep, the newest; null: all."""
+    """Checkpoints to keep, the newest; null: all. One more stays until a step has shown that the newest is good."""
     resume_from_checkpoint: Name = "auto"
     """`auto`: the newest good checkpoint of output_dir, if any; `none`: start anew; or a path."""
     report_to: Annotated[tuple[Literal["tensorboard"], ...], Field(strict=False)] = ()
     """Reporters beside metrics.jsonl, which is always written."""
+
+    # When steps cannot be taken, and when the job is told to stop.
+    max_skipped_steps: Count = 10
+    """Steps in a row, with a loss or gradient that is not finite, after which the job has diverged; they change no
+    weight, and no checkpoint is committed or deleted meanwhile."""
+    on_divergence: Literal["stop", "rewind"] = "stop"
+    """stop: end with an error; rewind: back to the last good checkpoint (save_steps), at a lower rate and with another
+    order of the samples that are left."""
+    rewind_lr_factor: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.5
+    """Factor on the learning rate for each rewind; in (0, 1]."""
+    max_rewinds: Count = 3
+    """Rewinds of a job after which a further divergence ends it."""
+    exit_code_when_stopped: Annotated[int, Field(ge=0, le=255, strict=True)] = 0
+    """Exit code of a job that a signal has stopped before its end; a scheduler can requeue by it (see launch/)."""
+
     export: bool = True
     """Write the trained model at the end: a Hugging Face folder, safetensors for a torch model."""
 
@@ -224,6 +239,13 @@ def _conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
                 yield key, f"{key} is for backend fsdp2, but backend={c.backend}; remove the key."
     if c.workers > 1 and c.workers % c.fsdp_replicas:
         yield "fsdp_replicas", f"fsdp_replicas={c.fsdp_replicas} must divide workers={c.workers}."
+
+    if c.on_divergence == "rewind" and c.save_steps is None:
+        yield "on_divergence", "on_divergence=rewind goes back to a checkpoint; set save_steps, or on_divergence: stop."
+    if c.on_divergence == "stop":
+        for key, default in (("rewind_lr_factor", 0.5), ("max_rewinds", 3)):
+            if getattr(c, key) != default:
+                yield key, f"{key} is for on_divergence rewind, but on_divergence=stop; remove the key."
 
     if c.optim != "sgd" and c.momentum:
         yield "momentum", f"momentum is for optim sgd, but optim={c.optim}; use adam_beta1 or remove the key."

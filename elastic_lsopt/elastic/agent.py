@@ -65,6 +65,8 @@ class Agent:
         self._refused: set[str] = set()
         self._generation: Generation | None = None
         self._draining = self._stopping = self._user_error = False
+        self._stopped = False
+        """Whether the job was told to stop before its end, and its state is saved."""
         self._forced = 0
         """The newest generation that was formed because somebody was lost."""
         self._broken: dict[int, tuple[float, str]] = {}
@@ -193,10 +195,16 @@ class Agent:
         for worker in self._workers.values():
             worker.kill()
         self._disk.forget()
+        well = why == FINISHED or self._draining
         if self._exit_code is None:
-            self._exit_code = 0 if why == FINISHED or self._draining else 2 if self._generation is None else 1
-        if self._exit_code:
+            self._exit_code = self._code_of_end if well else 2 if self._generation is None else 1
+        if not well:
             print(f"elastic-lsopt: node {self.node.name} cannot take part in the job: {why}", file=sys.stderr)
+
+    @property
+    def _code_of_end(self) -> int:
+        """Of a node that has left as it was asked to, or whose job has ended."""
+        return self.node.exit_code_when_stopped if self._stopped else 0
 
     def _host_address(self) -> str:
         """Where the present generation's store is; "" before the first."""
@@ -236,6 +244,7 @@ class Agent:
                 self._grant(worker, line["generation"], line["step"])
             case "finished":
                 worker.finished = True
+                self._stopped = self._stopped or line.get("stopped", False)
             case "failed":
                 if not self._user_error:  # each worker makes the same mistake
                     print(f"elastic-lsopt: {line['error']}", file=sys.stderr)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
+from elastic_lsopt.checkpoint.divergence import Streak, last_words, set_bad_aside
+from elastic_lsopt.checkpoint.ownership import Ownership
 from elastic_lsopt.elastic.loader import Dataset, StepLoader
 from elastic_lsopt.elastic.rates import Rates
 from elastic_lsopt.elastic.same_data import Identity, identity_of
 from elastic_lsopt.elastic.shards import ShardStream
 from elastic_lsopt.elastic.world import World
-from elastic_lsopt.errors import Unsupported, UserError
+from elastic_lsopt.errors import Diverged, Unsupported, UserError
 from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.units import Unit
@@ -66,7 +68,8 @@ class Job:
     samples come in the order of `seed`. `schedule(clock)` is the share of the peak rate on committed samples (None: 1,
     the base optimizer's own rate times the plan's factor). `on_step(job, row)` is called on all ranks after each step
     and may use collectives, `on_finish(job)` after the last. `checkpoints` is a folder that all nodes share; the state
-    goes there every `save_steps` steps, at the end and on a stop. Raises UserError for an engine without total_samples.
+    goes there every `save_steps` steps, at the end and on a stop. After `max_skipped_steps` steps in a row that were
+    skipped the job raises Diverged. Raises UserError for an engine without total_samples.
     Before the first step and when a worker joins, ranks compare their data sets: the length, and a few samples, which
     are read twice for that; a stream's shards by their names.
     """
@@ -82,9 +85,13 @@ class Job:
     checkpoints: Path | None = None
     save_steps: int | None = None
     save_total_limit: int | None = 2
+    max_skipped_steps: int = 10
     stopped: bool = field(default=False, init=False)
     loader: StepLoader = field(init=False)
     _checkpointer: Checkpointer | None = field(default=None, init=False)
+    _owner: Ownership | None = field(default=None, init=False)
+    _streak: Streak = field(default_factory=Streak, init=False)
+    _save_due: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         plan, total_samples = self.world.plan, self.engine.clock.total_samples
@@ -100,10 +107,22 @@ class Job:
 
     def open(self) -> None:
         if self.checkpoints is not None:
+            self._owner = self.world.on_first(self._own)
             self._checkpointer = Checkpointer(
-                self.checkpoints, save_total_limit=self.save_total_limit, may_commit=self.world.may_commit,
+                self.checkpoints, save_total_limit=self.save_total_limit, may_commit=self._may_commit,
                 writer=self.world.generation,
             )  # fmt: skip
+
+    def _own(self) -> Ownership:
+        assert self.checkpoints is not None
+        try:
+            return Ownership.take(self.checkpoints, self.world.job)
+        except OSError as error:
+            raise UserError(f"the checkpoint folder {self.checkpoints} cannot be used: {error.strerror}.") from error
+
+    def _may_commit(self, step: int) -> bool:
+        fence = self.world.may_commit
+        return (self._owner is None or self._owner.held) and (fence is None or fence(step))
 
     def resume(self) -> None:
         self.open()
@@ -127,31 +146,54 @@ class Job:
         last = clock.samples >= self.loader.total_samples
         self.stopped = report.stop and not last
         due = self.save_steps is not None and clock.steps % self.save_steps == 0
-        if last or self.stopped or due:
-            self._save()
+        self._streak.note(clock.steps, skipped=report.skipped)
+        self._save_due = self._save_due or last or self.stopped or due
+        self._save_or_end(last)
         if self.on_step is not None:
             self.on_step(self, row)
         return row
 
+    def _save_or_end(self, last: bool) -> None:
+        """Save what is due, but not while steps are skipped; see checkpoint/divergence.py."""
+        streak, folder = self._streak, self.checkpoints
+        if streak.length >= self.max_skipped_steps or (last and streak.length):
+            if self._checkpointer is not None and folder is not None:
+                self._checkpointer.wait()
+                self.world.on_first(lambda: set_bad_aside(folder, streak.first))
+            raise Diverged(last_words(streak.reason, folder))
+        if not streak.length:
+            if self._checkpointer is not None:
+                self._checkpointer.prune()
+            if self._save_due:
+                self._save()
+
     def settle(self, *, save: bool) -> None:
-        if save:
+        if save and not self._streak.length:
             self._save()
         if self._checkpointer is not None:
             self._checkpointer.wait()
 
     def _save(self) -> None:
+        self._save_due = False
         if self._checkpointer is not None:
-            self._checkpointer.save(self.engine, self.engine.clock.steps, extra={"loader": self.loader.state_dict()})
+            extra = {"loader": self.loader.state_dict()}
+            self._checkpointer.save(self.engine, self.engine.clock.steps, extra=extra, prune=False)
 
     def finish(self) -> None:
         if self._checkpointer is not None:
+            if not self.stopped:
+                self._checkpointer.prune()
             self._checkpointer.close()
+        if self._owner is not None:
+            self._owner.release()
         if self.on_finish is not None and not self.stopped:
             self.on_finish(self)
 
     def abandon(self) -> None:
         if self._checkpointer is not None:
             self._checkpointer.abandon()
+        if self._owner is not None:
+            self._owner.leave_to_next()
 
     def data_identity(self) -> Identity:
         return identity_of(self.dataset)

@@ -1,4 +1,4 @@
-"""The journal: one JSON object a change of members, in the run folder's journal.jsonl, written by rank 0."""
+"""The journal: one JSON object per change of members or rewind, in the run folder's journal.jsonl, by rank 0."""
 
 from __future__ import annotations
 
@@ -70,6 +70,30 @@ class Change:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rewind:
+    """A job that had diverged went back to its last good state, at a lower rate and with other samples."""
+
+    generation: int
+    why: str
+    from_step: int
+    """The last step of the trajectory that was left."""
+    to_step: int
+    """The step of the checkpoint from which the job goes on."""
+    samples: int
+    lr_factor: float
+    """On the learning rate of the job's settings, from here on."""
+    event: str = "rewind"
+    time: float = field(default_factory=time.time)
+
+    def line(self) -> str:
+        """What a person is told of it."""
+        return (
+            f"rewound from step {self.from_step} to step {self.to_step}: {self.why}; the rate is {self.lr_factor:g} of "
+            "the job's from here on, and the samples come in another order"
+        )
+
+
 @dataclass
 class Phases:
     """Seconds by phase of one change, in order."""
@@ -89,7 +113,7 @@ class Journal:
     def __init__(self, run_folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
         self.path, self.say = run_folder / JOURNAL, say
 
-    def write(self, change: Change) -> None:
+    def write(self, change: Change | Rewind) -> None:
         self.say(change.line())
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +122,20 @@ class Journal:
 
 
 def read_journal(run_folder: Path) -> list[dict[str, Any]]:
-    """The changes of a run, in order; a line that a crash cut short is passed over."""
+    """The changes of members of a run, in order; a line that a crash cut short is passed over."""
+    return [row for row in _rows(run_folder) if not _is_rewind(row)]
+
+
+def read_rewinds(run_folder: Path) -> list[dict[str, Any]]:
+    """The rewinds of a run, in order."""
+    return [row for row in _rows(run_folder) if _is_rewind(row)]
+
+
+def _is_rewind(row: Any) -> bool:
+    return isinstance(row, dict) and row.get("event") == "rewind"
+
+
+def _rows(run_folder: Path) -> list[Any]:
     rows = []
     with suppress(FileNotFoundError):
         for line in (run_folder / JOURNAL).read_text(encoding="utf-8").splitlines():

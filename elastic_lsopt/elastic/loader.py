@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from elastic_lsopt.elastic.draws import CommonGenerator, Draws, drawing_alone, drawing_beside_others, trying
 from elastic_lsopt.elastic.order import SampleOrder
+from elastic_lsopt.elastic.rewound_order import rewound
 from elastic_lsopt.elastic.shards import ShardStream
 from elastic_lsopt.errors import StaleGeneration, UserError
 from elastic_lsopt.oracle.units import Unit, unit_sizes, units_of_rank
@@ -41,21 +42,24 @@ class Shuffled:
     def __init__(self, dataset: Dataset, seed: int) -> None:
         self.dataset = dataset
         self.order = SampleOrder(len(dataset), seed)
+        self.rewinds: tuple[int, ...] = ()
+        """Cursors from which on the samples come in another order."""
 
     def read(self, first: int, count: int, draws: Draws | None = None) -> list[Any]:
         """The samples at positions first … first + count - 1; what each draws starts anew (None: it draws nothing)."""
-        rows = []
-        for position, i in enumerate(self.order.at(range(first, first + count)).tolist(), first):
+        rows, ids = [], rewound(self.order, self.rewinds, range(first, first + count))
+        for position, i in enumerate(ids.tolist(), first):
             if draws is not None:
                 draws.start("sample", position // self.order.samples, i)
             rows.append(self.dataset[i])
         return rows
 
-    def state_dict(self, committed: int) -> dict[str, int]:
-        """The dataset's size and the seed, without which a cursor means nothing."""
-        return {"samples": self.order.samples, "seed": self.order.seed}
+    def state_dict(self, committed: int) -> dict[str, Any]:
+        """The dataset's size, the seed and the rewinds, without which a cursor means nothing."""
+        rewinds = {"rewinds": list(self.rewinds)} if self.rewinds else {}
+        return {"samples": self.order.samples, "seed": self.order.seed, **rewinds}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises UserError where the dataset's size or the seed is not the saved one."""
         for name, now in (("samples", self.order.samples), ("seed", self.order.seed)):
             if state_dict.get(name) != now:
@@ -63,6 +67,7 @@ class Shuffled:
                     f"the checkpoint was made with {name}={state_dict.get(name)} in the training set's order, but this "
                     f"job has {name}={now}; use the same data and seed, or start anew."
                 )
+        self.rewinds = tuple(state_dict.get("rewinds", ()))
 
 
 class StepLoader:
@@ -114,6 +119,8 @@ class StepLoader:
         self._reads_ahead = True
         self._loads = 0
         self._closed = False
+        self.undone_steps = 0
+        """Steps that this loader has given out and a rewind has taken back."""
 
     def __len__(self) -> int:
         """Steps of the whole job at this batch, those behind the cursor included."""
@@ -135,8 +142,13 @@ class StepLoader:
                 position += self.samples_at(position)
                 more = position < self.total_samples
                 ahead = thread.submit(self._beside, position) if more and self._reads_ahead else None
+                undone = self.undone_steps
                 yield units
                 self._refuse_stale(loads)
+                if self.undone_steps != undone:  # what was read ahead is of the order that was left
+                    if ahead is not None:
+                        ahead.exception()
+                    position, more, ahead = self.committed, True, None
                 if not more:
                     return
                 units = (ahead.result() if ahead is not None else None) or self.units_at(position)
@@ -210,11 +222,29 @@ class StepLoader:
             raise ValueError(f"commit({samples}): a step has at least 1 sample.")
         self.committed += samples
 
-    def state_dict(self) -> dict[str, int]:
+    @property
+    def rewinds(self) -> int:
+        """How often the job has gone back to an earlier state and on with another order of the samples."""
+        return len(self.source.rewinds) if isinstance(self.source, Shuffled) else 0
+
+    def rewind(self, state_dict: dict[str, Any], undone_steps: int) -> None:
+        """Back by so many steps (>= 1) to a saved cursor, from which on the samples come in another order.
+
+        Each still comes once per epoch. An iterator that is running goes on from there. For a data set with samples
+        by number.
+        """
+        assert isinstance(self.source, Shuffled)
+        until_now = self.source.rewinds
+        self.source.load_state_dict(state_dict)
+        self.committed = state_dict["committed"]
+        self.source.rewinds = (*until_now, self.committed)
+        self.undone_steps += undone_steps
+
+    def state_dict(self) -> dict[str, Any]:
         """The committed cursor, and what the source needs to find its place again."""
         return {"committed": self.committed, **self.source.state_dict(self.committed)}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Move the cursor; iterators that are running go stale.
 
         Raises UserError where the source is not the saved one: the same cursor would then repeat some samples and

@@ -43,6 +43,8 @@ class Node:
     command: Sequence[str]
     """Starts one worker."""
     environment: Mapping[str, str]
+    exit_code_when_stopped: int = 0
+    """Of an agent whose job was told to stop before its end."""
 
     @property
     def name(self) -> str:

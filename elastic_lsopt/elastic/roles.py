@@ -62,8 +62,9 @@ def work(build: Build, settings: ElasticConfig, policy: Policy, journal: Journal
 
 
 def serve(
-    settings: ElasticConfig, run_folder: Path, *, workers: int, command: Sequence[str], fingerprint: Mapping[str, str]
-) -> NoReturn:
+    settings: ElasticConfig, run_folder: Path, *, workers: int, command: Sequence[str], fingerprint: Mapping[str, str],
+    exit_code_when_stopped: int = 0,
+) -> NoReturn:  # fmt: skip
     """The life of this node's agent; ends the process with its exit code.
 
     Raises UserError for a wrong address or secret.
@@ -80,7 +81,7 @@ def serve(
     node = Node(
         folder=folder, rules=rules, settings=settings, secret=job_secret(settings.secret_file, run_folder),
         endpoint=endpoint, address=address if ":" in address else f"{address}:0", workers=workers, command=command,
-        environment=_environment(workers),
+        environment=_environment(workers), exit_code_when_stopped=exit_code_when_stopped,
     )  # fmt: skip
     silence_torch()
     leave(Agent(node).main())  # threads may wait in the network for ever

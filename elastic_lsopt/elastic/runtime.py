@@ -31,6 +31,7 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -99,6 +100,7 @@ class Runtime:
         self._mirror: Mirror | None = None
         self._run: Run | None = None
         self._plan: Plan | None = None
+        self._job = ""
         self._broken_since: float | None = None
         self._speeds: deque[float] = deque(maxlen=SPEEDS)
         """Samples a second of this worker's own forwards, in its last steps."""
@@ -161,7 +163,7 @@ class Runtime:
         world, group = self._form(entered)
         phases.end("form")
         speed = statistics.median(self._speeds) if self._speeds else None
-        inventories = gather_json(group, inventory(self._versions) | {"samples_per_second": speed})
+        inventories = gather_json(group, inventory(self._versions) | {"samples_per_second": speed, "job": uuid4().hex})
         chosen = choose(inventories)
         gain = None if chosen is None or chosen.extra["gain"] is None else Gain(*chosen.extra["gain"])
         before = None if chosen is None else Plan.from_json(chosen.extra["plan"]).with_gain(gain)
@@ -178,7 +180,9 @@ class Runtime:
                 self._journal.say(f"generation {entered.number} waits: {error}")
             raise Interrupted from error
         phases.end("agree")
-        run = self._run = self._build(replace(world, plan=self._plan))
+        # The job's name goes with its state, from memory to memory.
+        self._job = inventories[0]["job"] if chosen is None else chosen.extra["job"]
+        run = self._run = self._build(replace(world, plan=self._plan, job=self._job))
         refuse_what_counts_steps_or_ranks(run.engine)
         run.engine.signals = self._signals
         run.engine.backend.transport.at_once = True
@@ -212,10 +216,10 @@ class Runtime:
     def _train(self, run: Run, entered: Entered, group: dist.ProcessGroup, change: Change, phases: Phases) -> bool:
         stepped = False
         for units in run.loader:
-            row, stepped = run.step(units), True
+            row, first, stepped = run.step(units), not stepped, True
             self._seen, self._unexplained = row["step"], 0
             self._note_speed(run.engine)
-            if row["step"] == change.step + 1:
+            if first:
                 phases.end("first_step")
                 self._write_journal(change, phases, group)
             self._link.progress(**{key: row[key] for key in ("step", "samples", "loss", "seconds", "batch")})
@@ -233,7 +237,7 @@ class Runtime:
         run.finish()
         sys.stdout.flush()  # the agent of the first that is through the barrier may end the others
         dist.barrier(group)
-        self._link.tell("finished")
+        self._link.tell("finished", stopped=run.stopped)
         return True
 
     def _note_speed(self, engine: Engine) -> None:
@@ -256,11 +260,11 @@ class Runtime:
         assert run is not None and mirror is not None and self._plan is not None
         if len(self._pushed) - self._acknowledged() >= LAGS:  # buffers are bounded: a slow network slows the steps
             mirror.wait(self._pushed[-LAGS + 1], timeout_s=self._timeout.total_seconds())
-        step = run.engine.clock.steps
+        step = run.engine.clock.steps + run.loader.undone_steps  # grows also where a rewind takes steps back
         gain = measured(run.engine.method_state)
         extra = {
             "loader": run.loader.state_dict(), "plan": self._plan.to_json(),
-            "gain": None if gain is None else [gain.variance, gain.square],
+            "gain": None if gain is None else [gain.variance, gain.square], "job": self._job,
         }  # fmt: skip
         mirror.push(self._versions.take(run.engine, generation=self._number, step=step, extra=extra))
         self._pushed.append(step)

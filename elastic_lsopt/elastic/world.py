@@ -31,6 +31,8 @@ class World:
     """What batch and rates are in this generation; None outside elastic jobs."""
     rehearsal: bool = False
     """Nothing is trained here: a worker of an elastic job builds once, on the CPU, to have its imports behind it."""
+    job: str = ""
+    """Names the job's life, as long as some worker's memory holds its state; "" outside elastic jobs."""
     may_commit: Callable[[int], bool] | None = None
     """Whether a checkpoint of that step may still get its name, asked by rank 0; None: nobody contests it."""
 

@@ -88,6 +88,11 @@ class Engine:
     def skipped_steps(self) -> int:
         return self._landscape.skipped_steps
 
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Steps that were skipped since the last that was not; many of them mean that the weights are no good."""
+        return self._landscape.skipped_in_a_row
+
     def request_stop(self) -> None:
         """Ask all ranks to stop: `last_step.stop` is true on all after the same step. Safe in a signal handler."""
         self._stop_requested = True

@@ -29,6 +29,7 @@ class LandscapeStep:
     seed: int = 0
     clock: SampleClock = field(default_factory=SampleClock)
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
     def __post_init__(self) -> None:
         self.backend.refuse_base()
@@ -44,6 +45,7 @@ class LandscapeStep:
         """
         oracle.moves_buffers = True
         report = self._take(oracle)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
         self.clock = self.clock.advanced(samples)
         return report
 

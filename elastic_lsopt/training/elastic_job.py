@@ -58,4 +58,5 @@ def run_agent(config: TrainConfig, arguments: Sequence[str]) -> NoReturn:
         config.elastic, Path(config.output_dir), workers=config.workers,
         command=[sys.executable, "-m", "elastic_lsopt.train", *arguments],
         fingerprint=fingerprint_of({k: v for k, v in told.items() if k not in PER_NODE}),
+        exit_code_when_stopped=config.exit_code_when_stopped,
     )  # fmt: skip

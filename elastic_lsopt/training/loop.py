@@ -7,6 +7,7 @@ displaced.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -18,13 +19,16 @@ from typing import Any
 import torch.distributed as dist
 
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
+from elastic_lsopt.checkpoint.divergence import Streak, last_words, set_bad_aside
 from elastic_lsopt.checkpoint.folder import listing
+from elastic_lsopt.checkpoint.ownership import Ownership
 from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.elastic.journal import Journal, Rewind
 from elastic_lsopt.elastic.loader import StepLoader
 from elastic_lsopt.elastic.rates import Rates
 from elastic_lsopt.elastic.same_data import Identity, refuse_other_data
 from elastic_lsopt.elastic.world import World
-from elastic_lsopt.errors import UserError
+from elastic_lsopt.errors import Diverged, UserError
 from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.faces.report import StepReport
 from elastic_lsopt.optimizers.registry import Method
@@ -35,7 +39,8 @@ from elastic_lsopt.training.data import Data, build_data
 from elastic_lsopt.training.engines import build_engine, plain_loss_of
 from elastic_lsopt.training.probing import Probing
 from elastic_lsopt.training.result import finish, say_unsaved
-from elastic_lsopt.training.run_folder import CHECKPOINTS, RunFolder
+from elastic_lsopt.training.run_folder import CHECKPOINTS, RunFolder, unwritable
+from elastic_lsopt.training.run_state import State
 
 EVAL_UNITS_AT_ONCE = 8
 """Units of a rank in memory during an evaluation."""
@@ -53,15 +58,19 @@ class Outcome:
 
 
 def train(config: TrainConfig, method: Method, world: World) -> Outcome:
-    """Run the job on this rank (collective). Raises UserError for whatever the user can mend."""
+    """Run the job on this rank (collective). Raises UserError for whatever the user can mend, Diverged among them."""
     run = TrainingRun(config, method, build_data(config), world, Console())
-    with _stopping_on_signals(run.engine), run.console:
-        run.resume()
-        for units in run.loader:
-            run.step(units)
-            if run.stopped:
-                break
-    run.finish()
+    try:
+        with _stopping_on_signals(run.engine), run.console:
+            run.resume()
+            for units in run.loader:
+                run.step(units)
+                if run.stopped:
+                    break
+        run.finish()
+    except BaseException as error:
+        run.fail(error)
+        raise
     return Outcome(run.engine.clock.steps, run.eval_loss, run.stopped)
 
 
@@ -96,6 +105,8 @@ class TrainingRun:
         )
         self._checkpoints: Checkpointer | None = None
         self._folder: RunFolder | None = None
+        self._owner: Ownership | None = None
+        self._streak, self._save_due = Streak(), False
 
     def resume(self) -> None:
         """Open the run folder, and start from its checkpoint or from the beginning."""
@@ -111,12 +122,15 @@ class TrainingRun:
                 )
             self.loader.load_state_dict(found.extra["loader"])
         self._attend()
+        self._say_state("running")
         if found is not None:
-            self.console.say(f"resumed from {found.path}, after step {self.engine.clock.steps}")
+            lower = f", the rate at {self._lr_factor:g} after rewinds" if self.loader.rewinds else ""
+            self.console.say(f"resumed from {found.path}, after step {self.engine.clock.steps}{lower}")
         self.console.introduce(self.config, self.engine, self.data)
 
     def step(self, units: list[Unit]) -> dict[str, Any]:
         """One optimizer step with its metrics, evaluation and checkpoint; returns its row of metrics.jsonl."""
+        self._refuse_lost_folder()
         engine, config, start = self.engine, self.config, time.monotonic()
         lr, before = self._set_rate(), (engine.clock.steps, engine.clock.samples)
         engine.train_batch(units)
@@ -134,29 +148,82 @@ class TrainingRun:
             row["probes"] = probes
         if self._folder is not None:
             self._folder.write(row)
+            self._folder.state.running(step, self._last_step)
         self.console.step(row)
         self.stopped = report.stop and not last
-        if last or self.stopped or _due(step, config.save_steps):
-            self._save()
+        self._streak.note(step, skipped=report.skipped)
+        self._save_due = self._save_due or last or self.stopped or _due(step, config.save_steps)
+        self._save_or_diverge(step, last, row.get("eval_loss"))
         return row
+
+    def _save_or_diverge(self, step: int, last: bool, eval_loss: float | None) -> None:
+        """Save what is due, but not while steps are skipped; see checkpoint/divergence.py (collective)."""
+        assert self._checkpoints is not None
+        streak = self._streak
+        if streak.length >= self.config.max_skipped_steps or (last and streak.length and eval_loss is None):
+            self._diverge(streak.reason, streak.first, step)
+        elif last and eval_loss is not None and not math.isfinite(eval_loss):
+            self._diverge(f"the held-out loss after the last step is {eval_loss}", streak.first or step + 1, step)
+        elif last or not streak.length:
+            if not streak.length:
+                self._checkpoints.prune()  # this step has shown that the newest is good
+            if self._save_due:
+                self._save()
+
+    def _diverge(self, reason: str, first: int, step: int) -> None:
+        """Go back to the last good state, or end; step `first` was the first with weights that are no good."""
+        config, checkpoints = self.config, self._checkpoints
+        assert checkpoints is not None
+        checkpoints.wait()
+        self.world.on_first(lambda: set_bad_aside(checkpoints.folder, first))
+        rewinds = self.loader.rewinds
+        if config.on_divergence == "stop" or rewinds >= config.max_rewinds or not self._rewind(reason, step):
+            diverged = Diverged(last_words(reason, checkpoints.folder, rewinds))
+            self.fail(diverged)
+            raise diverged
+
+    def _rewind(self, reason: str, step: int) -> bool:
+        """Go on from the newest checkpoint, which is good, at a lower rate; False where there is none (collective)."""
+        assert self._checkpoints is not None
+        found = self._checkpoints.resume(self.engine, "auto", hyperparameters=False)
+        if found is None:
+            return False
+        clock = self.engine.clock
+        self.loader.rewind(found.extra["loader"], step - clock.steps)
+        self._streak, self.eval_loss = Streak(), None
+        self._save()  # in place of what it came from: a job that is killed now comes back here, not to the old rate
+        if self._folder is not None:
+            self._folder.rewound()
+            Journal(self._folder.path, self.console.say).write(
+                Rewind(generation=self.world.generation, why=reason, from_step=step, to_step=clock.steps,
+                       samples=clock.samples, lr_factor=self._lr_factor)
+            )  # fmt: skip
+        return True
+
+    @property
+    def _lr_factor(self) -> float:
+        return self.config.rewind_lr_factor**self.loader.rewinds
 
     def _set_rate(self) -> float:
         """The learning rate of the step that begins now, in every param group."""
         if self._rates is not None:
-            return self._rates.set(self._rate.share(self.engine.clock))
-        lr = self._rate.at(self.engine.clock)
+            return self._rates.set(self._rate.share(self.engine.clock) * self._lr_factor)
+        lr = self._rate.at(self.engine.clock) * self._lr_factor
         for group in self.engine.param_groups:
             group["lr"] = lr
         return lr
 
     def _save(self) -> None:
         assert self._checkpoints is not None
-        self._checkpoints.save(self.engine, self.engine.clock.steps, extra={"loader": self.loader.state_dict()})
+        self._save_due = False
+        extra = {"loader": self.loader.state_dict()}
+        self._checkpoints.save(self.engine, self.engine.clock.steps, extra=extra, prune=False)
 
     def settle(self, *, save: bool) -> None:
-        """Before this generation ends as planned: wait for a save under way; with `save`, make one of this step."""
+        """Before this generation ends as planned: wait for a save under way; with `save`, make one of this step (none
+        while steps are skipped)."""
         assert self._checkpoints is not None
-        if save:
+        if save and not self._streak.length:
             self._save()
         self._checkpoints.wait()
 
@@ -164,16 +231,41 @@ class TrainingRun:
         """After the last step: wait for the last checkpoint, export the model, say how it went."""
         self.console.close()
         assert self._checkpoints is not None
+        if not self.stopped:
+            self._checkpoints.prune()
         saved = self._checkpoints.wait()
         self._checkpoints.close()
         if self._folder is not None:
             self._folder.close()
         if self.stopped:
-            step = f"{self.engine.clock.steps} of {self._last_step}"
-            self.console.say(f"stopped after step {step}; the same command goes on from there.")
+            step, there = f"{self.engine.clock.steps} of {self._last_step}", "there"
+            if self._streak.length:
+                there = f"{next(iter(listing(self._checkpoints.folder)), 'the beginning')}: {self._streak.reason}"
+            self.console.say(f"stopped after step {step}; the same command goes on from {there}.")
         else:
             finish(self.config, self.engine, self.data, self.console, is_first=self.world.is_first)
         say_unsaved(saved, self._checkpoints.folder, self.console)
+        self._end("stopped" if self.stopped else "finished")
+
+    def fail(self, error: BaseException) -> None:
+        """The job ends by this error: say so in the run folder, which is free from now on. No communication."""
+        self._end("failed", " ".join(str(error).split()) or type(error).__name__)
+
+    def _end(self, state: State, why: str = "") -> None:
+        self._say_state(state, why)
+        if self._owner is not None:
+            self._owner.release()
+
+    def _say_state(self, state: State, why: str = "") -> None:
+        if self._folder is not None:
+            self._folder.state.say(state, self.engine.clock.steps, self._last_step, why)
+
+    def _refuse_lost_folder(self) -> None:
+        if self._owner is not None and self._owner.lost:
+            raise UserError(
+                f"output_dir={self.config.output_dir} was taken by another job while this one was silent; this one "
+                "ends, and has changed nothing there since."
+            )
 
     def abandon(self) -> None:
         """The generation has ended: let go of files and of a save that may be under way. No communication."""
@@ -182,6 +274,8 @@ class TrainingRun:
             self._checkpoints.abandon()
         if self._folder is not None:
             self._folder.close()
+        if self._owner is not None:
+            self._owner.leave_to_next()
 
     def data_identity(self) -> Identity:
         """Sizes and digests of both parts: held-out parts of other lengths would wait for each other."""
@@ -206,11 +300,24 @@ class TrainingRun:
         """Attend to the console, open the run folder, make the checkpoints' group: before the first step."""
         config = self.config
         self._attend()
+        self._owner = self.world.on_first(self._own)
         self._folder = self.world.on_first(lambda: RunFolder(config, anew=anew))
+        self._say_state("running")
         self._checkpoints = Checkpointer(
             Path(config.output_dir) / CHECKPOINTS, save_total_limit=config.save_total_limit,
-            may_commit=self.world.may_commit, writer=self.world.generation,
+            may_commit=self._may_commit, writer=self.world.generation,
         )  # fmt: skip
+
+    def _own(self) -> Ownership:
+        try:
+            return Ownership.take(Path(self.config.output_dir), self.world.job, say=self.console.say)
+        except OSError as error:
+            raise unwritable(self.config, error) from error
+
+    def _may_commit(self, step: int) -> bool:
+        """Asked on rank 0: whether this job, and in it this generation, may still write and prune checkpoints."""
+        fence = self.world.may_commit
+        return (self._owner is None or self._owner.held) and (fence is None or fence(step))
 
 
 def evaluate(engine: Engine, data: Data, config: TrainConfig, world: World) -> float:

@@ -72,15 +72,20 @@ def _draw(config: TrainConfig, engine: Engine, data: Data, rows: list[dict[str, 
 
 
 def _say_result(rows: list[dict[str, Any]], data: Data, console: Console) -> None:
-    held_out = [r["eval_loss"] for r in rows if r.get("eval_loss") is not None]
+    skipped = sum(bool(r.get("skipped")) for r in rows)
+    if skipped:
+        console.say(f"{skipped} of {len(rows)} steps were skipped: their loss or gradient was not finite")
+    held_out = [(r["step"], r["eval_loss"]) for r in rows if r.get("eval_loss") is not None]
     if not held_out:
         return
+    step, loss = held_out[-1]
+    at = "" if step == rows[-1]["step"] else f" after step {step}"
     if data.bigram_entropy is None or data.bytes_per_token is None:
-        console.say(f"held-out loss: {held_out[-1]:.4f} nats")
+        console.say(f"held-out loss{at}: {loss:.4f} nats")
         return
-    reached = held_out[-1] / data.bytes_per_token
+    reached = loss / data.bytes_per_token
     verdict = "below" if reached < data.bigram_entropy else "NOT below"
     console.say(
-        f"held-out loss: {reached:.4f} nats a byte, "
+        f"held-out loss{at}: {reached:.4f} nats a byte, "
         f"{verdict} the corpus's byte-bigram entropy of {data.bigram_entropy:.4f}"
     )

@@ -14,10 +14,11 @@ from elastic_lsopt.config.load import dump_config
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.journal import JOURNAL
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.training.run_state import STATE, RunState
 
 CONFIG, METRICS, EVENTS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"
 PARTS = (
-    CONFIG, METRICS, EVENTS, JOURNAL, CHECKPOINTS, "loss.png", "members.png", "model", "report.html", "pictures",
+    CONFIG, METRICS, EVENTS, JOURNAL, STATE, CHECKPOINTS, "loss.png", "members.png", "model", "report.html", "pictures",
 )  # fmt: skip
 """What a run writes into its folder."""
 
@@ -40,9 +41,8 @@ class RunFolder:
             (self.path / CONFIG).write_text(dump_config(config), encoding="utf-8")
             self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
         except OSError as error:
-            raise UserError(
-                f"output_dir={config.output_dir} cannot be written: {error.strerror}; choose another, or make room."
-            ) from error
+            raise unwritable(config, error) from error
+        self.state = RunState(self.path)
         self._to_board, self._board = "tensorboard" in config.report_to, None
 
     def _set_earlier_run_aside(self) -> None:
@@ -73,12 +73,25 @@ class RunFolder:
             self._board = SummaryWriter(str(self.path / EVENTS), purge_step=step)
         return self._board
 
+    def rewound(self) -> None:
+        """What follows takes the place of later steps: TensorBoard hides those."""
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
     def close(self) -> None:
         """Bring all to the files."""
         for writer in (self._metrics, self._board):
             if writer is not None:
                 with suppress(OSError):
                     writer.close()
+
+
+def unwritable(config: TrainConfig, error: OSError) -> UserError:
+    """What a user is told of a run folder that cannot be used."""
+    return UserError(
+        f"output_dir={config.output_dir} cannot be written: {error.strerror}; choose another, or make room."
+    )
 
 
 def _scalars(row: dict[str, Any], path: str = "") -> Iterator[tuple[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from typing import NamedTuple
@@ -21,17 +22,18 @@ class TinyLM(nn.Module):
 
     `pause_s` sleeps in each forward, `slowly` times as long on the node of the name "slow"; `fail_rank` raises there in
     forward number `fail_at`, or, with `hang_file`, never comes back from it while that file is there (and removes it).
+    Once a bias of the head is above `breaks_at`, the logits are NaN, as those of a model that has blown up.
     """
 
     def __init__(
         self, width: int = 12, depth: int = 2, dropout: float = 0.0, pause_s: float = 0.0, fail_rank: int = -1,
-        fail_at: int = 6, slowly: float = 1.0, hang_file: str = "",
+        fail_at: int = 6, slowly: float = 1.0, hang_file: str = "", breaks_at: float = math.inf,
     ) -> None:  # fmt: skip
         super().__init__()
         self.embedding = nn.Embedding(257, width)
         self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(depth))
         self.head = nn.Linear(width, 257)
-        self._hang_file = hang_file
+        self._hang_file, self._breaks_at = hang_file, breaks_at
         pause_s *= slowly if os.environ.get("ELASTIC_LSOPT_NODE") == "slow" else 1.0
         self._pause_s, self._fail, self._forwards = pause_s, (fail_rank, fail_at), 0
 
@@ -48,7 +50,8 @@ class TinyLM(nn.Module):
         h = h + torch.roll(h, 1, dims=1)
         for block in self.blocks:
             h = block(h)
-        return Output(logits=self.head(h))
+        broken = (self.head.bias.detach().max() > self._breaks_at).to(h.dtype)
+        return Output(logits=self.head(h) + torch.log(1 - broken) * broken)
 
 
 class Block(nn.Module):

@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def test_the_run_folder(finished: Finished) -> None:
     assert {p.name for p in finished.folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "loss.png", "model",
+        "config.yaml", "metrics.jsonl", "state.json", "tensorboard", "checkpoints", "loss.png", "model",
     }  # fmt: skip
     assert load_config(finished.folder / "config.yaml") == read_job(finished.job).config
     assert [p.name for p in (finished.folder / "checkpoints").iterdir()] == ["checkpoint-8"]
