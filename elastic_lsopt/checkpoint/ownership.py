@@ -10,8 +10,8 @@ and process namespace; elsewhere, where its claim's beats stand still for SILENC
 of nodes are never compared.) An owner that was suspended for longer has lost the folder: it finds a higher claim before
 it commits a checkpoint or prunes one, and does neither.
 
-[Note: a job with many writers] In an elastic job rank 0 moves from process to process and from node to node. The job's
-own name travels with its state from memory to memory, so a new rank 0 takes over a claim of the same name at once.
+[Note: a job with many writers] In an elastic job rank 0 moves from process to process and from node to node. Its
+workers know the job's own name from each other, so a new rank 0 takes over a claim of that name at once.
 """
 
 from __future__ import annotations

@@ -75,15 +75,15 @@ def _measures(names: str, settings: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _one_rank(question: Any) -> int:
-    import warnings
-
     from elastic_lsopt.cli.train import leave, say_failure
     from elastic_lsopt.training.console import Console
     from elastic_lsopt.training.probe_model import RESULTS, answer
+    from elastic_lsopt.training.quiet import report_loads, silence_libraries
     from elastic_lsopt.training.world import join
 
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    silence_libraries()
     world = join()
+    report_loads(world.is_first)
     try:
         console = Console()
         console.attend(speaks=world.is_first, steps=0, done=0)

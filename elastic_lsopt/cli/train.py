@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -57,9 +56,11 @@ def agent(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = Fals
 def _elastic(job: Job, arguments: Sequence[str]) -> NoReturn:
     """This process is its node's agent, or a worker that the agent has started with the same arguments."""
     from elastic_lsopt.elastic.link import is_worker
+    from elastic_lsopt.training.quiet import silence_libraries
+
+    silence_libraries()
     from elastic_lsopt.training.elastic_job import run_agent, run_worker
 
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     if is_worker():
         run_worker(job.config, job.method)
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
@@ -77,7 +78,9 @@ def _elastic(job: Job, arguments: Sequence[str]) -> NoReturn:
 
 
 def _one_rank(job: Job) -> int:
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    from elastic_lsopt.training.quiet import silence_libraries
+
+    silence_libraries()
     from elastic_lsopt.training.loop import train as run
     from elastic_lsopt.training.world import join
 

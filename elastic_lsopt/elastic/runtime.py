@@ -100,7 +100,7 @@ class Runtime:
         self._mirror: Mirror | None = None
         self._run: Run | None = None
         self._plan: Plan | None = None
-        self._job = ""
+        self._job = ""  # lives on as long as one worker that has been in it
         self._broken_since: float | None = None
         self._speeds: deque[float] = deque(maxlen=SPEEDS)
         """Samples a second of this worker's own forwards, in its last steps."""
@@ -163,7 +163,8 @@ class Runtime:
         world, group = self._form(entered)
         phases.end("form")
         speed = statistics.median(self._speeds) if self._speeds else None
-        inventories = gather_json(group, inventory(self._versions) | {"samples_per_second": speed, "job": uuid4().hex})
+        own = {"samples_per_second": speed, "job": self._job, "anew": uuid4().hex}
+        inventories = gather_json(group, inventory(self._versions) | own)
         chosen = choose(inventories)
         gain = None if chosen is None or chosen.extra["gain"] is None else Gain(*chosen.extra["gain"])
         before = None if chosen is None else Plan.from_json(chosen.extra["plan"]).with_gain(gain)
@@ -180,8 +181,7 @@ class Runtime:
                 self._journal.say(f"generation {entered.number} waits: {error}")
             raise Interrupted from error
         phases.end("agree")
-        # The job's name goes with its state, from memory to memory.
-        self._job = inventories[0]["job"] if chosen is None else chosen.extra["job"]
+        self._job = next((found["job"] for found in inventories if found["job"]), inventories[0]["anew"])
         run = self._run = self._build(replace(world, plan=self._plan, job=self._job))
         refuse_what_counts_steps_or_ranks(run.engine)
         run.engine.signals = self._signals
@@ -264,7 +264,7 @@ class Runtime:
         gain = measured(run.engine.method_state)
         extra = {
             "loader": run.loader.state_dict(), "plan": self._plan.to_json(),
-            "gain": None if gain is None else [gain.variance, gain.square], "job": self._job,
+            "gain": None if gain is None else [gain.variance, gain.square],
         }  # fmt: skip
         mirror.push(self._versions.take(run.engine, generation=self._number, step=step, extra=extra))
         self._pushed.append(step)
@@ -274,8 +274,7 @@ class Runtime:
     def _acknowledged(self) -> int:
         """How many of this generation's pushed versions, from the first, are complete on this rank and its wards."""
         assert self._mirror is not None
-        newest = self._mirror.acknowledged
-        return sum(step <= newest for step in self._pushed)
+        return sum(step <= self._mirror.acknowledged for step in self._pushed)
 
     def _signals(self) -> Sequence[float]:
         """What rides on a step's all-reduce: whether I know of a newer generation; whether my mirror trails by j."""
@@ -359,8 +358,7 @@ class Runtime:
 
     def _take_down(self) -> None:
         """Let go of everything but the host versions. No communication."""
-        run, self._run = self._run, None
-        mirror, self._mirror = self._mirror, None
+        run, mirror, self._run, self._mirror = self._run, self._mirror, None, None
         self._pushed.clear()
         if run is not None:
             run.abandon()

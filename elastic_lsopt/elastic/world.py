@@ -32,7 +32,7 @@ class World:
     rehearsal: bool = False
     """Nothing is trained here: a worker of an elastic job builds once, on the CPU, to have its imports behind it."""
     job: str = ""
-    """Names the job's life, as long as some worker's memory holds its state; "" outside elastic jobs."""
+    """Names the job's life, as long as one worker that has been in it lives; "" outside elastic jobs."""
     may_commit: Callable[[int], bool] | None = None
     """Whether a checkpoint of that step may still get its name, asked by rank 0; None: nobody contests it."""
 

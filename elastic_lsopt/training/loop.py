@@ -38,6 +38,7 @@ from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.data import Data, build_data
 from elastic_lsopt.training.engines import build_engine, plain_loss_of
 from elastic_lsopt.training.probing import Probing
+from elastic_lsopt.training.quiet import report_loads
 from elastic_lsopt.training.result import finish, say_unsaved
 from elastic_lsopt.training.run_folder import CHECKPOINTS, RunFolder, unwritable
 from elastic_lsopt.training.run_state import State
@@ -83,6 +84,7 @@ class TrainingRun:
     def __init__(self, config: TrainConfig, method: Method, data: Data, world: World, console: Console) -> None:
         self.config, self.data, self.world, self.console = config, data, world, console
         console.lead(world.is_first)
+        report_loads(world.is_first and (world.plan is None or world.generation == 1))
         if world.plan is None and world.size > 1:
             assert dist.group.WORLD is not None
             refuse_other_data(dist.group.WORLD, data.identity)

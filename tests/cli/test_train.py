@@ -11,6 +11,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +103,8 @@ class Life:
     last_step: int
     """In metrics.jsonl when it had ended."""
     checkpoints: list[str]
+    state: dict[str, Any]
+    """state.json."""
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +119,15 @@ def battered(tmp_path_factory: pytest.TempPathFactory, ranks: object) -> tuple[d
     job = write_job(folder / "run.yaml", model=slow, **shape)
     lives = {}
 
-    def live(name: str, launcher: str, at: int, strike: object) -> None:
-        started = Started(command(launcher, job), folder)
+    def live(name: str, launcher: str, at: int, strike: object, *overrides: str) -> None:
+        started = Started(command(launcher, job, *overrides), folder)
         started.until(lambda: max(rows(folder / "run"), default=0) >= at)
         strike(started)  # type: ignore[operator]
         code = started.wait()
         lives[name] = Life(
-            code, started.output, max(rows(folder / "run")), [p.name for p in (folder / "run/checkpoints").glob("c*")]
-        )
+            code, started.output, max(rows(folder / "run")), [p.name for p in (folder / "run/checkpoints").glob("c*")],
+            json.loads((folder / "run/state.json").read_text()),
+        )  # fmt: skip
 
     live("killed worker", "none", 7, lambda s: os.kill(s.workers()[1], signal.SIGKILL))
 
@@ -139,7 +143,8 @@ def battered(tmp_path_factory: pytest.TempPathFactory, ranks: object) -> tuple[d
     live("killed parent", "none", 12, kill_parent)
     live("terminated parent", "none", 18, lambda s: s.process.terminate())
     live("terminated torchrun", "torchrun", 24, lambda s: s.process.terminate())
-    live("terminated worker", "none", 30, lambda s: os.kill(s.workers()[1], signal.SIGTERM))
+    stopped = "exit_code_when_stopped=85"
+    live("terminated worker", "none", 30, lambda s: os.kill(s.workers()[1], signal.SIGTERM), stopped)
     in_ranks(ranks, 3, "job", path=str(write_job(folder / "run.yaml", **shape)))  # type: ignore[arg-type]
     in_ranks(ranks, 2, "job", path=str(write_job(folder / "undisturbed.yaml", **shape)))  # type: ignore[arg-type]
     return lives, folder / "run", folder / "undisturbed"
@@ -180,9 +185,20 @@ def test_a_stop_saves_the_very_step(battered: Battered, name: str) -> None:
 
 
 @LONG
-@pytest.mark.parametrize("name", ["terminated parent", "terminated worker"])
-def test_a_stop_is_no_failure(battered: Battered, name: str) -> None:
-    assert battered[0][name].code == 0
+@pytest.mark.parametrize(("name", "code"), [("terminated parent", 0), ("terminated worker", 85)])
+def test_a_stop_is_no_failure_and_is_told_from_an_end(battered: Battered, name: str, code: int) -> None:
+    life = battered[0][name]
+    assert life.code == code
+    assert (life.state["state"], life.state["step"], life.state["steps"]) == ("stopped", life.last_step, STEPS)
+
+
+@LONG
+def test_the_run_folder_says_how_each_life_ended(battered: Battered) -> None:
+    lives, run_folder, _ = battered
+    assert lives["killed worker"].state["state"] == "failed"  # its peer has said so
+    finished = json.loads((run_folder / "state.json").read_text())
+    assert (finished["state"], finished["step"], finished["why"]) == ("finished", STEPS, "")
+    assert not list(run_folder.glob(".owner*"))
 
 
 # -- the terminal ------------------------------------------------------------------------------------------------------

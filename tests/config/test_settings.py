@@ -56,6 +56,11 @@ KEYS = [
     "save_total_limit",
     "resume_from_checkpoint",
     "report_to",
+    "max_skipped_steps",
+    "on_divergence",
+    "rewind_lr_factor",
+    "max_rewinds",
+    "exit_code_when_stopped",
     "export",
 ]
 
@@ -97,6 +102,9 @@ def test_keys_of_other_trainers_are_refused_by_name(key):
     ("changes", "says"),
     [
         ({"model_name_or_path": "folder"}, "exactly one of model_name_or_path"),
+        ({"on_divergence": "rewind"}, "set save_steps, or on_divergence: stop"),
+        ({"max_rewinds": 1}, "max_rewinds is for on_divergence rewind"),
+        ({"rewind_lr_factor": 0.1}, "rewind_lr_factor is for on_divergence rewind"),
         ({"model": None}, "exactly one of model_name_or_path"),
         ({"model": {"hidden_size": 4}}, "exactly one of model_type"),
         ({"model": {"model_type": "llama", "import": "a:b"}}, "exactly one of model_type"),
@@ -142,7 +150,9 @@ def test_values_that_contradict_each_other(changes, says):
         {"learning_rate": -1e-9}, {"learning_rate": float("nan")}, {"max_grad_norm": float("inf")},
         {"warmup_ratio": 1.0}, {"eval_fraction": 1.0}, {"adam_beta1": 1.0}, {"adam_epsilon": 0.0},
         {"max_steps": 0}, {"max_steps": 2.5}, {"max_steps": True}, {"workers": "2"}, {"eval_steps": 0},
-        {"save_steps": 0}, {"save_total_limit": 0}, {"block_size": 1}, {"seed": -1}, {"bf16": 1}, {"bf16": "yes"},
+        {"save_steps": 0}, {"save_total_limit": 0}, {"max_skipped_steps": 0}, {"on_divergence": "go on"},
+        {"rewind_lr_factor": 0.0}, {"rewind_lr_factor": 1.5}, {"exit_code_when_stopped": 256},
+        {"block_size": 1}, {"seed": -1}, {"bf16": 1}, {"bf16": "yes"},
         {"backend": "ddp"}, {"optim": "lion"}, {"report_to": ["wandb"]}, {"report_to": "tensorboard"},
         {"output_dir": ""}, {"landscape": "sam"}, {"fsdp_reshard_after_forward": 0},
         {"elastic": True}, {"elastic": {"min_nodes": 0}}, {"elastic": {"min_nodes": "2"}}, {"elastic": {"lease_s": 0}},
