@@ -24,8 +24,9 @@ def test_an_elastic_job_rewinds_and_ends_well(tmp_path: Path) -> None:
     assert "rewound from step 9 to step 4" in said
     assert [row["lr"] for row in rows(at).values()] == pytest.approx([0.4] * 4 + [0.04] * 8)
     assert not any(row["skipped"] for row in rows(at).values())
-    assert {row["generation"] for row in rows(at).values()} == {1} and len(read_journal(at)) == 1
     assert [rewind["to_step"] for rewind in read_rewinds(at)] == [4]
+    changes = len(read_journal(at))  # 1, or 2 where one worker began before the other was there: no change for a rewind
+    assert changes == len({row["generation"] for row in rows(at).values()}) <= 2
     assert json.loads((at / "state.json").read_text())["state"] == "finished"
     assert sorted(p.name for p in (at / "checkpoints").iterdir()) == ["checkpoint-12", "diverged-checkpoint-6"]
     assert not list(at.glob(".owner*"))
