@@ -18,6 +18,7 @@ from coverage import CoverageData, CoveragePlugin
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = f"{os.sep}tests{os.sep}"
+CASES = f"{TESTS}cases{os.sep}"
 CASE = re.compile(r'"(tests\.cases\.\w+|benchmarks\.\w+):(\w+)"')
 
 
@@ -28,7 +29,7 @@ class WhoAsks(CoveragePlugin):
         path, name = frame.f_code.co_filename, frame.f_code.co_name
         if name.startswith("test_") and TESTS in path:
             return f"tests/{path.rpartition(TESTS)[2]}::{name}"
-        if f"{TESTS}cases{os.sep}" in path and frame.f_back is not None and "rank" in frame.f_back.f_code.co_filename:
+        if CASES in path and frame.f_back is not None and CASES not in frame.f_back.f_code.co_filename:
             return f"tests.cases.{Path(path).stem}:{name}"
         if name == "main" and path.endswith(os.path.join("elastic_lsopt", "cli", "main.py")):
             return os.environ.get("PYTEST_CURRENT_TEST", "").partition("[")[0].partition(" ")[0] or None

@@ -6,6 +6,7 @@
     survived     every test that runs the line passed
     unfinished   nothing failed within the limit, and not all had their turn
     no test      nothing runs the line
+    unjudged     pytest itself failed, with the mutant and without
 
 The exit code is 1 where fewer than 90 of 100 were killed.
 """
@@ -66,7 +67,8 @@ class Tree:
 
     def failing(self, tests: Sequence[str], limit_s: float) -> tuple[str | None, bool]:
         """The first of the tests that fails ("" for what kept all of them from running), and whether all had a turn."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", f"--timeout={TEST_TIMEOUT_S}", *tests]
+        plain = ["-o", "addopts=", "-p", "no:cacheprovider", "-x", "-q", "-rfE", f"--timeout={TEST_TIMEOUT_S}"]
+        command = [sys.executable, "-m", "pytest", *plain, *tests]
         with subprocess.Popen(
             command, cwd=self.root, env={**os.environ, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -98,8 +100,11 @@ def judge(tree: Tree, mutant: Mutant, contexts: Contexts, limit_s: float) -> dic
                 outcome = "survived" if finished else "unfinished"
                 break
             tree.restore(mutant)
-            if not failed or tree.failing([failed], limit_s) == (None, True):
+            if tree.failing([failed] if failed else left[:1], limit_s) == (None, True):
                 outcome, by = "killed", failed or "the import"
+                break
+            if not failed:
+                outcome = "unjudged"
                 break
             # It fails without the mutant too, and says nothing of it.
             left = [t for t in left if t != failed.partition("[")[0]]
