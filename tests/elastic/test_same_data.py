@@ -15,13 +15,14 @@ from elastic_lsopt.elastic.shards import ShardStream
 from elastic_lsopt.training.data import Data, LabelledTexts, TokenBlocks
 from tests.jobs import corpus, write_job
 
-pytestmark = pytest.mark.fast
+fast = pytest.mark.fast
 
 
 def identities(kind: str, part: Any, held_out: Any) -> Any:
     return Data(train=part, eval=held_out, collate=list, classes=("a", "b")).identity
 
 
+@fast
 def test_the_digest_sees_every_byte_and_the_shape() -> None:
     tokens = np.arange(600, dtype=np.uint16)
     digests = {digest_of(tokens), digest_of(tokens.reshape(2, 300)), digest_of(tokens.astype(np.int32))}
@@ -32,6 +33,7 @@ def test_the_digest_sees_every_byte_and_the_shape() -> None:
     assert len(digests) == 6 and digest_of(tokens) == digest_of(tokens.copy())
 
 
+@fast
 def test_a_jobs_data_is_compared_whole() -> None:
     """One token of one block, one label, the held-out part."""
     blocks = np.arange(60, dtype=np.uint16)
@@ -68,6 +70,7 @@ KINDS: dict[str, Any] = {
 }
 
 
+@fast
 @pytest.mark.parametrize("name", KINDS)
 def test_a_users_data_set(name: str) -> None:
     sample, state = KINDS[name], torch.get_rng_state()
@@ -77,6 +80,7 @@ def test_a_users_data_set(name: str) -> None:
     assert first != identity_of(Images(sample, 101)) and first != identity_of(Images(lambda i: sample(i + 1)))
 
 
+@fast
 def test_what_has_no_bytes_or_draws_by_itself_is_compared_by_length_alone() -> None:
     own = np.random.default_rng(0)
     for sample in (lambda i: object(), lambda i: own.random()):
@@ -86,11 +90,13 @@ def test_what_has_no_bytes_or_draws_by_itself_is_compared_by_length_alone() -> N
         assert difference([identity, identity_of(Images(sample, 99))])[0] == [1]
 
 
+@fast
 def test_streams_are_told_apart_by_their_shards() -> None:
     streams = [ShardStream(names, iter) for names in (["a", "b"], ["a", "c"], ["a", "b", "c"])]
     assert difference([identity_of(s) for s in streams])[0] == [1, 2]
 
 
+@fast
 def test_the_line_names_the_ranks_and_what_differs() -> None:
     whole, other = {"samples": 24, "digest": "ab"}, {"samples": 23, "digest": "cd"}
     assert difference([whole, whole, whole]) == ([], "")
