@@ -42,6 +42,7 @@ from elastic_lsopt.errors import UserError
 log = logging.getLogger("elastic_lsopt")
 TICK_S = 0.05
 STATUS_S = 0.5
+MOST_UNREAD_BYTES = 64 * 2**20
 RESPAWN_WINDOW_S = 600.0
 """`max_respawns` counts the workers that were started anew within it."""
 
@@ -55,6 +56,7 @@ class Agent:
     def __init__(self, node: Node) -> None:
         self.node = node
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._unread_bytes, self._unread_lock = 0, threading.Lock()
         self._workers: dict[str, WorkerProcess] = {}
         self._life, self._spawned = new_life(), 0
         self._deaths: list[float] = []
@@ -97,10 +99,19 @@ class Agent:
     def _mailbox(self, address: str) -> Mailbox:
         return Mailbox(
             self.node.name, address,
-            lambda message: self._events.put(lambda: self._hear(message)),
+            self._take_in,
             lambda address: self._events.put(lambda: self._lost(address)),
             silence_s=self.node.settings.lease_s,
         )  # fmt: skip
+
+    def _take_in(self, message: bytes) -> None:
+        """From the mailbox's threads. More than this agent gets to read is lost, as a message may be: a stranger who
+        sends faster than it reads must not fill its memory."""
+        with self._unread_lock:
+            if self._unread_bytes + len(message) > MOST_UNREAD_BYTES:
+                return
+            self._unread_bytes += len(message)
+        self._events.put(lambda: self._hear(message))
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
@@ -170,6 +181,7 @@ class Agent:
             # Whoever vanished in the generations that this agent has missed may be dead: nobody must wait for him.
             gone += tuple(w for _, w in before.ranks if w not in gone and all(w != here for _, here in ranks))
         self._generation = generation
+        self.mailbox.store.expect(generation.number, len(ranks))
         if gone:
             self._forced = generation.number
         for worker in self._workers.values():
@@ -214,6 +226,8 @@ class Agent:
     # -- what happens ------------------------------------------------------------------------------------------
 
     def _hear(self, message: bytes) -> None:
+        with self._unread_lock:
+            self._unread_bytes -= len(message)
         try:
             body = verified(message, self.node.secret)
             said = record.Record.from_json(body["record"])

@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from elastic_lsopt.elastic.bounded_store import BoundedStore
 from elastic_lsopt.errors import UserError
 
 HERE = "127.0.0.1"
@@ -68,8 +69,8 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def host_store(address: str) -> tuple[dist.TCPStore, str]:
-    """A TCPStore that listens on this address alone (port 0: any free one), and the address that it has.
+def listen(address: str) -> tuple[socket.socket, str]:
+    """A socket that listens on this address alone (port 0: any free one), and the address that it has.
 
     Raises UserError where the address is taken or not this machine's. (TCPStore by itself listens on all interfaces.)
     """
@@ -81,12 +82,18 @@ def host_store(address: str) -> tuple[dist.TCPStore, str]:
             f"elastic.address={address}: cannot listen there: {error.strerror}; the port may be taken, or the host "
             "name is not of this machine."
         ) from None
-    port = listener.getsockname()[1]
+    return listener, f"{host}:{listener.getsockname()[1]}"
+
+
+def host_store(address: str) -> tuple[dist.TCPStore, str]:
+    """A TCPStore that listens on this address alone, and the address that it has. Raises UserError as `listen`."""
+    listener, address = listen(address)
+    host, port = split_address(address)
     store = dist.TCPStore(
         host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True,
         timeout=WAIT,
     )  # fmt: skip
-    return store, f"{host}:{port}"
+    return store, address
 
 
 def reachable(address: str, timeout_s: float = CONNECT_S) -> bool:
@@ -211,7 +218,8 @@ class Mailbox:
         self, name: str, address: str, heard: Heard, unreachable: Callable[[str], None], *, silence_s: float
     ) -> None:
         self.name, self._heard, self._unreachable, self._silence_s = name, heard, unreachable, silence_s
-        self.store, self.address = host_store(address)
+        listener, self.address = listen(address)
+        self.store = BoundedStore(listener, split_address(address)[0])
         self._lines: dict[str, _Line] = {}
         self._closed = False
         threading.Thread(target=self._read, daemon=True, name="in").start()
@@ -238,6 +246,7 @@ class Mailbox:
 
     def close(self) -> None:
         self._closed = True
+        self.store.close()
         for line in self._lines.values():
             line.close()
 

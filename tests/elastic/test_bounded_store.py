@@ -1,0 +1,88 @@
+"""A stranger who writes into an agent's store does not fill its memory, and the members find it again."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from elastic_lsopt.elastic.bounded_store import BoundedStore, resident_bytes
+from elastic_lsopt.elastic.mailbox import Mailbox, connect, listen
+
+MIB = 2**20
+
+
+@pytest.fixture
+def bounded() -> Iterator[tuple[BoundedStore, str]]:
+    listener, address = listen("127.0.0.1:0")
+    store = BoundedStore(listener, "127.0.0.1", limit_bytes=32 * MIB)
+    yield store, address
+    store.close()
+
+
+@pytest.mark.parametrize("how", ["values", "queue"])
+def test_what_a_stranger_sends_is_not_kept(bounded: tuple[BoundedStore, str], how: str) -> None:
+    store, address = bounded
+    before, most, sent = resident_bytes(), 0, 0
+    value = bytes(4 * MIB)
+    client = connect(address)
+    while sent < 256 * MIB:
+        with suppress(RuntimeError):
+            client.set(f"k{sent}", value) if how == "values" else client.queue_push("q", value)  # type: ignore[arg-type]
+            sent += len(value)
+            most = max(most, resident_bytes() - before)
+            continue
+        client = connect(address)
+    end = time.monotonic() + 5
+    while resident_bytes() - before > 96 * MIB and time.monotonic() < end:
+        time.sleep(0.05)
+    assert store.made_anew >= 1
+    assert resident_bytes() - before < 96 * MIB, "what the stranger sent is still there"
+    assert most < 224 * MIB, f"grew by {most / MIB:.0f} of {sent / MIB:.0f} MiB"
+
+
+def test_agents_go_on_talking_when_a_store_was_made_anew() -> None:
+    heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    boxes = [Mailbox(name, "127.0.0.1:0", heard.put, lambda address: None, silence_s=2.0) for name in ("a", "b")]
+    first, second = boxes
+    second.send(first.address, b"before")
+    assert heard.get(timeout=10) == b"before"
+    second_hears = threading.Timer(0.2, lambda: first.answer("b", b"answer"))
+    second_hears.start()
+    assert heard.get(timeout=10) == b"answer"
+
+    first.store._limit = -(2**50)  # whatever it holds is too much, once
+    while not first.store.made_anew:
+        time.sleep(0.01)
+    first.store._limit = 2**50
+    end, found = time.monotonic() + 10, b""
+    while found != b"after" and time.monotonic() < end:
+        second.send(first.address, b"after")
+        with suppress(queue.Empty):
+            found = heard.get(timeout=0.5)
+    assert found == b"after"
+    while found != b"again" and time.monotonic() < end:
+        first.answer("b", b"again")
+        with suppress(queue.Empty):
+            found = heard.get(timeout=0.5)
+    assert found == b"again"
+    for box in boxes:
+        box.close()
+
+
+def test_older_generations_are_forgotten(bounded: tuple[BoundedStore, str]) -> None:
+    store, address = bounded
+    client = connect(address)
+    for key in ("generation/3/a", "generation/4/a", "generation/5/a", "manifest/3", "status"):
+        client.set(key, "x")
+    store.expect(5, ranks=2)
+    end = time.monotonic() + 5
+    while client.check(["generation/3/a"]) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert sorted(key.strip("/") for key in client.list_keys()) == [
+        "generation/4/a", "generation/5/a", "manifest/3", "status",
+    ]  # fmt: skip
