@@ -18,7 +18,7 @@ from tests.jobs import corpus, write_job
 fast = pytest.mark.fast
 
 
-def identities(kind: str, part: Any, held_out: Any) -> Any:
+def identity(part: Any, held_out: Any) -> Any:
     return Data(train=part, eval=held_out, collate=list, classes=("a", "b")).identity
 
 
@@ -39,13 +39,11 @@ def test_a_jobs_data_is_compared_whole() -> None:
     blocks = np.arange(60, dtype=np.uint16)
     other = blocks.copy()
     other[17] = 0
-    alone = [
-        identities("", TokenBlocks(b, 6), TokenBlocks(e, 6))
-        for b, e in ((blocks, blocks), (other, blocks), (blocks, other), (blocks[:54], blocks))
-    ]
+    pairs = [(blocks, blocks), (other, blocks), (blocks, other), (blocks[:54], blocks)]
+    alone = [identity(TokenBlocks(part, 6), TokenBlocks(held_out, 6)) for part, held_out in pairs]
     assert len({str(i) for i in alone}) == 4
     texts = [np.arange(3), np.arange(5)]
-    labelled = [identities("", LabelledTexts(texts, labels), LabelledTexts([], [])) for labels in ([0, 1], [1, 1])]
+    labelled = [identity(LabelledTexts(texts, labels), LabelledTexts([], [])) for labels in ([0, 1], [1, 1])]
     assert labelled[0] != labelled[1]
 
 
@@ -84,10 +82,10 @@ def test_a_users_data_set(name: str) -> None:
 def test_what_has_no_bytes_or_draws_by_itself_is_compared_by_length_alone() -> None:
     own = np.random.default_rng(0)
     for sample in (lambda i: object(), lambda i: own.random()):
-        identity = identity_of(Images(sample))
-        assert identity == {"samples": 100, "digest of samples": None}
-        assert difference([identity, {"samples": 100, "digest of samples": "ab"}]) == ([], "")
-        assert difference([identity, identity_of(Images(sample, 99))])[0] == [1]
+        alone = identity_of(Images(sample))
+        assert alone == {"samples": 100, "digest of samples": None}
+        assert difference([alone, {"samples": 100, "digest of samples": "ab"}]) == ([], "")
+        assert difference([alone, identity_of(Images(sample, 99))])[0] == [1]
 
 
 @fast
