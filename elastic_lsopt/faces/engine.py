@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -147,12 +148,12 @@ class Engine:
         self._landscape.load_state_dict(state_dict)
 
     def _refuse_other_parameters(self) -> None:
-        for (name, p), trained in zip(self.module.named_parameters(), self._trained, strict=True):
-            if p.requires_grad != trained:
-                now = "trainable" if p.requires_grad else "frozen"
+        for (name, p), trained in zip_longest(self.module.named_parameters(), self._trained, fillvalue=("", None)):
+            if p is None or p.requires_grad != trained:
+                now = "gone" if p is None else "trainable" if p.requires_grad else "frozen"
                 raise UserError(
-                    f"parameter {name} is {now} and was not when the engine was built, which has its place among the "
-                    "others fixed; build a new engine (a checkpoint carries the state over)."
+                    f"parameter {name or 'of the model'} is {now} and was not when the engine was built, which has its "
+                    "place among the others fixed; build a new engine (a checkpoint carries the state over)."
                 )
 
     def _refuse_stale_forward(self, module: nn.Module, inputs: Any) -> None:

@@ -168,7 +168,7 @@ class Runner(Share):
         self.put(wholes)
         args, kwargs = call.arguments(inputs)
         try:
-            with call.replaying() if again else nullcontext(), self.weights.attention():
+            with call.replaying() if again else nullcontext(), call.autocast(), self.weights.attention():
                 flat, call.out_structure = tree_flatten(self._plain(*args, **kwargs))
         finally:
             self.skeleton.clear(self.block.places)
@@ -189,6 +189,8 @@ class _Call:
         self._device = runner.weights.space.shards.device
         on_gpu = self._device.type == "cuda"
         self._random = torch.get_rng_state(), torch.cuda.get_rng_state(self._device) if on_gpu else None
+        kind = self._device.type
+        self._autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self.out_structure: Any = None
         self.differentiable: list[int] = []
 
@@ -197,6 +199,11 @@ class _Call:
         for i, t in zip(self._at, inputs, strict=True):
             flat[i] = t
         return tree_unflatten(flat, self._structure)
+
+    def autocast(self) -> Any:
+        """Autocast as it was at the call: backward passes run the block again where the loss has left its context."""
+        enabled, dtype = self._autocast
+        return torch.autocast(self._device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
     @contextmanager
     def replaying(self) -> Iterator[None]:

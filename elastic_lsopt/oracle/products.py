@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from functools import wraps
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -51,6 +52,21 @@ def refuse_unknown(mode: str) -> None:
     """Raise UserError for a mode that there is not."""
     if mode not in get_args(Mode):
         raise UserError(f"products={mode!r} is unknown; use one of {', '.join(get_args(Mode))}.")
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _unrounded(ask: Callable[Concatenate[Products, P], R]) -> Callable[Concatenate[Products, P], R]:
+    """Out of the autocast context around the caller: products are exact to rounding in the precision they state."""
+
+    @wraps(ask)
+    def asked(self: Products, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast(self.backend.device.type, enabled=False):
+            return ask(self, *args, **kwargs)
+
+    return asked
 
 
 class Products:
@@ -91,6 +107,7 @@ class Products:
 
     # -- what others ask ---------------------------------------------------------------------------------------
 
+    @_unrounded
     def hvp(self, v: Vector) -> Product:
         """H v. Cost: see the table above; one AllGather of v and one ReduceScatter of the result, or each block's."""
         weights = self._at_the_weights()
@@ -100,6 +117,7 @@ class Products:
             return self._differences.product(v)
         return Product(self.space, self._product(weights, self._hessian_graph, v).tensors, None)
 
+    @_unrounded
     def ggn_vp(self, v: Vector) -> Product:
         """G v, without a second derivative of the model; 2 gradients where kept. Memory: one tensor like the logits.
 
@@ -114,6 +132,7 @@ class Products:
             raise Unsupported("Gauss-Newton products by differences are not supported: the model needs exact products.")
         return Product(self.space, self._product(weights, self._gauss_newton_graph, v).tensors, None)
 
+    @_unrounded
     def gradient(self) -> Vector:
         """dL/dw through the skeleton, as an own vector."""
         weights = self._at_the_weights()
@@ -267,6 +286,7 @@ class Products:
 
         return product
 
+    @_unrounded
     def difference(self, v: Vector, h: float) -> Vector:
         """(g(w + h v) - g(w - h v)) / 2h: two gradients, their difference in the precision of the passes."""
         weights = self._at_the_weights()
@@ -276,6 +296,7 @@ class Products:
         ]
         return weights.collect(apart)
 
+    @_unrounded
     def values(self, change: Callable[[Any], Any]) -> float:
         """The loss with a change of each batch, but with the batch's own weights; no gradient."""
         weights = self._at_the_weights()

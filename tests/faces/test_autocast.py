@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
+from elastic_lsopt.space.vector import Vector
 from tests.oracles import paper_loops
 
 RHO = 2.0
@@ -187,3 +188,30 @@ def test_fp16_is_refused_before_anything_has_changed(face: Any, outside: bool) -
         step()
     assert "\n" not in str(caught.value)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mode", ["kept", "rebuilt", "blockwise", "differences"])
+def test_products_are_exact_inside_autocast(mode: Any) -> None:
+    """In the space's precision, whatever is around them."""
+    model, batch = problem()
+    named = list(model.parameters())
+    v = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(named)]
+    g = torch.autograd.grad(loss_of(model, batch), named, create_graph=True)
+    wanted = torch.autograd.grad(g, named, v)
+    with bf16():
+        space, oracle = lso.attach(model, loss_of, [batch], products=mode)
+        found = oracle.hvp(space.zeros().copy_(Vector(space, [t.flatten() for t in v]))).tensors
+    apart = paper_loops.norm([a.flatten() - b for a, b in zip(wanted, found, strict=True)])
+    assert apart < (1e-2 if mode == "differences" else 1e-5) * paper_loops.norm(wanted)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mode", ["rebuilt", "blockwise"])
+def test_a_product_runs_its_blocks_again_in_the_losses_own_autocast(mode: Any) -> None:
+    model, batch = problem()
+    space, oracle = lso.attach(model, entering(True, torch.bfloat16), [batch], products=mode)
+    v = oracle.gradient().clone()
+    inside = oracle.hvp(v)
+    _, plain = lso.attach(model, loss_of, [batch], products="kept")
+    assert space.norm(inside - plain.hvp(v)) < 0.05 * space.norm(inside)
