@@ -7,9 +7,10 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 LANES ?= 3
+ALL_RESULTS ?= benchmarks/results/test-all.jsonl
 CHAOS_EVENTS ?= 200
 CHAOS_RESULTS ?= benchmarks/results/chaos.jsonl
-.PHONY: help install quickstart elastic-quickstart test test-fast test-all chaos lint format study bench bench-elastic schema clean
+.PHONY: manifest help install quickstart elastic-quickstart test test-fast test-all chaos lint format study bench bench-elastic schema clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +38,11 @@ test: $(INSTALLED)  ## all laws and contracts on two cores, 12 minutes
 test-fast: $(INSTALLED)  ## the minute before a commit
 	$(BIN)/python -m pytest tests -n 2 -m "fast and not full"
 
-test-all: $(INSTALLED)  ## the full product of methods, backends, worlds and settings; takes what it takes
-	$(BIN)/python -m pytest tests
+test-all: $(INSTALLED)  ## the full product of methods, backends, worlds and settings; goes on where it was stopped
+	$(BIN)/python -m pytest tests -n $(LANES) --results $(ALL_RESULTS)
+
+manifest: $(INSTALLED)  ## write what the suite covers into tests/manifest.txt
+	$(BIN)/python -m tests.manifest
 
 chaos: $(INSTALLED)  ## kill, stop, drain and add nodes, 200 events a backend; goes on where it was stopped
 	for backend in fsdp2 zero2 zero3; do \

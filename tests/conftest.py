@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.ranks import Ranks
+from tests.resume import Results
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", help="note what passes in this file, and leave out what has passed: tests/resume.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if lane := os.environ.get("PYTEST_XDIST_WORKER"):
+    lane = os.environ.get("PYTEST_XDIST_WORKER")
+    if file := config.getoption("--results"):
+        config.pluginmanager.register(Results(Path(file), writes=lane is None))
+    if lane:
         from tests import lanes, warm
 
         lanes.enter(lane)

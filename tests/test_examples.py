@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.ranks import ROOT, rank_environment
+from tests.warm import run
 
 LIMIT_S = {"elastic_demo.py": 120.0}
 """A minute for those that are not named."""
@@ -16,10 +16,8 @@ LIMIT_S = {"elastic_demo.py": 120.0}
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
 def test_example(example: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(example)], check=False, cwd=ROOT, env=rank_environment(), capture_output=True, text=True,
-        timeout=LIMIT_S.get(example.name, 60.0),
-    )  # fmt: skip
+    limit_s = LIMIT_S.get(example.name, 60.0)
+    done = run([sys.executable, str(example)], cwd=ROOT, env=rank_environment(), timeout=limit_s)
     assert done.returncode == 0, done.stderr[-3000:]
     if example.name == "own_method.py":
         plain, own, sam = done.stdout.splitlines()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.ranks import ROOT, rank_environment
+from tests.warm import run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -23,10 +23,7 @@ def test_there_is_a_program_for_probes_and_a_face_each() -> None:
 
 @pytest.mark.parametrize("number", range(len(PROGRAMS)))
 def test_program_runs(number: int, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAMS[number]], check=False, cwd=tmp_path, env=rank_environment(),
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = run([sys.executable, "-c", PROGRAMS[number]], cwd=tmp_path, env=rank_environment(), timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     losses = [float(w) for w in re.findall(r"\d\.\d+", done.stdout)]
     assert losses, done.stdout

@@ -149,6 +149,17 @@ class Popen(subprocess.Popen[Any]):
         return self.returncode
 
 
+def run(arguments: list[str], *, timeout: float, **more: Any) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` with its output as text."""
+    with Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more) as process:
+        try:
+            said, errors = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(arguments, process.wait(), said, errors)
+
+
 def start_of(args: Any, environment: dict[str, str], cwd: Any, numbers: list[int], session: bool) -> Start | None:
     """What the server is asked for; None for a command that must be executed."""
     words = [os.fspath(a) for a in ([args] if isinstance(args, str | Path) else args)]
@@ -341,7 +352,7 @@ def _prctl(option: int, value: Any) -> None:
     assert ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0
 
 
-def run(arguments: list[str], folder: str) -> None:
+def execute(arguments: list[str], folder: str) -> None:
     """As Python runs it."""
     first, *rest = arguments
     sys.orig_argv = [sys.executable, *arguments]
@@ -383,7 +394,7 @@ def main() -> None:
         start, descriptors = asked
         become(start, descriptors)
         asked = own_server(start, imported_with, folder) if "ELASTIC_LSOPT_WORKER" not in start.environment else None
-    run(start.arguments, start.folder)
+    execute(start.arguments, start.folder)
 
 
 if __name__ == "__main__":

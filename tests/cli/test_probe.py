@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from elastic_lsopt.cli.main import main
 from elastic_lsopt.training.data import build_data
 from tests.jobs import BIN, LLAMA, command, run, write_job
 from tests.ranks import ROOT, rank_environment
+from tests.warm import run as forked
 
 MEASURES = ["--measures", "lambda_max,trace,lpf", "--set", "trace.samples=3", "--set", "lpf.draws=2", "--units", "3"]
 
@@ -111,9 +111,9 @@ def test_under_torchrun(trained: Path) -> None:
 )
 def test_wrong_input_is_one_line(trained: Path, arguments: list[str], says: str) -> None:
     given = [a.replace("RUN", str(trained / "run")) for a in arguments]
-    done = subprocess.run(
+    done = forked(
         [str(BIN / "elastic-lsopt"), "probe", *given, "--output", str(trained / "wrong")], cwd=ROOT,
-        env=rank_environment(), capture_output=True, text=True, timeout=120, check=False,
+        env=rank_environment(), timeout=120,
     )  # fmt: skip
     assert done.returncode == 2, done
     assert says in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -125,9 +125,9 @@ def test_a_checkpoint_of_another_architecture(trained: Path, tmp_path: Path, cap
         (tmp_path / part).symlink_to(trained / "run" / part) if part == "checkpoints" else None
     text = (trained / "run" / "config.yaml").read_text().replace("hidden_size: 16", "hidden_size: 32")
     (tmp_path / "config.yaml").write_text(text)
-    done = subprocess.run(
+    done = forked(
         [str(BIN / "elastic-lsopt"), "probe", str(tmp_path), "--output", str(tmp_path / "out")], cwd=ROOT,
-        env=rank_environment(), capture_output=True, text=True, timeout=120, check=False,
+        env=rank_environment(), timeout=120,
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "another model: parameter model.embed_tokens.weight" in done.stderr
