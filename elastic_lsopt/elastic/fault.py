@@ -9,8 +9,12 @@ import torch.distributed as dist
 from elastic_lsopt.errors import PeerFailed, UserError
 
 UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN)
-GLOO = ("Connection closed by peer", "Connection reset", "gloo", "Broken pipe", "Timed out", "Socket", "recvBytes")
-"""What torch's messages say when a peer, and not this program, has failed (they are plain RuntimeErrors)."""
+GLOO = (
+    "Connection closed by peer", "Connection reset", "gloo", "Broken pipe", "Timed out", "Socket", "recvBytes",
+    "pair closure", "Remote peer closed",
+)  # fmt: skip
+"""What torch's messages say when a peer, and not this program, has failed (they are plain RuntimeErrors; a send over a
+pair on which a message has timed out says no more than "Application timeout caused pair closure")."""
 
 
 def is_peers(error: Exception, *, severed: bool) -> bool:
