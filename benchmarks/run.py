@@ -16,7 +16,7 @@ from benchmarks.targets import TARGETS, rows
 
 NAMES = (
     "imports", "noise", "one_process", "steps", "memory", "curvature", "curvature_spectra", "curvature_memory",
-    "elastic", "elastic_layer", "membership_simulation",
+    "elastic", "elastic_agent", "elastic_layer", "membership_simulation",
 )  # fmt: skip
 RESULTS = Path(__file__).resolve().parent / "results"
 HEAD = """# Results

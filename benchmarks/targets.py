@@ -64,6 +64,7 @@ TARGETS = (
     Target("elastic", "kill_worker_fsdp2_small_steps_done_again", at_most=1),
     Target("elastic", "join_pause_fsdp2_small_s", at_most=0.7),
     Target("elastic", "torchrun_kill_node_of_our_kill", at_least=10.0),
+    Target("elastic_agent", "main_us_per_record_of_1000", at_most=25.0),
     Target("elastic_layer", "layer_of_step_without_mirror", at_most=0.01),
     Target("elastic_layer", "layer_of_step_with_mirror", at_most=0.03),
     *(

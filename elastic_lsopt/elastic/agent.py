@@ -14,6 +14,7 @@ thread takes them out one by one, advances the state machine and carries out its
 
 from __future__ import annotations
 
+import gc
 import logging
 import queue
 import signal
@@ -30,10 +31,11 @@ from elastic_lsopt.backends.signed_store import derived
 from elastic_lsopt.elastic import manifest, membership, record
 from elastic_lsopt.elastic.clock import lease_now
 from elastic_lsopt.elastic.generation import FINISHED, Generation
-from elastic_lsopt.elastic.mailbox import Mailbox
+from elastic_lsopt.elastic.inbox import Inbox
+from elastic_lsopt.elastic.letter import Letter
+from elastic_lsopt.elastic.mailbox import MANY, REST_S, Mailbox
 from elastic_lsopt.elastic.node import Node, find_the_job, new_life
-from elastic_lsopt.elastic.signing import Refused, sign, verified
-from elastic_lsopt.elastic.status import STATUS
+from elastic_lsopt.elastic.status import STATUS, say_status
 from elastic_lsopt.elastic.vote_disk import VoteDisk
 from elastic_lsopt.elastic.witness import Witness
 from elastic_lsopt.elastic.worker_process import WorkerProcess
@@ -42,7 +44,8 @@ from elastic_lsopt.errors import UserError
 log = logging.getLogger("elastic_lsopt")
 TICK_S = 0.05
 STATUS_S = 0.5
-MOST_UNREAD_BYTES = 64 * 2**20
+STATUS_SHARE = 0.005
+"""Of an agent's time that goes into its status, at most: that of many nodes is said less often."""
 RESPAWN_WINDOW_S = 600.0
 """`max_respawns` counts the workers that were started anew within it."""
 
@@ -56,15 +59,13 @@ class Agent:
     def __init__(self, node: Node) -> None:
         self.node = node
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._unread_bytes, self._unread_lock = 0, threading.Lock()
         self._workers: dict[str, WorkerProcess] = {}
         self._life, self._spawned = new_life(), 0
         self._deaths: list[float] = []
         """When workers died of themselves; those that were ended for want of a lease do not count."""
         self._fenced: set[str] = set()
         self._names: dict[str, str] = {}
-        self._reports: dict[str, dict[str, Any]] = {}
-        self._refused: set[str] = set()
+        self._reports: dict[str, bytes] = {}
         self._generation: Generation | None = None
         self._draining = self._stopping = self._user_error = False
         self._stopped = False
@@ -97,26 +98,19 @@ class Agent:
         return mailbox, membership.newcomer(node.name, mailbox.address, node.rules, first)
 
     def _mailbox(self, address: str) -> Mailbox:
+        inbox = Inbox(self.node.name, self.node.secret, self._events.put, self._hear)
         return Mailbox(
             self.node.name, address,
-            self._take_in,
+            inbox.take_in,
             lambda address: self._events.put(lambda: self._lost(address)),
             silence_s=self.node.settings.lease_s,
         )  # fmt: skip
-
-    def _take_in(self, message: bytes) -> None:
-        """From the mailbox's threads. More than this agent gets to read is lost, as a message may be: a stranger who
-        sends faster than it reads must not fill its memory."""
-        with self._unread_lock:
-            if self._unread_bytes + len(message) > MOST_UNREAD_BYTES:
-                return
-            self._unread_bytes += len(message)
-        self._events.put(lambda: self._hear(message))
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
     def main(self) -> int:
         """See [Note: one thread decides]."""
+        gc.freeze()  # what the imports made stays for good: a leader's garbage must not be sought in it
         before = {
             s: signal.signal(s, lambda number, _: self._events.put(lambda: self._drain(number)))
             for s in (signal.SIGTERM, signal.SIGINT)
@@ -128,6 +122,10 @@ class Agent:
             while self._exit_code is None:
                 with suppress(queue.Empty):
                     self._events.get(timeout=TICK_S)()
+                    for _ in range(self._events.qsize()):
+                        self._events.get_nowait()()
+                if len(self._reports) > MANY:
+                    time.sleep(REST_S)
                 if time.monotonic() - tick >= TICK_S:
                     tick = time.monotonic()
                     self._tick()
@@ -167,13 +165,13 @@ class Agent:
                 log.info("%s: %s", self.node.name, text)
 
     def _publish(self, to: tuple[tuple[str, str], ...], said: record.Record) -> None:
-        body = {"record": said.to_json(), "report": self._report()}
-        message = sign(body, self.node.secret)
+        # Who answers is asked for its status itself.
+        letter = Letter(said, None if said.answer else self._report(), self.node.secret)
         for name, address in to:
             if said.answer:
-                self.mailbox.answer(name, message)
+                self.mailbox.answer(name, letter)
             else:
-                self.mailbox.send(address, message)
+                self.mailbox.send(address, letter)
 
     def _enter(self, generation: Generation) -> None:
         gone, before, ranks = generation.gone, self._generation, generation.ranks
@@ -220,23 +218,13 @@ class Agent:
 
     def _host_address(self) -> str:
         """Where the present generation's store is; "" before the first."""
-        generation = self._generation
-        return "" if generation is None else generation.member[generation.host].address
+        return self._generation.member[self._generation.host].address if self._generation else ""
 
     # -- what happens ------------------------------------------------------------------------------------------
 
-    def _hear(self, message: bytes) -> None:
-        with self._unread_lock:
-            self._unread_bytes -= len(message)
-        try:
-            body = verified(message, self.node.secret)
-            said = record.Record.from_json(body["record"])
-        except (Refused, ValueError, KeyError, TypeError) as error:
-            if str(error) not in self._refused:  # a stranger disturbs nobody, not even the log twice
-                self._refused.add(str(error))
-                log.warning("%s refused a message: %s", self.node.name, error)
-            return
-        self._reports[said.name] = body.get("report", {})
+    def _hear(self, said: record.Record, report: bytes) -> None:
+        if report:
+            self._reports[said.name] = report
         self._names[said.address] = said.name
         self._advance(record.Heard(said))
 
@@ -348,9 +336,8 @@ class Agent:
         if notice is not None and not self._draining and Path(notice).exists():
             self._drain(signal.SIGTERM)
         if now > self._leave_by and self._exit_code is None:
-            log.warning(
-                "%s: its workers did not leave within %.0f s.", self.node.name, self.node.settings.drain_timeout_s
-            )
+            limit_s = self.node.settings.drain_timeout_s
+            log.warning("%s: its workers did not leave within %.0f s.", self.node.name, limit_s)
             self._exit_code = 1
         for number in [n for n, (due, _) in self._broken.items() if now >= due]:
             _, error = self._broken.pop(number)
@@ -360,8 +347,9 @@ class Agent:
         self._advance(record.Tick())
         self._offer()
         if now >= self._status_due:
-            self._status_due = now + STATUS_S
             self._say_status()
+            took_s = time.monotonic() - now
+            self._status_due = now + max(STATUS_S, took_s / STATUS_SHARE)
 
     def _ask_witness(self, asked: record.AskWitness) -> None:
         """In a thread of its own: etcd may be slow or away, which counts as no answer."""
@@ -407,8 +395,7 @@ class Agent:
         status = {
             "node": self.node.name, "host": seen.host, "host_address": self._host_address(),
             "generation": None if self._generation is None else self._generation.to_json(),
-            "lease_left_s": seen.lease_left_s, "disk_fault": self._disk.fault,
-            "reports": {**self._reports, self.node.name: self._report()},
+            "lease_left_s": seen.lease_left_s, "disk_fault": self._disk.fault, "own": self._report(),
         }  # fmt: skip
         with suppress(RuntimeError):
-            self.mailbox.store.set(STATUS, sign(status, self.node.secret))
+            self.mailbox.store.set(STATUS, say_status(status, self._reports, self.node.secret))

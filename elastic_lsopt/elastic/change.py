@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from elastic_lsopt.elastic.generation import FINISHED, Change, Generation, Member
 from elastic_lsopt.elastic.record import Record
-from elastic_lsopt.elastic.state import Peer, State
+from elastic_lsopt.elastic.state import State
 
 
 def differs(generation: Generation, record: Record) -> bool:
@@ -58,10 +58,15 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
         return None  # the last one: what is left to do is to tell it
     led_s = campaign.led_s
     peers = dict(state.peers)
-    evicted = tuple(
-        m.name
-        for m in generation.members
-        if m.name != state.name and _heard(peers, m.name, led_s) + rules.evict_s <= now
+    evict_s = rules.evict_s
+    evicted = (
+        ()
+        if led_s + evict_s > now
+        else tuple(
+            m.name
+            for m in generation.members
+            if m.name != state.name and (m.name not in peers or peers[m.name].heard_s + evict_s <= now)
+        )
     )
     rehost = generation.host != state.name
     if (
@@ -72,6 +77,10 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
         )
     ):
         return None  # Who is silent may be alive and hold a lease: [Note: leases].
+
+    finished = [name for name, peer in state.peers if peer.record.finished] + [state.name] * own.finished
+    if not (evicted or rehost or finished or len(state.restless) or differs(generation, own)):
+        return None  # as nearly always; what follows is dearer
 
     records = [own, *(peers[name].record for name, _ in state.restless if name in peers)]
     members = [r for r in records if r.name in generation.member and r.name not in evicted]
@@ -100,7 +109,7 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
     working = sum(m.name in growing or any(w not in lost for w in m.workers) for m in staying)
     working += sum(m.name not in generation.member for m in joined)
     running = working >= rules.min_nodes
-    if any(own.finished if m.name == state.name else _finished(peers, m.name) for m in generation.members if m.workers):
+    if any(name in generation.member and generation.member[name].workers for name in finished):
         # Its workers have passed the job's last barrier, and so have all; a newcomer since then has nothing to do.
         return Change(FINISHED, state.name, campaign.ballot.round, running=False)
     host = state.name
@@ -122,14 +131,6 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
         drained=tuple(drained),
         joined=tuple(joined),
     )
-
-
-def _heard(peers: dict[str, Peer], name: str, led_s: float) -> float:
-    return max(peers[name].heard_s, led_s) if name in peers else led_s
-
-
-def _finished(peers: dict[str, Peer], name: str) -> bool:
-    return name in peers and peers[name].record.finished
 
 
 def _why(evicted, left, gone, drained, rehost, joined) -> str:

@@ -25,6 +25,15 @@ class AsJSON:
         """Raises ValueError naming the field that is missing or of another type."""
         return _adapter(cls).validate_json(json.dumps(value), strict=True)
 
+    def to_bytes(self) -> bytes:
+        """JSON in one line."""
+        return _adapter(type(self)).dump_json(self)
+
+    @classmethod
+    def from_bytes(cls, text: bytes) -> Self:
+        """As `from_json`, of what `to_bytes` gave."""
+        return _adapter(cls).validate_json(text, strict=True)
+
 
 @cache
 def _adapter(cls: type) -> TypeAdapter[Any]:

@@ -24,9 +24,8 @@ class Leader(Outbox):
         if c is None or s.generation is None or peer is None:
             return
         if vote and record.number == s.number and record.name in s.generation.member:
-            echo = record.echo
-            if vote.promised == c.ballot and echo and echo.incarnation == s.incarnation:
-                self._set(peers=s.peers.put(record.name, replace(peer, fresh_s=max(peer.fresh_s, echo.sent_s))))
+            if (fresh_s := self._fresh_s(record, peer)) > peer.fresh_s:  # a generation, or a ballot, of this very event
+                self._set(peers=s.peers.put(record.name, replace(peer, fresh_s=fresh_s)))
             if c.led_s is None and vote.promised == c.ballot:
                 best = max((a for a in (c.best, vote.accepted) if a), key=lambda a: a.ballot, default=None)
                 self._set(campaign=replace(c, promises=c.promises.put(record.name, None), best=best))
@@ -35,6 +34,16 @@ class Leader(Outbox):
                 self._set(campaign=replace(c, accepts=c.accepts.put(record.name, None)))
                 self._commit_if_accepted()
         self._note_wish(record, known.record if known else None)
+
+    def _fresh_s(self, record: Record, known: Peer | None) -> float:
+        """When I sent the newest beat that a member has echoed under my ballot, with this record."""
+        s, c, vote, echo = self.s, self.s.campaign, record.vote, record.echo
+        before_s = known.fresh_s if known else -inf
+        if c is None or s.generation is None or vote is None or echo is None or record.number != s.number:
+            return before_s
+        if vote.promised != c.ballot or echo.incarnation != s.incarnation or record.name not in s.generation.member:
+            return before_s
+        return max(before_s, echo.sent_s)
 
     def _note_wish(self, record: Record, before: Record | None) -> None:
         """Keep what a record wants changed; act at once on a death or a drain, or where the job is full."""
@@ -136,7 +145,7 @@ class Leader(Outbox):
         fresh = {name: p.fresh_s for name, p in s.peers}
         fresh[s.name] = self.now
         tie_s = c.witness_s if s.rules.witness else fresh.get(s.generation.host, -inf)
-        quorum_s = max(c.quorum_s, quorum_time((fresh.get(m.name, -inf) for m in s.generation.members), tie_s))
+        quorum_s = max(c.quorum_s, quorum_time([fresh.get(name, -inf) for name in s.generation.member], tie_s))
         self._set(
             campaign=replace(c, quorum_s=quorum_s),
             lease_until_s=max(s.lease_until_s, quorum_s + s.rules.lease_s),

@@ -8,8 +8,9 @@ own store, so the host of a thousand nodes opens none. A message is at most sent
 twice or late; whoever reads it (`membership`) takes it as news of a state, not as a command.
 
 [Note: threads of the mailbox] Each of these may wait for seconds in a dead network and is left alone then (daemons):
-one thread reads this agent's own queue; per outgoing connection one thread writes (the newest message only: an older
-one that was not sent yet is out of date) and one waits for answers. They share nothing but `_Line.next`, under its
+one thread reads this agent's own queue and one writes its answers there; per outgoing connection one thread writes (the
+newest message only: an older one that was not sent yet is out of date) and one waits for answers. The threads that
+write also seal the letters, so the agent's main thread does not. They share nothing but `_Line.next`, under its
 lock, and the time since when a line is quiet, and give what they hear to `heard`, which must be safe to call from any
 thread.
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import queue
 import socket
 import threading
 import time
@@ -35,6 +37,7 @@ import torch
 import torch.distributed as dist
 
 from elastic_lsopt.elastic.bounded_store import BoundedStore
+from elastic_lsopt.elastic.letter import Letter
 from elastic_lsopt.errors import UserError
 
 HERE = "127.0.0.1"
@@ -45,7 +48,9 @@ WAIT = timedelta(hours=1)
 """How long a reader waits for a message. One that gives up loses the message that comes then, so it hardly does."""
 RETRY_S = 0.2
 UNREAD = 64
-"""Answers that wait for one agent; where there are more, it has gone."""
+"""Answers that wait for one agent, at most; where there are more, it has gone."""
+MANY, REST_S = 100, 0.002
+"""Who serves more others than this looks for work every REST_S only: to be woken for each costs more than the work."""
 LONGEST_BYTES = 4 * 2**20
 """A longer message is not read: a stranger must not fill this agent's memory with one."""
 Heard = Callable[[bytes], None]
@@ -151,13 +156,13 @@ class _Line:
         self.address, self._me, self._heard, self._failed = address, me, heard, failed
         self._silence_s, self._quiet_since = silence_s, inf
         self._due = threading.Condition()
-        self._next: bytes | None = None
+        self._next: Letter | None = None
         self._closed = False
         threading.Thread(target=self._write, daemon=True, name=f"to-{address}").start()
 
-    def send(self, message: bytes) -> None:
+    def send(self, letter: Letter) -> None:
         with self._due:
-            self._next = message
+            self._next = letter
             self._due.notify()
 
     def close(self) -> None:
@@ -172,8 +177,8 @@ class _Line:
                 self._due.wait_for(lambda: self._next is not None or self._closed)
                 if self._closed:
                     return
-                message, self._next = self._next, None
-            assert message is not None
+                letter, self._next = self._next, None
+            assert letter is not None
             now = time.monotonic()
             if store is not None and now - self._quiet_since > self._silence_s:
                 cut_off(self.address)
@@ -185,7 +190,7 @@ class _Line:
                     self._quiet_since = inf
                     threading.Thread(target=self._read, args=(answers,), daemon=True).start()
                 self._quiet_since = min(self._quiet_since, now)
-                store.queue_push("in", message)
+                store.queue_push("in", letter.sealed)
             except ConnectionRefusedError:
                 store = None
                 self._failed()
@@ -196,7 +201,7 @@ class _Line:
                     continue
                 store = None  # the connection was lost: find out at once whether its other end is gone
                 with self._due:
-                    self._next = self._next or message
+                    self._next = self._next or letter
 
     def _read(self, store: dist.TCPStore) -> None:
         with suppress(RuntimeError, OSError):  # the writer notices it as well, and connects anew
@@ -222,22 +227,24 @@ class Mailbox:
         self.store = BoundedStore(listener, split_address(address)[0])
         self._lines: dict[str, _Line] = {}
         self._closed = False
+        self._answers: queue.SimpleQueue[tuple[str, Letter] | None] = queue.SimpleQueue()
+        self._room: dict[str, int] = {}
+        """How many answers each agent may still be given before the length of its queue is looked at again."""
         threading.Thread(target=self._read, daemon=True, name="in").start()
+        threading.Thread(target=self._answer, daemon=True, name="answers").start()
 
-    def send(self, address: str, message: bytes) -> None:
+    def send(self, address: str, letter: Letter) -> None:
         """Speak first: into the store at `address`, and listen there for answers to this agent's name."""
         line = self._lines.get(address)
         if line is None:
             line = self._lines[address] = _Line(
                 self.name, address, self._hear, lambda: self._unreachable(address), self._silence_s
             )
-        line.send(message)
+        line.send(letter)
 
-    def answer(self, name: str, message: bytes) -> None:
-        """To agent `name`, which listens at this store."""
-        with suppress(RuntimeError):
-            if self.store.queue_len(f"to/{name}") < UNREAD:
-                self.store.queue_push(f"to/{name}", message)
+    def answer(self, name: str, letter: Letter) -> None:
+        """To agent `name`, which listens at this store; returns at once."""
+        self._answers.put((name, letter))
 
     def drop(self, address: str) -> None:
         """Close the connection to `address`, if there is one."""
@@ -246,9 +253,23 @@ class Mailbox:
 
     def close(self) -> None:
         self._closed = True
+        self._answers.put(None)
         self.store.close()
         for line in self._lines.values():
             line.close()
+
+    def _answer(self) -> None:
+        while (due := self._answers.get()) is not None:
+            if self._answers.empty() and len(self._room) > MANY:
+                time.sleep(REST_S)
+            name, letter = due
+            key, room = f"to/{name}", self._room.get(name, 0)
+            with suppress(RuntimeError):  # the mailbox is being closed
+                if room <= 0:
+                    room = UNREAD - self.store.queue_len(key)
+                if room > 0:
+                    self.store.queue_push(key, letter.sealed)
+                self._room[name] = room - 1
 
     def _read(self) -> None:
         own = connect(self.address)

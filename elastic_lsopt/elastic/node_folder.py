@@ -60,7 +60,7 @@ class NodeFolder:
         path = self.path / f"{self.name}.json"
         draft = path.with_suffix(".draft")
         with draft.open("w", encoding="utf-8") as out:
-            json.dump(value, out)
+            out.write(json.dumps(value))  # `json.dump` takes ten times as long
             out.flush()
             os.fsync(out.fileno())
         draft.replace(path)

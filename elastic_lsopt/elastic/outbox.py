@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, fields
 from itertools import islice
 from typing import Any
 
@@ -13,6 +14,8 @@ from elastic_lsopt.elastic.state import State
 
 CANDIDATES = 3
 """Members that an agent without a grant reports to at a time."""
+NOTHING_TOLD = {f.name: f.default for f in fields(Record) if f.default is not MISSING}
+"""What a record holds unless it says otherwise."""
 
 
 class Outbox:
@@ -70,13 +73,15 @@ class Outbox:
     def _record(self, reader: str, answer: bool, **more: Any) -> Record:
         """What I tell `reader` ("" for many); news where it is known to be behind."""
         s, c = self.s, self.s.campaign
-        peer = s.peers.get(reader)
+        peer = s.peers.get(reader) if reader else None
         if peer and s.generation and peer.record.number < s.number and not more:
             newest = s.last and peer.record.number == s.number - 1
             more = {"change": s.last} if newest else {"generation": s.generation}
         losing = (c.value or c.adopted) if c else None
         granting = s.leads and c is not None and self.now < c.quorum_s + s.rules.suspect_s
-        return Record(
+        record = object.__new__(Record)  # as in `_set`
+        vars(record).update(NOTHING_TOLD)
+        vars(record).update(
             name=s.name,
             address=s.address,
             job=s.rules.job,
@@ -96,3 +101,4 @@ class Outbox:
             fingerprint=() if s.vote else tuple(sorted(s.rules.fingerprint.items())),
             **more,
         )
+        return record

@@ -6,7 +6,6 @@ store that carries it asks nobody who he is, so a reader believes nothing that t
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import os
@@ -31,34 +30,47 @@ class Refused(ValueError):
 def sign(body: dict[str, Any], secret: bytes, *, now: float | None = None) -> bytes:
     """The record of `body`, signed now."""
     told = json.dumps({"at": time.time() if now is None else now, "body": body}, separators=(",", ":"))
-    return f"{_mac(told.encode(), secret)} {told}".encode()
+    return seal(told.encode(), secret)
 
 
 def verified(record: bytes, secret: bytes, *, now: float | None = None, any_age: bool = False) -> dict[str, Any]:
     """The body of a record. Raises Refused for a wrong secret, bytes that are no record, and a clock that is off."""
-    mac, _, told = record.partition(b" ")
-    if not hmac.compare_digest(mac, _mac(told, secret).encode()):
-        raise Refused(
-            f"a record is not signed with this job's secret; give every node the same secret_file or {SECRET_VARIABLE}."
-        )
+    told = unseal(record, secret)
     try:
         content = json.loads(told)
         at, body = float(content["at"]), content["body"]
     except (ValueError, TypeError, KeyError) as error:
         raise Refused(f"a signed record cannot be read: {error}.") from None
-    skew = at - (time.time() if now is None else now)
-    if abs(skew) > MAX_SKEW_S and not any_age:
-        raise Refused(
-            f"a record is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} this node's clock, the limit is "
-            f"{MAX_SKEW_S:.0f} s; set the clocks of both nodes (NTP)."
-        )
+    if not any_age:
+        refuse_skew(at, now)
     if not isinstance(body, dict):
         raise Refused("a signed record holds no object.")
     return body
 
 
-def _mac(told: bytes, secret: bytes) -> str:
-    return hmac.new(secret, told, hashlib.sha256).hexdigest()
+def seal(text: bytes, secret: bytes) -> bytes:
+    """The text behind its MAC."""
+    return hmac.digest(secret, text, "sha256").hex().encode() + b" " + text
+
+
+def unseal(sealed: bytes, secret: bytes) -> bytes:
+    """The text of `seal`. Raises Refused where another secret, or none, has signed it."""
+    mac, _, text = sealed.partition(b" ")
+    if not hmac.compare_digest(mac, hmac.digest(secret, text, "sha256").hex().encode()):
+        raise Refused(
+            f"a record is not signed with this job's secret; give every node the same secret_file or {SECRET_VARIABLE}."
+        )
+    return text
+
+
+def refuse_skew(at: float, now: float | None = None) -> None:
+    """Raise Refused where a record was signed more than MAX_SKEW_S from now."""
+    skew = at - (time.time() if now is None else now)
+    if not abs(skew) <= MAX_SKEW_S:
+        raise Refused(
+            f"a record is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} this node's clock, the limit is "
+            f"{MAX_SKEW_S:.0f} s; set the clocks of both nodes (NTP)."
+        )
 
 
 def job_secret(secret_file: str | None, run_folder: Path) -> bytes:

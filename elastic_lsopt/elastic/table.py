@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Generic, TypeVar
 from zlib import crc32
 
@@ -25,14 +26,19 @@ class Table(Generic[V]):
 
     def get(self, name: str) -> V | None:
         """The value of `name`, None where there is none."""
-        return next((value for key, value in self.rows[self._row(name)] if key == name), None)
+        row = self.rows[self._row(name)]
+        at = bisect_left(row, (name,))  # a name alone comes before itself with a value, and no value is compared
+        return row[at][1] if at < len(row) and row[at][0] == name else None
 
     def put(self, name: str, value: V) -> Table[V]:
         """The table with `name` set to `value`."""
-        row = self.rows[self._row(name)]
-        at = bisect_left(row, name, key=_key)
+        i = self._row(name)
+        row = self.rows[i]
+        at = bisect_left(row, (name,))
         found = at < len(row) and row[at][0] == name
-        table = self._with_row(name, (*row[:at], (name, value), *row[at + found :]), self.size + (not found))
+        table = self._with_row(i, (*row[:at], (name, value), *row[at + found :]), self.size + (not found))
+        if found:
+            return table
         full = 32 if len(self.rows) == 1 else 8 * len(self.rows) ** 2
         return table if table.size <= full else Table.of(dict(table))
 
@@ -40,8 +46,8 @@ class Table(Generic[V]):
         """The table without `name`."""
         if name not in self:
             return self
-        kept = tuple(entry for entry in self.rows[self._row(name)] if entry[0] != name)
-        return self._with_row(name, kept, self.size - 1)
+        i = self._row(name)
+        return self._with_row(i, tuple(entry for entry in self.rows[i] if entry[0] != name), self.size - 1)
 
     @classmethod
     def of(cls, entries: dict[str, V]) -> Table[V]:
@@ -56,10 +62,12 @@ class Table(Generic[V]):
 
     def __iter__(self) -> Iterator[tuple[str, V]]:
         """(name, value), in an order that depends on the names alone."""
-        return (entry for row in self.rows for entry in row)
+        return chain.from_iterable(self.rows)
 
     def __contains__(self, name: object) -> bool:
-        return any(key == name for key, _ in self.rows[self._row(str(name))])
+        row = self.rows[self._row(str(name))]
+        at = bisect_left(row, (name,))
+        return at < len(row) and row[at][0] == name
 
     def __len__(self) -> int:
         return self.size
@@ -67,8 +75,7 @@ class Table(Generic[V]):
     def _row(self, name: str) -> int:
         return crc32(name.encode()) % len(self.rows) if len(self.rows) > 1 else 0
 
-    def _with_row(self, name: str, row: Row[V], size: int) -> Table[V]:
-        i = self._row(name)
+    def _with_row(self, i: int, row: Row[V], size: int) -> Table[V]:
         return Table((*self.rows[:i], row, *self.rows[i + 1 :]), size)
 
 

@@ -120,6 +120,8 @@ class Turn(Leader):
         s = self.s
         if s.vote is None or s.generation is None or not self.may_vote:
             return
+        if s.saved and s.saved.vote is s.vote and s.saved.generation is s.generation:
+            return  # what follows is dearer
         remembered = Remembered(s.name, s.incarnation, s.generation, s.vote)
         if remembered != s.saved:
             self._set(saved=remembered)
@@ -130,6 +132,10 @@ class Turn(Leader):
 
     def _hear(self, record: Record) -> None:
         s = self.s
+        known = s.peers.get(record.name)
+        if known and record.beat[:2] > known.record.beat[:2] and self._is_beat(record, known.record):
+            self._set(peers=s.peers.put(record.name, Peer(record, self.now, self._fresh_s(record, known))))
+            return self._publish([(record.name, s.address)], answer=True)
         if s.vote is None and record.refusal:
             return self._leave(record.refusal)
         if refusal := self._refusal(record):
@@ -137,12 +143,14 @@ class Turn(Leader):
                 self._publish([(record.name, s.address)], answer=True, refusal=refusal)
                 self.effects.append(Note(f"refused {record.name}: {refusal}"))
             return None
-        known = s.peers.get(record.name)
         if record.name == s.name or (known and record.beat[:2] <= known.record.beat[:2]):
             return None
-        slim = replace(record, generation=None, change=None, ask=None, fingerprint=())
-        peer = Peer(slim, self.now, known.fresh_s if known else -inf)
-        self._set(peers=s.peers.put(record.name, peer), unreachable=s.unreachable - {record.name})
+        slim = record
+        if record.generation or record.change or record.ask or record.fingerprint:
+            slim = replace(record, generation=None, change=None, ask=None, fingerprint=())
+        peer = Peer(slim, self.now, self._fresh_s(record, known))
+        reachable = s.unreachable - {record.name} if record.name in s.unreachable else s.unreachable
+        self._set(peers=s.peers.put(record.name, peer), unreachable=reachable)
         self._learn(record)
         if self.s.ended:
             return None
@@ -155,6 +163,32 @@ class Turn(Leader):
         if serves and wanted and not record.answer and not s.ended:
             self._publish([(record.name, s.address)], answer=True)
         return None
+
+    def _is_beat(self, record: Record, before: Record) -> bool:
+        """Whether a member tells its leader nothing but that it lives, as nearly always: all the rest of `_hear` would
+        do nothing, and be a third of the leader's work."""
+        s, c = self.s, self.s.campaign
+        return (
+            c is not None
+            and c.led_s is not None
+            and c.value is None
+            and not record.answer
+            and record.number == s.number == before.number
+            and record.vote is not None
+            and record.vote.promised == c.ballot
+            and record.vote.accepted is None
+            and (record.ask or record.change or record.generation) is None
+            and not record.fingerprint
+            and record.job == s.rules.job
+            and record.lost == before.lost
+            and record.workers == before.workers
+            and record.leaving == before.leaving
+            and record.departing == before.departing
+            and record.broken == before.broken
+            and record.finished == before.finished
+            and record.name not in s.restless
+            and record.name not in s.unreachable
+        )
 
     def _refusal(self, record: Record) -> str:
         """Why this agent may not join; the first difference is named."""
