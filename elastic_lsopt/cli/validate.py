@@ -252,6 +252,7 @@ def _mirror_table(console: Console, config: TrainConfig, size: ModelSize, plans:
             vectors=int(elastic.policy == "scale_batch" and lr_rule(config, elastic) == "adascale"),
             copies=elastic.copies,
             replicas=config.fsdp_replicas,
+            budget_bytes=elastic.mirror_gib * 2**30,
         )
         for world in worlds
     ]

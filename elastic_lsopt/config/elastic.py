@@ -57,6 +57,9 @@ class ElasticConfig:
     """Steps between versions of the state in another node's memory; k: at most k steps are done again."""
     copies: Count = 1
     """Other nodes that hold each version; that many may be lost at once."""
+    mirror_gib: NotNegative = 2.0
+    """Host memory in GiB that a rank's versions, own and held for others, may take on a slow network; three of each at
+    least."""
 
     # Time limits.
     lease_s: Positive = 2.0

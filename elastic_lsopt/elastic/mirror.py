@@ -1,8 +1,8 @@
 """The mirror: each version of a rank's state also lies on other nodes, sent while the next step computes.
 
-Rank r sends to the next ranks of the ring that are on other nodes (its mirrors) and receives for those whose mirror it
-is (its wards). Chunks that enough nodes hold by themselves are not sent: under DDP that is all but the random states
-and the numbers, under HSDP whatever the other replica has.
+Rank r sends to ranks of the next nodes of the ring (its mirrors) and receives for those whose mirror it is (its wards).
+Chunks that enough nodes hold by themselves are not sent: under DDP that is all but the random states and the numbers,
+under HSDP whatever the other replica has.
 
 [Note: who touches what] `push` hands a version to the one background thread, which alone uses the mirror's group: it
 posts receives into buffers that nobody else knows, sends slices of the version's own buffer, and waits (without the
@@ -43,16 +43,20 @@ Routes = dict[tuple[int, int], list[Chunk]]
 
 
 def mirrors_of(rank: int, nodes: Sequence[str], copies: int) -> list[int]:
-    """The ranks that mirror `rank`, nearest first: the next in the ring, each on a node of its own.
+    """The ranks that mirror `rank`: on each of the next nodes of the ring, the one of the same place on its node.
 
-    With one node only: the next ranks of that node. Fewer than `copies` where there are not so many.
+    So a node's shards are spread over all ranks of the next one; where that has fewer, each takes several. With one
+    node only: the next ranks of that node. Fewer than `copies` where there are not so many.
     """
-    world, taken, out = len(nodes), {nodes[rank]}, list[int]()
-    alone = len(set(nodes)) == 1
-    for other in ((rank + i) % world for i in range(1, world)):
-        if len(out) < copies and (alone or nodes[other] not in taken):
-            out.append(other)
-            taken.add(nodes[other])
+    world = len(nodes)
+    following = [(rank + i) % world for i in range(1, world)]
+    if len(set(nodes)) == 1:
+        return following[:copies]
+    place = [r for r in range(world) if nodes[r] == nodes[rank]].index(rank)
+    out = []
+    for node in [n for n in dict.fromkeys(nodes[r] for r in following) if n != nodes[rank]][:copies]:
+        there = [r for r in range(world) if nodes[r] == node]
+        out.append(there[place % len(there)])
     return out
 
 
@@ -176,6 +180,11 @@ class Mirror:
     def survives_node_loss(self) -> bool:
         """Whether a copy lies on another node; with one node it lies in another process only."""
         return len(set(self.nodes)) > 1
+
+    @property
+    def ward_bytes(self) -> int:
+        """What one version of all wards takes here; 0 before the first was agreed on."""
+        return sum(lane.index.bytes for lane in self._plan.lanes if lane.target == self.rank) if self._plan else 0
 
     @property
     def acknowledged(self) -> int:

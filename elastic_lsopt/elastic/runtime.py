@@ -51,6 +51,7 @@ from elastic_lsopt.elastic.mirror import Mirror
 from elastic_lsopt.elastic.plan import Plan, Policy, Worker, plan
 from elastic_lsopt.elastic.reshard import choose, inventory, reshard
 from elastic_lsopt.elastic.same_data import SameData
+from elastic_lsopt.elastic.trail import Trail
 from elastic_lsopt.elastic.versions import HostVersions
 from elastic_lsopt.elastic.world import World, device_of
 from elastic_lsopt.errors import PeerFailed, UserError
@@ -61,8 +62,6 @@ from elastic_lsopt.schedules.adascale import Gain, measured
 Build = Callable[[World], Run]
 FORM_TIMEOUT_S = 20.0
 """How long a new group may take to connect; a peer that dies meanwhile costs the rest of it."""
-LAGS = 8
-"""How many mirrored versions C may trail behind; the runtime waits for the mirror before it trails further."""
 IDLE_S = 0.2
 UNEXPLAINED = 5  # a program that fails in as many generations fails by itself, whatever its error looks like
 LAST = 2**53  # no generation comes after the end, however long an export takes
@@ -79,7 +78,7 @@ class Runtime:
     """Drives `build` through the generations that the agent tells of; `main` returns when the job or this worker ends.
 
     Cost a step without a change: a host copy of this rank's state each `mirror_every` steps, its transfer beside the
-    compute, 1 + LAGS more numbers in the step's all-reduce.
+    compute, nine more numbers in the step's all-reduce.
     """
 
     def __init__(
@@ -88,8 +87,6 @@ class Runtime:
         self._build, self._settings, self._policy = build, settings, policy
         self._journal, self._link = journal, link
         self._versions, self._same_data = HostVersions(), SameData()
-        self._pushed: list[int] = []
-        """Steps of this generation that were pushed to the mirror, from the committed one on."""
         self._number = 0
         self._member = False
         """Whether a generation has had this worker."""
@@ -97,7 +94,7 @@ class Runtime:
         """Generations in a row that broke here though nobody had gone, and made no step."""
         self._transport: Transport | None = None
         self._store_port = 0
-        self._mirror: Mirror | None = None
+        self._trail: Trail | None = None
         self._run: Run | None = None
         self._plan: Plan | None = None
         self._job = ""  # lives on as long as one worker that has been in it
@@ -192,12 +189,17 @@ class Runtime:
         if chosen is None:
             run.resume()
         else:
+            self._versions.go_on_from(chosen.generation, chosen.step)
             moved = reshard(run.engine, self._versions, chosen, inventories, group, self._cut).received_bytes
             run.loader.load_state_dict(chosen.extra["loader"])
             run.open()
         phases.end("reshard")
         mirrors = dist.new_group(backend="gloo", timeout=self._timeout)
-        self._mirror = Mirror(mirrors, world.rank, world.size, entered.nodes, self._settings.copies, self._cut)
+        mirror = Mirror(mirrors, world.rank, world.size, entered.nodes, self._settings.copies, self._cut)
+        self._trail = Trail(
+            self._versions, mirror, generation=self._number, budget_bytes=self._settings.mirror_gib * 2**30,
+            timeout_s=self._timeout.total_seconds(),
+        )  # fmt: skip
         self._transport = Transport()  # now it knows the engine's groups too: DeepSpeed makes its own
         self._keep(wait=True)
         dist.barrier(group)
@@ -209,7 +211,7 @@ class Runtime:
             gone=entered.gone, samples=run.engine.clock.samples, step=run.engine.clock.steps, source=source,
             redone_steps=max(0, self._seen - run.engine.clock.steps), bytes_moved=moved, seconds={},
             before=None if before is None else _told(before), after=_told(self._plan),
-            survives_node_loss=self._mirror.survives_node_loss,
+            survives_node_loss=mirror.survives_node_loss,
         )  # fmt: skip
         return self._train(run, entered, group, change, phases)
 
@@ -256,42 +258,28 @@ class Runtime:
 
     def _keep(self, *, wait: bool) -> None:
         """A host version of this step, on its way to the mirror; with `wait` every shard of it has arrived."""
-        run, mirror = self._run, self._mirror
-        assert run is not None and mirror is not None and self._plan is not None
-        if len(self._pushed) - self._acknowledged() >= LAGS:  # buffers are bounded: a slow network slows the steps
-            mirror.wait(self._pushed[-LAGS + 1], timeout_s=self._timeout.total_seconds())
+        run = self._run
+        assert run is not None and self._trail is not None and self._plan is not None
         step = run.engine.clock.steps + run.loader.undone_steps  # grows also where a rewind takes steps back
         gain = measured(run.engine.method_state)
         extra = {
             "loader": run.loader.state_dict(), "plan": self._plan.to_json(),
             "gain": None if gain is None else [gain.variance, gain.square],
         }  # fmt: skip
-        mirror.push(self._versions.take(run.engine, generation=self._number, step=step, extra=extra))
-        self._pushed.append(step)
-        if wait:
-            mirror.wait(step, timeout_s=self._timeout.total_seconds())
-
-    def _acknowledged(self) -> int:
-        """How many of this generation's pushed versions, from the first, are complete on this rank and its wards."""
-        assert self._mirror is not None
-        return sum(step <= self._mirror.acknowledged for step in self._pushed)
+        self._trail.keep(run.engine, step, extra, wait=wait)
 
     def _signals(self) -> Sequence[float]:
-        """What rides on a step's all-reduce: whether I know of a newer generation; whether my mirror trails by j."""
-        trail = len(self._pushed) - self._acknowledged()
-        return [float(self._link.newest > self._number), *(float(trail > j) for j in range(LAGS))]
+        """What rides on a step's all-reduce: whether I know of a newer generation; how far my mirror trails."""
+        assert self._trail is not None
+        return [float(self._link.newest > self._number), *self._trail.signals()]
 
     def _heard(self) -> bool:
         """Commit what every mirror has acknowledged (C); whether a change of members is due after this step."""
-        assert self._run is not None and self._mirror is not None
+        assert self._run is not None and self._trail is not None
         report = self._run.engine.last_step
         assert report is not None
         pending, *trailing = report.signals
-        trail = next((j for j, ranks in enumerate(trailing) if not ranks), len(trailing))
-        if len(self._pushed) > trail:
-            self._versions.commit(self._number, self._pushed[-1 - trail])
-            self._mirror.commit(self._pushed[-1 - trail])
-            del self._pushed[: -1 - trail]
+        self._trail.heard(trailing)
         if self._link.stop_requested:
             self._run.engine.request_stop()
         return pending > 0
@@ -299,7 +287,7 @@ class Runtime:
     def _leave_together(self, run: Run, entered: Entered, group: dist.ProcessGroup) -> bool:
         """See [Note: a planned change]. False where it is not to be followed: this generation ends the job itself,
         because no worker stays (one more step saves) or no step and no newcomer is left to go on for."""
-        assert self._mirror is not None
+        assert self._trail is not None
         newer = self._link.next_generation(after=self._number, timeout_s=self._timeout.total_seconds())
         if newer is None:
             raise PeerFailed("a worker flagged a new generation of which this node's agent does not know.")
@@ -314,8 +302,9 @@ class Runtime:
             run.engine.request_stop()
             return False
         run.settle(save=not running)  # a job that will wait for nodes may be told to end meanwhile
+        self._trail.commit_newest()  # all have waited for it before they told each other of the change
         if leaving:
-            self._mirror.hand_over(self._versions.newest, leaving, timeout_s=self._timeout.total_seconds())
+            self._trail.mirror.hand_over(self._versions.newest, leaving, timeout_s=self._timeout.total_seconds())
         dist.barrier()  # whoever took the group down now would break it for those that still receive
         return True
 
@@ -358,12 +347,11 @@ class Runtime:
 
     def _take_down(self) -> None:
         """Let go of everything but the host versions. No communication."""
-        run, mirror, self._run, self._mirror = self._run, self._mirror, None, None
-        self._pushed.clear()
+        run, trail, self._run, self._trail = self._run, self._trail, None, None
         if run is not None:
             run.abandon()
-        if mirror is not None:
-            self._versions.adopt(mirror.close())
+        if trail is not None:
+            self._versions.adopt(trail.mirror.close())
         self._transport, self._store_port = None, 0
         tear_down(run.engine if run is not None else None)
 

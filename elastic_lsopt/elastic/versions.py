@@ -132,8 +132,9 @@ class Version:
 class HostVersions:
     """This process's versions, and its wards' that `adopt` was given, over all generations that still count.
 
-    Memory: a buffer of the state's size for each version from the committed one on, at least 3 (pinned beside a GPU).
-    Not for use by several threads; a mirror's thread only reads buffers, and says so in `Version.in_flight`.
+    Memory: a buffer of the state's size for each version from the committed one on (pinned beside a GPU): trail.py,
+    [Note: the bound]. Not for use by several threads; a mirror's thread only reads buffers, and says so in
+    `Version.in_flight`.
     """
 
     def __init__(self, *, node: str = "") -> None:
@@ -221,6 +222,16 @@ class HostVersions:
     def adopt(self, wards: Sequence[Version]) -> None:
         """Keep what a mirror has received, after the mirror was closed."""
         self._wards += wards
+
+    def go_on_from(self, generation: int, step: int) -> None:
+        """All go on from that moment: newer versions are of no use, nor are those between it and the oldest.
+
+        The oldest stays until the new generation has mirrored its own: more ranks may hold it.
+        """
+        chosen = (generation, step)
+        kept = {chosen, min([chosen, *(v.stamp for v in self.held)])}
+        self._recycle(lambda v: v.stamp not in kept)
+        self._wards = [v for v in self._wards if v.stamp in kept]
 
     def drop_older_generations(self, number: int) -> None:
         """Forget the versions of generations before `number`: its own are mirrored by now."""

@@ -19,14 +19,16 @@ An elastic job keeps versions of the state in host memory as well: `mirror_per_r
 
 from math import ceil
 
+from elastic_lsopt.elastic.budget import versions_within
+
 STATES = {"adamw": 2, "adam": 2}
 """fp32 tensors of optimizer state a parameter; sgd: 1 with momentum, else 0."""
 
 DIRECTIONS = {"asam": 1}
 """Vectors that a method holds while displaced, beside the way back; LPF-SGD draws its noise in blocks."""
 
-VERSIONS = 3
-"""Versions of the state in host memory: the committed one, one on its way to its mirror, one that is being taken."""
+METADATA_BYTES = 2**15
+"""Of a version, for what is no tensor: the clock, cursors and random states, and gaps between tensors."""
 
 
 def memory_per_rank(
@@ -83,18 +85,21 @@ def mirror_per_rank(
     vectors: int = 0,
     copies: int = 1,
     replicas: int = 1,
+    budget_bytes: float = 0.0,
 ) -> dict[str, int]:
-    """Bytes of host memory on each rank of an elastic job: (own versions + wards' versions) x bytes of its state.
+    """Most bytes of host memory on each rank of an elastic job: (own versions + wards' versions) x bytes of its state.
 
     Its state is fp32: master weights, the optimizer's states, and the method's `vectors`. A rank holds the versions of
     `copies` others, its wards, as far as fewer than copies + 1 ranks hold that part of the state anyway: none where the
-    weights are replicated. (The ranks are taken to be on nodes of their own.)
+    weights are replicated. (Nodes are taken to have equally many ranks.) How many versions there are at most follows
+    from `budget_bytes`, elastic.mirror_gib: trail.py, [Note: the bound].
     """
     share = _share(parameters, backend, world, stage, replicas)
-    state = 4 * share * (1 + STATES.get(optim, 1 if momentum else 0) + vectors)
+    state = 4 * share * (1 + STATES.get(optim, 1 if momentum else 0) + vectors) + METADATA_BYTES
     holders = replicas if share < parameters else world
     wards = min(max(0, copies + 1 - holders), max(0, world - holders))
-    return {"own versions": VERSIONS * state, "wards' versions": VERSIONS * wards * state}
+    versions = versions_within(budget_bytes, (1 + wards) * state)
+    return {"own versions": versions * state, "wards' versions": versions * wards * state}
 
 
 def _share(parameters: int, backend: str, world: int, stage: int, replicas: int) -> int:

@@ -24,11 +24,19 @@ def held_by(chunk: Chunk, own: list[list[Chunk]], sent: Routes) -> set[int]:
     return {r for r, chunks in enumerate(own) if chunk in chunks} | {t for (_, t), c in sent.items() if chunk in c}
 
 
-def test_the_mirror_is_the_next_rank_on_another_node() -> None:
-    assert [mirrors_of(r, "aabb", 1) for r in range(4)] == [[2], [2], [0], [0]]
+def test_the_mirror_is_the_rank_of_the_same_place_on_the_next_node() -> None:
+    assert [mirrors_of(r, "aabb", 1) for r in range(4)] == [[2], [3], [0], [1]]
+    assert [mirrors_of(r, "aaabbcc", 2) for r in range(7)] == [[3, 5], [4, 6], [3, 5], [5, 0], [6, 1], [0, 3], [1, 4]]
     assert mirrors_of(0, "abcd", 2) == [1, 2]
     assert mirrors_of(0, "aaa", 2) == [1, 2]  # one node: other workers of it
     assert mirrors_of(0, "a", 1) == []
+
+
+@pytest.mark.parametrize(("nodes", "ranks"), [(16, 8), (2, 8), (3, 1)])
+def test_no_rank_mirrors_a_whole_node(nodes: int, ranks: int) -> None:
+    names = [f"n{n}" for n in range(nodes) for _ in range(ranks)]
+    sent = routes(shards(len(names)), names, 1)
+    assert sorted(target for _, target in sent) == list(range(len(names)))
 
 
 @settings(max_examples=200, deadline=None)
@@ -46,7 +54,7 @@ def test_what_replicas_hold_is_not_sent() -> None:
     assert routes([[("w", 0, 10)]] * 3, "abc", 2) == {}  # DDP
     hsdp = [[("w", 0, 5)], [("w", 5, 5)]] * 2
     assert routes(hsdp, "aabb", 1) == {}
-    assert routes(hsdp, "abab", 1) == {(0, 1): [("w", 0, 5)], (1, 2): [("w", 5, 5)]}  # both replicas on one node
+    assert routes(hsdp, "abab", 1) == {(0, 1): [("w", 0, 5)], (1, 0): [("w", 5, 5)]}  # both replicas on one node
 
 
 @settings(max_examples=300, deadline=None)

@@ -100,4 +100,7 @@ def test_a_gathered_block_is_in_the_precision_of_the_forward():
     ],
 )
 def test_the_mirror_is_versions_times_shards(how, own, wards):
-    assert mirror_per_rank(1000, **how) == {"own versions": own, "wards' versions": wards}
+    three = 3 * 2**15  # what is no tensor
+    told = mirror_per_rank(1000, **how)
+    assert told == {"own versions": own + three, "wards' versions": wards + wards // own * three}
+    assert mirror_per_rank(1000, **how, budget_bytes=2**30) == {key: value // 3 * 10 for key, value in told.items()}
