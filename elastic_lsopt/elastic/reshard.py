@@ -79,7 +79,7 @@ def inventory(versions: HostVersions) -> Json:
     indexes: list[Json] = []
     numbers: dict[int, int] = {}
     entries = []
-    for v in versions.held:
+    for v in versions.summed:
         if id(v.index) not in numbers:
             numbers[id(v.index)] = len(indexes)
             indexes.append({"index": v.index.to_json()["tensors"], "whole": v.whole})

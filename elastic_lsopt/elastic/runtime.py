@@ -352,6 +352,7 @@ class Runtime:
             run.abandon()
         if trail is not None:
             self._versions.adopt(trail.mirror.close())
+            self._versions.sum_beside()
         self._transport, self._store_port = None, 0
         tear_down(run.engine if run is not None else None)
 

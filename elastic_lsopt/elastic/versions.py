@@ -12,6 +12,7 @@ way when `take` returns, and whoever reads the buffer first waits for it: a mirr
 from __future__ import annotations
 
 import json
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -92,6 +93,7 @@ class Version:
     """All ranks' keys and their lengths, as far as this process knows: what must be there to go on from this step."""
     in_flight: int = 0
     """Transfers that read the buffer; it is not used again before they have ended."""
+    _crc: int | None = None
     arrived: torch.cuda.Event | None = None
     """After which a GPU's bytes are in the buffer; None: they are."""
 
@@ -122,11 +124,13 @@ class Version:
         return json.loads(self.bytes_of(chunk).numpy().tobytes())
 
     def checksum(self) -> int:
-        """CRC-32 of the chunks (not of the gaps between them). Time: 0.4 s a gigabyte."""
-        crc = 0
-        for chunk in self.index.chunks:
-            crc = zlib.crc32(self.bytes_of(chunk).numpy().data, crc)
-        return crc
+        """CRC-32 of the chunks (not of the gaps between them), worked out once. Time: 0.2 to 0.4 s per gigabyte."""
+        if self._crc is None:
+            crc = 0
+            for chunk in self.index.chunks:
+                crc = zlib.crc32(self.bytes_of(chunk).numpy().data, crc)
+            self._crc = crc
+        return self._crc
 
 
 class HostVersions:
@@ -146,6 +150,7 @@ class HostVersions:
         self._views: dict[int, list[Tensor]] = {}
         """A buffer's data pointer -> the chunks' views of it, made once: they cost more than the copy does."""
         self._download: Download | None = None
+        self._summing: threading.Thread | None = None
 
     def take(self, state: TrainingState, *, generation: int, step: int, extra: dict[str, Any]) -> Version:
         """Copy the state as it is now; `extra` is the caller's JSON (a loader's cursor, a plan).
@@ -222,6 +227,19 @@ class HostVersions:
     def adopt(self, wards: Sequence[Version]) -> None:
         """Keep what a mirror has received, after the mirror was closed."""
         self._wards += wards
+
+    def sum_beside(self) -> None:
+        """Begin to work out the checksums of all that is held, in a thread, while the main thread waits for others."""
+        held = self.held
+        self._summing = threading.Thread(target=lambda: [v.checksum() for v in held], daemon=True, name="checksums")
+        self._summing.start()
+
+    @property
+    def summed(self) -> list[Version]:
+        """What is held, its checksums at hand: those of `sum_beside` are waited for."""
+        if self._summing is not None:
+            self._summing.join()
+        return self.held
 
     def go_on_from(self, generation: int, step: int) -> None:
         """All go on from that moment: newer versions are of no use, nor are those between it and the oldest.

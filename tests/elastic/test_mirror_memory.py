@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import zlib
 from typing import Any
 
 import pytest
@@ -43,3 +45,21 @@ def test_what_a_change_of_members_leaves_behind() -> None:
     assert [v.step for v in versions.held] == [3, 5, 3, 5]
     versions.go_on_from(1, 3)
     assert [v.step for v in versions.held] == [3, 3]
+
+
+@pytest.mark.fast
+def test_checksums_are_worked_out_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, threads = zlib.crc32, []
+
+    def crc32(data: Any, value: int = 0) -> int:
+        threads.append(threading.current_thread().name)
+        return real(data, value)
+
+    monkeypatch.setattr(zlib, "crc32", crc32)
+    index = lay_out([(("w", 0, 4), "U8", 4)])
+    versions = HostVersions()
+    for step in (1, 2):
+        versions._own.append(Version(1, step, 0, 1, "n", index, torch.full((index.bytes,), step, dtype=torch.uint8)))
+    versions.sum_beside()
+    assert [v.checksum() for v in versions.summed] == [real(bytes([s] * 4)) for s in (1, 2)]
+    assert threads == ["checksums"] * 2
