@@ -7,6 +7,7 @@ that is code of the user's own is built only if `trust` says so; without it the 
 """
 
 import os
+import resource
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 from elastic_lsopt.cli.job import Job, read_job
 from elastic_lsopt.config.deepspeed_json import read_deepspeed_json, zero_stage
 from elastic_lsopt.config.settings import BUILTIN_DATASETS, SettingError, TrainConfig, landscape_fields, lr_rule
+from elastic_lsopt.elastic.open_files import too_few
 from elastic_lsopt.elastic.plan import Plan, Policy, Worker, plan
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
@@ -58,6 +60,10 @@ def validate(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = F
             console.print(f" {made.world} ranks: {made.why}")
         if size is not None:
             console.print(_mirror_table(console, job.config, size, plans))
+        _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = job.config.elastic.max_nodes * job.config.workers
+        if wrong := too_few(most, limit, deepspeed=job.config.deepspeed is not None):
+            console.print(f"{job.config.elastic.max_nodes} nodes of {job.config.workers} workers: {wrong}")
     if code is not None:
         console.print(f"{code} was not imported, so the model's size is not known: --trust runs it, and shows memory.")
     else:

@@ -44,10 +44,8 @@ from elastic_lsopt.errors import UserError
 log = logging.getLogger("elastic_lsopt")
 TICK_S = 0.05
 STATUS_S = 0.5
-STATUS_SHARE = 0.005
-"""Of an agent's time that goes into its status, at most: that of many nodes is said less often."""
-RESPAWN_WINDOW_S = 600.0
-"""`max_respawns` counts the workers that were started anew within it."""
+STATUS_SHARE = 0.005  # of an agent's time, at most: the status of many nodes is said less often
+RESPAWN_WINDOW_S = 600.0  # `max_respawns` counts the workers that were started anew within it
 
 
 class Agent:

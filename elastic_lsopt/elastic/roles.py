@@ -27,6 +27,7 @@ from elastic_lsopt.elastic.mailbox import HERE, silence_torch
 from elastic_lsopt.elastic.membership import Rules
 from elastic_lsopt.elastic.node import Node
 from elastic_lsopt.elastic.node_folder import NodeFolder
+from elastic_lsopt.elastic.open_files import make_room, too_few
 from elastic_lsopt.elastic.plan import Policy
 from elastic_lsopt.elastic.signing import job_secret
 from elastic_lsopt.errors import UserError
@@ -70,6 +71,8 @@ def serve(
     Raises UserError for a wrong address or secret.
     """
     _log_to_stderr()
+    if wrong := too_few(settings.max_nodes * workers, make_room()):
+        log.warning("elastic.max_nodes=%d of %d workers: %s", settings.max_nodes, workers, wrong)
     endpoint = settings.endpoint or _endpoint_of_launcher()
     address = settings.address or (_own_address(endpoint) if endpoint else HERE)
     folder = NodeFolder(run_folder, os.environ.get(NODE) or socket.gethostname())

@@ -48,6 +48,7 @@ from elastic_lsopt.elastic.link import Entered, WorkerLink
 from elastic_lsopt.elastic.mailbox import connect, split_address
 from elastic_lsopt.elastic.meeting import meet
 from elastic_lsopt.elastic.mirror import Mirror
+from elastic_lsopt.elastic.open_files import refuse_too_few
 from elastic_lsopt.elastic.plan import Plan, Policy, Worker, plan
 from elastic_lsopt.elastic.reshard import choose, inventory, reshard
 from elastic_lsopt.elastic.same_data import SameData
@@ -318,6 +319,7 @@ class Runtime:
     def _form(self, entered: Entered) -> tuple[World, dist.ProcessGroup]:
         """The process group of this generation. Raises Interrupted where a newer one comes first."""
         rank, size = entered.workers.index(self._link.name), len(entered.workers)
+        refuse_too_few(size, deepspeed="deepspeed" in sys.modules, cuda=torch.cuda.is_available())
         local = [r for r, node in enumerate(entered.nodes) if node == entered.node].index(rank)
         os.environ["LOCAL_RANK"] = str(local)
         self._broken_since = None
