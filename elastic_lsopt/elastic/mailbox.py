@@ -54,6 +54,8 @@ MANY, REST_S = 100, 0.002
 LONGEST_BYTES = 4 * 2**20
 """A longer message is not read: a stranger must not fill this agent's memory with one."""
 Heard = Callable[[bytes], None]
+Message = Letter | bytes
+"""A letter is sealed by the thread that writes it."""
 
 
 def silence_torch() -> None:
@@ -149,6 +151,10 @@ def _shut_down_if(fd: int, hosts: Collection[str], port: int) -> None:
             copy.shutdown(socket.SHUT_RDWR)
 
 
+def _sealed(message: Message) -> bytes:
+    return message if isinstance(message, bytes) else message.sealed
+
+
 class _Line:
     """A connection to another agent's store. See [Note: threads of the mailbox] and [Note: a quiet line]."""
 
@@ -156,11 +162,11 @@ class _Line:
         self.address, self._me, self._heard, self._failed = address, me, heard, failed
         self._silence_s, self._quiet_since = silence_s, inf
         self._due = threading.Condition()
-        self._next: Letter | None = None
+        self._next: Message | None = None
         self._closed = False
         threading.Thread(target=self._write, daemon=True, name=f"to-{address}").start()
 
-    def send(self, letter: Letter) -> None:
+    def send(self, letter: Message) -> None:
         with self._due:
             self._next = letter
             self._due.notify()
@@ -190,7 +196,7 @@ class _Line:
                     self._quiet_since = inf
                     threading.Thread(target=self._read, args=(answers,), daemon=True).start()
                 self._quiet_since = min(self._quiet_since, now)
-                store.queue_push("in", letter.sealed)
+                store.queue_push("in", _sealed(letter))
             except ConnectionRefusedError:
                 store = None
                 self._failed()
@@ -227,13 +233,13 @@ class Mailbox:
         self.store = BoundedStore(listener, split_address(address)[0])
         self._lines: dict[str, _Line] = {}
         self._closed = False
-        self._answers: queue.SimpleQueue[tuple[str, Letter] | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[str, Message] | None] = queue.SimpleQueue()
         self._room: dict[str, int] = {}
         """How many answers each agent may still be given before the length of its queue is looked at again."""
         threading.Thread(target=self._read, daemon=True, name="in").start()
         threading.Thread(target=self._answer, daemon=True, name="answers").start()
 
-    def send(self, address: str, letter: Letter) -> None:
+    def send(self, address: str, letter: Message) -> None:
         """Speak first: into the store at `address`, and listen there for answers to this agent's name."""
         line = self._lines.get(address)
         if line is None:
@@ -242,7 +248,7 @@ class Mailbox:
             )
         line.send(letter)
 
-    def answer(self, name: str, letter: Letter) -> None:
+    def answer(self, name: str, letter: Message) -> None:
         """To agent `name`, which listens at this store; returns at once."""
         self._answers.put((name, letter))
 
@@ -268,7 +274,7 @@ class Mailbox:
                 if room <= 0:
                     room = UNREAD - self.store.queue_len(key)
                 if room > 0:
-                    self.store.queue_push(key, letter.sealed)
+                    self.store.queue_push(key, _sealed(letter))
                 self._room[name] = room - 1
 
     def _read(self) -> None:
