@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback
 
 from elastic_lsopt.backends.detect import backend_for
@@ -27,6 +27,7 @@ from elastic_lsopt.oracle.units import Unit
 from elastic_lsopt.oracle.units_oracle import UnitsOracle
 from elastic_lsopt.probes.catalogue import Situation, as_json, measure
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.vector import Vector
 
 
 class ProbeCallback(TrainerCallback):
@@ -51,12 +52,19 @@ class ProbeCallback(TrainerCallback):
         if not batches:
             raise UserError("batches is empty; give one or more.")
         for name, settings in measures.items():
-            measure(name, settings)
+            measure(name, settings, ("learning_rate", "initial"))
         self.measures, self.batches, self.every_steps = measures, list(batches), every_steps
         self.loss_fn, self.products = loss_fn, products
         self.results: list[dict[str, Any]] = []
         self._checked_mode: Mode | None = None
         """What the first checks have settled."""
+        self._initial: Sequence[Tensor] | None = None
+        """The weights at the start; None where no measure asks for them, or a run goes on whose start nobody knows."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Called by the Trainer before the first step, and after it has loaded a checkpoint to go on from."""
+        if state.global_step == 0 and any(measure(name, {}).needs == "initial" for name in self.measures):
+            self._initial = ParameterSpace(backend_for(more["model"])).weights.clone().tensors
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Called by the Trainer after an optimizer step."""
@@ -101,6 +109,7 @@ class ProbeCallback(TrainerCallback):
         situation = Situation(
             space=space, oracle=together, samples=together.samples, learning_rate=group.get("lr"),
             momentum=group.get("momentum", 0.0), adam=adam,  # type: ignore[arg-type]
+            initial=None if self._initial is None else Vector(space, self._initial),
             batches=lambda: [oracle([Unit(0, b, idle=backend.rank > 0)]) for b in self.batches],
         )  # fmt: skip
         found = {}

@@ -3,16 +3,17 @@
     lambda_max: {}                        a measure with its probe's own settings
     top_eigenvalues: {k: 3, of: ggn}      settings are the probe's keyword arguments
 
-What a measure needs beside space and oracle (the learning rate, single batches, the initial weights) it takes from the
-`Situation` that it is measured in.
+A name means the same number wherever it is asked for: in a job, of a finished model, in a study. What a measure needs
+beside space and oracle (the learning rate, the weights that the training began with) it takes from the `Situation`
+that it is measured in, and where that is not known it is refused.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from statistics import fmean, stdev
 from typing import Any
@@ -25,6 +26,7 @@ from elastic_lsopt.oracle.units_oracle import UnitsOracle
 from elastic_lsopt.probes.edge_of_stability import adam_edge_of_stability, edge_of_stability
 from elastic_lsopt.probes.effective_dimension import effective_dimension
 from elastic_lsopt.probes.epsilon_sharpness import epsilon_sharpness
+from elastic_lsopt.probes.filter_norms import normalised
 from elastic_lsopt.probes.fisher_rao import fisher_rao
 from elastic_lsopt.probes.frobenius import frobenius
 from elastic_lsopt.probes.gradient_norm import gradient_norm
@@ -34,11 +36,13 @@ from elastic_lsopt.probes.lanczos import lanczos
 from elastic_lsopt.probes.lobpcg import lobpcg
 from elastic_lsopt.probes.local_entropy import local_entropy, local_entropy_gradient
 from elastic_lsopt.probes.lpf import lpf
+from elastic_lsopt.probes.mean_valley import mean_valley
 from elastic_lsopt.probes.mode_connectivity import Curve, mode_connectivity
 from elastic_lsopt.probes.noise_scale import noise_scale
-from elastic_lsopt.probes.operator import Matrix, Operator
+from elastic_lsopt.probes.operator import Matrix, Operator, operator
 from elastic_lsopt.probes.pac_bayes import pac_bayes
 from elastic_lsopt.probes.power_iteration import power_iteration
+from elastic_lsopt.probes.presets import PRESETS
 from elastic_lsopt.probes.sam_sharpness import sam_sharpness
 from elastic_lsopt.probes.shannon_entropy import shannon_entropy
 from elastic_lsopt.probes.spectral_density import spectral_density
@@ -66,6 +70,9 @@ class Situation:
     adam: tuple[tuple[float, float], float, int] | None = None
     """Its betas, its epsilon, its steps so far; None: the base is SGD."""
     initial: Vector | None = None
+    """The weights that the training began with; None: nobody knows them."""
+    branches: Callable[[], Sequence[Vector]] | None = None
+    """Other ends of the same training."""
     window: Window | None = None
     """The points of the run so far, as differences from its start."""
     other: Vector | None = None
@@ -78,6 +85,26 @@ class Measure:
 
     ask: Callable[..., Any]
     settings: Mapping[str, Any]
+    needs: str | None = None
+    """What of the situation must be known for it."""
+
+
+NEEDS = {
+    "learning_rate": "a learning rate, and a finished model has none; measure lambda_max",
+    "other": "another model of the same shape: elastic-lsopt probe MODEL --measures mode_connectivity --other ANOTHER",
+    "initial": "the weights that the training began with, and they are not known here",
+    "branches": "several ends of one training, which only a study has",
+}
+"""What a measure may need, and what to say where it is not there."""
+
+
+def _needing(needs: str, found: Measure) -> Measure:
+    def ask(s: Situation, **own: Any) -> Any:
+        if getattr(s, needs) is None:
+            raise UserError(f"it needs {NEEDS[needs]}.")
+        return found.ask(s, **own)
+
+    return replace(found, ask=ask, needs=needs)
 
 
 def _probe(
@@ -91,7 +118,10 @@ def _probe(
     }
 
     def ask(s: Situation, **own: Any) -> Any:
-        return function(s.space, s.oracle, **{**other, **given(s), **own})
+        settings = {**other, **given(s), **own}
+        if settings.get("of") == "normalised":  # the Hessian in coordinates in which every filter has length 1
+            settings["of"] = normalised(s.space, s.oracle, parameters=settings.get("parameters"))
+        return function(s.space, s.oracle, **settings)
 
     return Measure(ask, settings)
 
@@ -103,8 +133,7 @@ def _asking(function: Callable[..., Any]) -> Measure:
 
 
 def _edge(s: Situation, *, of: Matrix = "hessian") -> Any:
-    if s.learning_rate is None:
-        raise UserError("edge_of_stability needs a learning rate, and a finished model has none; measure lambda_max.")
+    assert s.learning_rate is not None
     if s.adam is None:
         return edge_of_stability(s.space, s.oracle, learning_rate=s.learning_rate, momentum=s.momentum, of=of)
     betas, eps, steps = s.adam
@@ -126,6 +155,25 @@ def _effective_dimension(
     return as_json(
         {"value": fmean(each), "standard_error": error, "products": density.products, "seconds": density.seconds}
     )
+
+
+def _ritz_dimension(s: Situation, *, steps: int = 100, regulariser: float = 1.0, of: str = "hessian") -> Any:
+    """Of the Ritz values of so many Lanczos iterations, converged or not, each counted once: the LPF paper's code."""
+    a = normalised(s.space, s.oracle) if of == "normalised" else operator(s.space, s.oracle, of)  # type: ignore[arg-type]
+    found = spectral_density(s.space, s.oracle, vectors=1, steps=min(steps, a.dimension), of=a)
+    told = effective_dimension(found.nodes[0], regulariser=regulariser)
+    return {"value": told.value, "products": found.products, "seconds": found.seconds}
+
+
+def _inverse_valley(s: Situation) -> Any:
+    assert s.branches is not None
+    found = mean_valley(s.space, s.oracle, workers=s.branches())
+    return {"value": found.inverse, "forwards": found.forwards, "seconds": found.seconds}
+
+
+def _distance(s: Situation) -> Any:
+    assert s.initial is not None
+    return {"value": s.space.norm(s.space.weights - s.initial)}
 
 
 def _noise(s: Situation) -> Any:
@@ -175,10 +223,7 @@ def _connectivity(
     seed: int = 0,
 ) -> Any:
     """The loss on the way from the other model to this one."""
-    if s.other is None:
-        raise UserError(
-            "mode_connectivity needs another model of the same shape; give --other (a checkpoint or folder)."
-        )
+    assert s.other is not None
     start, end = s.other, s.space.weights.clone()
     return mode_connectivity(
         s.space, s.oracle, start=start, end=end, curve=curve, points=points, steps=steps, learning_rate=learning_rate,
@@ -194,37 +239,59 @@ def _around(values: Sequence[float]) -> tuple[float, float]:
 
 MEASURES: dict[str, Measure] = {
     "adaptive_sharpness": _probe(sam_sharpness, adaptive=True, rho=0.5),
-    "edge_of_stability": _asking(_edge),
+    "distance_from_start": _needing("initial", _asking(_distance)),
+    "edge_of_stability": _needing("learning_rate", _asking(_edge)),
     "effective_dimension": _asking(_effective_dimension),
     "epsilon_sharpness": _probe(epsilon_sharpness),
     "fisher_rao": _probe(fisher_rao),
     "frobenius": _probe(frobenius),
     "gradient_norm": _probe(gradient_norm),
     "hutchpp": _probe(hutchpp),
+    "inverse_mean_valley": _needing("branches", _asking(_inverse_valley)),
     "lambda_max": _probe(lanczos, k=1),
     "lobpcg": _probe(lobpcg),
     "local_entropy": _probe(local_entropy),
     "local_entropy_gradient": _probe(local_entropy_gradient),
     "lpf": _probe(lpf),
-    "mode_connectivity": _asking(_connectivity),
+    "mode_connectivity": _needing("other", _asking(_connectivity)),
     "noise_scale": _asking(_noise),
-    "pac_bayes": _probe(pac_bayes, lambda s: {"initial": s.initial, "samples": s.samples}),
+    "pac_bayes": _needing("initial", _probe(pac_bayes, lambda s: {"initial": s.initial, "samples": s.samples})),
     "power_iteration": _probe(power_iteration),
+    "ritz_dimension": _asking(_ritz_dimension),
     "sam_sharpness": _probe(sam_sharpness),
     "shannon_entropy": _probe(shannon_entropy),
     "spectral_density": _probe(spectral_density),
     "surface": _asking(_surface),
     "top_eigenvalues": _probe(lanczos),
     "trace": _probe(hutchinson),
+    "weight_norm": _asking(lambda s: {"value": s.space.norm(s.space.weights)}),
     "xtrace": _probe(xtrace),
 }
 
 
-def measure(name: str, settings: Mapping[str, Any]) -> Measure:
-    """The measure of that name. Raises UserError, with the nearest name, for an unknown one or an unknown setting."""
+def _preset(of: str, chosen: Mapping[str, Any]) -> Measure:
+    base = MEASURES[of]
+
+    def ask(s: Situation, **own: Any) -> Any:
+        return base.ask(s, **{**chosen, **own})
+
+    return replace(base, ask=ask, settings={**base.settings, **chosen})
+
+
+MEASURES |= {name: _preset(*preset) for name, preset in PRESETS.items()}
+
+
+def measure(name: str, settings: Mapping[str, Any], known: Collection[str] = tuple(NEEDS)) -> Measure:
+    """The measure of that name; `known` are the keys of NEEDS that are known where it will be taken.
+
+    Raises UserError, with the nearest name, for an unknown one or an unknown setting, and for one that needs more.
+    """
     if name not in MEASURES:
-        raise UserError(f"unknown measure {name!r}{_nearest(name, MEASURES)}")
+        there = {name: found for name, found in MEASURES.items() if found.needs is None or found.needs in known}
+        raise UserError(f"unknown measure {name!r}{_nearest(name, there)}")
     found = MEASURES[name]
+    if found.needs is not None and found.needs not in known:
+        raise UserError(f"{name} needs {NEEDS[found.needs]}.")
     for key in settings:
         if key not in found.settings:
             raise UserError(f"measure {name!r} has no setting {key!r}{_nearest(key, found.settings)}")
@@ -248,6 +315,12 @@ def _refuse_other_kind(name: str, key: str, value: Any, default: Any) -> None:
 def _nearest(word: str, known: Mapping[str, Any]) -> str:
     near = get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}."
+
+
+def headline(told: Mapping[str, Any]) -> float:
+    """A result's one number: its `value`, else its largest eigenvalue; NaN where it has none."""
+    value = told.get("value", next(iter(told.get("eigenvalues") or []), None))
+    return math.nan if value is None else float(value)
 
 
 def as_json(result: Any) -> Any:

@@ -7,8 +7,8 @@ Jiang, Neyshabur, Mobahi, Krishnan, Bengio 2020, "Fantastic Generalization Measu
 Choromanska 2022, "Low-Pass Filtering SGD …", coded: rise 0.1 within 1e-6, 10 draws, bisection from 0.001 in
 [0, 100], `normalised` weights.
 Differs from their code in: 1. all sigmas see the same draws, so what is bisected is a function, and the answer carries
-a standard error (they draw anew at every sigma); 2. the bracket ends by its relative width; 3. `initial` is used when
-given (their code, as published, sets w0 = 0 whatever it is given).
+a standard error (they draw anew at every sigma); 2. the bracket ends by its relative width; 3. `initial` is used
+(their code, as published, sets w0 = 0 whatever it is given).
 
 Cost: 1 + 10 draws x about 30 bisections forwards; memory: one shard while displaced (two vectors more where
 `normalised`); communication: a forward's.
@@ -51,7 +51,7 @@ def pac_bayes(
     space: ParameterSpace,
     oracle: Oracle,
     *,
-    initial: Vector | None = None,
+    initial: Vector,
     samples: int | None = None,
     rise: float = 0.1,
     draws: int = 10,
@@ -60,9 +60,9 @@ def pac_bayes(
 ) -> PACBayes:
     """Bisection on sigma; `rise` and `tolerance` > 0 are in units of the loss, `draws` >= 1 (collective).
 
-    `initial` are the weights at the start (None: the origin), `samples` >= 1 the size of the training set (None: the
-    oracle's batch). Raises UserError for a setting out of range and where noise of 100 does not raise the loss that
-    far, NonFinite where the loss at the weights is inf or NaN.
+    `initial` are the weights at the start (`space.zeros()`: the origin), `samples` >= 1 the size of the training set
+    (None: the oracle's batch). Raises UserError for a setting out of range and where noise of 100 does not raise the
+    loss that far, NonFinite where the loss at the weights is inf or NaN.
     """
     refuse_not_positive("rise", rise)
     refuse_not_positive("tolerance", tolerance)
@@ -98,11 +98,10 @@ def pac_bayes(
     )  # fmt: skip
 
 
-def _square_distance(space: ParameterSpace, around: Neighbourhood, initial: Vector | None) -> float:
+def _square_distance(space: ParameterSpace, around: Neighbourhood, initial: Vector) -> float:
     """|w' - w0'|^2, each in its own coordinates where normalised, as in the authors' code."""
     w = _divided(space.weights, around.norms)
-    if initial is not None:
-        w.add_(_divided(initial, None if around.norms is None else filter_norms(space, initial)), alpha=-1.0)
+    w.add_(_divided(initial, None if around.norms is None else filter_norms(space, initial)), alpha=-1.0)
     return space.norm(w) ** 2
 
 

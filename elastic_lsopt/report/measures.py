@@ -40,6 +40,9 @@ MEASURES = {
     ),
     "shannon_entropy": Measure("Shannon entropy", "nats", "how undecided the model's own predictions are"),
     "effective_dimension": Measure("effective dimension", "directions", "how many directions the loss determines"),
+    "ritz_dimension": Measure("dimension of the Ritz values", "directions", "how many directions the loss determines"),
+    "weight_norm": Measure("length of the weights", "weight", "how far the weights are from zero"),
+    "distance_from_start": Measure("distance from the start", "weight", "how far the training has moved the weights"),
     "sam_sharpness": Measure("SAM sharpness", "nats", "rise of the loss at the worst point within a small radius"),
     "adaptive_sharpness": Measure(
         "adaptive sharpness", "nats", "SAM sharpness with a radius relative to each weight's size"
@@ -55,8 +58,8 @@ MEASURES = {
         "gradient noise scale", "samples", "batch size at which the gradient's noise equals its signal"
     ),
 }
-ENDINGS = {"_unnormalised": ", unnormalised", "_linf": " (L∞)"}
-"""What a study calls its variants, and how they are shown."""
+ENDINGS = {"_normalised": ", filter-normalised", "_linf": " (L∞)", "_ascended": ", 20 steps"}
+"""What presets of a measure end with, and how they are shown."""
 SPECIAL = ("edge_of_stability", "noise_scale")
 """Measures with a picture of their own."""
 

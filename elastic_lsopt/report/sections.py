@@ -39,6 +39,8 @@ class Section:
     """The measure that it is drawn from, which a missing picture's line names."""
     kinds: tuple[str, ...] = ()
     """The measures of which each probe with a name of its own gets a picture of its own."""
+    asks: str | None = None
+    """What `elastic-lsopt probe` must be given for it, where no job can measure it."""
 
 
 def _loss(run: Run, target: Path) -> str | None:
@@ -98,6 +100,7 @@ SECTIONS = (
         "The barrier is how far the loss rises above the straight line between the two models' losses. None means that "
         "both lie in one valley; a curve without a barrier, where the line has one, means a bent valley.",
         draw_connectivity, "probes", "mode_connectivity", ("mode_connectivity",),
+        "--other MODEL",
     ),
     Section(
         "trajectory", "Angles and distances",

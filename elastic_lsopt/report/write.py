@@ -67,6 +67,6 @@ def _drawn(section: Section, run: Run, folder: Path) -> list[Picture]:
 
 def _how_to_get(section: Section, run: Run) -> str:
     what = f"no {section.title[0].lower()}{section.title[1:]} in this run"
-    if not run.rows:
-        return f"{what}: elastic-lsopt probe … --measures {section.probe}"
+    if not run.rows or section.asks is not None:
+        return f"{what}: elastic-lsopt probe … --measures {' '.join(filter(None, (section.probe, section.asks)))}"
     return f"{what}: add probes: {{{section.probe}: …}} to its YAML"

@@ -23,10 +23,11 @@ from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.config.study import StudyConfig
 from elastic_lsopt.faces.attach import attach
 from elastic_lsopt.oracle.loss import classification_loss
+from elastic_lsopt.probes.catalogue import Situation
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 from elastic_lsopt.study.grid import Cell
-from elastic_lsopt.study.measures import MEASURES, Minimum
+from elastic_lsopt.study.measures import number
 from elastic_lsopt.training.data import build_data
 
 BRANCHES, FIRST_BRANCH = 4, 1 << 32
@@ -155,14 +156,17 @@ def measure(model: nn.Module, train: Samples, start: list[Tensor], task: Task) -
             out.append(_vector(space, [*other.parameters()]))
         return out
 
-    minimum = Minimum(space, oracle, _vector(space, start), len(train.labels), branches)
+    minimum = Situation(
+        space=space, oracle=oracle, batches=lambda: [oracle], samples=len(train.labels), initial=_vector(space, start),
+        branches=branches,
+    )  # fmt: skip
     values: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
     seconds: dict[str, float] = {}
     for name in task.measures:
         began = time.monotonic()
         try:
-            value = float(MEASURES[name](minimum))
+            value = number(name, minimum)
             values[name] = value if isfinite(value) else None
             if values[name] is None:
                 reasons[name] = f"it is {value}"

@@ -17,6 +17,8 @@ from elastic_lsopt.config.study import AXES, StudyConfig
 
 SHARED = ("dataset", "eval_fraction", "stop_loss", "max_epochs", "seed")
 """Settings that all networks of a study have in common."""
+NAMES = 2
+"""Raised when a measure's name comes to mean another number: what was recorded under the old one is not taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Cell:
     def id(self, config: StudyConfig) -> str:
         """Twelve hexadecimal digits; the same on every machine."""
         shared = {f"study_{key}": getattr(config, key) for key in SHARED}
-        text = json.dumps(self.settings() | shared, sort_keys=True)
+        text = json.dumps(self.settings() | shared | {"names": NAMES}, sort_keys=True)
         return blake2b(text.encode(), digest_size=6).hexdigest()
 
     def __str__(self) -> str:

@@ -55,8 +55,10 @@ def settings_of(question: Question, world_size: int) -> tuple[TrainConfig, Path 
     whose model is code that is not trusted.
     """
     path = question.model
+    is_run = not (path / "config.json").is_file()
+    known = [*(["initial"] if is_run else []), *(["other"] if question.other is not None else [])]
     for name, settings in question.measures.items():
-        measure(name, settings)
+        measure(name, settings, known)
     backend: Any = "fsdp2" if world_size > 1 else "replicated"
     own: dict[str, Any] = {
         "output_dir": str(question.output), "backend": backend, "deepspeed": None, "workers": 1, "bf16": False,
@@ -69,7 +71,7 @@ def settings_of(question: Question, world_size: int) -> tuple[TrainConfig, Path 
         "block_size": question.block_size,
     }
     own |= {key: value for key, value in asked.items() if value is not None}
-    if (path / "config.json").is_file():
+    if not is_run:
         if question.data is None:
             raise UserError(f"{path} is a Hugging Face folder, which names no data; give --data.")
         task = _task_of(path)
@@ -112,7 +114,10 @@ def answer(question: Question, world: World, say: Any = lambda line: None) -> di
     """
     config, checkpoint = settings_of(question, world.size)
     data = build_data(config)
-    engine = _engine(config, checkpoint, data, world)
+    engine = build_engine(config, Plain(), data, world, total_samples=config.global_batch_size)
+    asks = any(measure(name, {}).needs == "initial" for name in question.measures)
+    initial = engine.space.weights.clone() if asks else None  # what the run's settings build is where it began
+    _fill(engine, checkpoint)
     engine.module.eval()
     other = _weights_of(question.other, question, engine, data, world) if question.other is not None else None
     units, single = fixed_units(data, config, world, question.units)
@@ -127,6 +132,7 @@ def answer(question: Question, world: World, say: Any = lambda line: None) -> di
     situation = Situation(
         space=engine.space, oracle=together, samples=len(data.train),
         batches=lambda: [oracle(single(i), checked=False) for i in range(question.units)], other=other,
+        initial=initial,
     )  # fmt: skip
     told: dict[str, Any] = {
         "model": str(checkpoint or question.model), "data": config.dataset, "samples": together.samples,
@@ -147,19 +153,19 @@ def answer(question: Question, world: World, say: Any = lambda line: None) -> di
     return told
 
 
-def _engine(config: TrainConfig, checkpoint: Path | None, data: Data, world: World) -> Engine:
-    engine = build_engine(config, Plain(), data, world, total_samples=config.global_batch_size)
+def _fill(engine: Engine, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         loader = Checkpointer(checkpoint.parent)
         loader.resume(engine, checkpoint, hyperparameters=False)
         loader.close()
-    return engine
 
 
 def _weights_of(path: Path, question: Question, engine: Engine, data: Data, world: World) -> Vector:
     """Another model's weights as a vector of this one's space (collective). Raises UserError for another shape."""
-    config, checkpoint = settings_of(replace(question, model=path), world.size)
-    found = _engine(config, checkpoint, data, world).space
+    config, checkpoint = settings_of(replace(question, model=path, measures={}), world.size)
+    loaded = build_engine(config, Plain(), data, world, total_samples=config.global_batch_size)
+    _fill(loaded, checkpoint)
+    found = loaded.space
     for mine, theirs in zip(engine.space.layout.parameters, found.layout.parameters, strict=False):
         if mine != theirs:
             raise UserError(

@@ -24,7 +24,7 @@ from elastic_lsopt.oracle.loss import Loss, Unsplit
 from elastic_lsopt.oracle.products import Mode
 from elastic_lsopt.oracle.units import Unit
 from elastic_lsopt.oracle.units_oracle import UnitsOracle
-from elastic_lsopt.probes.catalogue import Situation, as_json, measure
+from elastic_lsopt.probes.catalogue import MEASURES, Situation, as_json, measure
 from elastic_lsopt.probes.lanczos import lanczos
 from elastic_lsopt.probes.trajectory import Motion, Trajectory
 from elastic_lsopt.training.data import Data
@@ -33,6 +33,9 @@ from elastic_lsopt.training.engines import as_weights_are
 log = logging.getLogger("elastic_lsopt")
 WINDOW = 40
 """Points of the trajectory that are kept, in host memory, for its principal components: a vector each."""
+
+KNOWN = ("learning_rate", "initial")
+"""What a job knows for its measures."""
 
 
 def check_probes(block: Mapping[str, Any]) -> dict[str, ProbeConfig]:
@@ -49,7 +52,7 @@ def check_probes(block: Mapping[str, Any]) -> dict[str, ProbeConfig]:
                 )  # fmt: skip
             continue
         try:
-            measure(probe.measure or name, probe.settings)
+            measure(probe.measure or name, probe.settings, KNOWN)
         except UserError as error:
             raise SettingError(f"probes.{name}", f"probes.{name}: {error}") from None
     return probes
@@ -68,11 +71,18 @@ class Probing:
         self._began, self._spent = time.monotonic(), dict.fromkeys(self.probes, 0.0)
         self._warned: set[str] = set()
         self._settled: dict[str, Mode] = {}
+        # Before a checkpoint or a peer's memory fills the engine: what the settings build, at any world size, is where
+        # this training began, also in a process that comes later.
+        self._initial = engine.space.weights.clone() if any(map(self._from_start, self.probes)) else None
         self._trajectory: Trajectory | None = None
         for probe in self.probes.values():
             if probe.measure == TRAJECTORY:
                 window = probe.settings.get("window", WINDOW)
                 self._trajectory = Trajectory(engine.space, samples=engine.clock.samples, window=window, device="cpu")
+
+    def _from_start(self, name: str) -> bool:
+        found = MEASURES.get(self.probes[name].measure or name)
+        return found is not None and found.needs == "initial"
 
     def after(self, before: tuple[int, int]) -> dict[str, Any]:
         """What is due after the step that began at `before` (steps, samples): results by name, ready for JSON."""
@@ -149,6 +159,7 @@ class Probing:
             oracle=self._oracle(units, name, probe, checked=name not in self._settled),
             batches=lambda: [self._oracle(single(i), name, probe, checked=False) for i in range(probe.units)],
             samples=len(self._data.train), learning_rate=group.get("lr"), momentum=config.momentum, adam=adam,
+            initial=self._initial,
             window=self._trajectory.window if self._trajectory is not None else None,
         )  # fmt: skip
 

@@ -21,7 +21,7 @@ def test_closed_form(distant: bool) -> None:
     torch.manual_seed(1)
     w = torch.randn(n, dtype=torch.float64)
     space, oracle = quadratic(a * torch.eye(n, dtype=torch.float64), w)
-    initial = 0.5 * space.weights.clone().mul_(1.0) if distant else None
+    initial = 0.5 * space.weights.clone() if distant else space.zeros()
     got = pac_bayes(space, oracle, initial=initial, samples=5000, draws=m, tolerance=1e-13)
     op = operator(space, oracle)
     z = torch.stack([op.gaussian(i).tensors[0] for i in range(m)])
@@ -37,15 +37,17 @@ def test_closed_form(distant: bool) -> None:
 
 def test_within_the_authors_tolerance_and_with_the_batch_as_n() -> None:
     space, oracle = quadratic(*dense(5))
-    got = pac_bayes(space, oracle)
+    got = pac_bayes(space, oracle, initial=space.zeros())
     assert abs(got.rise - 0.1) <= 1e-6
     assert got.value == pytest.approx(got.square_distance / (4 * got.sigma**2) + log(2 * 2 / 1e-6))
 
 
 def test_bad_settings_and_a_loss_that_does_not_rise() -> None:
     h, w, _ = dense(3)
+    space, oracle = quadratic(h, w)
     for bad in ({"rise": 0.0}, {"tolerance": float("nan")}, {"draws": 0}, {"samples": 0}):
         with pytest.raises(UserError, match=f"^{next(iter(bad))}=.* must be .*$"):
-            pac_bayes(*quadratic(h, w), **bad)  # type: ignore[arg-type]
+            pac_bayes(space, oracle, initial=space.zeros(), **bad)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"^noise of up to sigma=100 never raises the loss by rise=0.1; .*$"):
-        pac_bayes(*quadratic(1e-9 * h, w))
+        flat, there = quadratic(1e-9 * h, w)
+        pac_bayes(flat, there, initial=flat.zeros())

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from elastic_lsopt.config.study import StudyConfig
-from elastic_lsopt.study import measures
+from elastic_lsopt.probes.catalogue import MEASURES, Measure
+from elastic_lsopt.probes.presets import STUDIED
 from elastic_lsopt.study.cell import Task, data, network, train_and_measure
 from elastic_lsopt.study.grid import Cell
 
@@ -50,7 +51,8 @@ def test_training_is_torchs_sgd(monkeypatch):
     """Against the update rule written out, for the epochs that it took."""
     cell = Cell(**CELL.settings() | {"weight_decay": 0.01, "momentum": 0.5})
     seen = {}
-    monkeypatch.setitem(measures.MEASURES, "keep", lambda m: seen.update(w=m.space.weights.clone().tensors) or 0.0)
+    keep = Measure(lambda m: seen.update(w=m.space.weights.clone().tensors) or {"value": 0.0}, {})
+    monkeypatch.setitem(MEASURES, "keep", keep)
     config = StudyConfig(output_dir="-", eval_fraction=0.8, stop_loss=1.0)
     result = train_and_measure(Task(cell, config, ("keep",)))
     train, _, _ = data(config, 0.0)
@@ -84,18 +86,20 @@ def test_a_measure_that_fails_is_null_with_its_reason_and_the_others_go_on(monke
     def fails(_):
         raise ArithmeticError("not\nsmooth")
 
-    monkeypatch.setitem(measures.MEASURES, "fails", fails)
-    monkeypatch.setitem(measures.MEASURES, "endless", lambda _: float("inf"))
+    monkeypatch.setitem(MEASURES, "fails", Measure(fails, {}))
+    monkeypatch.setitem(MEASURES, "endless", Measure(lambda _: {"value": None}, {}))
     result = train_and_measure(Task(CELL, CONFIG, ("fails", "endless", "weight_norm")))
     assert result["measures"]["weight_norm"] > 0
     assert result["measures"]["fails"] is result["measures"]["endless"] is None
-    assert result["reasons"] == {"fails": "ArithmeticError: not smooth", "endless": "it is inf"}
+    assert result["reasons"] == {"fails": "ArithmeticError: not smooth", "endless": "it is nan"}
 
 
 def test_all_measures_are_numbers_and_leave_the_weights_alone(monkeypatch):
-    names, seen = tuple(measures.MEASURES), []
+    names, seen = STUDIED, []
     monkeypatch.setitem(
-        measures.MEASURES, "weights", lambda m: seen.append([t.clone() for t in m.space.weights.tensors]) or 0.0
+        MEASURES,
+        "weights",
+        Measure(lambda m: seen.append([t.clone() for t in m.space.weights.tensors]) or {"value": 0.0}, {}),
     )
     result = train_and_measure(Task(CELL, CONFIG, ("weights", *names, "weights")))
     assert result["reasons"] == {}
