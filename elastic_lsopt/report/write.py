@@ -30,7 +30,7 @@ def write_report(folder: Path, run: Run) -> list[Path]:
             drawn = _drawn(section, run, folder / PICTURES) if there[section.of] else []
             pictures += drawn
             if not drawn and there[section.of] and section.probe is not None:
-                missing.append(_how_to_get(section, run))
+                missing.append(how_to_get(section, run))
             for old in [folder / PICTURES / f"{section.key}.png", *(folder / PICTURES).glob(f"{section.key}-*.png")]:
                 if old not in [picture.path for picture in drawn]:
                     old.unlink(missing_ok=True)
@@ -65,7 +65,8 @@ def _drawn(section: Section, run: Run, folder: Path) -> list[Picture]:
     return found
 
 
-def _how_to_get(section: Section, run: Run) -> str:
+def how_to_get(section: Section, run: Run) -> str:
+    """The line of the page for a picture that is missing."""
     what = f"no {section.title[0].lower()}{section.title[1:]} in this run"
     if not run.rows or section.asks is not None:
         return f"{what}: elastic-lsopt probe … --measures {' '.join(filter(None, (section.probe, section.asks)))}"

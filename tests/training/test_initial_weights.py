@@ -11,8 +11,12 @@ from safetensors.torch import load_file
 
 import elastic_lsopt as lso
 from elastic_lsopt.cli.job import read_job
+from elastic_lsopt.report.run import Run
+from elastic_lsopt.report.sections import SECTIONS
+from elastic_lsopt.report.write import how_to_get
 from elastic_lsopt.training.models import build_model
-from tests.jobs import Run, rows, write_job
+from tests import jobs
+from tests.jobs import rows, write_job
 
 PROBES = {
     "distance_from_start": {"every_steps": 4, "budget": 1.0},
@@ -20,7 +24,7 @@ PROBES = {
 }
 
 
-def test_the_distance_is_from_the_start(run: Run, tmp_path: Path) -> None:
+def test_the_distance_is_from_the_start(run: jobs.Run, tmp_path: Path) -> None:
     """By hand from the exported weights; and the same where another world goes on from the middle of the run."""
     job = write_job(tmp_path / "undisturbed.yaml", probes=PROBES)
     run(2, job)
@@ -52,3 +56,9 @@ def test_a_job_is_not_offered_what_it_cannot_measure(tmp_path: Path, probes: dic
         read_job(write_job(tmp_path / "job.yaml", probes=probes))
     assert says in str(raised.value) and "\n" not in str(raised.value)
     assert "did you mean 'mode_connectivity'" not in str(raised.value)
+
+
+def test_the_report_says_how_to_get_what_no_job_measures() -> None:
+    [section] = [section for section in SECTIONS if section.key == "mode_connectivity"]
+    line = how_to_get(section, Run(name="a", rows=[{"step": 1}]))
+    assert line.endswith("elastic-lsopt probe … --measures mode_connectivity --other MODEL")
