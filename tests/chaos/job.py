@@ -183,9 +183,9 @@ def arm_runtime(folder: Path) -> None:
     before(runtime, "reshard", lambda: at(folder, "resharding"))
     before(runtime.HostVersions, "commit", lambda: at(folder, "committing"))
     before(runtime, "choose", lambda: at(folder, "recovery"))
-    from elastic_lsopt.checkpoint import storage
+    from elastic_lsopt.checkpoint import folder as folders
 
-    before(storage, "commit", lambda: at(folder, "saving"))
+    before(folders, "commit", lambda: at(folder, "saving"))
 
 
 if __name__ == "__main__":
