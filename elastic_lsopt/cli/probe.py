@@ -1,4 +1,4 @@
-"""`elastic-lsopt probe MODEL --measures …`: curvature and flatness of a finished model, in a table and probes.json."""
+"""`elastic-lsopt probe MODEL --measures …`: curvature and flatness of a finished model, in a table and its run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def arguments_of(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, help="tokens in a sample (default: the run's, else 128)")
     parser.add_argument("--products", default="auto", help="auto, kept, rebuilt, blockwise or differences")
     parser.add_argument("--workers", type=int, default=1, help="processes to start where no launcher did (default: 1)")
-    parser.add_argument("--output", type=Path, default=Path("runs/probe"), metavar="FOLDER", help="where results go")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER",
+        help="where the answer's folder probe-N is made (default: RUN/probes, of a model of no run runs/probe)",
+    )  # fmt: skip
 
 
 def probe(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -77,6 +80,7 @@ def _measures(names: str, settings: Sequence[str]) -> dict[str, dict[str, Any]]:
 def _one_rank(question: Any) -> int:
     from elastic_lsopt.cli.train import leave, say_failure
     from elastic_lsopt.training.console import Console
+    from elastic_lsopt.training.probe_folder import drawn_by
     from elastic_lsopt.training.probe_model import RESULTS, answer
     from elastic_lsopt.training.quiet import report_loads, silence_libraries
     from elastic_lsopt.training.world import join
@@ -87,11 +91,11 @@ def _one_rank(question: Any) -> int:
     try:
         console = Console()
         console.attend(speaks=world.is_first, steps=0, done=0)
-        told = answer(question, world, console.say)
+        told, folder = answer(question, world, console.say)
         console.close()
-        if world.is_first:
+        if folder is not None:
             _show(told)
-            print(f"written to {question.output / RESULTS}; elastic-lsopt report {question.output} draws it.")
+            print(f"written to {folder / RESULTS}; elastic-lsopt report {drawn_by(folder)} draws it.")
         code = 0
     except Exception as error:
         code = say_failure(error, world)

@@ -7,7 +7,7 @@ from typing import Any
 
 from elastic_lsopt.elastic.journal import JOURNAL, read_journal
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.report.run import PROBES, STUDY, Run
+from elastic_lsopt.report.run import PROBES, STUDY, Run, answers_of
 from elastic_lsopt.report.write import write_report
 from elastic_lsopt.training.run_folder import METRICS, read_metrics
 
@@ -20,7 +20,7 @@ def report(run_folder: str | Path) -> int:
     folder = Path(run_folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the output_dir of a job, or the folder of a probe or a study.")
-    if not any((folder / name).is_file() for name in (METRICS, PROBES, STUDY)):
+    if not any((folder / name).is_file() for name in (METRICS, PROBES, STUDY)) and not answers_of(folder):
         raise UserError(
             f"{folder} is no run folder: it holds none of {METRICS}, {PROBES}, {STUDY}; give the output_dir of a job."
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from elastic_lsopt.report.answers import failures, heading, keys, summary
 from elastic_lsopt.report.run import Run, number
 from elastic_lsopt.report.sections import CAVEAT, Section
 from elastic_lsopt.report.study import ranking
@@ -19,6 +20,7 @@ body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; backgr
        font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin-bottom: 0.2rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 0.4rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 0.3rem; }
 nav a { margin-right: 0.9rem; white-space: nowrap; }
 a { color: #2f5f94; }
 figure { margin: 0; }
@@ -52,11 +54,13 @@ class Picture:
         return self.section.title if self.probe is None else f"{self.section.title}: {self.probe}"
 
 
-def page(run: Run, pictures: Sequence[Picture], missing: Sequence[str]) -> str:
-    """The whole document; every text from the run is escaped."""
+def page(run: Run, pictures: Sequence[Picture], missing: Sequence[str], of_answers: Sequence[Sequence[Picture]]) -> str:
+    """The whole document, `of_answers` the pictures of each of the run's answers; every text from it is escaped."""
     tables = [("values", "Final values", _values(run)), ("tau", "Ranking in numbers", _ranks(run))]
     tables = [(key, title, body) for key, title, body in tables if body]
     links = [(p.key, p.title) for p in pictures] + [(key, title) for key, title, _ in tables]
+    answers = list(zip(keys(run), run.answers, of_answers, strict=True))
+    links += [(key, heading(answer)) for key, answer, _ in answers]
     body = [
         f"<h1>{escape(run.name)}</h1>",
         f'<p class="quiet">{escape(_summary(run))}</p>',
@@ -64,6 +68,7 @@ def page(run: Run, pictures: Sequence[Picture], missing: Sequence[str]) -> str:
         "<nav>" + " ".join(f'<a href="#{key}">{escape(title)}</a>' for key, title in links) + "</nav>",
         *(_picture(picture) for picture in pictures),
         *(f'<section id="{key}"><h2>{escape(title)}</h2>{table}</section>' for key, title, table in tables),
+        *(_answer(key, answer, drawn) for key, answer, drawn in answers),
     ]
     if missing:
         lines = "".join(f"<li>{escape(line)}</li>" for line in missing)
@@ -77,11 +82,22 @@ def page(run: Run, pictures: Sequence[Picture], missing: Sequence[str]) -> str:
     )
 
 
-def _picture(picture: Picture) -> str:
+def _answer(key: str, answer: Run, pictures: Sequence[Picture]) -> str:
+    """One answer of `elastic-lsopt probe` under a heading of its own."""
+    lines = "".join(f"<li>{escape(line)}</li>" for line in failures(answer))
+    failed = f'<p class="quiet">Not measured:</p><ul class="quiet">{lines}</ul>' if lines else ""
+    drawn = "\n".join(_picture(picture, level=3) for picture in pictures)
+    return (
+        f'<section id="{key}"><h2>{escape(heading(answer))}</h2>\n<p class="quiet">{escape(summary(answer))}</p>\n'
+        f"{_values(answer)}{failed}{drawn}</section>"
+    )
+
+
+def _picture(picture: Picture, level: int = 2) -> str:
     section, data = picture.section, base64.b64encode(picture.path.read_bytes()).decode("ascii")
     alt = escape(f"{picture.title}. {picture.words}".strip(), quote=True)
     return (
-        f'<section id="{picture.key}"><h2>{escape(picture.title)}</h2>\n<p>{escape(section.meaning)}</p>\n'
+        f'<section id="{picture.key}"><h{level}>{escape(picture.title)}</h{level}>\n<p>{escape(section.meaning)}</p>\n'
         f'<figure><img src="data:image/png;base64,{data}" alt="{alt}">\n'
         f"<figcaption>{escape(picture.words)}</figcaption></figure></section>"
     )
@@ -101,6 +117,8 @@ def _summary(run: Run) -> str:
                 said.append(text.format(value))
     if run.finished is not None:
         said.append(f"probes of the finished model {run.finished.get('model') or ''}".rstrip())
+    if run.answers:
+        said.append(f"answers of elastic-lsopt probe: {len(run.answers)}")
     if run.study is not None:
         models = run.study.get("models")
         said.append(f"a study of {len(models) if isinstance(models, list) else 0} models")

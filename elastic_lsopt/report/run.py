@@ -1,8 +1,9 @@
-"""What a run folder tells of its probes: readings over training, of the finished model, and a study. Reads files only.
+"""What a run folder tells of its probes: over training, of finished models, and of a study. Reads files only.
 
 config.yaml    {probes: {name: {measure: the measure's name, where it is not the probe's}}}
 metrics.jsonl  {"step", "samples", "loss", "lr", "batch", "world", …, "probes": {name: {field: number or list}}} a line
-probes.json    {"probes": {name: {…}}, "model": where the model lies}
+probes.json    {"probes": {name: {…}}, "model": where the model lies, "step", "when", "failed": {name: reason}}
+probes/probe-2/probes.json                     the same: an answer of `elastic-lsopt probe` about this run
 study.json     {"measures": {name: {"tau", "interval", "models"}}, "models": [{setting: …, "gap", measure: …}]}
 
 Every field may be absent or null (what was not finite).
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +22,8 @@ from typing import Any
 from elastic_lsopt.errors import UserError
 
 CONFIG, PROBES, STUDY = "config.yaml", "probes.json", "study.json"
+ANSWERS = "probes"
+"""The folder of the answers, a folder each."""
 EIGENVALUES = ("top_eigenvalues", "lobpcg", "power_iteration", "lambda_max")
 """The measures that give eigenvalues, the richer first."""
 LARGEST = 1e100
@@ -28,7 +32,7 @@ LARGEST = 1e100
 
 @dataclass(frozen=True)
 class Reading:
-    """What one probe said once; `step` is None and `samples` NaN for a finished model."""
+    """What one probe said once; `samples` is NaN for a finished model, `step` None where nobody knows it either."""
 
     probe: dict[str, Any]
     step: int | None = None
@@ -54,6 +58,8 @@ class Run:
     changes: Sequence[dict[str, Any]] = ()
     finished: dict[str, Any] | None = None
     study: dict[str, Any] | None = None
+    answers: Sequence[Run] = ()
+    """What `elastic-lsopt probe` has found of it, newest first: each is seen as a run without steps."""
     measures: Mapping[str, str] = field(default_factory=dict)
     """Probe -> what it measures, of those that are not named by their measure."""
     only: str | None = None
@@ -64,7 +70,8 @@ class Run:
         """With the steps of metrics.jsonl and the changes of journal.jsonl; the other files are read here."""
         return cls(
             folder.resolve().name, rows, changes, _object(folder / PROBES, "probes"),
-            _object(folder / STUDY, "measures"), _renamed(folder / CONFIG),
+            _object(folder / STUDY, "measures"), [cls.of(place, (), ()) for place in answers_of(folder)],
+            _renamed(folder / CONFIG),
         )  # fmt: skip
 
     @property
@@ -92,7 +99,8 @@ class Run:
     def last(self, *names: str) -> Reading | None:
         """What the probe said of the finished model, else at the end of training."""
         if (probe := _first((self.finished or {}).get("probes"), self._asked(names))) is not None:
-            return Reading(probe)
+            step = (self.finished or {}).get("step")
+            return Reading(probe, step if isinstance(step, int) and not isinstance(step, bool) else None)
         return next(reversed(self.readings(*names)), None)
 
     def _asked(self, names: Sequence[str]) -> Sequence[str]:
@@ -105,6 +113,12 @@ class Run:
         found = [row.get("probes") for row in self.rows] + [(self.finished or {}).get("probes")]
         named = (name for probes in found if isinstance(probes, dict) for name, v in probes.items() if _is(v))
         return list(dict.fromkeys(named))
+
+
+def answers_of(folder: Path) -> list[Path]:
+    """The folders of the answers about a run, the highest number first; one without an answer yet is left out."""
+    found = [path.parent for path in (folder / ANSWERS).glob(f"*/{PROBES}")]
+    return sorted(found, key=lambda path: (int((re.findall(r"\d+$", path.name) or ["0"])[0]), path.name), reverse=True)
 
 
 def number(value: Any) -> float:

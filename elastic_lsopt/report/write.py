@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.report.answers import keys
 from elastic_lsopt.report.html import Picture, page
 from elastic_lsopt.report.run import Run
 from elastic_lsopt.report.sections import SECTIONS, Section
@@ -18,48 +21,66 @@ PAGE, PICTURES = "report.html", "pictures"
 def write_report(folder: Path, run: Run) -> list[Path]:
     """Draw all that the run has; returns the files written, the page first.
 
-    A picture of an earlier report that this run has no longer goes. Raises UserError where there is nothing to draw
-    or the folder cannot be written.
+    The answers of `elastic-lsopt probe` follow, each with pictures of its own. A picture of an earlier report that
+    this run has no longer goes. Raises UserError where there is nothing to draw or the folder cannot be written.
     """
-    there = {"rows": bool(run.rows), "probes": bool(run.rows or run.finished), "study": run.study is not None}
-    pictures: list[Picture] = []
-    missing: list[str] = []
     try:
         (folder / PICTURES).mkdir(exist_ok=True)
-        for section in SECTIONS:
-            drawn = _drawn(section, run, folder / PICTURES) if there[section.of] else []
-            pictures += drawn
-            if not drawn and there[section.of] and section.probe is not None:
-                missing.append(how_to_get(section, run))
-            for old in [folder / PICTURES / f"{section.key}.png", *(folder / PICTURES).glob(f"{section.key}-*.png")]:
-                if old not in [picture.path for picture in drawn]:
-                    old.unlink(missing_ok=True)
-        if not pictures and not final_values(run):
+        pictures = _all_drawn(run, folder / PICTURES, "")
+        of_answers = [
+            _all_drawn(answer, folder / PICTURES, f"{key}-") for key, answer in zip(keys(run), run.answers, strict=True)
+        ]
+        written = [picture for drawn in (pictures, *of_answers) for picture in drawn]
+        _take_old_away(folder / PICTURES, {picture.path for picture in written})
+        if not written and not run.answers and not final_values(run):
             with suppress(OSError):
                 (folder / PICTURES).rmdir()
             raise UserError(
                 f"{folder} holds nothing to draw: no losses and no probes; add `probes:` to the job, or run "
                 "`elastic-lsopt probe` on its model."
             )
+        seen = {picture.section.key for picture in written}
+        missing = [how_to_get(s, run) for s in SECTIONS if s.probe and _has(run, s) and s.key not in seen]
         unfinished = folder / f"{PAGE}.unfinished"
-        unfinished.write_text(page(run, pictures, missing), encoding="utf-8", errors="replace")
+        text = page(run, pictures, missing, of_answers)
+        unfinished.write_text(text, encoding="utf-8", errors="replace")
         os.replace(unfinished, folder / PAGE)  # a reader never meets half a page
     except OSError as error:
         raise UserError(
             f"the report in {folder} cannot be written: {error.strerror}; make room, or copy it."
         ) from error
-    return [folder / PAGE, *(picture.path for picture in pictures)]
+    return [folder / PAGE, *(picture.path for picture in written)]
 
 
-def _drawn(section: Section, run: Run, folder: Path) -> list[Picture]:
+def _has(run: Run, section: Section) -> bool:
+    """Whether the folder holds what the section is of."""
+    return {"rows": bool(run.rows), "probes": bool(run.rows or run.finished), "study": run.study is not None}[
+        section.of
+    ]
+
+
+def _all_drawn(run: Run, folder: Path, before: str) -> list[Picture]:
+    """The run's pictures in order, in files whose names begin with `before`."""
+    return [p for section in SECTIONS if _has(run, section) for p in _drawn(section, run, folder, before)]
+
+
+def _take_old_away(folder: Path, written: Collection[Path]) -> None:
+    """The pictures of an earlier report that this one has not drawn; what others have put there stays."""
+    ours = "|".join(section.key for section in SECTIONS)
+    for old in folder.glob("*.png"):
+        if old not in written and re.fullmatch(rf"(answer-\d+-)?({ours})(-\d+)?", old.stem):
+            old.unlink(missing_ok=True)
+
+
+def _drawn(section: Section, run: Run, folder: Path, before: str) -> list[Picture]:
     """The section's picture, and one more for each probe of its measures that has a name of its own."""
     found = []
-    target = folder / f"{section.key}.png"
+    target = folder / f"{before}{section.key}.png"
     if (words := section.draw(run, target)) is not None:
         found.append(Picture(section, target, words))
     others = [name for name in run.names() if run.measure_of(name) in section.kinds and name in run.measures]
     for i, name in enumerate(others):
-        target = folder / f"{section.key}-{i + 1}.png"
+        target = folder / f"{before}{section.key}-{i + 1}.png"
         if (words := section.draw(run.alone(name), target)) is not None:
             found.append(Picture(section, target, words, name))
     return found

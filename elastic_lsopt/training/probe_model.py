@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
-from elastic_lsopt.checkpoint.folder import MANIFEST, listing
+from elastic_lsopt.checkpoint.folder import MANIFEST, listing, step_of
 from elastic_lsopt.config.load import load_config
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.world import World
@@ -23,6 +26,7 @@ from elastic_lsopt.space.vector import Vector
 from elastic_lsopt.training.data import Data, build_data
 from elastic_lsopt.training.engines import build_engine, plain_loss_of
 from elastic_lsopt.training.imported_model import refuse_untrusted
+from elastic_lsopt.training.probe_folder import answers_folder, claimed, run_of, unwritable
 from elastic_lsopt.training.probing import fixed_units
 from elastic_lsopt.training.run_folder import CHECKPOINTS, CONFIG
 
@@ -35,7 +39,8 @@ class Question:
 
     model: Path
     measures: Mapping[str, Mapping[str, Any]]
-    output: Path
+    output: Path | None = None
+    """Where the answer's own folder is made; None: in the run (see probe_folder.py)."""
     data: str | None = None
     """A dataset as in a job's YAML; None: the run's own."""
     units: int = 4
@@ -61,7 +66,7 @@ def settings_of(question: Question, world_size: int) -> tuple[TrainConfig, Path 
         measure(name, settings, known)
     backend: Any = "fsdp2" if world_size > 1 else "replicated"
     own: dict[str, Any] = {
-        "output_dir": str(question.output), "backend": backend, "deepspeed": None, "workers": 1, "bf16": False,
+        "backend": backend, "deepspeed": None, "workers": 1, "bf16": False,
         "fsdp_replicas": 1, "fsdp_reshard_after_forward": True, "activation_checkpointing": False, "elastic": None,
         "report_to": (), "probes": {},
     }  # fmt: skip
@@ -76,9 +81,9 @@ def settings_of(question: Question, world_size: int) -> tuple[TrainConfig, Path 
             raise UserError(f"{path} is a Hugging Face folder, which names no data; give --data.")
         task = _task_of(path)
         own |= {"global_batch_size": own.get("per_device_train_batch_size", 8), "max_steps": 1}
-        return TrainConfig(model_name_or_path=str(path), task=task, **own), None
+        return TrainConfig(output_dir=str(path), model_name_or_path=str(path), task=task, **own), None
     checkpoint = _checkpoint(path)
-    run = checkpoint.parent.parent
+    run = run_of(checkpoint)
     if not (run / CONFIG).is_file():
         raise UserError(f"{checkpoint} lies in no run folder ({run / CONFIG} is missing), so its model is not known.")
     config = load_config(run / CONFIG)
@@ -107,12 +112,26 @@ def _task_of(path: Path) -> Any:
     raise UserError(f"{path} holds a {kind}: supported are causal language models and sequence classifiers.")
 
 
-def answer(question: Question, world: World, say: Any = lambda line: None) -> dict[str, Any]:
-    """Measure (collective); rank 0 writes `output/probes.json` after each measure. Raises UserError for a wrong input.
+def answer(question: Question, world: World, say: Any = lambda line: None) -> tuple[dict[str, Any], Path | None]:
+    """Measure (collective); rank 0 writes probes.json after each measure: what it says, and rank 0's folder for it.
 
-    A measure that cannot be taken of this model is null, with the reason under `failed`.
+    The folder is made first, so a place that cannot be written costs no measurement. A measure that cannot be taken of
+    this model is null, with the reason under `failed`. Raises UserError for a wrong input.
     """
     config, checkpoint = settings_of(question, world.size)
+    answers = answers_folder(question.model, checkpoint, question.output)
+    folder = world.on_first(lambda: claimed(answers))
+    try:
+        return _measured(question, config, checkpoint, folder, world, say), folder
+    finally:
+        if folder is not None:
+            with suppress(OSError):  # it stays where there is an answer in it
+                folder.rmdir()
+
+
+def _measured(
+    question: Question, config: TrainConfig, checkpoint: Path | None, folder: Path | None, world: World, say: Any
+) -> dict[str, Any]:
     data = build_data(config)
     engine = build_engine(config, Plain(), data, world, total_samples=config.global_batch_size)
     asks = any(measure(name, {}).needs == "initial" for name in question.measures)
@@ -135,7 +154,8 @@ def answer(question: Question, world: World, say: Any = lambda line: None) -> di
         initial=initial,
     )  # fmt: skip
     told: dict[str, Any] = {
-        "model": str(checkpoint or question.model), "data": config.dataset, "samples": together.samples,
+        "model": str(checkpoint or question.model), "step": _step(checkpoint),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"), "data": config.dataset, "samples": together.samples,
         "parameters": engine.space.layout.numel, "workers": world.size, "loss": together.loss(), "probes": {},
         "failed": {},
     }  # fmt: skip
@@ -148,9 +168,13 @@ def answer(question: Question, world: World, say: Any = lambda line: None) -> di
                 engine.space.settle()
             told["probes"][name], told["failed"][name] = None, str(error)
         say(f"{name}: {time.monotonic() - begin:.1f} s")
-        world.on_first(lambda: _write(question.output, told))
+        world.on_first(lambda: None if folder is None else _write(folder, told))
     together.close_products()
     return told
+
+
+def _step(checkpoint: Path | None) -> int | None:
+    return None if checkpoint is None or (step := step_of(checkpoint)) < 0 else step
 
 
 def _fill(engine: Engine, checkpoint: Path | None) -> None:
@@ -181,8 +205,9 @@ def _weights_of(path: Path, question: Question, engine: Engine, data: Data, worl
 
 
 def _write(folder: Path, told: dict[str, Any]) -> None:
+    unfinished = folder / f"{RESULTS}.unfinished"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RESULTS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        unfinished.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, folder / RESULTS)  # a report meanwhile never meets half an answer
     except OSError as error:
-        raise UserError(f"--output {folder} cannot be written: {error.strerror}; choose another.") from error
+        raise unwritable(folder, error) from error

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its settings, metrics, TensorBoard events, checkpoints, pictures, the exported model."""
+"""What a run leaves behind: settings, metrics, TensorBoard events, checkpoints, pictures, the model, its probes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from elastic_lsopt.config.load import dump_config
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.journal import JOURNAL
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.report.run import ANSWERS
 from elastic_lsopt.training.run_state import STATE, RunState
 
 CONFIG, METRICS, EVENTS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"
+MODEL = "model"
 PARTS = (
-    CONFIG, METRICS, EVENTS, JOURNAL, STATE, CHECKPOINTS, "loss.png", "members.png", "model", "report.html", "pictures",
+    CONFIG, METRICS, EVENTS, JOURNAL, STATE, CHECKPOINTS, "loss.png", "members.png", MODEL, "report.html", "pictures",
+    ANSWERS,
 )  # fmt: skip
-"""What a run writes into its folder."""
+"""What a run writes into its folder, and what `elastic-lsopt probe` and `report` add of it."""
 
 
 class RunFolder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def probe(folder: Path, *arguments: str) -> dict[str, Any]:
     out = folder / f"out-{len(list(folder.iterdir()))}"
     said = run([str(BIN / "elastic-lsopt"), "probe", *arguments, "--output", str(out)], folder)
-    assert "lambda_max" in said and f"written to {out}/probes.json" in said, said
-    return json.loads((out / "probes.json").read_text())
+    assert "lambda_max" in said and f"written to {out}/probe-1/probes.json" in said, said
+    return json.loads((out / "probe-1" / "probes.json").read_text())
 
 
 def values(told: dict[str, Any]) -> list[float]:
@@ -86,11 +87,37 @@ def test_the_way_between_two_checkpoints(trained: Path) -> None:
     assert [path["losses"][0], path["losses"][-1]] == pytest.approx([first["loss"], one["loss"]], rel=1e-6)
 
 
+def test_into_the_run_a_folder_each(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    """Also of a checkpoint and of the exported model; no answer takes another's place, and the report shows all."""
+    whole = tmp_path / "run"
+    shutil.copytree(trained / "run", whole)
+    cheap = ["--measures", "weight_norm,gradient_norm", "--units", "2"]
+    start = [str(BIN / "elastic-lsopt"), "probe"]
+    first = run([*start, str(whole), *cheap], tmp_path)
+    answer = (whole / "probes" / "probe-1" / "probes.json").read_bytes()
+    assert f"written to {whole}/probes/probe-1/probes.json; elastic-lsopt report {whole} draws it." in first
+    of_two = ["--workers", "2", "--measures", "weight_norm,gradient_norm,ritz_dimension"]
+    run([*start, str(whole / "checkpoints" / "checkpoint-2"), *cheap, *of_two], tmp_path)
+    run([*start, str(whole / "model"), *cheap, "--data", str(trained / "text"), "--block-size", "16"], tmp_path)
+    assert (whole / "probes" / "probe-1" / "probes.json").read_bytes() == answer
+    told = [json.loads((whole / "probes" / f"probe-{n}" / "probes.json").read_text()) for n in (1, 2, 3)]
+    assert [answer["step"] for answer in told] == [4, 2, None]
+
+    assert main(["report", str(whole)]) == 0
+    page = (whole / "report.html").read_text()
+    places = [page.index(f"<h2>probe-{n} of {of}</h2>") for n, of in ((3, "model"), (2, "checkpoint-2"), (1, "check"
+              "point-4"))]  # fmt: skip
+    assert places == sorted(places)
+    for answer in told:
+        assert answer["when"] in page
+        assert repr(answer["probes"]["weight_norm"]["value"]) in page
+
+
 def test_under_torchrun(trained: Path) -> None:
     out = trained / "torchrun"
     start = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "-m", "elastic_lsopt", "probe"]
     run([*start, str(trained / "run"), *MEASURES, "--output", str(out)], trained)
-    assert json.loads((out / "probes.json").read_text())["workers"] == 2
+    assert json.loads((out / "probe-1" / "probes.json").read_text())["workers"] == 2
 
 
 @pytest.mark.parametrize(
@@ -117,6 +144,7 @@ def test_wrong_input_is_one_line(trained: Path, arguments: list[str], says: str)
     )  # fmt: skip
     assert done.returncode == 2, done
     assert says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not list(trained.glob("wrong/*"))  # no folder is left without an answer in it
 
 
 def test_a_checkpoint_of_another_architecture(trained: Path, tmp_path: Path, capsys: Any) -> None:
