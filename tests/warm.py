@@ -394,6 +394,7 @@ def main() -> None:
         start, descriptors = asked
         become(start, descriptors)
         asked = own_server(start, imported_with, folder) if "ELASTIC_LSOPT_WORKER" not in start.environment else None
+    atexit.register(gc.unfreeze)  # else libraries that count what is left at the end (nanobind) report all of theirs
     execute(start.arguments, start.folder)
 
 

@@ -221,8 +221,14 @@ def test_a_majority_dies_and_is_started_again(job: Job) -> None:
 
 
 def test_all_this_changed_no_loss_and_gave_no_step_a_second_manifest(job: Job) -> None:
+    """Two groups that trained at once would commit a step twice; a step that a change had done again may be, once."""
     job.hurry()
     job.until(lambda: not job.living(), "the end of the job", 90.0)
     assert set(job.codes.values()) == {0}, job.logs()
     check(job.rows(), STEPS, job.logs)
-    assert {*job.manifests} >= {STEPS} and all(len(commits) == 1 for commits in job.manifests.values()), job.manifests
+    done_again = [range(c["step"] + 1, c["step"] + c["redone_steps"] + 1) for c in job.changes()]
+    second = {
+        step: commits for step, commits in job.manifests.items()
+        if len(commits) > 1 + sum(step in again for again in done_again)
+    }  # fmt: skip
+    assert STEPS in job.manifests and not second, (second, done_again)
