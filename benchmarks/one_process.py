@@ -38,11 +38,15 @@ def compare(size: Size) -> dict[str, object]:
         loss_of(theirs)
         theirs.step(lambda: loss_of(theirs))
 
+    def wrapped_step() -> None:
+        wrapped.zero_grad()  # what the one before has left on the same model
+        wrapped.step(lambda: loss_of(wrapped))
+
     times = rounds(
         size.pairs,
         base=two_base_steps,
         engine=lambda: ours.train_batch(batch),
-        landscape_optimizer=lambda: wrapped.step(lambda: loss_of(wrapped)),
+        landscape_optimizer=wrapped_step,
         pytorch_optimizer=their_step,
     )
     figures: dict[str, object] = {}
