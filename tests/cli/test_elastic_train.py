@@ -105,7 +105,8 @@ def test_a_line_of_the_journal(killed: Life) -> None:
 @LIMIT
 def test_the_run_folder(killed: Life) -> None:
     assert {p.name for p in killed.folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "state.json", "journal.jsonl", "checkpoints", "loss.png", "members.png", "model", "elastic",
+        "config.yaml", "metrics.jsonl", "state.json", "journal.jsonl", "checkpoints", "loss.png", "members.png",
+        "model", "elastic",
     }  # fmt: skip
     assert (killed.folder / "members.png").read_bytes()[:4] == b"\x89PNG"
     assert (killed.folder / "model/model.safetensors").exists()
