@@ -119,7 +119,8 @@ def test_an_elastic_job_says_what_each_world_runs_and_what_its_mirror_holds(caps
     title = out[out.index("Host memory a rank") :].splitlines()[0]
     unit = {"KiB": 2**10, "MiB": 2**20}[title[-3:]]
     mirror = rows(out, "Host memory a rank")
-    own = [f"{3 * 4 * 3 * -(-whole // world) / unit:,.2f}" for world in (1, 2, 4, 6)]  # versions, bytes, Adam
+    # The committed version, eight that trail, one being taken; bytes, Adam; what describes a version.
+    own = [f"{10 * (4 * 3 * -(-whole // world) + 2**15) / unit:,.2f}" for world in (1, 2, 4, 6)]
     assert mirror["own versions"] == own
     assert mirror["wards' versions"] == ["0.00", *own[1:]]
 
