@@ -13,7 +13,7 @@ import pytest
 from elastic_lsopt.elastic.journal import read_journal
 from tests.jobs import TINY, Started, command, in_ranks, losses, rows, write_job
 
-SHAPE: dict[str, Any] = {"max_steps": 40, "eval_steps": None, "save_steps": None, "workers": 2, "export": False}
+SHAPE: dict[str, Any] = {"max_steps": 120, "eval_steps": None, "save_steps": None, "workers": 2, "export": False}
 
 
 @pytest.mark.timeout(240)
