@@ -13,12 +13,12 @@ import pytest
 from elastic_lsopt.elastic.journal import read_journal
 from tests.jobs import TINY, Started, command, in_ranks, losses, rows, write_job
 
-SHAPE: dict[str, Any] = {"max_steps": 120, "eval_steps": None, "save_steps": None, "workers": 2, "export": False}
+SHAPE: dict[str, Any] = {"max_steps": 40, "eval_steps": None, "save_steps": None, "workers": 2, "export": False}
 
 
 @pytest.mark.timeout(240)
 def test_a_kill_breaks_the_groups_and_a_join_mends_them(tmp_path: Path, ranks: Callable[[int], Any]) -> None:
-    model, run = {"import": TINY, "args": {"pause_s": 0.04}}, tmp_path / "run"
+    model, run = {"import": TINY, "args": {"pause_s": 0.1}}, tmp_path / "run"
     job = write_job(tmp_path / "run.yaml", **SHAPE, model=model, elastic={}, fsdp_replicas=2)
     started = Started(command("none", job), tmp_path)
     started.until(lambda: bool(rows(run)) and rows(run)[max(rows(run))]["world"] == 2 and max(rows(run)) >= 4)
