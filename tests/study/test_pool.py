@@ -48,16 +48,16 @@ def test_each_task_has_a_process_of_one_thread():
 
 def test_failures_are_told_and_harm_no_other():
     tasks = ["raise", "die", "good", "leave", "hang", "fine"]
-    found = outcomes(tasks, timeout_s=6.0)
+    found = outcomes(tasks, timeout_s=20.0)
     assert {task: o.failure for task, o in found.items()} == {
         "raise": "ValueError: no such luck",
         "die": "its process was killed by SIGKILL",
         "leave": "its process ended with code 3",
-        "hang": "it took longer than timeout_s=6",
+        "hang": "it took longer than timeout_s=20",
         "good": None, "fine": None,
     }  # fmt: skip
     assert found["good"].result[0] == "good"
-    assert 6 <= found["hang"].seconds < 20
+    assert 20 <= found["hang"].seconds < 60
 
 
 def test_as_many_at_a_time_as_there_are_workers():
