@@ -272,7 +272,7 @@ class Agent:
         elif self._user_error:
             self._exit_code = 2  # it would fail again
         else:
-            if worker.name not in self._fenced:
+            if worker.name not in self._fenced and self._exit_code is None:
                 log.warning("%s: worker %s ended with code %s.", self.node.name, worker.name, code)
                 self._deaths.append(time.monotonic())
             self._respawn()

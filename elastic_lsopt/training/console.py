@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from types import TracebackType
 from typing import Any
@@ -29,7 +28,7 @@ class Console:
 
     def __init__(self) -> None:
         self._speaks, self._steps = False, 0
-        self._terminal = Terminal(file=sys.stderr, soft_wrap=True, highlight=False)
+        self._terminal = Terminal(stderr=True, soft_wrap=True, highlight=False)
         self._bar: Progress | None = None
         self._task: Any = None
         self._eval_loss: float | None = None
