@@ -1,8 +1,6 @@
 """`python -m elastic_lsopt COMMAND …`: the command line as a module, for launchers."""
 
-import sys
-
-from elastic_lsopt.cli.main import main
+from elastic_lsopt.cli.main import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -7,8 +7,8 @@ mpirun -n 4 --map-by node python -m elastic_lsopt.agent FILE.yaml
 
 import sys
 
-from elastic_lsopt.cli.main import main
+from elastic_lsopt.cli.main import command
 
 if __name__ == "__main__":
     # The deepspeed launcher adds --local_rank=N.
-    sys.exit(main(["agent", *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))]))
+    command(["agent", *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))])

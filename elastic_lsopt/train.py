@@ -6,8 +6,8 @@ deepspeed --module elastic_lsopt.train FILE.yaml [key=value …]
 
 import sys
 
-from elastic_lsopt.cli.main import main
+from elastic_lsopt.cli.main import command
 
 if __name__ == "__main__":
     # The deepspeed launcher adds --local_rank=N, which the environment says too.
-    sys.exit(main(["train", *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))]))
+    command(["train", *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))])

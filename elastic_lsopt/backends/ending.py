@@ -4,7 +4,8 @@
 is done, and for that it needs the interpreter's lock, because the work holds a Python object. Where the interpreter is
 ending by then, Python ends the thread in the middle of a destructor: "terminate called without an active exception",
 exit code 134, after all work was done (plain torch with FSDP2 shows it too, after `destroy_process_group()` as well).
-So the interpreter's end waits until gloo's threads sleep: a thread that wants the lock gets it meanwhile.
+So a user's program waits at its end until gloo's threads sleep: a thread that wants the lock gets it meanwhile. The
+commands of this package need no interpreter any more when all is done, and leave it out (`end`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,10 +38,18 @@ def end_well() -> None:
         atexit.register(_wait_for_gloo)
 
 
+def end(code: int) -> NoReturn:
+    """End this process, whose work is done, after its threads and exit handlers, but leave the interpreter's end out."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    leave(code)
+
+
 def leave(code: int) -> NoReturn:
     """End this process now, for where a thread may wait in the network for a peer that is dead."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a reader that has gone: `elastic-lsopt … | head`
+            stream.flush()
     os._exit(code)
 
 

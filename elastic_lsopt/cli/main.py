@@ -7,6 +7,7 @@ and exit code 2; whatever else goes wrong keeps its traceback, because it is our
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from elastic_lsopt import __version__
 from elastic_lsopt.cli.probe import arguments_of
@@ -32,6 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("elastic-lsopt: interrupted.", file=sys.stderr)
         return 130
+
+
+def command(argv: Sequence[str] | None = None) -> NoReturn:
+    """`main` as a process of its own: the door by which every command leaves."""
+    from elastic_lsopt.backends.ending import end
+
+    end(main(argv))
 
 
 def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
@@ -108,4 +116,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -1,4 +1,4 @@
-"""One manifest a step: a generation claims a checkpoint's name at the job's store before it is given (design, 6.10)."""
+"""One manifest a step: a generation claims a checkpoint's name at the job's store before it is given."""
 
 from __future__ import annotations
 

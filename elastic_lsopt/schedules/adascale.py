@@ -11,7 +11,7 @@ r = k in nothing but noise. Noise scale: McCandlish, Kaplan, Amodei, 2018, arXiv
 Differs from the papers' estimators in: 1. the noise is that between steps, not between the ranks of a step, because a
 sharded engine's gradients are summed before anyone sees them; 2. so G must move little from one step to the next: where
 it does, its change counts as noise, and the gain errs upwards, towards k; 3. schedules go on in committed samples, k
-reference batches a step and not r (design, law 6), so a decay comes at its sample and not later.
+reference batches a step and not r, so a decay comes at its sample and not later.
 """
 
 from __future__ import annotations

@@ -9,6 +9,17 @@ import sys
 from tests.ranks import ROOT, rank_environment
 
 PAIRS = 10
+ABORTS_AT_THE_END = """
+import atexit, os, sys
+from elastic_lsopt.cli import main
+class Aborts:
+    def __del__(self):
+        os.abort()
+main.aborts = Aborts()
+atexit.register(print, "handled")
+main.command(["validate", "no.yaml"])
+"""
+"""What an interpreter's end does to a gloo thread, made certain: it takes apart an object that must not be."""
 
 
 def test_scripts_over_gloo_end_with_zero() -> None:
@@ -19,3 +30,12 @@ def test_scripts_over_gloo_end_with_zero() -> None:
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert json.loads(ended.stdout) == {"0": 2 * PAIRS}, ended.stderr[-2000:]
+
+
+def test_a_command_ends_with_its_own_code_whatever_the_interpreters_end_would_do() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", ABORTS_AT_THE_END], cwd=ROOT, env=rank_environment(), text=True, capture_output=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 2 and ended.stdout == "handled\n", ended
+    assert ended.stderr.startswith("elastic-lsopt: ") and ended.stderr.count("\n") == 1, ended.stderr

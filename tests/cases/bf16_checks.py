@@ -16,25 +16,11 @@ from elastic_lsopt.training.loop import TrainingRun
 from elastic_lsopt.training.probing import fixed_units
 from tests.cases import engines
 from tests.cases.jobs import this_world
-
-
-class ConstantTanh(torch.autograd.Function):
-    """tanh, right at first order; its backward pass is a constant to autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return torch.tanh(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        [x] = ctx.saved_tensors
-        with torch.no_grad():
-            return g * (1 - torch.tanh(x.detach()) ** 2)
+from tests.cases.products import ConstantTanh
 
 
 class NarrowTanh(ConstantTanh):
-    """… and knows no fp64, as compiled kernels do."""
+    """… that knows no fp64, as compiled kernels do."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -31,19 +31,21 @@ def bare(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+def closure_of(optimizer: Any, model: nn.Module, batch: Any) -> Callable[[], Tensor]:
+    """What a user writes for a micro-batch."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = paper_loops.cross_entropy(model, batch)
+        loss.backward()
+        return loss
+
+    return closure
+
+
 def closures(optimizer: Any, model: nn.Module, units: Sequence[Any]) -> Any:
-    """What a user writes: one closure a micro-batch; the closure itself where there is one."""
-
-    def closure_of(batch: Any) -> Callable[[], Tensor]:
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = paper_loops.cross_entropy(model, batch)
-            loss.backward()
-            return loss
-
-        return closure
-
-    made = [closure_of(batch) for batch in units]
+    """One closure a micro-batch; the closure itself where there is one."""
+    made = [closure_of(optimizer, model, batch) for batch in units]
     return made if len(made) > 1 else made[0]
 
 

@@ -130,25 +130,26 @@ def flat_gradient(y: Tensor, parameters: Sequence[Tensor], **options: Any) -> Te
     )
 
 
+class ConstantTanh(torch.autograd.Function):
+    """tanh, right at first order; its backward pass is a constant to autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        [x] = ctx.saved_tensors
+        with torch.no_grad():
+            return g * (1 - torch.tanh(x.detach()) ** 2)
+
+
 def refusals(kind: str, what: str) -> dict[str, Any]:
     """What a wrong use of products says, on this rank."""
     poison = {"calls": 0}
 
-    class Constant(torch.autograd.Function):
-        """A kernel whose backward pass is a constant to autograd."""
-
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return torch.tanh(x)
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:
-            [x] = ctx.saved_tensors
-            with torch.no_grad():
-                return g * (1 - torch.tanh(x.detach()) ** 2)
-
-    class Once(Constant):
+    class Once(ConstantTanh):
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, g: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def refusals(kind: str, what: str) -> dict[str, Any]:
             case "nan":
                 return nn.functional.cross_entropy(out, batch[1]) * float("nan")
             case "constant" | "constant by name":
-                out = Constant.apply(out)
+                out = ConstantTanh.apply(out)
             case "once":
                 out = Once.apply(out)
         return nn.functional.cross_entropy(out, batch[1])

@@ -18,13 +18,23 @@ from elastic_lsopt.probes.operator import Operator
 from elastic_lsopt.probes.power_iteration import power_iteration
 from elastic_lsopt.probes.spectral_density import spectral_density
 from elastic_lsopt.probes.xtrace import xtrace
+from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 from tests.cases import engines
 from tests.oracles.paper_loops import cross_entropy
 
 
 def flat(v: Vector) -> Tensor:
+    """Its numbers, on this rank."""
     return torch.cat([t.reshape(-1) for t in v.tensors])
+
+
+def vector(space: ParameterSpace, values: Tensor) -> Vector:
+    """The vector of these numbers."""
+    out = space.empty()
+    for t, part in zip(out.tensors, values.split([t.numel() for t in out.tensors]), strict=True):
+        t.copy_(part)
+    return out
 
 
 def of_matrix(matrix: Tensor, seed: int = 0) -> Operator:

@@ -1,4 +1,4 @@
-"""A seeded driver: events at living jobs, and after each the laws of the elastic runtime (design, laws 5 and 6).
+"""A seeded driver: events at living jobs, and after each the laws of the elastic runtime (`check`).
 
     python -m tests.chaos.driver --backend zero3 --events 200 --seed 7 --results FILE.jsonl       # make chaos
 
@@ -84,8 +84,8 @@ class Round:
 
     def __init__(self, backend: str, seed: int, count: int, folder: Path, note: Callable[[Event], None]) -> None:
         self.draw, self.count, self.note = random.Random(f"{backend}/{seed}"), count, note
-        self.steps = 100 + 25 * count
-        self.cluster = Cluster(folder, backend=backend, steps=self.steps, slow_s=0.2, **ELASTIC)
+        self.steps = 60 + 20 * count
+        self.cluster = Cluster(folder, backend=backend, steps=self.steps, slow_s=0.5, **ELASTIC)
 
     def run(self) -> None:
         """Raises AssertionError (Stuck, for time limits) where a law is broken."""

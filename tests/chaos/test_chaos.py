@@ -8,7 +8,7 @@ import pytest
 
 from tests.chaos.driver import Event, Round
 
-EVENTS = 7
+EVENTS = 4
 
 
 @pytest.mark.timeout(400)

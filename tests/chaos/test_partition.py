@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(Network.missing() is not None, reason=str(Networ
 
 NODES = ("n1", "n2", "n3")
 LEASE_S = 1.5
-STEPS, SAVE_STEPS = 360, 5
+STEPS, SAVE_STEPS = 200, 5
 LATE_S = 1.0
 """How much later than the protocol says an agent on a busy machine may act."""
 GO_ON_S = 2 * LEASE_S + 2.0 + LATE_S
@@ -95,7 +95,7 @@ class Job(SplitCluster):
 
     def __init__(self, folder: Path, network: Network) -> None:
         super().__init__(
-            folder, network, save_steps=SAVE_STEPS, backend="fsdp2", steps=STEPS, slow_s=0.3, lease_s=LEASE_S,
+            folder, network, save_steps=SAVE_STEPS, backend="fsdp2", steps=STEPS, slow_s=0.55, lease_s=LEASE_S,
             hang_timeout_s=10.0, join_debounce_s=0.2, max_respawns=3,
         )  # fmt: skip
         self.manifests = {}

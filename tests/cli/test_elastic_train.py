@@ -19,7 +19,10 @@ from tests.ranks import free_port
 STEPS = 60
 SLOW = {"import": TINY, "args": {"pause_s": 0.02}}
 SHAPE: dict[str, Any] = {"max_steps": STEPS, "eval_steps": 30, "save_steps": 25, "workers": 3}
-PROBES = {"lambda_max": {"every_steps": 6, "units": 2, "budget": 1.0}, "trajectory": {"every_steps": 6}}
+PROBES = {
+    "lambda_max": {"every_steps": 6, "units": 2, "budget": 1.0}, "trajectory": {"every_steps": 6},
+    "pac_bayes": {"every_steps": 30, "units": 2, "budget": 1.0, "draws": 1, "tolerance": 1e-2},
+}  # fmt: skip
 LIMIT = pytest.mark.timeout(400)  # the first test that asks for a job waits for all of it
 
 
@@ -72,6 +75,9 @@ def test_probes_are_the_undisturbed_ones(killed: Life, undisturbed: dict[int, An
     )
     assert list(found) == list(wanted) == list(range(6, STEPS + 1, 6))
     assert list(found.values()) == pytest.approx(list(wanted.values()), rel=2e-3)
+    for step in (30, 60):  # from where the job began, also for those who came later
+        far, wanted_far = (life[step]["probes"]["pac_bayes"] for life in (rows(killed.folder), undisturbed))
+        assert far["square_distance"] == pytest.approx(wanted_far["square_distance"], rel=1e-4) != 0
 
 
 @LIMIT

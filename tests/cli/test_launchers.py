@@ -29,7 +29,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], We
 
     @cache
     def of(backend: str, launcher: str) -> Weights:
-        job = write_job(folder / f"{backend}-{launcher}.yaml", model=LLAMA, max_steps=6, **BACKENDS[backend])
+        job = write_job(
+            folder / f"{backend}-{launcher}.yaml", model=LLAMA, max_steps=6, eval_steps=None, **BACKENDS[backend]
+        )
         run(command(launcher, job), folder)
         assert {row["world"] for row in rows(folder / job.stem).values()} == {2}
         return load_file(folder / job.stem / "model/model.safetensors")

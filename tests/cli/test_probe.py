@@ -172,11 +172,14 @@ def test_the_trainers_callback(tmp_path: Path) -> None:
     """Its numbers are those of `attach` on the model that the Trainer leaves, and training is not changed by it."""
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+    start: list[torch.Tensor] = []
+
     def trained_by(callbacks: list[Any]) -> Any:
         torch.manual_seed(0)
         shape = LlamaConfig(vocab_size=32, num_hidden_layers=1, hidden_size=16, num_attention_heads=2,
                             intermediate_size=32, use_cache=False)  # fmt: skip
         model = LlamaForCausalLM(shape)
+        start[:] = [p.detach().double().clone() for p in model.parameters()]
         rows = [{"input_ids": x, "labels": x} for x in torch.randint(0, 32, (16, 8))]
         arguments = TrainingArguments(
             output_dir=str(tmp_path / f"t{len(callbacks)}"), max_steps=4, per_device_train_batch_size=4, report_to=[],
@@ -189,14 +192,21 @@ def test_the_trainers_callback(tmp_path: Path) -> None:
     x = torch.arange(16).view(2, 8)
     batches = [{"input_ids": x, "labels": x}, {"input_ids": x + 3, "labels": x + 3}]
     callback = lso.ProbeCallback(
-        {"lambda_max": {"tolerance": 1e-4}, "noise_scale": {}, "edge_of_stability": {}}, batches=batches, every_steps=2
-    )
+        {
+            "lambda_max": {"tolerance": 1e-4}, "noise_scale": {}, "edge_of_stability": {}, "distance_from_start": {},
+            "pac_bayes": {"draws": 2},
+        },
+        batches=batches, every_steps=2,
+    )  # fmt: skip
     model, plain = trained_by([callback]), trained_by([])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
     assert [row["step"] for row in callback.results] == [2, 4]
     space, oracle = lso.attach(model.eval(), None, batches)
     wanted = lso.probes.lanczos(space, oracle, k=1, tolerance=1e-4).eigenvalues[0]
     assert callback.results[1]["probes"]["lambda_max"]["eigenvalues"][0] == pytest.approx(wanted, rel=1e-3)
+    far = sum(float((p.detach().double() - s).square().sum()) for p, s in zip(model.parameters(), start, strict=True))
+    assert callback.results[1]["probes"]["distance_from_start"]["value"] ** 2 == pytest.approx(far, rel=1e-5)
+    assert callback.results[1]["probes"]["pac_bayes"]["square_distance"] == pytest.approx(far, rel=1e-5)
     lines = (tmp_path / "t1" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
     assert all(row["probes"][name] is not None for row in callback.results for name in callback.measures)

@@ -1,4 +1,4 @@
-"""The workers' commit rule (design, section 6, points 5 to 9) as a small abstract model: versions, mirrors, C and S*.
+"""The workers' commit rule as a small abstract model: versions, mirrors, C and S*.
 
 Each worker is one rank on a node of its own; `act` is its next step, taken whenever the caller likes. A step of
 training is an all-reduce that every rank of the generation must enter, and that each leaves by itself, so some may have

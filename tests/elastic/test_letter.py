@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from elastic_lsopt.elastic import turn
 from elastic_lsopt.elastic.generation import Change, Member
+from elastic_lsopt.elastic.inbox import MOST_UNREAD_BYTES, Inbox
 from elastic_lsopt.elastic.letter import Letter, opened
 from elastic_lsopt.elastic.mailbox import UNREAD, Mailbox, connect
 from elastic_lsopt.elastic.quorum import Accepted, Ask, Ballot, Vote
@@ -59,6 +61,21 @@ def test_a_status_puts_reports_together_unread() -> None:
     }  # fmt: skip
     with pytest.raises(Refused, match="cannot be read"):
         read_status(say_status({"node": "a", "own": {}}, {"b": b"{"}, SECRET), SECRET)
+
+
+def test_more_letters_than_an_agent_gets_to_read_are_lost_and_do_not_fill_its_memory() -> None:
+    waiting: list[Callable[[], None]] = []
+    heard: list[Record] = []
+    inbox = Inbox("n", SECRET, waiting.append, lambda said, _: heard.append(said))
+    sealed = Letter(FULL, {"text": "x" * 2**20}, SECRET).sealed
+    for _ in range(100):
+        inbox.take_in(sealed)
+    assert len(waiting) == MOST_UNREAD_BYTES // len(sealed) == 63
+    for read in waiting:
+        read()
+    inbox.take_in(sealed)
+    waiting[-1]()
+    assert len(waiting) == len(heard) == 64, "it has room again once it has read"
 
 
 def test_one_that_fetches_no_answers_is_given_no_more_than_its_queue_holds() -> None:

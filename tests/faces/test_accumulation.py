@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import elastic_lsopt as lso
+from tests.cases.faces import closure_of
 from tests.oracles import paper_loops
 
 K = 4
@@ -187,19 +188,11 @@ def test_a_gradient_of_the_last_step_or_of_zeros_is_no_foreign_one() -> None:
 def test_closures_that_do_not_fit_are_refused(parts: int, closures: int, last: bool, says: str) -> None:
     model, optimizer, batches = problem(lso.LPFSGD(parts=parts, gamma=0.1, alpha=1.0))
 
-    def closure_of(batch: Any) -> Callable[[], Tensor]:
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = paper_loops.cross_entropy(model, batch)
-            loss.backward()
-            return loss
-
-        return closure
-
-    made = [optimizer.accumulate(closure_of(b)) for b in batches[:closures]]
+    mine = [closure_of(optimizer, model, batch) for batch in batches]
+    made = [optimizer.accumulate(closure) for closure in mine[:closures]]
     with pytest.raises(lso.UserError) as caught:
-        optimizer.step(made[-1] if last else closure_of(batches[0]))
+        optimizer.step(made[-1] if last else mine[0])
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
     optimizer.space.settle()
-    optimizer.step([closure_of(b) for b in batches[:parts]])  # what was handed in is forgotten
+    optimizer.step(mine[:parts])  # what was handed in is forgotten
     assert optimizer.clock.steps == 1

@@ -11,7 +11,7 @@ import elastic_lsopt as lso
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.probes.trajectory_pca import Window, trajectory_pca
 from elastic_lsopt.space.geometry import ParameterSpace
-from elastic_lsopt.space.vector import Vector
+from tests.cases.spectra import flat, vector
 
 pytestmark = pytest.mark.fast
 
@@ -19,17 +19,6 @@ pytestmark = pytest.mark.fast
 def a_space(dtype: torch.dtype = torch.float64) -> ParameterSpace:
     model = nn.Linear(9, 4, dtype=dtype)  # 40 numbers
     return lso.attach(model, lambda m, batch: m(batch).mean(), [torch.ones(1, 9, dtype=dtype)])[0]
-
-
-def vector(space: ParameterSpace, values: torch.Tensor) -> Vector:
-    out = space.empty()
-    for t, part in zip(out.tensors, values.split([t.numel() for t in out.tensors]), strict=True):
-        t.copy_(part)
-    return out
-
-
-def flat(v: Vector) -> torch.Tensor:
-    return torch.cat(v.tensors)
 
 
 @pytest.mark.parametrize("dtype,near", [(torch.float64, 1e-10), (torch.float32, 2e-4)])

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import elastic_lsopt as lso
 from elastic_lsopt.space.basis import BLOCK, SPAN, Basis
 from elastic_lsopt.space.geometry import ParameterSpace
-from elastic_lsopt.space.vector import Vector
+from tests.cases.spectra import flat, vector
 
 pytestmark = pytest.mark.fast
 
@@ -24,17 +24,6 @@ MATMUL, CONV = torch.backends.cuda.matmul, torch.backends.cudnn.conv
 def a_space(numel: int) -> ParameterSpace:
     model = nn.Linear(numel - 1, 1, dtype=torch.float64)
     return lso.attach(model, lambda m, b: m(b).mean(), [torch.ones(1, numel - 1, dtype=torch.float64)])[0]
-
-
-def vector(space: ParameterSpace, values: torch.Tensor) -> Vector:
-    out = space.empty()
-    for t, part in zip(out.tensors, values.split([t.numel() for t in out.tensors]), strict=True):
-        t.copy_(part)
-    return out
-
-
-def flat(v: Vector) -> torch.Tensor:
-    return torch.cat(v.tensors)
 
 
 def filled(space: ParameterSpace, rows: torch.Tensor, capacity: int) -> Basis:
