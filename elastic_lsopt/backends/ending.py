@@ -39,7 +39,7 @@ def end_well() -> None:
 
 
 def end(code: int) -> NoReturn:
-    """End this process, whose work is done, after its threads and exit handlers, but leave the interpreter's end out."""
+    """End this process, whose work is done, after its threads and exit handlers, without the interpreter's own end."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     leave(code)

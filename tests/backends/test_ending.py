@@ -13,9 +13,9 @@ ABORTS_AT_THE_END = """
 import atexit, os, sys
 from elastic_lsopt.cli import main
 class Aborts:
-    def __del__(self):
-        os.abort()
-main.aborts = Aborts()
+    def __del__(self, abort=os.abort):
+        abort()
+aborts = Aborts()
 atexit.register(print, "handled")
 main.command(["validate", "no.yaml"])
 """
