@@ -165,7 +165,9 @@ def start_server() -> str:
         _servers.append(subprocess.Popen(
             [sys.executable, "-m", "tests.warm_server", str(listener.fileno()), "x" * ROOM], cwd=ROOT,
             env=rank_environment(
-                LSOPT_TESTS_ROOM="x" * ROOM, TORCH_CPP_LOG_LEVEL="FATAL", JE_ARROW_MALLOC_CONF="background_thread:false"
+                LSOPT_TESTS_ROOM="x" * ROOM, TORCH_CPP_LOG_LEVEL="FATAL",
+                JE_ARROW_MALLOC_CONF="background_thread:false",
+                HF_HUB_DISABLE_PROGRESS_BARS="1",
             ),
             pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
         ))  # fmt: skip

@@ -46,6 +46,8 @@ AT_IMPORT = (
     "PYTHON", "OMP_NUM_THREADS", "HF_", "TRANSFORMERS_", "DS_ACCELERATOR",
     "TRITON_", "COVERAGE_",
 )  # fmt: skip
+QUIET = "HF_HUB_DISABLE_PROGRESS_BARS"
+"""Set in the server, and by this package in each process that starts others: so it tells nothing."""
 MODULES = (
     "numpy", "scipy.stats", "sklearn.datasets", "matplotlib.pyplot", "datasets", "torch.distributed.run",
     "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.utils.tensorboard", "deepspeed", "setuptools",
@@ -59,7 +61,7 @@ _CLONE_NEWNET = 0x40000000
 
 
 def read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
-    return {k: v for k, v in environment.items() if k.startswith(AT_IMPORT)}
+    return {k: v for k, v in environment.items() if k.startswith(AT_IMPORT) and k != QUIET}
 
 
 def serve(
