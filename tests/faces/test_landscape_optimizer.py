@@ -12,15 +12,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import elastic_lsopt as lso
+from tests.laws.cover import daily
 
 PLACES = [("plain", 1), ("ddp", 2), ("ddp", 3), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2-kept", 3), ("hsdp", 4)]
 FEW = [("plain", 1), ("fsdp2", 2)]
 SCHEDULERS = ("CosineAnnealingLR", "OneCycleLR", "SequentialLR", "ReduceLROnPlateau")
 
 
-@pytest.mark.parametrize("method,clip", [("none", 0.0), ("sam", 0.05), ("asam", 0.0), ("lpf_sgd", 0.05)])
+@pytest.mark.fast
 @pytest.mark.parametrize(
-    "kind,world", [pytest.param(*c, marks=pytest.mark.fast if c[1] < 3 else ()) for c in PLACES if c != ("fsdp2", 1)]
+    "kind,world,method,clip",
+    daily(
+        [place for place in PLACES if place != ("fsdp2", 1)],
+        [("none", 0.0), ("sam", 0.05), ("asam", 0.0), ("lpf_sgd", 0.05)],
+    ),
 )
 def test_user_loop_is_the_engine_is_the_paper(ranks: Any, kind: str, world: int, method: str, clip: float) -> None:
     for r in ranks(world).run("tests.cases.faces:user_loop", kind=kind, method=method, clip=clip):

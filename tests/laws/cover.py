@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
+
+import pytest
 
 KINDS = ("plain", "ddp", "fsdp2", "fsdp2-kept", "hsdp", "zero0", "zero1", "zero2", "zero3")
 METHODS = ("none", "sam", "asam", "lpf_sgd")
@@ -39,18 +42,44 @@ def product() -> list[Combination]:
     return [c for c in itertools.starmap(Combination, everything) if c.possible]
 
 
-def pairs(c: Combination) -> set[tuple[tuple[int, object], tuple[int, object]]]:
-    return set(itertools.combinations(enumerate(astuple(c)), 2))
+def pairs(c: Combination) -> set[Any]:
+    return _groups(astuple(c), 2)
 
 
 def pairwise(combinations: Sequence[Combination], seed: int) -> list[Combination]:
     """A small choice that holds every pair: greedily the combination with most new pairs, ties by the seed."""
-    rest = list(combinations)
+    rows = {astuple(c): c for c in combinations}
+    chosen = [rows[row] for row in _cover(list(rows), 2, seed)]
+    return sorted(chosen, key=lambda c: (c.world, c.kind, c.method))
+
+
+def daily(*axes: Iterable[Any], together: int = 1, seed: int = 0) -> list[Any]:
+    """The product of the axes as parameters of a test, of which `make test` runs a small part that holds every value
+    (`together=2`: every pair of values), and `make test-all` the rest. A tuple is several parameters, one value."""
+    rows = list(itertools.product(*map(list, axes)))
+    keys = [tuple(map(str, row)) for row in rows]
+    chosen = set(_cover(keys, together, seed))
+    flat = [[v for value in row for v in (value if isinstance(value, tuple) else (value,))] for row in rows]
+    marks = [() if key in chosen else pytest.mark.full for key in keys]
+    return [pytest.param(*row, marks=mark) for row, mark in zip(flat, marks, strict=True)]
+
+
+def joined(value: Any) -> str | None:
+    """A list's name among the ids of a test."""
+    return "+".join(value) if isinstance(value, list) else None
+
+
+def _cover(rows: Sequence[tuple[Any, ...]], together: int, seed: int) -> list[tuple[Any, ...]]:
+    rest = list(rows)
     random.Random(seed).shuffle(rest)
-    left = set().union(*(pairs(c) for c in rest))
+    left = set().union(*(_groups(row, together) for row in rest))
     chosen = []
     while left:
-        best = max(rest, key=lambda c: len(pairs(c) & left))
+        best = max(rest, key=lambda row: len(_groups(row, together) & left))
         chosen.append(best)
-        left -= pairs(best)
-    return sorted(chosen, key=lambda c: (c.world, c.kind, c.method))
+        left -= _groups(best, together)
+    return chosen
+
+
+def _groups(row: tuple[Any, ...], together: int) -> set[Any]:
+    return set(itertools.combinations(enumerate(row), together))

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.laws.cover import daily, joined
+
 LIMIT = {"fp32": 1e-6, "fp64": 1e-12}
 METHODS = ("none", "sam", "asam", "lpf_sgd")
 
@@ -41,9 +43,13 @@ def test_sam_variants_in_fp64(ranks: Any, kind: str, world: int, more: dict[str,
     check(out, "fp64", 1 if "every" in more else 2)
 
 
-@pytest.mark.parametrize("extra", [["tied"], ["frozen"], ["unused"], ["tied", "frozen", "unused"]], ids="+".join)
 @pytest.mark.parametrize(
-    "kind,world", [("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 2), ("hsdp", 4), ("fsdp2-kept", 2)]
+    "kind,world,extra",
+    daily(
+        [("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 2), ("hsdp", 4), ("fsdp2-kept", 2)],
+        [["tied"], ["frozen"], ["unused"], ["tied", "frozen", "unused"]],
+    ),
+    ids=joined,
 )
 def test_unusual_parameters(ranks: Any, kind: str, world: int, extra: list[str]) -> None:
     for method in ("sam", "lpf_sgd"):

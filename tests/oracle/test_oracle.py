@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.laws.cover import daily
 from tests.ranks import Ranks
 
 FRAMEWORK = [("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("fsdp2-kept", 3), ("hsdp", 2), ("hsdp", 4)]
@@ -17,8 +18,9 @@ def fast_or_not(cases: list[tuple[str, int]]) -> list[Any]:
     return [pytest.param(*c, marks=pytest.mark.fast if c in FAST else ()) for c in cases]
 
 
-@pytest.mark.parametrize("units,parts,empty", [(1, 1, None), (7, 1, None), (7, 3, 4), (4, 4, 3)])
-@pytest.mark.parametrize("kind,world", fast_or_not(CASES))
+@pytest.mark.parametrize(
+    "kind,world,units,parts,empty", daily(CASES, [(1, 1, None), (7, 1, None), (7, 3, 4), (4, 4, 3)])
+)
 def test_exact_mean(ranks: Any, kind: str, world: int, units: int, parts: int, empty: int | None) -> None:
     """Uneven units and labels; one unit on several ranks; a unit without a label, whose own loss is NaN."""
     arguments = {"kind": kind, "units": units, "parts": parts, "empty": empty}
@@ -34,9 +36,12 @@ def test_exact_mean_under_a_bf16_policy(ranks: Any, kind: str, world: int) -> No
 
 
 @pytest.mark.parametrize(
-    "method,bad_pass,passes", [("none", 1, 1), ("sam", 1, 1), ("sam", 2, 2), ("asam", 2, 2), ("lpf_sgd", 1, 1)]
+    "kind,world,method,bad_pass,passes",
+    daily(
+        [("ddp", 1), *FRAMEWORK],
+        [("none", 1, 1), ("sam", 1, 1), ("sam", 2, 2), ("asam", 2, 2), ("lpf_sgd", 1, 1)],
+    ),
 )
-@pytest.mark.parametrize("kind,world", fast_or_not([("ddp", 1), *FRAMEWORK]))
 def test_a_loss_that_is_not_finite(ranks: Any, kind: str, world: int, method: str, bad_pass: int, passes: int) -> None:
     """One unit's, on one rank, in either pass: nobody steps, the samples count, the next step is the paper's."""
     for r in ranks(world).run("tests.cases.oracle_contract:poisoned", kind=kind, method=method, bad_pass=bad_pass):
