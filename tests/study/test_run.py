@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from scipy.stats import kendalltau
 from elastic_lsopt.cli.main import main
 from elastic_lsopt.config.study import StudyConfig
 from elastic_lsopt.study.run import ranked
+from tests.ranks import rank_environment
+from tests.warm import BIN, Popen, run
 
-BIN = Path(sys.executable).parent / "elastic-lsopt"
 SETTINGS = {
     "eval_fraction": 0.8, "stop_loss": 0.2, "max_epochs": 100, "bootstrap_draws": 200,
     "measures": ["epsilon_sharpness", "weight_norm"],
@@ -42,9 +42,14 @@ def lines(out: Path) -> list[dict]:
 def whole(tmp_path_factory) -> tuple[Path, str]:
     """The folder and the output of an undisturbed study."""
     path, out = write(tmp_path_factory.mktemp("study"))
-    done = subprocess.run([BIN, "study", path], capture_output=True, text=True, timeout=240, check=False)
+    return out, studied(path)
+
+
+def studied(path: Path) -> str:
+    """What the command prints."""
+    done = run([str(BIN / "elastic-lsopt"), "study", str(path)], env=rank_environment(), timeout=240)
     assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    return done.stdout
 
 
 def test_end_to_end(whole):
@@ -70,9 +75,9 @@ def test_end_to_end(whole):
 
 def test_killed_and_started_again_it_does_nothing_twice_and_ends_with_the_same_numbers(whole, tmp_path):
     path, out = write(tmp_path)
-    with subprocess.Popen(
-        [BIN, "study", path, "workers=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as first:
+    command = [str(BIN / "elastic-lsopt"), "study", str(path), "workers=1"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with Popen(command, env=rank_environment(), **quiet) as first:
         until = time.monotonic() + 120
         while not ((out / "cells.jsonl").exists() and len(lines(out)) >= 2):
             assert time.monotonic() < until and first.poll() is None
@@ -81,7 +86,7 @@ def test_killed_and_started_again_it_does_nothing_twice_and_ends_with_the_same_n
     done = lines(out)
     assert 2 <= len(done) < 4
     assert not (out / "study.json").exists()
-    assert subprocess.run([BIN, "study", path], capture_output=True, timeout=240, check=False).returncode == 0
+    studied(path)
     assert lines(out)[: len(done)] == done
     assert len({line["id"] for line in lines(out)}) == len(lines(out)) == 4
 
