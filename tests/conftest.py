@@ -13,6 +13,8 @@ import pytest
 from tests.ranks import Ranks
 from tests.resume import Results
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the lanes have a core each, and would fight for both
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", help="note what passes in this file, and leave out what has passed: tests/resume.py")

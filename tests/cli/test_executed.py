@@ -9,7 +9,7 @@ import pytest
 
 from tests.jobs import command, losses, run, write_job
 
-SHAPE: dict[str, Any] = {"max_steps": 3, "eval_steps": None, "save_steps": None, "export": False}
+SHAPE: dict[str, Any] = {"max_steps": 3, "eval_steps": None, "save_steps": None, "export": False, "workers": 1}
 
 
 @pytest.mark.parametrize(
@@ -17,5 +17,5 @@ SHAPE: dict[str, Any] = {"max_steps": 3, "eval_steps": None, "save_steps": None,
 )
 def test_train(launcher: str, elastic: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LSOPT_TESTS_EXEC", "1")
-    said = run(command(launcher, write_job(tmp_path / "run.yaml", elastic=elastic, **SHAPE)), tmp_path)
+    said = run(command(launcher, write_job(tmp_path / "run.yaml", elastic=elastic, **SHAPE), world=1), tmp_path)
     assert len(losses(tmp_path / "run")) == 3, said
