@@ -25,7 +25,7 @@ LIMIT_S = 180.0
 TINY = "tests.cases.job_models:TinyLM"
 
 SETTINGS: dict[str, Any] = {
-    "model": {"import": TINY}, "block_size": 16, "eval_fraction": 0.2, "backend": "fsdp2", "workers": 2,
+    "model": {"import": TINY}, "block_size": 16, "eval_fraction": 0.1, "backend": "fsdp2", "workers": 2,
     "per_device_train_batch_size": 2, "global_batch_size": 7, "max_steps": 8, "optim": "sgd", "momentum": 0.9,
     "learning_rate": 0.1, "lr_scheduler_type": "cosine", "warmup_ratio": 0.25, "weight_decay": 0.01,
     "landscape": {"method": "sam", "rho": 0.05}, "eval_steps": 4, "save_steps": 4,

@@ -8,7 +8,7 @@ import sys
 
 from tests.ranks import ROOT, rank_environment
 
-PAIRS = 4
+PAIRS = 2
 ABORTS_AT_THE_END = """
 import atexit, os, sys
 from elastic_lsopt.cli import main

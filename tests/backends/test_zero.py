@@ -100,7 +100,15 @@ def test_an_installed_vector_is_clipped_and_stepped_with(ranks: Any, stage: int,
 
 
 @pytest.mark.parametrize(
-    "stage,sums", [(0, None), (1, None), (1, "fp32"), (2, None), (2, "fp32"), (3, None), (3, "fp32")]
+    "stage,sums",
+    [
+        (0, None),
+        (1, "fp32"),
+        (2, None),
+        (3, None),
+        (3, "fp32"),
+        *(pytest.param(*row, marks=pytest.mark.full) for row in ((1, None), (2, "fp32"))),
+    ],
 )
 def test_bf16_is_as_near_as_the_base(ranks: Any, stage: int, sums: str | None) -> None:
     base, sam = (

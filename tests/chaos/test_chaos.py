@@ -12,7 +12,9 @@ EVENTS = 4
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("backend", "seed"), [("fsdp2", 2), ("zero2", 3), ("zero3", 4)])
+@pytest.mark.parametrize(
+    ("backend", "seed"), [("fsdp2", 2), pytest.param("zero2", 3, marks=pytest.mark.full), ("zero3", 4)]
+)
 def test_a_job_that_is_disturbed_again_and_again_is_the_undisturbed_one(
     backend: str, seed: int, tmp_path: Path
 ) -> None:

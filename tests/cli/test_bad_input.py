@@ -101,7 +101,7 @@ def test_a_folder_that_rank_0_alone_cannot_make(folder: Path) -> None:
         ({"block_size": 9999}, r":\d+: the held-out part of dataset=.* block_size=9999; lower block_size"),
         ({"model": {"import": "tests.cases.job_models:TinyML"}}, r":\d+: model\.import=.*TinyML.* cannot be imported"),
         ({"model": {"import": TINY, "args": {"width": 4, "hight": 3}}}, r":\d+: model\.args do not fit .*hight"),
-        ({"max_steps": None, "num_train_epochs": 0.001}, r"num_train_epochs=0\.001 of 786 samples is less than one"),
+        ({"max_steps": None, "num_train_epochs": 0.001}, r"num_train_epochs=0\.001 of 951 samples is less than one"),
     ],
 )
 def test_refused_by_the_ranks(ranks: Any, folder: Path, changes: dict[str, Any], expected: str) -> None:

@@ -201,17 +201,22 @@ def engine() -> lso.Engine:
     return lso.Engine(backend_for(model, base), lso.Plain(), loss_fn=lambda model, x: model(x).sum())
 
 
-def test_an_accelerator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accelerate, and with it the Trainer, notes the world in one shared state, once."""
+@pytest.fixture
+def state(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Accelerate's, as in a process that has had no Trainer: it notes the world in one shared state, once."""
     state = pytest.importorskip("accelerate.state")
     monkeypatch.setattr(state.PartialState, "_shared_state", {})
+    return state
+
+
+def test_an_accelerator_is_refused(state: Any) -> None:
     refuse_what_counts_steps_or_ranks(engine())
     state.PartialState(cpu=True)
     with pytest.raises(lso.Unsupported, match=r"Trainer or an Accelerator.*WORLD_SIZE once"):
         refuse_what_counts_steps_or_ranks(engine())
 
 
-def test_a_torch_scheduler_is_refused() -> None:
+def test_a_torch_scheduler_is_refused(state: Any) -> None:
     found = engine()
     assert found.base is not None
     torch.optim.lr_scheduler.StepLR(found.base, step_size=1)

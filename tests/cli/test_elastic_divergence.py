@@ -18,7 +18,7 @@ def test_an_elastic_job_rewinds_and_ends_well(tmp_path: Path) -> None:
         tmp_path / "run.yaml", model={"import": TINY, "args": {"breaks_at": 0.48}}, landscape={"method": "none"},
         lr_scheduler_type="constant", warmup_ratio=0.0, learning_rate=0.4, momentum=0.0, weight_decay=0.0,
         max_steps=12, save_steps=2, save_total_limit=1, eval_steps=None, max_skipped_steps=3, on_divergence="rewind",
-        rewind_lr_factor=0.1, elastic={},
+        rewind_lr_factor=0.1, eval_fraction=0.2, elastic={},
     )  # fmt: skip
     said, at = run(command("none", job), tmp_path), tmp_path / "run"
     assert "rewound from step 9 to step 4" in said

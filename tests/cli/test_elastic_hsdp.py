@@ -18,7 +18,7 @@ SHAPE: dict[str, Any] = {"max_steps": 40, "eval_steps": None, "save_steps": None
 
 @pytest.mark.timeout(240)
 def test_a_kill_breaks_the_groups_and_a_join_mends_them(tmp_path: Path, ranks: Callable[[int], Any]) -> None:
-    model, run = {"import": TINY, "args": {"pause_s": 0.1}}, tmp_path / "run"
+    model, run = {"import": TINY, "args": {"pause_s": 0.06}}, tmp_path / "run"
     job = write_job(tmp_path / "run.yaml", **SHAPE, model=model, elastic={}, fsdp_replicas=2)
     started = Started(command("none", job), tmp_path)
     started.until(lambda: bool(rows(run)) and rows(run)[max(rows(run))]["world"] == 2 and max(rows(run)) >= 4)

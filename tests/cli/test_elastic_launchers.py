@@ -20,9 +20,9 @@ from tests.jobs import BIN, TINY, Started, in_ranks, losses, rows, write_job
 from tests.ranks import free_port
 from tests.ssh_server import HOSTS, Ssh, ssh_server
 
-STEPS = 40
+STEPS = 30
 SHAPE: dict[str, Any] = {"max_steps": STEPS, "eval_steps": None, "save_steps": None, "workers": 1, "export": False}
-SLOW = {"import": TINY, "args": {"pause_s": 0.04}}
+SLOW = {"import": TINY, "args": {"pause_s": 0.02}}
 ELASTIC = {"lease_s": 2.5, "max_nodes": 4}
 
 pytestmark = pytest.mark.timeout(300)
@@ -112,7 +112,7 @@ def test_two_torchruns(tmp_path: Path, undisturbed: list[float]) -> None:
 
 def test_four_torchruns_one_killed_one_late(tmp_path: Path, undisturbed: list[float]) -> None:
     """Three from the start; one dies with its launcher, its workers with it; the fourth comes late."""
-    slow = {"import": TINY, "args": {"pause_s": 0.12}}
+    slow = {"import": TINY, "args": {"pause_s": 0.1}}
     with nodes(job_of(tmp_path, model=slow, elastic=ELASTIC | {"min_nodes": 2})) as job:
         for name in ("n1", "n2", "n3"):
             job.torchrun(name)

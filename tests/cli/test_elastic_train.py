@@ -16,12 +16,12 @@ from elastic_lsopt.elastic.journal import read_journal
 from tests.jobs import TINY, Started, command, in_ranks, losses, rows, write_job
 from tests.ranks import free_port
 
-STEPS = 60
+STEPS = 40
 SLOW = {"import": TINY, "args": {"pause_s": 0.02}}
-SHAPE: dict[str, Any] = {"max_steps": STEPS, "eval_steps": 30, "save_steps": 25, "workers": 3}
+SHAPE: dict[str, Any] = {"max_steps": STEPS, "eval_steps": 20, "save_steps": 15, "workers": 3}
 PROBES = {
     "lambda_max": {"every_steps": 6, "units": 2, "budget": 1.0}, "trajectory": {"every_steps": 6},
-    "pac_bayes": {"every_steps": 30, "units": 2, "budget": 1.0, "draws": 1, "tolerance": 1e-2},
+    "pac_bayes": {"every_steps": 18, "units": 2, "budget": 1.0, "draws": 1, "tolerance": 1e-2},
 }  # fmt: skip
 LIMIT = pytest.mark.timeout(400)  # the first test that asks for a job waits for all of it
 
@@ -61,7 +61,7 @@ def test_the_loss_of_each_step_is_the_undisturbed_ones(killed: Life, undisturbed
     found = rows(killed.folder)
     assert sorted(found) == list(range(1, STEPS + 1))
     assert losses(killed.folder) == pytest.approx([undisturbed[s]["loss"] for s in sorted(undisturbed)], rel=1e-5)
-    for step in (30, 60):
+    for step in (20, 40):
         assert found[step]["eval_loss"] == pytest.approx(undisturbed[step]["eval_loss"], rel=1e-5)
     assert {row["world"] for row in found.values()} >= {2, 3}
 
@@ -75,7 +75,7 @@ def test_probes_are_the_undisturbed_ones(killed: Life, undisturbed: dict[int, An
     )
     assert list(found) == list(wanted) == list(range(6, STEPS + 1, 6))
     assert list(found.values()) == pytest.approx(list(wanted.values()), rel=2e-3)
-    for step in (30, 60):  # from where the job began, also for those who came later
+    for step in (18, 36):  # from where the job began, also for those who came later
         far, wanted_far = (life[step]["probes"]["pac_bayes"] for life in (rows(killed.folder), undisturbed))
         assert far["square_distance"] == pytest.approx(wanted_far["square_distance"], rel=1e-4) != 0
 
@@ -116,7 +116,7 @@ def test_the_run_folder(killed: Life) -> None:
     }  # fmt: skip
     assert (killed.folder / "members.png").read_bytes()[:4] == b"\x89PNG"
     assert (killed.folder / "model/model.safetensors").exists()
-    assert "checkpoint-60" in {p.name for p in (killed.folder / "checkpoints").iterdir()}
+    assert "checkpoint-40" in {p.name for p in (killed.folder / "checkpoints").iterdir()}
 
 
 @LIMIT
@@ -184,7 +184,7 @@ def test_two_kills_of_everything_resume_from_the_checkpoint(tmp_path: Path, undi
     """The agent itself is killed: its workers die with it, and the same command goes on from the last checkpoint."""
     job = write_job(tmp_path / "run.yaml", model=SLOW, elastic={}, export=False, **(SHAPE | {"workers": 2}))
     first = Started(command("none", job), tmp_path)
-    first.until(lambda: _step(tmp_path / "run") >= 35)
+    first.until(lambda: _step(tmp_path / "run") >= 20)
     workers = _workers(first).values()
     first.process.kill()
     first.process.wait()
@@ -194,7 +194,7 @@ def test_two_kills_of_everything_resume_from_the_checkpoint(tmp_path: Path, undi
         time.sleep(0.05)
     second = Started(command("none", job), tmp_path)
     assert second.wait() == 0, second.output
-    assert "checkpoint-25, after step 25" in second.output
+    assert "checkpoint-15, after step 15" in second.output
     assert losses(tmp_path / "run") == pytest.approx([undisturbed[s]["loss"] for s in sorted(undisturbed)], rel=1e-5)
 
 

@@ -20,7 +20,13 @@ def same(ranks: Any, kind: str, world: int, bits: int, within: float) -> None:
             assert got[name] == pytest.approx(numbers, rel=within, abs=1e-12, nan_ok=True), name
 
 
-@pytest.mark.parametrize("kind,world", [("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3), ("ddp", 2), ("hsdp", 2)])
+@pytest.mark.parametrize(
+    "kind,world",
+    [
+        ("fsdp2", 3), ("ddp", 2), ("hsdp", 2),
+        *(pytest.param("fsdp2", world, marks=pytest.mark.full) for world in (1, 2)),
+    ],
+)  # fmt: skip
 def test_the_same_at_every_world_size(ranks: Any, kind: str, world: int) -> None:
     same(ranks, kind, world, bits=64, within=1e-9)
 

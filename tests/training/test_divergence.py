@@ -23,7 +23,7 @@ def diverging(path: Path, **changes: Any) -> Path:
     settings = {
         "model": model, "landscape": {"method": "none"}, "lr_scheduler_type": "constant", "warmup_ratio": 0.0,
         "learning_rate": RATE, "momentum": 0.0, "weight_decay": 0.0, "max_steps": 12, "save_steps": 2,
-        "eval_steps": None, "max_skipped_steps": SKIPS,
+        "eval_steps": None, "max_skipped_steps": SKIPS, "eval_fraction": 0.2,
     }  # fmt: skip
     return write_job(path, **settings | changes)
 

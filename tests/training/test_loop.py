@@ -100,7 +100,7 @@ def test_a_start_anew_keeps_the_earlier_run(run: Run, folder: Path, whole: Path)
 
 
 def test_epochs_become_steps(run: Run, folder: Path) -> None:
-    """786 training samples (counted by the first rows): a hundredth of them is 8 samples, one step of 7."""
+    """992 samples, all of them to train on: a hundredth is 9, one step of 7."""
     job = write_job(folder / "epochs.yaml", max_steps=None, num_train_epochs=0.01, eval_fraction=0.0, export=False)
     assert run(1, job) == {"step": 1, "eval_loss": None, "stopped": False}
     assert not (folder / "epochs/model").exists()
