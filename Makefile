@@ -36,7 +36,7 @@ test: $(INSTALLED)  ## all laws and contracts on two cores, 12 minutes
 	$(BIN)/python -m pytest tests -n $(LANES) -m "not full"
 
 test-fast: $(INSTALLED)  ## the minute before a commit
-	$(BIN)/python -m pytest tests -n 2 -m "fast and not full"
+	$(BIN)/python -m pytest tests -n 2 -m "fast and not full and not long"
 
 test-all: $(INSTALLED)  ## the full product of methods, backends, worlds and settings; goes on where it was stopped
 	$(BIN)/python -m pytest tests -n $(LANES) --results $(ALL_RESULTS)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests import lanes, warm
 from tests.ranks import Ranks
 from tests.resume import Results
 
@@ -25,10 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if file := config.getoption("--results"):
         config.pluginmanager.register(Results(Path(file), writes=lane is None))
     if lane:
-        from tests import lanes, warm
-
         lanes.enter(lane)
-        warm.start_server()
+    elif config.getoption("numprocesses", None):
+        warm.start_server()  # for all lanes: it imports while they collect
 
 
 def pytest_collection_finish() -> None:
@@ -40,9 +40,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    from tests.lanes import Lanes
-
-    return Lanes(config, log)
+    return lanes.Lanes(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,8 @@ class Start:
     session: bool
     namespace: str | None
     """A file that names the network namespace."""
+    nice: int
+    """As who starts it is."""
 
 
 class Popen(subprocess.Popen[Any]):
@@ -146,7 +148,7 @@ def start_of(args: Any, environment: dict[str, str], cwd: Any, numbers: list[int
             del words[: 1 + (words[0] == "-W")]
         if not words or (words[0].startswith("-") and words[0] not in ("-m", "-c")):
             return None
-    return Start(words, environment, os.fspath(cwd or Path.cwd()), numbers, session, namespace)
+    return Start(words, environment, os.fspath(cwd or Path.cwd()), numbers, session, namespace, os.nice(0))
 
 
 _servers: list[subprocess.Popen[bytes]] = []

@@ -131,6 +131,7 @@ def become(start: Start, descriptors: list[int]) -> None:
     """Make this process what was asked for. See [Note: what a forked process has]."""
     if start.session:
         os.setsid()
+    os.nice(start.nice - os.nice(0))
     above = max(256, *start.descriptors) + 1
     held = [fcntl.fcntl(d, fcntl.F_DUPFD_CLOEXEC, above) for d in descriptors]
     for theirs in descriptors:

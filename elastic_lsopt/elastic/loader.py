@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from typing import Any, Protocol
 
 from elastic_lsopt.elastic.draws import CommonGenerator, Draws, drawing_alone, drawing_beside_others, trying
 from elastic_lsopt.elastic.order import SampleOrder
+from elastic_lsopt.elastic.read_ahead import ReadAhead
 from elastic_lsopt.elastic.rewound_order import rewound
 from elastic_lsopt.elastic.shards import ShardStream
 from elastic_lsopt.errors import StaleGeneration, UserError
@@ -136,7 +136,7 @@ class StepLoader:
         self._refuse_stale(loads)
         if position >= self.total_samples:
             return
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader") as thread:
+        with ReadAhead() as thread:
             units = self._first(position)
             while True:
                 position += self.samples_at(position)

@@ -109,17 +109,25 @@ class ShardStream:
         """Let the reader begin again at the last shard that is known to begin at or before `position`."""
         begin = self._begin_before(position)
         self._begins = self._begins[: self._begins.index(begin) + 1]
-        self._next, self._reader = begin[0], self._samples(*begin)
+        self._next, self._reader = begin[0], _samples(self.shards, self.open_shard, self.order, self._begins, *begin)
 
-    def _samples(self, position: int, shard: int) -> Iterator[Any]:
-        """All samples from the beginning of a shard on, for ever; notes where each shard begins."""
-        empty = 0
-        while empty < 2 * len(self.shards):  # two epochs: the same shard may be last in one and first in the next
-            empty += 1
-            for sample in self.open_shard(self.shards[int(self.order.at([shard])[0])]):
-                empty = 0
-                position += 1
-                yield sample
-            shard += 1
-            self._begins.append((position, shard))
-        raise UserError(f"none of the {len(self.shards)} shards has a sample; check what open_shard gives.")
+
+def _samples(
+    shards: Sequence[str], open_shard: Callable[[str], Iterable[Any]], order: SampleOrder,
+    begins: list[tuple[int, int]], position: int, shard: int,
+) -> Iterator[Any]:  # fmt: skip
+    """All samples from the beginning of a shard on, for ever; notes in `begins` where each shard begins.
+
+    It does not know the stream that holds it, so an open shard is closed with the stream and not by a garbage
+    collection: a DataLoader that is ended by one waits 5 s for each of its workers, in whatever thread that is.
+    """
+    empty = 0
+    while empty < 2 * len(shards):  # two epochs: the same shard may be last in one and first in the next
+        empty += 1
+        for sample in open_shard(shards[int(order.at([shard])[0])]):
+            empty = 0
+            position += 1
+            yield sample
+        shard += 1
+        begins.append((position, shard))
+    raise UserError(f"none of the {len(shards)} shards has a sample; check what open_shard gives.")

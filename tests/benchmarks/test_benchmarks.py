@@ -19,6 +19,7 @@ from tests.ranks import Ranks
 fast = pytest.mark.fast
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [pytest.param("ddp", marks=fast), pytest.param("fsdp2", marks=fast), "zero2", "zero3"])
 def test_steps(ranks: Callable[[int], Ranks], kind: str) -> None:
     figures = ranks(2).run("benchmarks.steps:compare", kind=kind, size="toy")[0]
@@ -33,6 +34,7 @@ def test_one_process() -> None:
     assert figures["sam_landscape_optimizer_of_pytorch_optimizer"] > 0
 
 
+@pytest.mark.long
 @fast
 def test_memory_counts_the_weights_copy(ranks: Callable[[int], Ranks]) -> None:
     # On DDP each rank keeps one copy of all weights while displaced, and nothing of the toy's size hides it.
@@ -50,6 +52,7 @@ def test_products() -> None:
         assert figures[f"product_{name}_of_gradient"] > 0  # type: ignore[operator]
 
 
+@pytest.mark.long
 @fast
 def test_products_under_fsdp2_count_what_they_exchange(ranks: Callable[[int], Ranks]) -> None:
     # Kept: the vector is gathered, the product reduced. Blockwise: weights and vector are gathered more than once.

@@ -121,6 +121,7 @@ def test_a_block_that_is_none_and_its_file_beside_the_yaml(write):
     assert load_config(path, ["elastic.copies=2"]).elastic.copies == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -236,6 +237,7 @@ plain = st.recursive(
 )
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=40)  # no deadline: other processes share the cores
 @example(rate=1e-5, own={"1e5": "0E0", "\x85": "null"}, reports=(), elastic=None)  # a text that looks like a number
 @given(

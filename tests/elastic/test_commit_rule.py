@@ -49,6 +49,7 @@ def search(workers: int, newcomers: int, kills: int, steps: int, rule: Rule = SO
 full = pytest.mark.full
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("workers", "newcomers", "kills", "steps"),
     [

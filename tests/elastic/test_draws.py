@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,18 +59,21 @@ def loader(source: Any, *, rank: int = 0, world: int = 1, steps: int = 6, collat
 
 
 def read(source: Any, world: int = 1, resume_at: int = 0, **more: Any) -> list[Any]:
-    """What all ranks together read from a committed cursor on, in the order of units."""
-    out: list[Any] = []
-    ranks = [loader(source(), rank=r, world=world, **more) for r in range(world)]
-    for one in ranks:
+    """What all ranks together read from a committed cursor on, in the order of units.
+
+    One rank after the other: in this process they would share the common generators, which each has to itself.
+    """
+    steps: list[list[Any]] = []
+    for rank in range(world):
+        one = loader(source(), rank=rank, world=world, **more)
         if resume_at:
             one.load_state_dict({"committed": resume_at, **one.source.state_dict(resume_at)})
-    for mine in zip(*ranks, strict=True):
-        units = sorted((u for own in mine for u in own if not u.idle), key=lambda u: u.index)
-        out += [row for unit in units for row in unit.batch]
-        for one in ranks:
+        for step, units in enumerate(one):
+            if rank == 0:
+                steps.append([])
+            steps[step] += [unit for unit in units if not unit.idle]
             one.commit(6)
-    return out
+    return [row for units in steps for unit in sorted(units, key=lambda u: u.index) for row in unit.batch]
 
 
 @pytest.mark.parametrize("name", DRAWS)
@@ -233,6 +238,40 @@ def test_worker_processes_of_a_dataloader() -> None:
     alone = read(lambda: ShardStream(["a"], Workers(DRAWS["torch.rand"]), seed=3), steps=3)
     assert len({x for _, x in alone}) == len(alone)
     assert read(lambda: ShardStream(["a"], Workers(DRAWS["torch.rand"]), seed=3), world=2, steps=3) == alone
+
+
+def test_worker_processes_that_the_reading_thread_starts_end_well() -> None:
+    """Else torch raises in the main thread, wherever that is: "DataLoader worker (pid …) exited unexpectedly"."""
+    shards: list[Any] = []
+
+    def shard(name: str) -> Iterator[Any]:
+        shards.append(Workers(lambda: 0.0)(name))
+        return shards[-1]
+
+    read(lambda: ShardStream(["a", "b"], shard, seed=3), steps=4)
+    started_beside = shards[-1]._workers
+    workers = [worker for one in shards for worker in one._workers]
+    for one in shards:
+        one._shutdown_workers()
+    assert started_beside and [worker.exitcode for worker in workers] == [0] * 2 * len(shards)
+
+
+def test_a_stream_that_is_dropped_ends_its_worker_processes_at_once() -> None:
+    """A garbage collection would end them too, some time, and wait 5 s for each."""
+    workers: list[Any] = []
+
+    def shard(name: str) -> Iterator[Any]:
+        opened: Any = Workers(lambda: 0.0)(name)
+        workers.extend(opened._workers)
+        return opened
+
+    gc.disable()
+    try:
+        begin = time.monotonic()
+        read(lambda: ShardStream(["a"], shard, seed=3), steps=1)
+        assert [worker.exitcode for worker in workers] == [0, 0] and time.monotonic() - begin < 5
+    finally:
+        gc.enable()
 
 
 def test_replay_touches_the_generators_of_its_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ def refuse(address: str) -> Mailbox:
     raise UserError(f"{address} is taken")
 
 
+@pytest.mark.long
 def test_a_listener_that_never_answers(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"

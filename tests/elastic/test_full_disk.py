@@ -19,6 +19,7 @@ def full(start: Callable[[int], World], names: str) -> Callable[[int], World]:
     return lambda agents: start(agents).fill(*names)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("start", "names", "agents", "steps", "left"),
     [

@@ -42,6 +42,7 @@ def samples(units: list[Any]) -> list[int]:
 cuts = st.tuples(st.integers(1, 12), st.integers(1, 30)).filter(lambda c: c[0] <= c[1])
 
 
+@pytest.mark.long
 @settings(max_examples=50, deadline=None)
 @given(n=st.integers(1, 60), cut=cuts, world=st.integers(1, 9))
 def test_all_ranks_together_read_what_one_would(n: int, cut: tuple[int, int], world: int) -> None:
@@ -74,6 +75,7 @@ def test_each_sample_once_an_epoch_across_batches(n: int, cut: tuple[int, int]) 
         assert sorted(read[epoch * n : (epoch + 1) * n]) == [10 * i for i in range(n)]
 
 
+@pytest.mark.long
 @settings(max_examples=25, deadline=None)
 @given(kills=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), max_size=4))
 def test_killed_and_resumed_anywhere_equals_never_stopped(kills: list[tuple[int, int]]) -> None:
@@ -101,6 +103,7 @@ def test_a_cursor_off_the_batch_boundary_reads_on_exactly() -> None:
     assert read == whole[13:]
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @example(n=40, cut=(8, 32), total=33, parts=8, world=2)  # a rest of one sample, which no eight parts can share
 @given(n=st.integers(1, 40), cut=cuts, total=st.integers(1, 100), parts=st.integers(1, 8), world=st.integers(1, 5))
@@ -127,6 +130,7 @@ changes = st.lists(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(changes=changes)
 def test_each_sample_once_whatever_world_and_batch_each_generation_has(changes: Any) -> None:

@@ -100,6 +100,7 @@ def play(world: World, history: list[tuple[str, int]], rates: list[float]) -> tu
     return world, job
 
 
+@pytest.mark.long
 @settings(
     max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate)
 )
@@ -134,6 +135,7 @@ def test_safe_always_and_settled_when_healed(
     assert world.settled(), (world.decided[-1], [(p.name, p.state and p.state.number, p.alive) for p in world.places])
 
 
+@pytest.mark.long
 @settings(
     max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate)
 )

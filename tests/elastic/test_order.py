@@ -30,6 +30,7 @@ def test_each_sample_once_an_epoch_of_many(n: int) -> None:
     assert np.array_equal(np.sort(SampleOrder(n, 5).at(np.arange(n))), np.arange(n))
 
 
+@pytest.mark.long
 @given(n=sizes, seed=seeds, start=st.integers(0, 2**30), cuts=st.lists(st.integers(0, 200), max_size=6))
 def test_a_position_does_not_feel_its_chunk(n: int, seed: int, start: int, cuts: list[int]) -> None:
     order = SampleOrder(n, seed)
@@ -114,6 +115,7 @@ def test_the_order_is_pinned() -> None:
     ]
 
 
+@pytest.mark.long
 def test_speed() -> None:
     order = SampleOrder(10**9 + 7, 2)
     positions = np.arange(1_000_000)

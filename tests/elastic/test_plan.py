@@ -42,6 +42,7 @@ def at(samples: int) -> SampleClock:
 # -- who runs what -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @given(world=st.integers(1, 16), units=st.integers(1, 40), parts=st.integers(1, 6))
 def test_units_are_dealt_whole_and_forwards_are_equally_many(world: int, units: int, parts: int) -> None:
     parts = min(parts, units)

@@ -44,6 +44,7 @@ def endless(sizes: list[int], seed: int) -> Iterator[str]:
             yield from open_shard(f"{shard}:{sizes[shard]}")
 
 
+@pytest.mark.long
 @settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any),
@@ -96,6 +97,7 @@ changes = st.lists(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(changes=changes)
 def test_each_sample_once_over_any_sequence_of_changes(changes: Any) -> None:

@@ -41,6 +41,7 @@ def fill(folder: Path, name: str) -> Path:
     return draft
 
 
+@pytest.mark.long
 def test_a_worker_dies_while_the_disk_is_full(tmp_path: Path) -> None:
     """The agent lives, its other worker lives; the death becomes a generation as soon as there is room."""
     command = [sys.executable, "-m", "tests.elastic.plain_agent", str(tmp_path), "n", "2"]

@@ -78,7 +78,6 @@ def differ(a: nn.Module, b: nn.Module) -> dict[str, float]:
     return {n: d for n, t in mine.items() if (d := float((t - theirs[n]).abs().max())) > 1e-6}
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("named", [True, False])
 def test_only_the_first_pass_moves_running_statistics(named: bool, compiled: bool) -> None:
@@ -138,7 +137,6 @@ def test_an_engines_displaced_passes_and_a_probe_move_none(face: str) -> None:
         assert differ(model, start) == {}
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("way", ["found", "unnamed", "wrapped", "given"])
 def test_statistics_are_resumed(tmp_path: Path, way: str) -> None:
     """Saved, loaded, continued equals never stopped: buffers too, also of an optimizer that was given no module."""

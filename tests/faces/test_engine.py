@@ -9,7 +9,6 @@ import pytest
 REMEDIES = ("rho_scale: sqrt_n", "radius: row", "fp32")
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("kind,world", [("fsdp2", 2), ("hsdp", 2)])
 def test_a_displacement_lost_in_bf16_warns_once(ranks: Any, kind: str, world: int) -> None:
     for r in ranks(world).run("tests.cases.faces:warned", kind=kind, rho=1e-4, bf16=True):
@@ -24,7 +23,6 @@ def test_a_large_displacement_in_bf16_is_seen(ranks: Any, kind: str, world: int)
         assert r["messages"] == [] and min(r["cosines"]) > 0.98, r
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("kind,world", [("plain", 1), ("ddp", 2), ("fsdp2", 2)])
 def test_fp32_is_faithful(ranks: Any, kind: str, world: int) -> None:
     for r in ranks(world).run("tests.cases.faces:warned", kind=kind, rho=0.05, bf16=False, ask=True):

@@ -19,7 +19,6 @@ FEW = [("plain", 1), ("fsdp2", 2)]
 SCHEDULERS = ("CosineAnnealingLR", "OneCycleLR", "SequentialLR", "ReduceLROnPlateau")
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     "kind,world,method,clip",
     daily(

@@ -54,7 +54,6 @@ def furthest(a: nn.Module, b: nn.Module) -> float:
     return max(float((p - q).detach().abs().max()) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("empties", [True, False])
 @pytest.mark.parametrize("way", ["requires_grad", "add_param_group", "freeze"])
 def test_what_changes_after_the_first_step_is_the_papers(way: str, empties: bool) -> None:

@@ -13,7 +13,6 @@ REST = {
 }
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("method", REST)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_rest_point(ranks: Any, kind: str, method: str) -> None:

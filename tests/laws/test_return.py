@@ -9,7 +9,6 @@ import pytest
 KINDS = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2-kept", 3), ("hsdp", 4)]
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("kind,world", KINDS[:3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_bits_after_displacement(ranks: Any, kind: str, world: int, dtype: str) -> None:

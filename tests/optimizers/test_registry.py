@@ -101,6 +101,7 @@ def python(code: str, *paths: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_a_third_partys_method(third_party: Path) -> None:
     out = python(
         "import elastic_lsopt as lso\n"
@@ -116,6 +117,7 @@ def test_a_third_partys_method(third_party: Path) -> None:
     assert "'broken'" in broken and "theirs:Nothing" in broken
 
 
+@pytest.mark.long
 def test_the_package_imports_no_framework() -> None:
     """The public names work without DeepSpeed, transformers, accelerate, triton."""
     heavy = ("deepspeed", "transformers", "accelerate", "triton", "datasets", "elastic_lsopt.space.noise_triton")

@@ -9,6 +9,7 @@ import pytest
 CASES = [("ddp", 2), ("ddp", 3), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3), ("fsdp2-kept", 2), ("hsdp", 4)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind,world,checkpointing",
     [

@@ -14,7 +14,6 @@ from tests.cases import spectra
 from tests.cases.spectra import flat, of_matrix, symmetric
 
 
-@pytest.mark.fast
 def test_error_is_the_closed_form() -> None:
     matrix = symmetric(torch.linspace(-2, 3, 30))
     a = of_matrix(matrix)

@@ -17,7 +17,6 @@ from tests.cases.flatness import Quadratic, dense, mean, quadratic
 from tests.oracles.paper_loops import cross_entropy
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("ratio", [0.97, 1.03])
 def test_descent_diverges_exactly_above_one(ratio: float, momentum: float) -> None:

@@ -14,7 +14,6 @@ from tests.cases import spectra
 from tests.cases.spectra import of_matrix, symmetric
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("draw", ["signs", "gaussian"])
 def test_value_and_error(draw: Any) -> None:
     matrix = symmetric(torch.linspace(-2, 1, 30))

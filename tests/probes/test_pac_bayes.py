@@ -15,6 +15,7 @@ from tests.cases.flatness import dense, quadratic
 pytestmark = pytest.mark.fast
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("distant", [False, True])
 def test_closed_form(distant: bool) -> None:
     a, n, m = 3.0, 8, 10

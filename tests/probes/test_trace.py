@@ -58,7 +58,6 @@ def test_xtrace_is_its_definition() -> None:
     assert found.standard_error == pytest.approx(float(torch.stack(each).std()) / sqrt(m), rel=1e-8)
 
 
-@pytest.mark.fast
 @ALL
 def test_unbiased_with_an_honest_error(probe: Callable[..., Any], samples: int) -> None:
     """Over 40 seeds: the mean is the trace within four standard errors, the reported error is the spread's size."""
@@ -75,7 +74,6 @@ def test_unbiased_with_an_honest_error(probe: Callable[..., Any], samples: int) 
     assert 0.6 < float(torch.tensor(errors).square().mean().sqrt() / v.std()) < 1.6
 
 
-@pytest.mark.fast
 def test_hutchinson_has_its_variance() -> None:
     matrix = symmetric(torch.linspace(-1, 2, 40))
     a = of_matrix(matrix)

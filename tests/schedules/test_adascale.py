@@ -73,6 +73,7 @@ def test_it_is_the_plain_loop() -> None:
     assert (gain.variance, gain.square) == pytest.approx((variance / weight, square / weight))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batches", [(16, 16), (8, 64)], ids=["one batch", "two batches in turn"])
 def test_known_noise_on_a_quadratic(batches: tuple[int, int]) -> None:
     """L = |w|^2 / 2 at |w|^2 = 4 with noise of variance 0.5 an element and sample: S = 200 x 0.5, whatever the batch.

@@ -13,7 +13,6 @@ import torch
 from tests.jobs import LLAMA, WORDS, Run, in_ranks, losses, rows, write_job
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("world", [1, 3])
 def test_the_world_size_changes_no_loss(run: Run, folder: Path, whole: Path, world: int) -> None:
     run(world, write_job(folder / f"world{world}.yaml"))
@@ -36,7 +35,6 @@ def test_a_row_of_metrics_says_where_the_run_is(whole: Path) -> None:
     assert all(r["seconds"] > 0 and r["gradient_norm"] > 0 for r in found.values())
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("batches", [None, 3])
 def test_evaluation_in_rounds_is_a_plain_loop_over_the_held_out_samples(
     ranks: Any, folder: Path, batches: int | None

@@ -205,6 +205,7 @@ def not_a_module() -> int:
     return 3
 
 
+@pytest.mark.long
 def test_mistakes_are_one_line_that_names_its_key(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m", block_size=2048)
     (tmp_path / "empty").mkdir()

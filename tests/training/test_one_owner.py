@@ -28,7 +28,6 @@ def test_the_second_job_in_a_folder_is_refused_before_it_changes_anything(ranks:
     assert not list(busy.glob(".owner*"))
 
 
-@pytest.mark.fast
 def test_status_of_a_job_without_agents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert state_line(tmp_path) is None
     state = RunState(tmp_path)
