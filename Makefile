@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+unexport PYTHONDONTWRITEBYTECODE  # else each lane compiles and rewrites all tests anew
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
