@@ -51,4 +51,5 @@ class ReadAhead:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._calls.put(None)
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # whose garbage collection may close who has read ahead
+            self._thread.join()
