@@ -30,8 +30,8 @@ from elastic_lsopt.elastic.loader import StepLoader
 from elastic_lsopt.elastic.signing import job_secret
 from elastic_lsopt.errors import UserError
 
-BATCH, UNIT, STEPS, PACE_S = 32, 8, 120, 0.12
-KILL_AT, NODES = 25, 3
+BATCH, UNIT, STEPS, PACE_S = 32, 8, 80, 0.15
+KILL_AT, NODES = 15, 3
 
 
 def loss(model, batch):

@@ -55,7 +55,7 @@ MODULES = (
     "transformers.trainer", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
 )  # fmt: skip
 WORKER = "ELASTIC_LSOPT_WORKER"
-"""In the environment of an elastic job's worker, which starts nothing."""
+"""In the environment of an elastic job's worker."""
 _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36
 _CLONE_NEWNET = 0x40000000
 
@@ -208,6 +208,11 @@ def execute(arguments: list[str], folder: str) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
+def starts_nothing(start: Start) -> bool:
+    """A worker, or a rank that is no agent: it need not have a server of its own."""
+    return WORKER in start.environment or ("RANK" in start.environment and "elastic_lsopt.agent" not in start.arguments)
+
+
 def end(start: Start) -> NoReturn:
     """Execute it and end with its exit code. See [Note: how a forked process ends]."""
     code = 0
@@ -255,10 +260,10 @@ def main() -> None:
     gc.freeze()
     start, descriptors = serve(listener, imported_with)
     become(start, descriptors)
-    while WORKER not in start.environment and (asked := own_server(start, imported_with, folder)):
+    while not starts_nothing(start) and (asked := own_server(start, imported_with, folder)):
         start, descriptors = asked
         become(start, descriptors)
-    if WORKER in start.environment:
+    if starts_nothing(start):
         os.environ["LSOPT_TESTS_EXEC"] = "1"  # it has no server
     end(start)
 

@@ -14,7 +14,12 @@ SHAPE: dict[str, Any] = {"max_steps": 3, "eval_steps": None, "save_steps": None,
 
 @pytest.mark.parametrize(
     ("launcher", "elastic"),
-    [("none", None), ("none", {}), pytest.param("torchrun", None, marks=pytest.mark.full), ("deepspeed", None)],
+    [
+        pytest.param("none", None, marks=pytest.mark.full),
+        ("none", {}),
+        pytest.param("torchrun", None, marks=pytest.mark.full),
+        ("deepspeed", None),
+    ],
 )
 def test_train(launcher: str, elastic: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LSOPT_TESTS_EXEC", "1")

@@ -252,7 +252,7 @@ def compare_kernel_with_slow_form(device: str) -> None:
     """Fill, one scale and a scale a row, in every dtype, at keys, offsets and cuts that reach both counter words."""
     from elastic_lsopt.space.noise_triton import normal_
 
-    places = [(7, 0, 6000), (2**64 - 5, 12_345, 5000), (2**63, 2**36 + 2047, 4097), (block_seed(1, "w"), 2048, 1)]
+    places = [(7, 0, 2500), (2**64 - 5, 12_345, 2300), (2**63, 2**36 + 2047, 4097), (block_seed(1, "w"), 2048, 1)]
     # The interpreter cuts bf16 and fp16 off where a GPU rounds, so a whole last place is allowed, not half.
     tolerances = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7, torch.float16: 2**-10}
     for (key, first, count), (dtype, tolerance) in itertools.product(places, tolerances.items()):
