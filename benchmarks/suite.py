@@ -35,7 +35,8 @@ def beside(what: str) -> Iterator[None]:
     if what == "quiet":
         yield
         return
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+    computes = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+    with subprocess.Popen([sys.executable, "-c", computes]) as process:
         try:
             yield
         finally:
