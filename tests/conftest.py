@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests import lanes, warm
@@ -15,6 +16,10 @@ from tests.ranks import Ranks
 from tests.resume import Results
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the lanes have a core each, and would fight for both
+
+
+hypothesis.settings.register_profile("suite", deadline=None)  # by the wall's clock, which a busy machine does not keep
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -238,7 +238,7 @@ plain = st.recursive(
 
 
 @pytest.mark.long
-@settings(deadline=None, max_examples=40)  # no deadline: other processes share the cores
+@settings(max_examples=40)
 @example(rate=1e-5, own={"1e5": "0E0", "\x85": "null"}, reports=(), elastic=None)  # a text that looks like a number
 @given(
     rate=st.floats(min_value=0, allow_nan=False, allow_infinity=False),

@@ -43,7 +43,7 @@ cuts = st.tuples(st.integers(1, 12), st.integers(1, 30)).filter(lambda c: c[0] <
 
 
 @pytest.mark.long
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(n=st.integers(1, 60), cut=cuts, world=st.integers(1, 9))
 def test_all_ranks_together_read_what_one_would(n: int, cut: tuple[int, int], world: int) -> None:
     unit, batch = cut
@@ -66,7 +66,7 @@ def test_a_rank_without_a_unit_gets_unit_0_to_idle_on() -> None:
     assert not busy.units_at(0)[0].idle
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(n=st.integers(1, 40), cut=cuts)
 def test_each_sample_once_an_epoch_across_batches(n: int, cut: tuple[int, int]) -> None:
     unit, batch = cut
@@ -76,7 +76,7 @@ def test_each_sample_once_an_epoch_across_batches(n: int, cut: tuple[int, int]) 
 
 
 @pytest.mark.long
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(kills=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), max_size=4))
 def test_killed_and_resumed_anywhere_equals_never_stopped(kills: list[tuple[int, int]]) -> None:
     """Each life commits some steps, has read one more when it dies, and goes on at another world size."""
@@ -104,7 +104,7 @@ def test_a_cursor_off_the_batch_boundary_reads_on_exactly() -> None:
 
 
 @pytest.mark.long
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @example(n=40, cut=(8, 32), total=33, parts=8, world=2)  # a rest of one sample, which no eight parts can share
 @given(n=st.integers(1, 40), cut=cuts, total=st.integers(1, 100), parts=st.integers(1, 8), world=st.integers(1, 5))
 def test_the_job_ends_at_its_last_sample(n: int, cut: tuple[int, int], total: int, parts: int, world: int) -> None:
@@ -131,7 +131,7 @@ changes = st.lists(
 
 
 @pytest.mark.long
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(changes=changes)
 def test_each_sample_once_whatever_world_and_batch_each_generation_has(changes: Any) -> None:
     """Each generation: (world, units a step, unit, steps committed), one more in flight that the next does again."""

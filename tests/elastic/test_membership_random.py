@@ -101,9 +101,7 @@ def play(world: World, history: list[tuple[str, int]], rates: list[float]) -> tu
 
 
 @pytest.mark.long
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate)
-)
+@settings(max_examples=60, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate))
 @given(
     count=st.integers(1, 5),
     spares=st.integers(0, 1),
@@ -136,9 +134,7 @@ def test_safe_always_and_settled_when_healed(
 
 
 @pytest.mark.long
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate)
-)
+@settings(max_examples=60, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate))
 @given(count=st.integers(2, 5), dead=st.sets(st.integers(0, 4), min_size=1, max_size=2), witness=st.booleans())
 def test_a_quorum_goes_on_without_the_dead(count: int, dead: set[int], witness: bool) -> None:
     """Within 4 leases, and the survivors' workers live on: nothing that they hold is lost."""

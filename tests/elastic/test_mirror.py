@@ -39,7 +39,7 @@ def test_no_rank_mirrors_a_whole_node(nodes: int, ranks: int) -> None:
     assert sorted(target for _, target in sent) == list(range(len(names)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(NODES, st.integers(1, 3))
 def test_each_shard_is_on_enough_nodes(nodes: list[str], copies: int) -> None:
     own = shards(len(nodes))
@@ -57,7 +57,7 @@ def test_what_replicas_hold_is_not_sent() -> None:
     assert routes(hsdp, "abab", 1) == {(0, 1): [("w", 0, 5)], (1, 0): [("w", 5, 5)]}  # both replicas on one node
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_after_a_hand_over_no_chunk_is_on_leavers_only(data: Any) -> None:
     nodes = data.draw(st.lists(st.sampled_from("abc"), min_size=2, max_size=7))

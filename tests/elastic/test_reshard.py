@@ -95,7 +95,7 @@ def elements(chunks: list[Chunk]) -> set[tuple[str, int]]:
     return {(key, i) for key, offset, length in chunks for i in range(offset, offset + length)}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(layouts())
 def test_each_missing_element_comes_once_from_a_holder_and_nothing_else_moves(case: Any) -> None:
     held, wanted = case
@@ -106,7 +106,7 @@ def test_each_missing_element_comes_once_from_a_holder_and_nothing_else_moves(ca
     assert all(elements([m.chunk]) <= elements(held[m.source]) and m.source != m.target for m in moves)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(layouts(), st.integers(1, 9))
 def test_messages_are_bounded_and_carry_the_same_elements(case: Any, limit: int) -> None:
     moves = transfers(*case)

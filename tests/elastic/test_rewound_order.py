@@ -17,7 +17,7 @@ from elastic_lsopt.elastic.rewound_order import rewound
 pytestmark = pytest.mark.fast
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(1, 40), rewinds=st.lists(st.integers(0, 90), max_size=3), seed=st.integers(0, 2**64 - 1))
 def test_each_sample_comes_once_per_epoch_and_what_is_used_up_stays(n: int, rewinds: list[int], seed: int) -> None:
     order = SampleOrder(n, seed)

@@ -45,7 +45,6 @@ def endless(sizes: list[int], seed: int) -> Iterator[str]:
 
 
 @pytest.mark.long
-@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any),
     seed=st.integers(0, 99),
@@ -98,7 +97,7 @@ changes = st.lists(
 
 
 @pytest.mark.long
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(changes=changes)
 def test_each_sample_once_over_any_sequence_of_changes(changes: Any) -> None:
     """Each generation: (world, units a step, unit, steps committed, whose state is kept). One step more is read, and

@@ -81,7 +81,7 @@ def test_restarts(which: Any, dtype: torch.dtype, tolerance: float) -> None:
 
 
 @pytest.mark.fast
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(
     copies=st.lists(st.tuples(st.sampled_from([-2.0, 0.0, 0.5, 1.0, 4.0]), st.integers(1, 5)), min_size=1, max_size=4),
     k=st.integers(1, 6),

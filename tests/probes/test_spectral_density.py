@@ -16,7 +16,7 @@ from tests.cases.spectra import flat, of_matrix, symmetric
 
 
 @pytest.mark.fast
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, derandomize=True)
 @given(n=st.integers(1, 12), steps=st.integers(1, 12), seed=st.integers(0, 9), copies=st.booleans())
 def test_moments_are_those_of_the_vectors(n: int, steps: int, seed: int, copies: bool) -> None:
     """Exact up to degree 2 steps - 1: sum w theta^p = v' A^p v; weights are positive and sum to 1."""

@@ -22,7 +22,7 @@ ALL = pytest.mark.parametrize("probe,samples", [(hutchinson, 36), (hutchpp, 12),
 
 
 @pytest.mark.fast
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(rank=st.integers(0, 5), more=st.integers(1, 6), seed=st.integers(0, 9))
 def test_exact_on_low_rank(rank: int, more: int, seed: int) -> None:
     values = [(-1.0) ** i * (i + 1) for i in range(rank)] + [0.0] * (14 - rank)

@@ -79,7 +79,7 @@ def test_numbers_are_torch_randn_of_each_block() -> None:
         assert torch.equal(normal(SIZE, dtype=dtype), expected[:SIZE].to(dtype)), dtype
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cuts)
 def test_same_numbers_at_any_sharding(ends: list[int]) -> None:
     whole = normal(SIZE)
@@ -88,7 +88,7 @@ def test_same_numbers_at_any_sharding(ends: list[int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(cuts)
 def test_same_sum_at_any_sharding(dtype: torch.dtype, ends: list[int]) -> None:
     """Bit for bit, in every type: a vector loop and its tail must round alike."""
@@ -239,7 +239,7 @@ def test_philox_known_answers() -> None:
         assert drawn == words
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**40), st.integers(0, 9000), st.integers(0, 9000))
 def test_philox_same_numbers_at_any_sharding(key: int, first: int, count: int, cut: int) -> None:
     cut = min(cut, count)

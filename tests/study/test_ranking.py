@@ -29,7 +29,7 @@ def by_loop(x, y) -> float:
 
 
 @given(TIED)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_tau_b_is_scipys_and_that_of_a_double_loop(pairs):
     x, y = zip(*pairs, strict=True)
     assert tau_b(x, y) == pytest.approx(by_loop(x, y), abs=1e-12, nan_ok=True)
