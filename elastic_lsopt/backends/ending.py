@@ -15,7 +15,6 @@ import os
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -48,8 +47,14 @@ def end(code: int) -> NoReturn:
 def leave(code: int) -> NoReturn:
     """End this process now, for where a thread may wait in the network for a peer that is dead."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # a reader that has gone: `elastic-lsopt … | head`
+        try:
             stream.flush()
+        except ValueError:  # somebody has closed it
+            pass
+        except OSError as error:
+            code = code or 1  # what was to be read is not there
+            if not isinstance(error, BrokenPipeError) and stream is sys.stdout:
+                os.write(2, f"elastic-lsopt: the output could not be written: {error.strerror}.\n".encode())
     os._exit(code)
 
 

@@ -8,6 +8,7 @@ in the main thread, wherever that is.
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -43,13 +44,19 @@ class ReadAhead:
             call()
             del call
 
+    def close(self) -> None:
+        """Make no more calls; returns when the present one is made."""
+        self._calls.put(None)
+        if threading.current_thread() is not self._thread:  # whose garbage collection may close who has read ahead
+            self._thread.join()
+
     def __enter__(self) -> ReadAhead:
         self._thread.start()
+        atexit.register(self.close)  # else the interpreter's end stops the thread inside of torch: an abort
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._calls.put(None)
-        if threading.current_thread() is not self._thread:  # whose garbage collection may close who has read ahead
-            self._thread.join()
+        atexit.unregister(self.close)
+        self.close()

@@ -39,3 +39,14 @@ def test_a_command_ends_with_its_own_code_whatever_the_interpreters_end_would_do
     )  # fmt: skip
     assert ended.returncode == 2 and ended.stdout == "handled\n", ended
     assert ended.stderr.startswith("elastic-lsopt: ") and ended.stderr.count("\n") == 1, ended.stderr
+
+
+def test_an_output_that_cannot_be_written_is_a_failure() -> None:
+    code = "import sys\nfrom elastic_lsopt.backends.ending import leave\nprint('told')\nleave(0)"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env={**rank_environment(), "PYTHONUNBUFFERED": ""}, text=True,
+            stdout=full, stderr=subprocess.PIPE, timeout=60, check=False,
+        )  # fmt: skip
+    assert ended.returncode == 1
+    assert ended.stderr == "elastic-lsopt: the output could not be written: No space left on device.\n"

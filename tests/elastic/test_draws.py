@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from elastic_lsopt.elastic.loader import StepLoader
 from elastic_lsopt.elastic.shards import ShardStream
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.slot import replayed
+from tests.ranks import ROOT, rank_environment
 
 pytestmark = pytest.mark.fast
 CPU = torch.device("cpu")
@@ -254,6 +257,33 @@ def test_worker_processes_that_the_reading_thread_starts_end_well() -> None:
     for one in shards:
         one._shutdown_workers()
     assert started_beside and [worker.exitcode for worker in workers] == [0] * 2 * len(shards)
+
+
+ENDS_EARLY = """
+import sys, time
+from elastic_lsopt.elastic.loader import StepLoader
+class Slow:
+    def __len__(self):
+        return 12
+    def __getitem__(self, i):
+        time.sleep(0.1)
+        return i
+loader = StepLoader(Slow(), list, global_batch_size=6, unit_size=6, seed=3, rank=0, world=1, total_samples=12)
+read = Slow.__getitem__
+Slow.__getitem__ = lambda self, i: (read(self, i), print("read", flush=True))
+steps = iter(loader)
+next(steps)
+"""
+
+
+@pytest.mark.long
+def test_a_step_that_is_being_read_when_the_program_ends_is_read() -> None:
+    """The interpreter's end would stop the thread inside of torch, and the process with it."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS_EARLY], cwd=ROOT, env=rank_environment(), text=True, capture_output=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.count("read") == 12, done
 
 
 def test_a_stream_that_is_dropped_ends_its_worker_processes_at_once() -> None:
