@@ -14,6 +14,7 @@ import pytest
 from tests import lanes, warm
 from tests.ranks import Ranks
 from tests.resume import Results
+from tests.warm_server import read_at_import
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the lanes have a core each, and would fight for both
 
@@ -46,6 +47,16 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return lanes.Lanes(config, log)
+
+
+@pytest.fixture(autouse=True)
+def environment_as_it_was() -> Iterator[None]:
+    """A command sets variables for its own process; left there, they change how the next tests' processes start."""
+    before = read_at_import(os.environ)
+    yield
+    for name in read_at_import(os.environ).keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

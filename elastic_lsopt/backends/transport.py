@@ -29,7 +29,6 @@ from elastic_lsopt.errors import PeerFailed
 AGREE_S = 1.0
 """How long a failing rank waits for the others to report a failure of their own before it cuts the transport."""
 SETTLE_TIMEOUT_S = 60.0
-LISTENING, ESTABLISHED = "0A", "01"
 
 
 class Transport:
@@ -53,7 +52,7 @@ class Transport:
         Transport._made += 1
         if self.world > 1:
             end_well()
-            mine = sorted({local for _, local, _, state in _sockets() if state == LISTENING})
+            mine = sorted({local for _, local, _, listens in _sockets() if listens})
             heads = _gather([Transport._made, len(mine)])
             # a newcomer has made fewer than a survivor: all go on from the largest number
             Transport._made = max(made for made, _ in heads)
@@ -150,27 +149,27 @@ def _gather(own: list[int]) -> list[list[int]]:
     return [numbers.tolist() for numbers in out]
 
 
-def _sockets() -> list[tuple[int, int, int, str]]:
-    """(file descriptor, local port, remote port, state) of this process's TCP sockets."""
-    inodes: dict[str, int] = {}
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{fd}")
-        except OSError:
-            continue
-        if target.startswith("socket:["):
-            inodes[target[8:-1]] = int(fd)
+def _sockets() -> list[tuple[int, int, int | None, bool]]:
+    """(file descriptor, local port, remote port, whether it listens) of this process's TCP sockets; None: not connected.
+
+    The kernel's table of connections (/proc/net/tcp) would cost milliseconds: it is read through all of the machine's.
+    """
     found = []
-    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
-        if not os.path.exists(table):
-            continue
-        with open(table, encoding="ascii") as lines:
-            for line in list(lines)[1:]:
-                _, local, remote, state, *_rest = line.split()
-                inode = line.split()[9]
-                if inode in inodes:
-                    found.append((inodes[inode], int(local.split(":")[1], 16), int(remote.split(":")[1], 16), state))
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # its owner may have closed it meanwhile
+            if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(fd))) as copy:
+                    if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM:
+                        listens = bool(copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+                        found.append((int(fd), copy.getsockname()[1], _remote_port(copy), listens))
     return found
+
+
+def _remote_port(connection: socket.socket) -> int | None:
+    try:
+        return connection.getpeername()[1]
+    except OSError:
+        return None
 
 
 def shut_down(ports: Collection[int], *, keep: int = -1) -> None:
@@ -178,8 +177,8 @@ def shut_down(ports: Collection[int], *, keep: int = -1) -> None:
 
     From any thread: whatever waits on one of them, a collective or a store's answer, raises at once.
     """
-    for fd, local, remote, state in _sockets():
-        if state == ESTABLISHED and keep not in (local, remote) and (local in ports or remote in ports):
+    for fd, local, remote, _ in _sockets():
+        if remote is not None and keep not in (local, remote) and (local in ports or remote in ports):
             # its owner may have closed it meanwhile
             with suppress(OSError), socket.socket(fileno=os.dup(fd)) as copy:
                 copy.shutdown(socket.SHUT_RDWR)

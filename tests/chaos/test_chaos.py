@@ -8,7 +8,7 @@ import pytest
 
 from tests.chaos.driver import Event, Round
 
-EVENTS = 4
+EVENTS = 3
 
 
 @pytest.mark.timeout(400)

@@ -12,7 +12,7 @@ from elastic_lsopt.elastic.journal import read_journal
 from tests.jobs import BIN, TINY, Started, in_ranks, losses, rows, write_job
 from tests.ranks import free_port
 
-STEPS, UNITS, SLOWLY = 60, 8, 4.0
+STEPS, UNITS, SLOWLY = 36, 8, 4.0
 SHAPE: dict[str, Any] = {
     "backend": "replicated", "max_steps": STEPS, "per_device_train_batch_size": 1, "global_batch_size": UNITS,
     "eval_steps": None, "save_steps": None, "workers": 1, "export": False,

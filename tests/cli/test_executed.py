@@ -16,7 +16,7 @@ SHAPE: dict[str, Any] = {"max_steps": 3, "eval_steps": None, "save_steps": None,
     ("launcher", "elastic"),
     [
         pytest.param("none", None, marks=pytest.mark.full),
-        ("none", {}),
+        pytest.param("none", {}, marks=pytest.mark.full),  # mpirun executes agents and workers each day
         pytest.param("torchrun", None, marks=pytest.mark.full),
         ("deepspeed", None),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from elastic_lsopt.cli.status import table
+from elastic_lsopt.elastic import agent as agent_module
 from elastic_lsopt.elastic.agent import Agent
 from tests.elastic.plain_agent import entered, node, pump
 
@@ -61,3 +63,19 @@ def test_a_node_that_leaves(tmp_path: Path) -> None:
     report = {"workers": {"n/bcdfgh-1": {"pid": 77, "state": "training"}}, "draining": True, "host": "h"}
     line = next(x for x in said({"generation": generation, "reports": {"n": report}}).splitlines() if "77" in x)
     assert "leaving" in line and "training" not in line
+
+
+def test_a_busy_machine_makes_no_status_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it costs to say the status is the agent's own time, not that in which others had the core."""
+    agent = Agent(node(tmp_path, "n1", 1))
+
+    def pre_empted(*_: Any) -> bytes:
+        time.sleep(0.1)
+        return b""
+
+    try:
+        monkeypatch.setattr(agent_module, "say_status", pre_empted)
+        agent._tick()
+        assert agent._status_due - time.monotonic() <= agent_module.STATUS_S
+    finally:
+        agent.mailbox.close()

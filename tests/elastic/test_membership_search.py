@@ -59,8 +59,8 @@ full = pytest.mark.full
     ("start", "agents", "steps", "left"),
     [
         (formed, 2, each_read, Left(depth=7, failures=2, ticks=3)),
-        (formed, 3, each_read, Left(depth=5, failures=2, ticks=2)),
-        (host_lost, 3, each_read, Left(depth=5, failures=1, ticks=1)),
+        (formed, 3, each_read, Left(depth=4, failures=2, ticks=2)),
+        (host_lost, 3, each_read, Left(depth=4, failures=1, ticks=1)),
         (proposed, 3, each_read, Left(depth=5, failures=1, ticks=1)),
         (proposed, 4, each_read, Left(depth=4, failures=1, ticks=0)),
         (committed_alone, 3, each_round, Left(depth=7, failures=1)),

@@ -13,6 +13,7 @@ import torch
 
 import elastic_lsopt as lso
 from elastic_lsopt.faces.initialize import base_of, clipping
+from tests import warm
 from tests.ranks import ROOT, rank_environment
 
 SAM_IN_JSON = {
@@ -51,7 +52,7 @@ engine = lso.initialize(model=model, config={"zero_optimization": {"stage": 3}},
 x = torch.ones(8, 4)
 print("losses", engine.train_batch([x]) > engine.train_batch([x]))
 """
-    out = run(code)
+    out = warm.run([sys.executable, "-c", code], cwd=ROOT, env=rank_environment(), timeout=120)
     assert out.returncode == 0, out.stderr
     assert out.stdout.strip().splitlines()[-1] == "losses True"
     assert "untested" not in out.stdout + out.stderr

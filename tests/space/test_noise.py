@@ -256,6 +256,8 @@ def compare_kernel_with_slow_form(device: str) -> None:
     # The interpreter cuts bf16 and fp16 off where a GPU rounds, so a whole last place is allowed, not half.
     tolerances = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7, torch.float16: 2**-10}
     for (key, first, count), (dtype, tolerance) in itertools.product(places, tolerances.items()):
+        if device == "cpu" and dtype != torch.float32 and first:
+            continue  # the interpreter takes a tenth of a second for each call
         z = normal_(torch.empty(count, dtype=torch.float64, device=device), key=key, first=first).cpu()
         torch.testing.assert_close(z, philox_normal(key, first, count).double(), rtol=1e-6, atol=1e-6)
         start = torch.linspace(-2, 2, count).to(dtype)
@@ -289,7 +291,7 @@ def test_triton_kernel_in_the_interpreter() -> None:
         [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("kernel == slow form") == 4 * (3 * 5 + 2), done.stdout
+    assert done.stdout.count("kernel == slow form") == 4 * 5 + 2 * 5 + 2, done.stdout
 
 
 @pytest.mark.gpu

@@ -38,9 +38,11 @@ def outcomes(tasks, **settings):
     return {o.task: o for o in run(tasks, behave, **{"workers": 2, "timeout_s": 60.0} | settings)}
 
 
-def test_each_task_has_a_process_of_one_thread():
-    found = outcomes(["a", "b", "c", "d"])
-    assert {o.result[0] for o in found.values()} == {"a", "b", "c", "d"}
+def test_each_task_has_a_process_of_one_thread_and_as_many_run_as_there_are_workers():
+    tasks, began = [f"sleep 1.{i}" for i in range(4)], time.monotonic()
+    found = outcomes(tasks, workers=4)
+    assert sum(o.seconds for o in found.values()) > 1.5 * (time.monotonic() - began)
+    assert {o.result[0] for o in found.values()} == set(tasks)
     assert len({o.result[1] for o in found.values()} | {os.getpid()}) == 5
     assert {o.result[2] for o in found.values()} == {1}
     assert all(o.failure is None for o in found.values())
@@ -58,12 +60,6 @@ def test_failures_are_told_and_harm_no_other():
     }  # fmt: skip
     assert found["good"].result[0] == "good"
     assert 20 <= found["hang"].seconds < 60
-
-
-def test_as_many_at_a_time_as_there_are_workers():
-    began = time.monotonic()
-    spent = sum(o.seconds for o in outcomes([f"sleep 1.{i}" for i in range(4)], workers=4).values())
-    assert spent > 1.5 * (time.monotonic() - began)
 
 
 def test_no_process_is_left_when_the_caller_stops():
