@@ -11,7 +11,6 @@ import sys
 import traceback
 import warnings
 
-
 PR_SET_PDEATHSIG = 1
 
 

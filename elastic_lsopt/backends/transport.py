@@ -150,7 +150,7 @@ def _gather(own: list[int]) -> list[list[int]]:
 
 
 def _sockets() -> list[tuple[int, int, int | None, bool]]:
-    """(file descriptor, local port, remote port, whether it listens) of this process's TCP sockets; None: not connected.
+    """(file descriptor, local port, remote port or None, whether it listens) of this process's TCP sockets.
 
     The kernel's table of connections (/proc/net/tcp) would cost milliseconds: it is read through all of the machine's.
     """

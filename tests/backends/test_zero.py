@@ -39,9 +39,10 @@ def test_the_papers_loop_on_two_ranks(ranks: Any, stage: int, method: str) -> No
     law_1(ranks(2).run("tests.cases.laws:reference", kind=f"zero{stage}", method=method, clip=0.5, last=2), method)
 
 
-@pytest.mark.parametrize("stage,world,method", daily(STAGES, (1, 2, 3), METHODS, together=2))
+@pytest.mark.parametrize("stage,world,method", daily(STAGES, (1, 2, 3), METHODS))
 def test_the_papers_loops(ranks: Any, stage: int, world: int, method: str) -> None:
-    """In turns with few units and with uneven counts of them on the ranks, clipping off and on."""
+    """In turns with few units and with uneven counts of them on the ranks, clipping off and on; the pairs of method,
+    stage and world are in tests/laws/test_cover.py."""
     k = METHODS.index(method)
     units = 3 if (k + stage + world) % 2 else 3 * world + 1
     law_1(
@@ -106,8 +107,7 @@ def test_an_installed_vector_is_clipped_and_stepped_with(ranks: Any, stage: int,
         (1, "fp32"),
         (2, None),
         (3, None),
-        (3, "fp32"),
-        *(pytest.param(*row, marks=pytest.mark.full) for row in ((1, None), (2, "fp32"))),
+        *(pytest.param(*row, marks=pytest.mark.full) for row in ((1, None), (2, "fp32"), (3, "fp32"))),
     ],
 )
 def test_bf16_is_as_near_as_the_base(ranks: Any, stage: int, sums: str | None) -> None:

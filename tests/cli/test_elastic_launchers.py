@@ -92,7 +92,9 @@ def _says(pid: int, environment: str) -> bool:
 # -- torchrun ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.full), 3])
+@pytest.mark.parametrize(
+    "workers", [pytest.param(1, marks=pytest.mark.full), 2, pytest.param(3, marks=pytest.mark.full)]
+)
 def test_one_torchrun(tmp_path: Path, undisturbed: list[float], workers: int) -> None:
     """A job of one node, with one worker and with several."""
     with nodes(job_of(tmp_path, workers=workers)) as job:
@@ -102,6 +104,7 @@ def test_one_torchrun(tmp_path: Path, undisturbed: list[float], workers: int) ->
         assert max(row["world"] for row in rows(job.folder).values()) == workers
 
 
+@pytest.mark.full  # each day three of them start together, below
 def test_two_torchruns(tmp_path: Path, undisturbed: list[float]) -> None:
     with nodes(job_of(tmp_path, elastic=ELASTIC | {"min_nodes": 2})) as job:
         started = [job.torchrun(name) for name in ("n1", "n2")]

@@ -52,8 +52,11 @@ def test_accelerate(ranks: Any, kind: str, world: int) -> None:
 
 @pytest.mark.parametrize(
     "kind,world,way",
-    [(*place, way) for place in [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4)] for way in ("own", "nested")]
-    + [("fsdp2", 2, "flat"), ("fsdp2", 2, "full")],
+    [
+        *daily([("plain", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4)], ["own", "nested"]),
+        ("fsdp2", 2, "flat"),
+        ("fsdp2", 2, "full"),
+    ],
 )
 def test_resume(ranks: Any, kind: str, world: int, way: str) -> None:
     """By its own state_dict and by torch.distributed.checkpoint's, into an optimizer that has not stepped."""

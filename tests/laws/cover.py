@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -56,12 +56,21 @@ def pairwise(combinations: Sequence[Combination], seed: int) -> list[Combination
 def daily(*axes: Iterable[Any], together: int = 1, seed: int = 0) -> list[Any]:
     """The product of the axes as parameters of a test, of which `make test` runs a small part that holds every value
     (`together=2`: every pair of values), and `make test-all` the rest. A tuple is several parameters, one value."""
-    rows = list(itertools.product(*map(list, axes)))
+    return daily_of(list(itertools.product(*map(list, axes))), together=together, seed=seed)
+
+
+def daily_of(
+    rows: Sequence[tuple[Any, ...]], *, together: int = 1, seed: int = 0, fast: Callable[..., bool] = lambda *row: False
+) -> list[Any]:
+    """`daily` of rows that are not a whole product; those that are `fast` are all in `make test`, and marked so."""
     keys = [tuple(map(str, row)) for row in rows]
     chosen = set(_cover(keys, together, seed))
-    flat = [[v for value in row for v in (value if isinstance(value, tuple) else (value,))] for row in rows]
-    marks = [() if key in chosen else pytest.mark.full for key in keys]
-    return [pytest.param(*row, marks=mark) for row, mark in zip(flat, marks, strict=True)]
+    out = []
+    for row, key in zip(rows, keys, strict=True):
+        flat = [v for value in row for v in (value if isinstance(value, tuple) else (value,))]
+        mark = pytest.mark.fast if fast(*flat) else () if key in chosen else pytest.mark.full
+        out.append(pytest.param(*flat, marks=mark))
+    return out
 
 
 def joined(value: Any) -> str | None:

@@ -26,7 +26,10 @@ def fresh() -> Iterator[Callable[[int], Ranks]]:
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 to count bytes")
-@pytest.mark.parametrize("kind,world", [("plain", 1), ("fsdp2", 1), ("ddp", 2), ("fsdp2", 2)])
+@pytest.mark.parametrize(
+    "kind,world",
+    [("plain", 1), ("fsdp2", 2), *(pytest.param(*c, marks=pytest.mark.full) for c in (("fsdp2", 1), ("ddp", 2)))],
+)
 def test_extra_bytes(fresh: Callable[[int], Ranks], kind: str, world: int) -> None:
     for r in fresh(world).run("tests.cases.memory:extra_bytes", kind=kind, timeout_s=240):
         assert r["base"]["peak"] > 2, "weights and gradient are not in the account"

@@ -6,18 +6,24 @@ from typing import Any
 
 import pytest
 
+from tests.laws.cover import daily_of
+
 CASES = [("ddp", 2), ("ddp", 3), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3), ("fsdp2-kept", 2), ("hsdp", 4)]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     "kind,world,checkpointing",
-    [
-        pytest.param(*place, how, marks=pytest.mark.fast if place == ("fsdp2", 2) else ())
-        for place in CASES
-        for how in ("", "reentrant", "non-reentrant")
-        if not (place[0] == "ddp" and how == "reentrant")  # torch's DDP refuses it where it looks for unused parameters
-    ],
+    daily_of(
+        [
+            (place, how)
+            for place in CASES
+            for how in ("", "reentrant", "non-reentrant")
+            # torch's DDP refuses it where it looks for unused parameters
+            if not (place[0] == "ddp" and how == "reentrant")
+        ],
+        fast=lambda kind, world, how: (kind, world) == ("fsdp2", 2),
+    ),
 )
 def test_same_masks(ranks: Any, kind: str, world: int, checkpointing: str) -> None:
     """Against a plain module on one rank without checkpointing: losses and weights of three SAM steps."""

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from tests.laws.cover import daily_of
+
 KINDS = ("ddp", "fsdp2", "fsdp2-kept", "hsdp")
 CASES = [(k, world, bf16) for k in KINDS for world in (1, 2, 3, 4) for bf16 in (False, True) if k != "ddp" or not bf16]
 
 
-@pytest.mark.parametrize(
-    "kind,world,bf16", [pytest.param(*c, marks=pytest.mark.fast if c[1:] == (2, False) else ()) for c in CASES]
-)
+@pytest.mark.parametrize("kind,world,bf16", daily_of(CASES, fast=lambda kind, world, bf16: world == 2 and not bf16))
 def test_moves(ranks: Any, kind: str, world: int, bf16: bool) -> None:
     """The noise is that of the whole parameter, bit for bit; row-scaled moves are those of a plain loop over rows."""
     for r in ranks(world).run("tests.cases.contract:moves", kind=kind, bf16=bf16):
