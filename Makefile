@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else each lane compiles and rewrites all tes
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-LANES ?= 3
+LANES ?= 4
 ALL_RESULTS ?= benchmarks/results/test-all.jsonl
 CHAOS_EVENTS ?= 200
 CHAOS_RESULTS ?= benchmarks/results/chaos.jsonl

@@ -92,9 +92,7 @@ def _says(pid: int, environment: str) -> bool:
 # -- torchrun ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "workers", [pytest.param(1, marks=pytest.mark.full), 2, pytest.param(3, marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("workers", [2, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 3))])
 def test_one_torchrun(tmp_path: Path, undisturbed: list[float], workers: int) -> None:
     """A job of one node, with one worker and with several."""
     with nodes(job_of(tmp_path, workers=workers)) as job:
