@@ -95,7 +95,7 @@ class Simulation:
             self.messages += size > 0
             self.bytes += size
             if (reader or address) in self.states:
-                self.at(self.now + DELAY_S, reader or address, Heard(effect.record), depth)
+                self.at(self.now + DELAY_S, reader or address, Heard((effect.record,)), depth)
 
     @staticmethod
     def counts(record: Record) -> bool:

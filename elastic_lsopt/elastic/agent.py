@@ -31,7 +31,7 @@ from elastic_lsopt.backends.signed_store import derived
 from elastic_lsopt.elastic import manifest, membership, record
 from elastic_lsopt.elastic.clock import lease_now
 from elastic_lsopt.elastic.generation import FINISHED, Generation
-from elastic_lsopt.elastic.inbox import Inbox
+from elastic_lsopt.elastic.inbox import Inbox, Opened
 from elastic_lsopt.elastic.letter import Letter
 from elastic_lsopt.elastic.mailbox import MANY, REST_S, Mailbox
 from elastic_lsopt.elastic.node import Node, find_the_job, new_life
@@ -220,11 +220,12 @@ class Agent:
 
     # -- what happens ------------------------------------------------------------------------------------------
 
-    def _hear(self, said: record.Record, report: bytes) -> None:
-        if report:
-            self._reports[said.name] = report
-        self._names[said.address] = said.name
-        self._advance(record.Heard(said))
+    def _hear(self, letters: list[Opened]) -> None:
+        for said, report in letters:
+            if report:
+                self._reports[said.name] = report
+            self._names[said.address] = said.name
+        self._advance(record.Heard(tuple(said for said, _ in letters)))
 
     def _lost(self, address: str) -> None:
         self._advance(record.Unreachable(self._names.get(address, address)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from itertools import islice
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from elastic_lsopt.elastic.generation import Change
 from elastic_lsopt.elastic.quorum import Ask
 from elastic_lsopt.elastic.record import Beat, Effect, Publish, Record
-from elastic_lsopt.elastic.state import State
+from elastic_lsopt.elastic.state import Peer, State
 
 CANDIDATES = 3
 """Members that an agent without a grant reports to at a time."""
@@ -70,6 +70,23 @@ class Outbox:
         self._set(beats=self.s.beats + 1)
         self.effects.append(Publish(tuple(to), record))
 
+    def _publish_to_each(self, peers: Mapping[str, Peer]) -> None:
+        """Answers to those who know my generation, to each its own echo; all the rest is made once."""
+        told, grants, address = vars(self._record("", answer=True)), self._grants(), self.s.address
+        for name, peer in peers.items():
+            record = object.__new__(Record)  # as in `_set`
+            vars(record).update(told, echo=peer.record.beat, grants=grants(name))
+            self.effects.append(Publish(((name, address),), record))
+        self._set(beats=self.s.beats + 1)
+
+    def _grants(self) -> Callable[[str], bool]:
+        """For whom an echo is a lease: for nobody whom my own proposal evicts."""
+        s, c = self.s, self.s.campaign
+        if c is None or not s.leads or self.now >= c.quorum_s + s.rules.suspect_s:
+            return lambda reader: False
+        losing = c.value or c.adopted
+        return lambda reader: losing is None or reader not in losing.evicted
+
     def _record(self, reader: str, answer: bool, **more: Any) -> Record:
         """What I tell `reader` ("" for many); news where it is known to be behind."""
         s, c = self.s, self.s.campaign
@@ -77,8 +94,6 @@ class Outbox:
         if peer and s.generation and peer.record.number < s.number and not more:
             newest = s.last and peer.record.number == s.number - 1
             more = {"change": s.last} if newest else {"generation": s.generation}
-        losing = (c.value or c.adopted) if c else None
-        granting = s.leads and c is not None and self.now < c.quorum_s + s.rules.suspect_s
         record = object.__new__(Record)  # as in `_set`
         vars(record).update(NOTHING_TOLD)
         vars(record).update(
@@ -96,7 +111,7 @@ class Outbox:
             finished=s.finished,
             lost=self._suspects,
             echo=peer.record.beat if peer else None,
-            grants=granting and peer is not None and not (losing and reader in losing.evicted),
+            grants=peer is not None and self._grants()(reader),
             ask=Ask(c.ballot, c.value) if c and (c.value or c.ballot.round) else None,
             fingerprint=() if s.vote else tuple(sorted(s.rules.fingerprint.items())),
             **more,

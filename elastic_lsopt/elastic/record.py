@@ -112,9 +112,9 @@ class Tick:
 
 @dataclass(frozen=True)
 class Heard:
-    """A record for this agent was read; lost, late, doubled and reordered ones do no harm."""
+    """Records for this agent were read, in this order; lost, late, doubled and reordered ones do no harm."""
 
-    record: Record
+    records: tuple[Record, ...]
 
 
 @dataclass(frozen=True)

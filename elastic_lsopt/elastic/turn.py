@@ -43,8 +43,8 @@ class Turn(Leader):
         match event:
             case Tick():
                 self._tick()
-            case Heard(record):
-                self._hear(record)
+            case Heard(records):
+                self._hear_all(records)
             case Unreachable(name):
                 self._unreachable(name)
             case WitnessSaid():
@@ -130,12 +130,32 @@ class Turn(Leader):
 
     # Records in. ------------------------------------------------------------------------------------------------------
 
+    def _hear_all(self, records: tuple[Record, ...]) -> None:
+        """Each in turn; beats that come together are answered together, by one record with each reader's own echo."""
+        beats: dict[str, Peer] = {}
+        for record in records:
+            known = beats.get(record.name) or self.s.peers.get(record.name)
+            if known and record.beat[:2] > known.record.beat[:2] and self._is_beat(record, known.record):
+                beats[record.name] = Peer(record, self.now, self._fresh_s(record, known))
+                continue
+            self._answer(beats)
+            beats = {}
+            if not self.s.ended:
+                self._hear(record)
+        self._answer(beats)
+
+    def _answer(self, beats: dict[str, Peer]) -> None:
+        if not beats:
+            return
+        peers = self.s.peers
+        for name, peer in beats.items():
+            peers = peers.put(name, peer)
+        self._set(peers=peers)
+        self._publish_to_each(beats)
+
     def _hear(self, record: Record) -> None:
         s = self.s
         known = s.peers.get(record.name)
-        if known and record.beat[:2] > known.record.beat[:2] and self._is_beat(record, known.record):
-            self._set(peers=s.peers.put(record.name, Peer(record, self.now, self._fresh_s(record, known))))
-            return self._publish([(record.name, s.address)], answer=True)
         if s.vote is None and record.refusal:
             return self._leave(record.refusal)
         if refusal := self._refusal(record):

@@ -98,15 +98,25 @@ class World:
     def deliver(self, writer: str, reader: str, index: int, advance: Advance = membership.advance) -> World:
         """The reader reads one of the records; older ones are overwritten."""
         records = dict(self.mail)[writer, reader]
-        world = self._with_mail((writer, reader), records[index + 1 :])
+        return self._with_mail((writer, reader), records[index + 1 :])._read(reader, (records[index],), advance)
+
+    def deliver_newest(self, writers: tuple[str, ...], reader: str, advance: Advance = membership.advance) -> World:
+        """The reader reads the newest record of each writer, all at once."""
+        world, newest, mail = self, [], dict(self.mail)
+        for writer in writers:
+            newest.append(mail[writer, reader][-1])
+            world = world._with_mail((writer, reader), ())
+        return world._read(reader, tuple(newest), advance)
+
+    def _read(self, reader: str, records: tuple[Record, ...], advance: Advance) -> World:
         if self.place(reader).state is None:
-            return world
-        world = world.give(reader, Heard(records[index]), advance)
+            return self
+        world = self.give(reader, Heard(records), advance)
         after = world.place(reader)
         if after.state:
-            again, effects = after.take(Heard(records[index]), advance)
+            again, effects = after.take(Heard(records), advance)
             if again != after.state or effects:
-                raise Violation(f"{reader} does something when it reads a record of {writer} twice: {effects}")
+                raise Violation(f"{reader} does something when it reads {records} twice: {effects}")
         return world
 
     def crash(self, name: str) -> World:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,11 @@ from elastic_lsopt.elastic import membership
 from elastic_lsopt.elastic.generation import Change, Generation, Member
 from elastic_lsopt.elastic.quorum import Ask, Ballot, Vote, WitnessVote, decides, quorum_time
 from elastic_lsopt.elastic.record import (
+    Beat,
     Broken,
     Drain,
     DrainWorker,
+    Effect,
     Finished,
     Heard,
     Publish,
@@ -194,11 +197,36 @@ def test_a_stranger_is_refused_and_disturbs_nobody(other: dict[str, Any], named:
     record = next(e.record for e in effects if isinstance(e, Publish))
     host = world.place("a")
     assert host.state is not None
-    after, answers = membership.advance(host.state, Heard(record), host.clock_s)
+    after, answers = membership.advance(host.state, Heard((record,)), host.clock_s)
     assert after.generation == host.state.generation and "x" not in after.peers
     refusal = next(e.record for e in answers if isinstance(e, Publish))
-    ended, left = membership.advance(state, Heard(refusal), 1.0)
+    ended, left = membership.advance(state, Heard((refusal,)), 1.0)
     assert ended.ended and named in str(left)
+
+
+@pytest.mark.parametrize("one_dies", [False, True])
+def test_beats_that_come_together_are_answered_as_each_alone(one_dies: bool) -> None:
+    """By the same words but for the number of the answer; a record among them that is none is heard in its place."""
+    world = begin(4, rules()).run(2.0).tick(rules().beat_s)
+    if one_dies:
+        world = world.kill_worker("c")
+    host = world.place("a")
+    assert host.state is not None and host.state.leads
+    records = tuple(mail[-1] for (writer, reader), mail in world.mail if reader == "a" and writer in "bcd" and mail)
+    assert len(records) == 3
+    state, effects = membership.advance(host.state, Heard(records), host.clock_s)
+    in_turn, each = host.state, list[Effect]()
+    for record in records:
+        in_turn, more = membership.advance(in_turn, Heard((record,)), host.clock_s)
+        each += more
+    assert replace(state, beats=0, saved=None) == replace(in_turn, beats=0, saved=None)
+
+    def said(effects: Iterable[Effect]) -> list[tuple[object, Record]]:
+        return [(e.to, replace(e.record, beat=Beat(0, 0, 0.0))) for e in effects if isinstance(e, Publish)]
+
+    assert said(effects) == said(each) and len(said(effects)) >= 3
+    beats = [(to, e.record.beat) for e in effects if isinstance(e, Publish) for to in e.to]
+    assert len(beats) == len(set(beats)), "to one reader no two answers have one number"
 
 
 def test_rules_that_contradict_each_other() -> None:

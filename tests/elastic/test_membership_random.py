@@ -22,8 +22,8 @@ pytestmark = pytest.mark.fast
 
 LEASE_S = 8.0
 ACTIONS = (
-    "time", "time", "time", "read", "read", "read", "read", "stale", "crash", "restart", "kill", "spawn", "cut", "mend",
-    "drain", "refused", "broken", "fill",
+    "time", "time", "time", "read", "read", "read", "read all", "read all", "stale", "crash", "restart", "kill",
+    "spawn", "cut", "mend", "drain", "refused", "broken", "fill",
 )  # fmt: skip
 acts = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 2**16)), min_size=10, max_size=120)
 
@@ -73,6 +73,11 @@ def play(world: World, history: list[tuple[str, int]], rates: list[float]) -> tu
         elif action in ("read", "stale") and readable:
             (writer, reader), records = readable[chance % len(readable)]
             world = world.deliver(writer, reader, 0 if action == "stale" else len(records) - 1)
+        elif action == "read all" and readable:
+            reader = readable[chance % len(readable)][0][1]
+            writers = [w for (w, r), _ in readable if r == reader]
+            Random(chance).shuffle(writers)
+            world = world.deliver_newest(tuple(writers), reader)
         elif action == "crash" and place.state:
             world = world.crash(name)
         elif action == "restart" and place.state is None and place.disk:
