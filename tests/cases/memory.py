@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import elastic_lsopt as lso
+from elastic_lsopt.backends.ending import _wait_for_gloo
 from tests.cases import engines
 from tests.cases.contract import dtype_of
 
@@ -50,14 +51,23 @@ class Watch(TorchDispatchMode):
         return out
 
 
+def settled_bytes() -> int:
+    """Bytes in use once gloo's threads, which free some buffers late, have nothing left to do."""
+    gc.collect()
+    dist.barrier()
+    reads = []
+    for _ in range(5):
+        time.sleep(0.01)
+        _wait_for_gloo()
+        reads.append(bytes_in_use())
+    return min(reads)
+
+
 def bytes_of(run: Callable[[], Any], repeats: int = 3) -> tuple[int, int]:
-    """Bytes at the peak of `run` and before it; the least of several, since gloo's threads free some buffers late."""
+    """Bytes at the peak of `run` and before it; the least of several."""
     peaks, rests = [], []
     for _ in range(repeats):
-        gc.collect()
-        dist.barrier()
-        time.sleep(0.02)
-        rests.append(bytes_in_use())
+        rests.append(settled_bytes())
         with Watch() as watch:
             run()
         peaks.append(watch.peak)
@@ -94,9 +104,8 @@ def extra_bytes(kind: str, zero: dict[str, Any] | None = None, bf16: bool = Fals
     units = [(torch.randn(4, WIDTH).to(dtype), torch.randint(0, engines.CLASSES, (4,))) for _ in range(6)]
     seen: dict[str, tuple[int, int]] = {}
     shard = 1
-    for name in ("none", "none", "sam", "asam", "lpf_sgd"):  # the first run loads the framework's code: written over
-        gc.collect()
-        empty = bytes_in_use()
+    for name in ("sam", "none", "sam", "asam", "lpf_sgd"):  # the first run loads the code of both: written over
+        empty = settled_bytes()
         engine = wide_engine(kind, lso.registry.build(name, **engines.HYPERPARAMETERS[name]), 100 * 24, zero, bf16)
         own = engines.mine(units)
         engine.train_batch(own)  # makes the base's state and the framework's buffers
