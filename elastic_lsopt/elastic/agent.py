@@ -122,9 +122,10 @@ class Agent:
                     self._events.get(timeout=TICK_S)()
                     for _ in range(self._events.qsize()):
                         self._events.get_nowait()()
-                if len(self._reports) > MANY:
+                many = len(self._reports) > MANY
+                if many:
                     time.sleep(REST_S)
-                if time.monotonic() - tick >= TICK_S:
+                if time.monotonic() - tick >= (self.node.rules.beat_s / 2 if many else TICK_S):
                     tick = time.monotonic()
                     self._tick()
             return self._exit_code

@@ -45,7 +45,8 @@ class Memory:
     def advance(
         self, state: State, event: Event, now: float, *, may_vote: bool = True
     ) -> tuple[State, tuple[Effect, ...]]:
-        asked = (id(state), id(event.record) if isinstance(event, Heard) else event, now, may_vote)
+        heard = tuple(map(id, event.records)) if isinstance(event, Heard) else event
+        asked = (id(state), heard, now, may_vote)
         if asked not in self._answers:
             self._kept += [state, event]
             more = {} if may_vote else {"may_vote": False}

@@ -6,7 +6,7 @@ out. `each_round` is long: half a lease, and all records but those of an agent o
 elections and evictions (six rounds and more) are in it. Failures come at any point in both. All clocks run alike here
 (skew is in test_membership_random.py), and time moves for all at once. No symmetry is used: candidates have an order.
 Each test prints the states that it visited. In `make test`, fine: 2 agents with 2 failures 8,396; 3 with 2 failures
-13,100, from a lost host 16,448, from a proposal 7,083; 4 from a proposal 491. Long: 2 agents with 2 failures 1,231; 3
+2,120, from a lost host 3,553, from a proposal 7,083; 4 from a proposal 491. Long: 2 agents with 2 failures 1,231; 3
 with 1 failure, decided at one agent 406. So two failures of 4 agents are left to the deeper tests, marked full.
 """
 
