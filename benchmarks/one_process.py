@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytorch_optimizer
 import torch
 
 import elastic_lsopt as lso
@@ -17,6 +16,8 @@ RHO = 0.05
 
 def compare(size: Size) -> dict[str, object]:
     """Three SAM steps and two plain torch steps a round; every figure is a ratio within the rounds."""
+    import pytorch_optimizer
+
     ours = engine("plain", size, lso.SAM(rho=RHO))
     model, batch = ours.module, units(size, 1)
     plain = momentum(model.parameters())

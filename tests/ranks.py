@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class Ranks:
         if len(answers) == self.world and all("result" in a for a in answers.values()):
             self._signal(signal.SIGSTOP)
             return [answers[r]["result"] for r in range(self.world)]
-        self.stop()
+        self.stop(grace_s=0.0)
         raise RankFailure(self._account(case, arguments, answers, starts, timeout_s))
 
     def _start(self) -> None:
@@ -129,11 +130,20 @@ class Ranks:
             if p.poll() is None:
                 p.send_signal(number)
 
-    def stop(self) -> None:
+    def stop(self, grace_s: float = 10.0) -> None:
+        """They end by themselves where nothing more is asked of them; who does not in time is killed."""
+        self._signal(signal.SIGCONT)
+        for p in self._processes:
+            assert p.stdin
+            with suppress(BrokenPipeError):
+                p.stdin.close()
+        end = time.monotonic() + grace_s
+        for p in self._processes:
+            with suppress(subprocess.TimeoutExpired):
+                p.wait(timeout=max(0.0, end - time.monotonic()))
         self._signal(signal.SIGKILL)
         for p in self._processes:
             p.wait(timeout=20)
-            for pipe in (p.stdin, p.stdout):
-                if pipe:
-                    pipe.close()
+            assert p.stdout
+            p.stdout.close()
         self._processes = []

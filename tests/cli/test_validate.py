@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from elastic_lsopt.cli.main import main
 
@@ -74,6 +73,8 @@ def test_the_batch_arithmetic_is_that_of_dealing_units_out_one_by_one(capsys, sa
 
 
 def test_the_memory_is_that_of_the_model(capsys):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=257, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6)
     )
@@ -110,6 +111,8 @@ def test_an_elastic_job_says_what_each_world_runs_and_what_its_mirror_holds(caps
     assert {world: row[:3] for world, row in keep.items()} == {
         world: ["32", forwards, "0.001"] for world, forwards in (("1", "4"), ("2", "2"), ("4", "1"), ("8", "1"))
     }
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2,

@@ -67,7 +67,10 @@ class Tree:
 
     def failing(self, tests: Sequence[str], limit_s: float) -> tuple[str | None, bool]:
         """The first of the tests that fails ("" for what kept all of them from running), and whether all had a turn."""
-        plain = ["-o", "addopts=", "-p", "no:cacheprovider", "-x", "-q", "-rfE", f"--timeout={TEST_TIMEOUT_S}"]
+        plain = [
+            "-o", "addopts=", "-p", "no:cacheprovider", "-x", "-q", "-rfE", f"--timeout={TEST_TIMEOUT_S}",
+            "-m", "not full",
+        ]  # fmt: skip
         command = [sys.executable, "-m", "pytest", *plain, *tests]
         with subprocess.Popen(
             command, cwd=self.root, env={**os.environ, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"},

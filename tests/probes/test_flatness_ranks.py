@@ -23,8 +23,8 @@ def same(ranks: Any, kind: str, world: int, bits: int, within: float) -> None:
 @pytest.mark.parametrize(
     "kind,world",
     [
-        ("fsdp2", 3), ("ddp", 2), ("hsdp", 2),
-        *(pytest.param("fsdp2", world, marks=pytest.mark.full) for world in (1, 2)),
+        ("fsdp2", 3), ("hsdp", 2),
+        *(pytest.param(*way, marks=pytest.mark.full) for way in (("ddp", 2), ("fsdp2", 1), ("fsdp2", 2))),
     ],
 )  # fmt: skip
 def test_the_same_at_every_world_size(ranks: Any, kind: str, world: int) -> None:

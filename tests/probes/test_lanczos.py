@@ -178,7 +178,7 @@ def alone(ranks: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kind,world", [("plain", 1), ("ddp", 2), ("hsdp", 2)])
+@pytest.mark.parametrize("kind,world", [("plain", 1), pytest.param("ddp", 2, marks=pytest.mark.full), ("hsdp", 2)])
 def test_the_same_on_other_backends(ranks: Any, alone: dict[str, Any], kind: str, world: int) -> None:
     for r in ranks(world).run("tests.cases.spectra:probed", kind=kind):
         assert r["products"] == alone["products"] and r["local"]

@@ -209,7 +209,7 @@ def _spoiled(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
                 yield from _spoiled(inner, (*path, key))
 
 
-@pytest.mark.parametrize("turn", range(0, len(WRONG), 5))
+@pytest.mark.parametrize("turn", [0, *(pytest.param(t, marks=pytest.mark.full) for t in range(5, len(WRONG), 5))])
 def test_values_that_are_none_break_nothing(tmp_path: Path, turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each field of every probe is null, NaN or of a wrong kind, at the first reading or at the last."""
     monkeypatch.setattr("elastic_lsopt.report.style.DPI", 20)  # what is drawn counts here, not how fine
