@@ -33,7 +33,7 @@ quickstart: $(INSTALLED)  ## train a small Llama on Python's standard library: S
 elastic-quickstart: $(INSTALLED)  ## workers that may die and come back: kill -9 one meanwhile; about a minute
 	$(BIN)/elastic-lsopt train configs/elastic-quickstart.yaml
 
-test: $(INSTALLED)  ## all laws and contracts; 15 to 16 minutes on two cores
+test: $(INSTALLED)  ## all laws and contracts; twelve minutes on two cores
 	$(BIN)/python -m pytest tests -n $(LANES) -m "not full"
 
 test-fast: $(INSTALLED)  ## the minute before a commit
