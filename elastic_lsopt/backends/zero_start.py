@@ -48,6 +48,20 @@ def _tested(record: logging.LogRecord) -> bool:
     return "untested optimizer" not in str(record.msg)
 
 
+def _shard(model: nn.Module, config: dict[str, Any]) -> None:
+    """Cut the model into ZeRO-3's shards, one parameter after the other: no device ever holds more than its shards and
+    one of them. By itself `deepspeed.initialize` puts the whole model there first. Collective."""
+    if (config.get("bf16") or {}).get("enabled"):
+        own = [dict(module._buffers) for module in model.modules()]
+        model.bfloat16()
+        for module, buffers in zip(model.modules(), own, strict=True):
+            module._buffers.update(buffers)  # which DeepSpeed leaves in their type
+    device = get_accelerator().current_device_name()  # type: ignore[attr-defined]
+    for module in model.modules():
+        module._buffers.update({k: b if b is None else b.to(device) for k, b in module._buffers.items()})
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+
+
 def start_engine(model: nn.Module, base: Callable[[Any], torch.optim.Optimizer], config: dict[str, Any]) -> ZeroBackend:
     """`deepspeed.initialize` and the adapter for its engine (collective). `config` is the whole DeepSpeed JSON.
 
@@ -68,6 +82,9 @@ def start_engine(model: nn.Module, base: Callable[[Any], torch.optim.Optimizer],
             raise UserError(f"base gave a {type(optimizer).__name__}; it takes parameters and gives a torch optimizer.")
         return optimizer
 
+    whole = not any(hasattr(p, "ds_id") for p in model.parameters())  # else the user's zero.Init has cut it already
+    if (config.get("zero_optimization") or {}).get("stage") == 3 and whole:
+        _shard(model, config)
     parameters: Any = [p for _, p in trainable(model.named_parameters())]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

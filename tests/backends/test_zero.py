@@ -249,6 +249,12 @@ def test_the_gradient_is_lent_from_deepspeeds_buffer(ranks: Any, stage: int, bf1
     assert ranks(2).run("tests.cases.zero:lease_is_deepspeeds", stage=stage, bf16=bf16, sums=sums) == [True, True]
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_stage_3_never_has_the_whole_model_on_a_device(ranks: Any, bf16: bool) -> None:
+    wanted = {"whole": 0, "buffer": "torch.float32"}
+    assert ranks(2).run("tests.cases.zero_shards:moved_whole", bf16=bf16) == [wanted] * 2
+
+
 # -- the engine ------------------------------------------------------------------------------------------------------
 
 
