@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results.json"
 SHARE = 0.9
 TEST_TIMEOUT_S = 120
 """A mutant may make a test hang: that is noticing too."""
-FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?)(?: - .*)?$", re.M)
+FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", re.M)
 
 
 class Tree:

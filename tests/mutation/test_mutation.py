@@ -80,4 +80,8 @@ def test_a_case_belongs_to_the_tests_that_name_it(tmp_path: Path) -> None:
     of = by_case(tmp_path)
     name = f"{tmp_path.name}/test_a.py"
     assert of == {"tests.cases.x:one": {name}, "tests.cases.x:two": {f"{name}::test_b"}}
+    (tmp_path / "test_a.py").write_text(
+        'CASES = "tests.cases.x:"\n\ndef test_c(ranks) -> None:\n    ranks(2).run(CASES + "three", kind=1)\n'
+    )
+    assert by_case(tmp_path) == {"tests.cases.x:three": {f"{name}::test_c"}}
     assert any(t.startswith("tests/oracle/test_dropout.py") for t in by_case()["tests.cases.dropout:dropout"])
