@@ -40,6 +40,16 @@ def test_a_method_is_a_frozen_keyword_only_dataclass() -> None:
         assert method.parts >= 1 and method == registry.build(name)
 
 
+def test_defaults_are_the_papers() -> None:
+    """SAM, section 3; ASAM, appendix, on CIFAR-10; LPF-SGD, its authors' code. Only LPF-SGD cuts the batch."""
+    defaults = {name: dataclasses.asdict(registry.build(name)) for name in OURS}
+    assert defaults == {
+        "none": {}, "sam": {"rho": 0.05, "every": 1, "radius": "model", "rho_scale": "none"},
+        "asam": {"rho": 0.5, "eta": 0.01}, "lpf_sgd": {"parts": 8, "gamma": 0.0005, "alpha": 15.0},
+    }  # fmt: skip
+    assert {name: registry.build(name).parts for name in OURS} == {"none": 1, "sam": 1, "asam": 1, "lpf_sgd": 8}
+
+
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("sam", {"rho": -0.1}, "rho=-0.1 must be a number >= 0"),
     ("sam", {"rho": float("nan")}, "rho=nan must be a number >= 0"),
