@@ -24,3 +24,13 @@ def trainable(named_parameters: Iterable[tuple[str, Any]]) -> list[tuple[str, An
     if not named:
         raise UserError("the model has no trainable parameter; set requires_grad on at least one.")
     return named
+
+
+def refuse_scalars(named_parameters: Iterable[tuple[str, Any]], framework: str) -> None:
+    """Raise UserError for a parameter without dimensions, which neither FSDP2 nor DeepSpeed takes."""
+    for name, p in named_parameters:
+        if p.ndim == 0:
+            raise UserError(
+                f"parameter {name} has no dimensions, which {framework} does not take; give it the shape (1,), or "
+                "train without shards (backend: replicated)."
+            )

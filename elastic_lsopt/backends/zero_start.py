@@ -16,7 +16,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 from torch import nn
 
-from elastic_lsopt.backends.trainable import trainable
+from elastic_lsopt.backends.trainable import refuse_scalars, trainable
 from elastic_lsopt.backends.zero import ZeroBackend, check_version
 from elastic_lsopt.backends.zero_adapter import zero_backend
 from elastic_lsopt.backends.zero_tested import refuse_untested
@@ -69,6 +69,7 @@ def start_engine(model: nn.Module, base: Callable[[Any], torch.optim.Optimizer],
     optimizer.
     """
     refuse_untested(config)
+    refuse_scalars(model.named_parameters(), "DeepSpeed")
     try:
         DeepSpeedConfig(config)
     except (ValueError, AssertionError, DeepSpeedConfigError) as error:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_lsopt.backends.detect import backend_for
+from elastic_lsopt.backends.trainable import refuse_scalars
 from elastic_lsopt.config.deepspeed_json import check_job, read_deepspeed_json
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.world import World
@@ -77,6 +78,7 @@ def _shard(config: TrainConfig, model: nn.Module, world: World) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    refuse_scalars(model.named_parameters(), "FSDP2")
     replicas = config.fsdp_replicas
     if world.size % replicas:
         if world.plan is None:

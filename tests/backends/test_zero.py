@@ -305,6 +305,12 @@ def test_what_is_not_tested_is_refused(ranks: Any, config: dict[str, Any]) -> No
     assert "\n" not in said
 
 
+def test_a_parameter_without_dimensions_is_refused(ranks: Any) -> None:
+    """DeepSpeed 0.19.8 fails on it somewhere in its first broadcast."""
+    [said] = ranks(1).run("tests.cases.zero_refusals:refused_scalar")
+    assert said.startswith("UserError: parameter temperature has no dimensions, which DeepSpeed does not take"), said
+
+
 def test_an_engine_of_the_users_own(ranks: Any) -> None:
     """Attached as it is where it is tested, else refused; its accumulation must be 1."""
     untested = {"zero_allow_untested_optimizer": True}

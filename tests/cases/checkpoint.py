@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.checkpoint import Checkpointer, folder
@@ -53,10 +54,14 @@ class Remembering:
 
 
 def _engine(kind: str, base: str, dtype: str, seed: int = 0) -> lso.Engine:
-    """`zero3+small` has a sub-group a parameter; bf16 is ZeRO's, beside fp32 masters."""
-    kind, *small = kind.split("+")
-    zero = {"sub_group_size": 1} if small else {}
+    """`zero3+small` has a sub-group a parameter, `+scalar` a parameter without dimensions; bf16 is ZeRO's, beside fp32
+    masters."""
+    kind, *more = kind.split("+")
+    zero = {"sub_group_size": 1} if "small" in more else {}
     model = engines.net(("tied", "unused"), torch.float32 if dtype == "bf16" else DTYPES[dtype], seed)
+    if "scalar" in more:
+        model.register_parameter("temperature", nn.Parameter(torch.tensor(1.0 + seed)))
+        model.register_forward_hook(lambda module, given, out: out * module.temperature)
     chosen = Drifting if base == "drifting" else base
     return engines.build(kind, model, Remembering(), base=chosen, zero=zero, bf16=dtype == "bf16")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 import elastic_lsopt as lso
 from tests.cases import engines
 from tests.oracles.paper_loops import cross_entropy
@@ -16,6 +18,16 @@ def refused(config: dict[str, Any], **keywords: Any) -> str:
         lambda: lso.initialize(
             model=engines.net(), config=config, base=engines.optimizer("sgd"), loss_fn=cross_entropy, **keywords
         )
+    )
+
+
+def refused_scalar() -> str:
+    """What `lso.initialize` says of CLIP's kind of temperature."""
+    model = engines.net()
+    model.register_parameter("temperature", torch.nn.Parameter(torch.tensor(1.0)))
+    config = {"zero_optimization": {"stage": 1}}
+    return said(
+        lambda: lso.initialize(model=model, config=config, base=engines.optimizer("sgd"), loss_fn=cross_entropy)
     )
 
 

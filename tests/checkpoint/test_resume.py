@@ -39,7 +39,7 @@ def test_the_same_layout_goes_on_bit_by_bit(ranks: Any, tmp_path: Path, kind: st
 FRAMEWORK = [
     (("plain", 1), ("fsdp2", 3), "adamw"), (("fsdp2", 3), ("ddp", 2), "adamw"), (("ddp", 2), ("hsdp", 2), "drifting"),
     (("hsdp", 2), ("fsdp2", 3), "adamw"), (("fsdp2", 3), ("fsdp2", 2), "drifting"),
-    (("fsdp2", 2), ("plain", 1), "adamw"),
+    (("fsdp2", 2), ("plain", 1), "adamw"), (("plain+scalar", 1), ("ddp+scalar", 2), "adamw"),
 ]  # fmt: skip
 ZERO = [
     (("zero3", 2), ("fsdp2", 3)), (("fsdp2", 3), ("zero3", 2)), (("zero1", 3), ("zero2", 2)),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import elastic_lsopt as lso
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.plan import Policy
@@ -98,3 +99,11 @@ def test_sharding_takes_a_part_and_a_block_of_gpu_memory() -> None:
         assert torch.cuda.memory_allocated() - before < size / 8 * 1.2
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.fast
+def test_a_parameter_without_dimensions_is_refused_before_it_is_sharded() -> None:
+    model = torch.nn.Linear(3, 3)
+    model.register_parameter("temperature", torch.nn.Parameter(torch.tensor(1.0)))
+    with pytest.raises(lso.UserError, match="parameter temperature has no dimensions, which FSDP2 does not take"):
+        _shard(a_config(), model, World(0, 1, CPU, dist.HashStore()))
