@@ -22,7 +22,7 @@ ARITHMETIC: dict[type[ast.operator], tuple[str, str]] = {
     ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"), ast.FloorDiv: ("//", "*"),
     ast.Mod: ("%", "//"),
 }  # fmt: skip
-UNTESTABLE_HERE = ("cuda", "gpu", "logging", "log.")
+UNTESTABLE_HERE = ("cuda", "gpu", "pin_memory", "logging", "log.")
 """Words of lines that no test on a CPU can judge, or that only say something."""
 
 
