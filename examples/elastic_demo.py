@@ -70,7 +70,8 @@ def main(folder: Path, endpoint: str) -> None:
         return lso.elastic.Job(world=world, engine=engine_of(fully_shard), dataset=rows, collate=collate, on_step=note)
 
     def note(job, row):  # on all ranks, after every step
-        time.sleep(PACE_S)  # so that there is something to see
+        waits = job.world.size < NODES  # so that nobody comes when all is done, also on a slow machine
+        time.sleep(4 * PACE_S if waits else PACE_S)  # so that there is something to see
         if job.world.is_first:
             with (folder / "steps.jsonl").open("a") as out:
                 out.write(json.dumps(row) + "\n")

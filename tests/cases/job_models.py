@@ -20,26 +20,29 @@ class Output(NamedTuple):
 class TinyLM(nn.Module):
     """Token t is predicted from tokens t and t-1, so that a few steps teach it something.
 
-    `pause_s` sleeps in each forward, `slowly` times as long on the node of the name "slow"; `fail_rank` raises there in
-    forward number `fail_at`, or, with `hang_file`, never comes back from it while that file is there (and removes it).
+    `pause_s` sleeps in each forward until `hurry_file` is there, `slowly` times as long on the node of the name "slow";
+    `fail_rank` raises there in forward number `fail_at`, or, with `hang_file`, never comes back from it while that file
+    is there (and removes it).
     Once a bias of the head is above `breaks_at`, the logits are NaN, as those of a model that has blown up.
     """
 
     def __init__(
         self, width: int = 12, depth: int = 2, dropout: float = 0.0, pause_s: float = 0.0, fail_rank: int = -1,
         fail_at: int = 6, slowly: float = 1.0, hang_file: str = "", breaks_at: float = math.inf,
+        hurry_file: str = "",
     ) -> None:  # fmt: skip
         super().__init__()
         self.embedding = nn.Embedding(257, width)
         self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(depth))
         self.head = nn.Linear(width, 257)
-        self._hang_file, self._breaks_at = hang_file, breaks_at
+        self._hang_file, self._breaks_at, self._hurry_file = hang_file, breaks_at, hurry_file
         pause_s *= slowly if os.environ.get("ELASTIC_LSOPT_NODE") == "slow" else 1.0
         self._pause_s, self._fail, self._forwards = pause_s, (fail_rank, fail_at), 0
 
     def forward(self, input_ids: Tensor) -> Output:
         self._forwards += 1
-        time.sleep(self._pause_s)
+        if not (self._hurry_file and os.path.exists(self._hurry_file)):
+            time.sleep(self._pause_s)
         if (int(os.environ.get("RANK", "0")), self._forwards) == self._fail:
             if not self._hang_file:
                 raise ArithmeticError("the model of the user is broken")
