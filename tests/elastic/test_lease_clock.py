@@ -17,6 +17,7 @@ from tests.elastic.plain_agent import entered, node, pump
 pytestmark = pytest.mark.fast
 
 
+@pytest.mark.long
 def test_a_suspended_machine_finds_its_lease_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It sleeps longer than a lease: its workers are ended before anything else, whatever time.monotonic says."""
     host = Agent(node(tmp_path, "a", 1))

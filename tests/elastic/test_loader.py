@@ -66,6 +66,7 @@ def test_a_rank_without_a_unit_gets_unit_0_to_idle_on() -> None:
     assert not busy.units_at(0)[0].idle
 
 
+@pytest.mark.long
 @settings(max_examples=50)
 @given(n=st.integers(1, 40), cut=cuts)
 def test_each_sample_once_an_epoch_across_batches(n: int, cut: tuple[int, int]) -> None:
