@@ -5,7 +5,7 @@
 next case starts a new group. So a broken case fails by its own name, within its time limit, and spoils no other.
 
 [Note: between two cases] A group is stopped (SIGSTOP): each of gloo's threads would else wake a hundred times a second,
-and the lanes' idle groups together take a sixth of a core.
+and the lanes' idle groups together take a fifth of a core.
 """
 
 from __future__ import annotations

@@ -83,10 +83,10 @@ def start_engine(model: nn.Module, base: Callable[[Any], torch.optim.Optimizer],
             raise UserError(f"base gave a {type(optimizer).__name__}; it takes parameters and gives a torch optimizer.")
         return optimizer
 
+    parameters: Any = [p for _, p in trainable(model.named_parameters())]
     whole = not any(hasattr(p, "ds_id") for p in model.parameters())  # else the user's zero.Init has cut it already
     if (config.get("zero_optimization") or {}).get("stage") == 3 and whole:
         _shard(model, config)
-    parameters: Any = [p for _, p in trainable(model.named_parameters())]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, optimizer=made, config=config)

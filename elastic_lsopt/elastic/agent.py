@@ -336,8 +336,7 @@ class Agent:
         if notice is not None and not self._draining and Path(notice).exists():
             self._drain(signal.SIGTERM)
         if now > self._leave_by and self._exit_code is None:
-            limit_s = self.node.settings.drain_timeout_s
-            log.warning("%s: its workers did not leave within %.0f s.", self.node.name, limit_s)
+            log.warning("%s: workers did not leave within %g s.", self.node.name, self.node.settings.drain_timeout_s)
             self._exit_code = 1
         for number in [n for n, (due, _) in self._broken.items() if now >= due]:
             _, error = self._broken.pop(number)

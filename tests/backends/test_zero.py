@@ -255,6 +255,11 @@ def test_stage_3_never_has_the_whole_model_on_a_device(ranks: Any, bf16: bool) -
     assert ranks(2).run("tests.cases.zero_shards:moved_whole", bf16=bf16) == [wanted] * 2
 
 
+def test_a_model_on_the_meta_device_is_refused_before_it_is_cut(ranks: Any) -> None:
+    [said] = ranks(1).run("tests.cases.zero_shards:refused_on_meta")
+    assert said.startswith("parameter first.weight is on the meta device"), said
+
+
 # -- the engine ------------------------------------------------------------------------------------------------------
 
 

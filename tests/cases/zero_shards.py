@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import elastic_lsopt as lso
 from tests.cases import zero
 
 
@@ -22,8 +23,19 @@ class Buffered(nn.Module):
         return self.last(torch.tanh(self.first(x) * self.scale.to(x.dtype)))
 
 
+def refused_on_meta() -> str:
+    """What is said of a model without values, whose shards nobody could make."""
+    with torch.device("meta"):
+        model = Buffered()
+    try:
+        zero.start(3, model=model)
+    except lso.UserError as error:
+        return str(error)
+    return "accepted"
+
+
 def moved_whole(bf16: bool) -> dict[str, Any]:
-    """Parameters that were whole, and more than one, when the model was moved to the device; and the buffer's type."""
+    """How many parameters were whole when a module was moved to the device, at most; and the buffer's type."""
     seen: list[int] = []
     move = nn.Module.to
 
