@@ -261,7 +261,6 @@ class _Block(torch.autograd.Function):
         ctx.save_for_backward(*tensors, token)
         given = {id(t) for t in inputs}
         out = tuple(t.clone() if id(t) in given else t for t in out)
-        ctx.mark_non_differentiable(*(t for i, t in enumerate(out) if i not in call.differentiable))
         return *out, token
 
     @staticmethod

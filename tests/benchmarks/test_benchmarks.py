@@ -27,7 +27,6 @@ def test_steps(ranks: Callable[[int], Ranks], kind: str) -> None:
     assert figures[f"lpf_sgd_{kind}_of_base_step"] > 0
 
 
-@fast
 def test_one_process() -> None:
     figures = one_process.compare(TOY)
     assert figures["sam_engine_of_pytorch_optimizer"] > 0

@@ -174,3 +174,28 @@ def static_graph(parts: int) -> dict[str, Any]:
     found = [engine.train_batch(engines.mine(step)) for step in steps]
     dloss = max(abs(a - b) for a, b in zip(found, losses, strict=True))
     return {"dw": engines.furthest(engine.space, plain), "dloss": dloss}
+
+
+def beside_another(kind: str) -> dict[str, Any]:
+    """SAM steps of one model between two micro-batches of another, as of an actor and a critic; each against its own
+    loop, fp64."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    steps = engines.batches(STEPS, world * EACH, dtype=torch.float64)
+    plains = [engines.net((), torch.float64, seed) for seed in (0, 1)]
+    actor, critic = (wrapped(kind, copy.deepcopy(plain)) for plain in plains)
+    make = engines.optimizer("momentum")
+    actors = [step[:world] for step in steps]
+    paper_loops.run(plains[0], actors, make(list(plains[0].named_parameters())), "sam", {"rho": 0.3})
+    paper_loops.run(plains[1], steps, make(list(plains[1].named_parameters())), "none", {})
+    optimizer = lso.LandscapeOptimizer(make(list(bare(actor).named_parameters())), lso.SAM(rho=0.3))
+    other = make(list(bare(critic).named_parameters()))
+    for step in steps:
+        other.zero_grad()
+        with unreduced(kind, critic):
+            (paper_loops.cross_entropy(critic, step[rank]) / EACH).backward()
+        optimizer.step(closure_of(optimizer, actor, step[rank]))
+        (paper_loops.cross_entropy(critic, step[world + rank]) / EACH).backward()
+        other.step()
+    moved = {n: getattr(p, "full_tensor", lambda p=p: p)() for n, p in bare(critic).named_parameters()}
+    critics = max(float((moved[n] - p).abs().max()) for n, p in plains[1].named_parameters())
+    return {"actor": engines.furthest(optimizer.space, plains[0]), "critic": critics}

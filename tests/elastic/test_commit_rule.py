@@ -79,6 +79,7 @@ def test_committing_the_largest_acknowledged_version_is_caught() -> None:
         search(3, 0, 1, 2, Rule(smallest=False))
 
 
+@pytest.mark.long
 def test_dropping_old_versions_before_the_new_are_mirrored_is_caught() -> None:
     with pytest.raises(RuleBroken, match="was dropped"):
         search(2, 1, 1, 1, Rule(keep_until_mirrored=False))

@@ -236,6 +236,7 @@ def test_a_stream_draws_by_position() -> None:
     assert len({x for _, x, _ in alone}) == len(alone) == len({x for _, _, x in alone})
 
 
+@pytest.mark.long
 def test_worker_processes_of_a_dataloader() -> None:
     """They inherit the reading thread's diversion and must not obey it: each would draw the same numbers."""
     alone = read(lambda: ShardStream(["a"], Workers(DRAWS["torch.rand"]), seed=3), steps=3)

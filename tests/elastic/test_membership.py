@@ -175,6 +175,23 @@ def test_a_worker_that_is_ready_without_a_lease_waits_for_one() -> None:
     assert state.workers == ("b1",) and any(isinstance(e, Publish) and e.record.workers for e in effects)
 
 
+def test_who_came_while_nobody_led_is_let_in() -> None:
+    """The host had promised itself to another candidate when he spoke. No worker lives whose death would let him in."""
+    world = begin(3, rules(max_nodes=5), spares=1)
+    for name in "abc":
+        world = world.kill_worker(name).flush()
+    while world.place("b").state.campaign is None:  # type: ignore[union-attr]
+        world = replace(world, mail=()).tick(rules().beat_s, asleep=frozenset("acd"))
+    world = world.deliver("b", "a", 0)
+    assert world.place("a").state.campaign is None  # type: ignore[union-attr]
+    world = replace(world.crash("b"), mail=()).spawn("d").flush()
+    while not world.place("a").state.campaign:  # type: ignore[union-attr]
+        world = world.tick(rules().beat_s, asleep=frozenset("c")).flush()
+    world = world.run(4.0, respawn=False)
+    let_in = next(g for g in world.decided if "d" in g.member)
+    assert (let_in.why, let_in.host, "b" in let_in.member) == ("joined: d", "a", True)
+
+
 @pytest.mark.parametrize("first", ["a", "b"])
 def test_the_end_is_one_members_word(first: str) -> None:
     """Workers finish after a barrier of all, so one is enough: also where a newcomer was let in since then."""

@@ -53,3 +53,10 @@ def test_unfreezing(ranks: Any, kind: str, world: int, again: bool) -> None:
 def test_a_static_graph_with_several_microbatches(ranks: Any, parts: int) -> None:
     for r in ranks(2).run("tests.cases.own_loops:static_graph", parts=parts):
         assert r["dw"] < 1e-12 and r["dloss"] < 1e-12, r
+
+
+@pytest.mark.parametrize("kind,world", PLACES)
+def test_another_model_is_left_alone(ranks: Any, kind: str, world: int) -> None:
+    """FSDP2 keeps its modules in a registry of the process; gradients that the other has gathered are its own."""
+    for r in ranks(world).run("tests.cases.own_loops:beside_another", kind=kind):
+        assert max(r.values()) < 1e-12, r

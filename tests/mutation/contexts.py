@@ -6,6 +6,7 @@ started by a command has neither, and is run for the test that pytest names in t
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 from collections import defaultdict
@@ -70,6 +71,12 @@ class Contexts:
         for context in sorted(filter(None, contexts), key=lambda c: (self._sizes[c], c)):
             out |= dict.fromkeys([context] if "::" in context else sorted(self._of_case.get(context, ())))
         return list(out)
+
+
+def at_import(source: str, line: int) -> bool:
+    """Whether a line runs when its module is imported, for nobody in particular: the defaults of a class, say."""
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return not any(f.body[0].lineno <= line <= (f.end_lineno or 0) for f in functions)
 
 
 def by_case(tests: Path = ROOT / "tests") -> dict[str, set[str]]:

@@ -2,7 +2,7 @@
 
 python -m tests.mutation.draw [--seed 0] [--per-package 10]
 
-Those of mutants.json whose line still reads as it did stay; only what the code has outlived is drawn again.
+Those of mutants.json that can still be made stay; only what the code has outlived is drawn again.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ class Mutant:
         found = [i for i, line in enumerate(source.splitlines(), 1) if line == self.before]
         return found[self.nth] if self.nth < len(found) else None
 
+    def stands_in(self, source: str) -> bool:
+        """Whether it is still a mistake that can be made in this text."""
+        line = self.line_in(source)
+        return line is not None and any((line, self.after) == (m.line, m.after) for m in mistakes(source))
+
 
 def read(path: Path = LIST) -> list[Mutant]:
     return [Mutant(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
@@ -57,7 +62,7 @@ def draw(
     out = []
     for package in packages:
         prefix = f"elastic_lsopt/{package}/"
-        mine = [m for m in kept if m.path.startswith(prefix) and m.line_in(sources.get(m.path, "")) is not None]
+        mine = [m for m in kept if m.path.startswith(prefix) and m.stands_in(sources.get(m.path, ""))]
         mine = mine[:per_package]
         taken = {(m.path, m.before, m.nth) for m in mine}
         by_line: dict[tuple[str, int], list[str]] = {}

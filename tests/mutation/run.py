@@ -29,7 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.mutation.contexts import ROOT, Contexts
+from tests.mutation.contexts import ROOT, Contexts, at_import
 from tests.mutation.coverage_run import DATA
 from tests.mutation.draw import Mutant, read
 from tests.mutation.mistakes import mistakes
@@ -94,7 +94,10 @@ class Tree:
 def judge(tree: Tree, mutant: Mutant, contexts: Contexts, limit_s: float) -> dict[str, Any]:
     """What became of a mutant, and by which test."""
     begin = time.monotonic()
-    tests = contexts.tests(mutant.path, tree.change(mutant))
+    line = tree.change(mutant)
+    tests = contexts.tests(mutant.path, line)
+    if at_import((ROOT / mutant.path).read_text(encoding="utf-8"), line):
+        tests = [f"tests/{Path(mutant.path).parts[1]}", *tests]
     outcome, by, left = "no test" if not tests else "survived", "", list(tests)
     try:
         while left:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutation.contexts import by_case
+from tests.mutation.contexts import at_import, by_case
 from tests.mutation.draw import draw, sources
 from tests.mutation.mistakes import mistakes
 
@@ -57,6 +57,11 @@ def test_each_mistake_of_the_package_is_one_line_of_python() -> None:
     for m in found:
         assert lines[m.line - 1] == m.before != m.after and m.statement <= m.line
         ast.parse("\n".join([*lines[: m.line - 1], m.after, *lines[m.line :]]))
+
+
+def test_what_runs_at_import() -> None:
+    text = "@cached\ndef f(\n    x=3,\n):\n    return x\n\n\nclass A:\n    rho = 0.5\n\n    def g(self):\n        0\n"
+    assert [n for n in range(1, 12) if at_import(text, n)] == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
 
 
 def test_a_draw_is_the_seeds_and_keeps_what_still_stands() -> None:

@@ -29,7 +29,6 @@ def test_value_and_error(draw: Any) -> None:
     assert found.products == m
 
 
-@pytest.mark.fast
 def test_a_network_and_the_edges() -> None:
     space, oracle, h, _ = spectra.small()
     found = frobenius(space, oracle, samples=60)

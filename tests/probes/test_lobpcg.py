@@ -30,7 +30,6 @@ def test_known_spectrum(which: Any, dtype: torch.dtype, tolerance: float) -> Non
         assert true <= 10 * tolerance and abs(true - residual) < tolerance
 
 
-@pytest.mark.fast
 def test_a_small_network() -> None:
     space, oracle, h, _ = spectra.small()
     found = lobpcg(space, oracle, k=4, tolerance=1e-6)

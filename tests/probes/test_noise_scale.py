@@ -44,6 +44,7 @@ def test_of_a_model_whose_samples_are_the_noise() -> None:
     assert (got.gradients, got.products) == (30, 30)
 
 
+@pytest.mark.long
 def test_unbiased_and_with_a_true_error() -> None:
     """600 experiments with 12 batches of 3 sizes."""
     root, g = covariance(), torch.full((N,), 2.0, dtype=torch.float64)

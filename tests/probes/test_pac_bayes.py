@@ -43,6 +43,7 @@ def test_within_the_authors_tolerance_and_with_the_batch_as_n() -> None:
     assert got.value == pytest.approx(got.square_distance / (4 * got.sigma**2) + log(2 * 2 / 1e-6))
 
 
+@pytest.mark.long
 def test_bad_settings_and_a_loss_that_does_not_rise() -> None:
     h, w, _ = dense(3)
     space, oracle = quadratic(h, w)

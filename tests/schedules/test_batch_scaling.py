@@ -101,6 +101,7 @@ def test_two_changes_are_one(first: int, second: int, third: int, rule: Any, dec
     assert there.ema_decay == pytest.approx(at_once.ema_decay)
 
 
+@pytest.mark.long
 @given(batch=batches, rule=st.sampled_from(["linear", "sqrt", "adascale", "none"]))
 def test_the_own_batch_changes_no_bit(batch: int, rule: Any) -> None:
     own = Hyperparameters(
