@@ -33,12 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("elastic-lsopt: interrupted.", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error is not getattr(sys.stdout, "lost", None):
+            raise
+        return 1  # `end` says why
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:
     """`main` as a process of its own: the door by which every command leaves."""
     from elastic_lsopt.backends.ending import end
+    from elastic_lsopt.cli.output import Output
 
+    sys.stdout = Output(sys.stdout)  # type: ignore[assignment]
     end(main(argv))
 
 
