@@ -35,8 +35,8 @@ from benchmarks.curvature_peers import (
 from benchmarks.timing import ratio_of, rounds
 from benchmarks.workers import on_ranks
 from elastic_lsopt.oracle.oracle import Oracle
-from elastic_lsopt.probes.lanczos import lanczos
-from elastic_lsopt.probes.spectral_density import spectral_density
+from elastic_lsopt.probes.spectrum.lanczos import lanczos
+from elastic_lsopt.probes.spectrum.spectral_density import spectral_density
 from elastic_lsopt.space.geometry import ParameterSpace
 
 COUNT, TOLERANCE = 5, 1e-3

@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from elastic_lsopt.config.elastic import ElasticConfig
-from elastic_lsopt.elastic.agent import Agent
-from elastic_lsopt.elastic.clock import lease_now
-from elastic_lsopt.elastic.generation import Change, Generation, Member
-from elastic_lsopt.elastic.inbox import Opened
-from elastic_lsopt.elastic.letter import Letter
-from elastic_lsopt.elastic.mailbox import connect
-from elastic_lsopt.elastic.node import Node
-from elastic_lsopt.elastic.node_folder import NodeFolder
-from elastic_lsopt.elastic.quorum import Ballot, Vote
-from elastic_lsopt.elastic.record import Beat, Record, Rules
-from elastic_lsopt.elastic.state import Campaign, State
+from elastic_lsopt.elastic.agent.agent import Agent
+from elastic_lsopt.elastic.agent.lease_clock import lease_now
+from elastic_lsopt.elastic.agent.mail.inbox import Opened
+from elastic_lsopt.elastic.agent.mail.letter import Letter
+from elastic_lsopt.elastic.agent.mail.mailbox import connect
+from elastic_lsopt.elastic.agent.node import Node
+from elastic_lsopt.elastic.agent.node_folder import NodeFolder
+from elastic_lsopt.elastic.membership.generation import Change, Generation, Member
+from elastic_lsopt.elastic.membership.quorum import Ballot, Vote
+from elastic_lsopt.elastic.membership.record import Beat, Record, Rules
+from elastic_lsopt.elastic.membership.state import Campaign, State
 
 SECRET = b"the benchmark's own"
 WORKERS, LEASE_S = 8, 2.0

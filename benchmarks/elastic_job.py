@@ -105,7 +105,7 @@ def elastic(settings: dict[str, Any]) -> None:
         return lso.elastic.Job(world=world, engine=engine, dataset=Rows(), collate=collate, seed=1, on_step=on_step)
 
     lso.elastic.run(
-        build, settings["elastic"], output_dir=folder, workers=1, unit_size=unit,
+        build, settings["elastic"], output_dir=folder, workers=1, microbatch_size=unit,
         reference=Hyperparameters(
             global_batch_size=batch, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01
         ),
@@ -114,7 +114,7 @@ def elastic(settings: dict[str, Any]) -> None:
 
 def mirror_in_blocks() -> None:
     """Every other block of steps goes without host version and mirror."""
-    from elastic_lsopt.elastic.runtime import Runtime
+    from elastic_lsopt.elastic.worker.runtime import Runtime
 
     keep = Runtime._keep
 

@@ -15,11 +15,21 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 
-from elastic_lsopt.elastic import membership
-from elastic_lsopt.elastic.generation import Change, Generation, Member
-from elastic_lsopt.elastic.quorum import Ballot, Vote
-from elastic_lsopt.elastic.record import Enter, Event, Heard, Publish, Record, Rules, Tick, WorkerExited, WorkerReady
-from elastic_lsopt.elastic.state import Campaign, State
+from elastic_lsopt.elastic.membership.generation import Change, Generation, Member
+from elastic_lsopt.elastic.membership import machine as membership
+from elastic_lsopt.elastic.membership.quorum import Ballot, Vote
+from elastic_lsopt.elastic.membership.record import (
+    Enter,
+    Event,
+    Heard,
+    Publish,
+    Record,
+    Rules,
+    Tick,
+    WorkerExited,
+    WorkerReady,
+)
+from elastic_lsopt.elastic.membership.state import Campaign, State
 
 CHANGES = ("join", "worker_death", "node_silence", "host_death")
 DELAY_S = 0.001

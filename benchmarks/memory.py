@@ -1,7 +1,7 @@
 """Extra bytes on a rank while a method steps: its peak over a step less the base's, both from the same state.
 
 On a CPU the allocator's own record is read (torch's profiler writes down each block that is taken or given back), on
-a GPU its peak counter. Units are short, so that activations do not hide the weights' copies.
+a GPU its peak counter. Micro-batches are short, so that activations do not hide the weights' copies.
 
 FSDP2 and gloo keep the buffers of finished gathers and reductions for a while, how many is chance: up to a few blocks
 in either peak. So the least of some steps counts, and `displaced` measures what a displacement takes by

@@ -10,6 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elastic_lsopt import elastic, probes
+    from elastic_lsopt.api.attach import attach
+    from elastic_lsopt.api.engine import Engine
+    from elastic_lsopt.api.initialize import initialize
+    from elastic_lsopt.api.landscape_optimizer import LandscapeOptimizer
+    from elastic_lsopt.api.report import StepReport
+    from elastic_lsopt.api.trainer_callback import ProbeCallback
     from elastic_lsopt.errors import (
         NonFinite,
         PeerFailed,
@@ -19,19 +25,13 @@ if TYPE_CHECKING:
         Unsupported,
         UserError,
     )
-    from elastic_lsopt.faces.attach import attach
-    from elastic_lsopt.faces.engine import Engine
-    from elastic_lsopt.faces.initialize import initialize
-    from elastic_lsopt.faces.landscape_optimizer import LandscapeOptimizer
-    from elastic_lsopt.faces.report import StepReport
-    from elastic_lsopt.faces.trainer_callback import ProbeCallback
     from elastic_lsopt.optimizers import registry
     from elastic_lsopt.optimizers.asam import ASAM
     from elastic_lsopt.optimizers.lpf_sgd import LPFSGD
     from elastic_lsopt.optimizers.plain import Plain
     from elastic_lsopt.optimizers.sam import SAM
     from elastic_lsopt.oracle.loss import Loss
-    from elastic_lsopt.oracle.units import Unit
+    from elastic_lsopt.oracle.microbatch import MicroBatch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -63,22 +63,22 @@ _HOMES = {
     "ASAM": "optimizers.asam",
     "LPFSGD": "optimizers.lpf_sgd",
     "SAM": "optimizers.sam",
-    "Engine": "faces.engine",
-    "LandscapeOptimizer": "faces.landscape_optimizer",
+    "Engine": "api.engine",
+    "LandscapeOptimizer": "api.landscape_optimizer",
     "Loss": "oracle.loss",
     "NonFinite": "errors",
     "PeerFailed": "errors",
     "Plain": "optimizers.plain",
-    "ProbeCallback": "faces.trainer_callback",
+    "ProbeCallback": "api.trainer_callback",
     "StaleGeneration": "errors",
     "StaleLease": "errors",
     "StaleWeights": "errors",
-    "StepReport": "faces.report",
-    "Unit": "oracle.units",
+    "StepReport": "api.report",
+    "Unit": "oracle.microbatch",
     "Unsupported": "errors",
     "UserError": "errors",
-    "attach": "faces.attach",
-    "initialize": "faces.initialize",
+    "attach": "api.attach",
+    "initialize": "api.initialize",
 }
 _MODULES = {"elastic": "elastic", "probes": "probes", "registry": "optimizers.registry"}
 

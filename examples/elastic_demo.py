@@ -25,9 +25,9 @@ from torch.distributed.fsdp import fully_shard
 import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.cli.status import ask, table
-from elastic_lsopt.elastic.journal import Change, read_journal
-from elastic_lsopt.elastic.loader import StepLoader
-from elastic_lsopt.elastic.signing import job_secret
+from elastic_lsopt.data.loader import StepLoader
+from elastic_lsopt.elastic.agent.mail.signing import job_secret
+from elastic_lsopt.elastic.worker.journal import Change, read_journal
 from elastic_lsopt.errors import UserError
 
 BATCH, UNIT, STEPS, PACE_S = 32, 8, 80, 0.15
@@ -77,7 +77,7 @@ def main(folder: Path, endpoint: str) -> None:
                 out.write(json.dumps(row) + "\n")
 
     lso.elastic.run(
-        build, {"endpoint": endpoint, "max_nodes": 4, "lease_s": 3.0}, output_dir=folder, unit_size=UNIT,
+        build, {"endpoint": endpoint, "max_nodes": 4, "lease_s": 3.0}, output_dir=folder, microbatch_size=UNIT,
         reference=lso.elastic.Hyperparameters(global_batch_size=BATCH, learning_rate=3e-3),
     )  # fmt: skip
 
@@ -136,7 +136,7 @@ def compare(folder: Path) -> None:
     """The same training in one process, undisturbed; the largest difference of any step's loss."""
     engine = engine_of(lambda model: None)
     loader = StepLoader(
-        taught_rows(), collate, global_batch_size=BATCH, unit_size=UNIT, seed=0, rank=0, world=1,
+        taught_rows(), collate, global_batch_size=BATCH, microbatch_size=UNIT, seed=0, rank=0, world=1,
         total_samples=STEPS * BATCH,
     )  # fmt: skip
     undisturbed, found = [engine.train_batch(units) for units in loader], losses(folder)

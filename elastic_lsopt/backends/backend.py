@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from elastic_lsopt.backends.base_trial import refuse_closure
 from elastic_lsopt.backends.gathering import Gathering
 from elastic_lsopt.backends.transport import Transport
-from elastic_lsopt.oracle.passes import Passes
+from elastic_lsopt.oracle.gradient_engine import Passes
 from elastic_lsopt.space.layout import Piece
 from elastic_lsopt.space.vector import Vector
 

@@ -23,7 +23,7 @@ def backend_for(
     Raises Unsupported, with the list of what is supported, for anything else.
     """
     if type(model).__module__.startswith("deepspeed"):
-        from elastic_lsopt.backends.zero_adapter import zero_backend
+        from elastic_lsopt.backends.zero.adapter import zero_backend
 
         return zero_backend(model)
     module = getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model

@@ -146,7 +146,7 @@ class FSDP2(Backend):
         self.transport.refuse_cut()
 
     def backward(self, loss: Tensor) -> None:
-        # Every unit reduces into the shards at once: no rank ever holds a whole gradient.
+        # Every micro-batch reduces into the shards at once: no rank ever holds a whole gradient.
         loss.backward()
 
     def clear_gradient(self) -> None:

@@ -46,7 +46,7 @@ def tear_down(engine: Built | None) -> None:
     The engine is an empty shell afterwards; its space and vectors raise StaleGeneration. Memory is freed here unless
     the caller holds the model, the optimizer or the space elsewhere. See [Note: what a torn-down group leaves behind].
     """
-    zero = importlib.import_module("elastic_lsopt.backends.zero_end") if "deepspeed" in sys.modules else None
+    zero = importlib.import_module("elastic_lsopt.backends.zero.end") if "deepspeed" in sys.modules else None
     if engine is not None:
         engine.space.retire()
         if zero is not None:

@@ -29,7 +29,7 @@ def arguments_of(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--other", type=Path, metavar="MODEL", help="another model, for mode_connectivity")
     parser.add_argument("--trust", action="store_true", help="run the code that the run's settings name as the model")
     parser.add_argument("--units", type=int, default=4, help="batches of data to measure on (default: 4)")
-    parser.add_argument("--batch-size", type=int, help="samples in each (default: the run's unit, else 8)")
+    parser.add_argument("--batch-size", type=int, help="samples in each (default: the run's micro-batch, else 8)")
     parser.add_argument("--block-size", type=int, help="tokens in a sample (default: the run's, else 128)")
     parser.add_argument("--products", default="auto", help="auto, kept, rebuilt, blockwise or differences")
     parser.add_argument("--workers", type=int, default=1, help="processes to start where no launcher did (default: 1)")
@@ -41,8 +41,8 @@ def arguments_of(parser: argparse.ArgumentParser) -> None:
 
 def probe(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     """Run the measurement; returns the exit code. Raises UserError for wrong input, before a worker starts."""
-    from elastic_lsopt.training.probe_model import Question, settings_of
-    from elastic_lsopt.training.world import launched, start_workers
+    from elastic_lsopt.training.probing.probe_model import Question, settings_of
+    from elastic_lsopt.training.processes import launched, start_workers
 
     for name in ("units", "batch_size", "block_size", "workers"):
         value = getattr(arguments, name)
@@ -80,10 +80,10 @@ def _measures(names: str, settings: Sequence[str]) -> dict[str, dict[str, Any]]:
 def _one_rank(question: Any) -> int:
     from elastic_lsopt.cli.train import leave, say_failure
     from elastic_lsopt.training.console import Console
-    from elastic_lsopt.training.probe_folder import drawn_by
-    from elastic_lsopt.training.probe_model import RESULTS, answer
+    from elastic_lsopt.training.probing.probe_folder import drawn_by
+    from elastic_lsopt.training.probing.probe_model import RESULTS, answer
+    from elastic_lsopt.training.processes import join
     from elastic_lsopt.training.quiet import report_loads, silence_libraries
-    from elastic_lsopt.training.world import join
 
     silence_libraries()
     world = join()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from elastic_lsopt.elastic.journal import JOURNAL, read_journal
+from elastic_lsopt.elastic.worker.journal import JOURNAL, read_journal
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.report.run import PROBES, STUDY, Run, answers_of
 from elastic_lsopt.report.write import write_report

@@ -14,10 +14,10 @@ from elastic_lsopt.cli.validate import check_paths
 from elastic_lsopt.errors import UserError
 
 if TYPE_CHECKING:
-    from elastic_lsopt.elastic.world import World
+    from elastic_lsopt.world import World
 
 USAGE = "usage: "
-"""Before a user's mistake in what the ranks tell each other; see training/world.py [Note: who says what went wrong]."""
+"""Before a user's mistake in what the ranks tell each other; see training/processes.py [Note: who says what went wrong]."""
 
 
 def train(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = False) -> int:
@@ -26,7 +26,7 @@ def train(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = Fals
     Without `trust` settings in a run's folder that name code are refused: a run's folder may be somebody else's.
     """
     from elastic_lsopt.training.imported_model import of_a_run, refuse_untrusted
-    from elastic_lsopt.training.world import launched, start_workers
+    from elastic_lsopt.training.processes import launched, start_workers
 
     try:
         job = read_job(path, overrides)
@@ -55,7 +55,7 @@ def agent(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = Fals
 
 def _elastic(job: Job, arguments: Sequence[str]) -> NoReturn:
     """This process is its node's agent, or a worker that the agent has started with the same arguments."""
-    from elastic_lsopt.elastic.link import is_worker
+    from elastic_lsopt.elastic.worker.link import is_worker
     from elastic_lsopt.training.quiet import silence_libraries
 
     silence_libraries()
@@ -82,7 +82,7 @@ def _one_rank(job: Job) -> int:
 
     silence_libraries()
     from elastic_lsopt.training.loop import train as run
-    from elastic_lsopt.training.world import join
+    from elastic_lsopt.training.processes import join
 
     world = join()
     try:

@@ -20,11 +20,11 @@ from torch import nn
 from elastic_lsopt.cli.job import Job, read_job
 from elastic_lsopt.config.deepspeed_json import read_deepspeed_json, zero_stage
 from elastic_lsopt.config.settings import BUILTIN_DATASETS, SettingError, TrainConfig, landscape_fields, lr_rule
-from elastic_lsopt.elastic.open_files import too_few
-from elastic_lsopt.elastic.plan import Plan, Policy, Worker, plan
+from elastic_lsopt.elastic.agent.open_files import too_few
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.units import part_bounds, slots, unit_sizes, units_of_rank
+from elastic_lsopt.oracle.microbatch import part_bounds, slots, unit_sizes, microbatches_of_rank
+from elastic_lsopt.plan import Plan, Policy, Worker, plan
 from elastic_lsopt.training.imported_model import foreign_code
 from elastic_lsopt.training.memory import memory_per_rank, mirror_per_rank
 
@@ -107,7 +107,7 @@ def _stage(config: TrainConfig) -> int:
 
 @dataclass(frozen=True)
 class Cut:
-    """A step's units and the bounds of the method's parts."""
+    """A step's micro-batches and the bounds of the method's parts."""
 
     sizes: tuple[int, ...]
     parts: tuple[tuple[int, int], ...]
@@ -127,19 +127,19 @@ def _cut(job: Job) -> Cut:
 
 
 def _batch_table(console: Console, config: TrainConfig, cut: Cut, worlds: Sequence[int]) -> Table:
-    units = len(cut.sizes)
+    microbatches = len(cut.sizes)
     table = _table(
         console,
-        f"A step: {config.global_batch_size} samples in {units} units of {cut.sizes[0]}"
+        f"A step: {config.global_batch_size} samples in {microbatches} micro-batches of {cut.sizes[0]}"
         + (f" (the last of {cut.sizes[-1]})" if cut.sizes[-1] != cut.sizes[0] else "")
         + (f", in {len(cut.parts)} parts" if len(cut.parts) > 1 else ""),
-        ["ranks", "units a rank", "forwards a rank and pass", "idle slots"],
+        ["ranks", "micro-batches a rank", "forwards a rank and pass", "idle slots"],
     )
     for world in worlds:
-        counts = {len(units_of_rank(units, rank, world)) for rank in range(world)}
+        counts = {len(microbatches_of_rank(microbatches, rank, world)) for rank in range(world)}
         forwards = cut.forwards(world)
         each = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
-        table.add_row(_rank_name(world, config), each, str(forwards), str(forwards * world - units))
+        table.add_row(_rank_name(world, config), each, str(forwards), str(forwards * world - microbatches))
     return table
 
 

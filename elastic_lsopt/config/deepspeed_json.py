@@ -1,6 +1,6 @@
 """What a DeepSpeed JSON may say here, and what DeepSpeed is told instead.
 
-DeepSpeed's batch arithmetic is bypassed: units of work, weights and step boundaries are ours, so it gets a
+DeepSpeed's batch arithmetic is bypassed: micro-batches, weights and step boundaries are ours, so it gets a
 micro-batch of 1, an accumulation of 1 and a train batch of `world` (it asserts the product). Only what needs
 no import of DeepSpeed is checked here; the ZeRO backends refuse the rest when they see the engine.
 """

@@ -32,7 +32,7 @@ class ElasticConfig:
 
     # Batch and rate after a change of members.
     policy: Literal["keep_batch", "scale_batch"] = "keep_batch"
-    """keep_batch: global batch and rate stay exactly as they are, at any world size; scale_batch: units a worker stay,
+    """keep_batch: global batch and rate stay exactly as they are, at any world size; scale_batch: micro-batches a worker stay,
     the batch follows the world and the rate follows lr_rule."""
     reference_workers: Count | None = None
     """Workers for which global_batch_size and learning_rate were chosen; for scale_batch, which needs it."""
@@ -44,13 +44,13 @@ class ElasticConfig:
     min_global_batch_size: Count | None = None
     """Smallest global batch under scale_batch; smaller worlds hold it by accumulation."""
     max_global_batch_size: Count | None = None
-    """Largest global batch under scale_batch; larger worlds hold it with fewer units a worker."""
+    """Largest global batch under scale_batch; larger worlds hold it with fewer micro-batches a worker."""
     min_learning_rate: NotNegative | None = None
     """Smallest peak rate that lr_rule may give; held by accumulation (a larger batch)."""
     max_learning_rate: Positive | None = None
     """Largest peak rate that lr_rule may give; held by a smaller batch."""
     max_accumulation: Count | None = None
-    """Units that a worker may run in a step; a world too small for its batch is refused by name; null: no limit."""
+    """Micro-batches that a worker may run in a step; a world too small for its batch is refused by name; null: no limit."""
 
     # State that survives.
     mirror_every: Count = 1

@@ -25,7 +25,7 @@ LANDSCAPE_SCHEMA: dict[str, Any] = {"required": ["method"], "properties": {"meth
 
 # Data that comes with Python or with scikit-learn: names, never paths.
 BUILTIN_DATASETS = ("python-stdlib", "digits")
-MOST_UNITS, MOST_WORKERS = 1_000_000, 4096
+MOST_MICROBATCHES, MOST_WORKERS = 1_000_000, 4096
 """Of a step, and of a machine: what is far beyond them is a slip of the pen, and would only fill the memory."""
 
 # Keys that a reader of other trainers' files may expect, and why they are refused.
@@ -89,7 +89,7 @@ class TrainConfig:
 
     # The batch and the length of the job.
     per_device_train_batch_size: Count = 8
-    """Samples in a unit of work (one forward); the only batch size that a device feels."""
+    """Samples in a micro-batch (one forward); the only batch size that a device feels."""
     global_batch_size: Count = 32
     """Samples in an optimizer step, over all ranks; the same at every world size (but see elastic.policy)."""
     max_steps: Count | None = None
@@ -129,7 +129,7 @@ class TrainConfig:
 
     probes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What is measured of the landscape on the way, by name: {every_steps: 100} or {every_samples: …}, `budget` (share
-    of the time, 0.1), `units` (4), `products` (auto), `measure` (the name), and the measure's own settings."""
+    of the time, 0.1), `micro-batches` (4), `products` (auto), `measure` (the name), and the measure's own settings."""
 
     # Evaluation, checkpoints, reports.
     eval_steps: Count | None = None
@@ -210,14 +210,14 @@ def _conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         yield (
             "global_batch_size",
             f"global_batch_size={c.global_batch_size} must be at least per_device_train_batch_size="
-            f"{c.per_device_train_batch_size} (one unit of work); raise it or lower the unit.",
+            f"{c.per_device_train_batch_size} (one micro-batch); raise it or lower the micro-batch.",
         )
-    units = -(-c.global_batch_size // c.per_device_train_batch_size)
-    if units > MOST_UNITS:
+    microbatches = -(-c.global_batch_size // c.per_device_train_batch_size)
+    if microbatches > MOST_MICROBATCHES:
         yield (
             "global_batch_size",
-            f"global_batch_size={c.global_batch_size} is {units} units of per_device_train_batch_size="
-            f"{c.per_device_train_batch_size}, the limit is {MOST_UNITS} per step; lower it or raise the unit.",
+            f"global_batch_size={c.global_batch_size} is {microbatches} micro-batches of per_device_train_batch_size="
+            f"{c.per_device_train_batch_size}, the limit is {MOST_MICROBATCHES} per step; lower it or raise the micro-batch.",
         )
     if c.workers > MOST_WORKERS:
         yield (
@@ -261,7 +261,7 @@ def _conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
 
 
 def _elastic_conflicts(c: TrainConfig, e: ElasticConfig) -> Iterator[tuple[str, str]]:
-    unit, batch = c.per_device_train_batch_size, c.global_batch_size
+    microbatch, batch = c.per_device_train_batch_size, c.global_batch_size
     if e.policy == "keep_batch":
         return
     if lr_rule(c, e) == "adascale" and c.optim != "sgd":
@@ -271,18 +271,18 @@ def _elastic_conflicts(c: TrainConfig, e: ElasticConfig) -> Iterator[tuple[str, 
             "use sqrt.",
         )
     assert e.reference_workers is not None
-    if batch % (unit * e.reference_workers):
+    if batch % (microbatch * e.reference_workers):
         yield (
             "elastic.reference_workers",
-            f"global_batch_size={batch} must be a multiple of per_device_train_batch_size={unit} x reference_workers="
-            f"{e.reference_workers}: under scale_batch the units a worker stay.",
+            f"global_batch_size={batch} must be a multiple of per_device_train_batch_size={microbatch} x reference_workers="
+            f"{e.reference_workers}: under scale_batch the micro-batches a worker stay.",
         )
     low, high = e.min_global_batch_size or 1, e.max_global_batch_size
-    if high is not None and high // unit * unit < low:
+    if high is not None and high // microbatch * microbatch < low:
         yield (
             "elastic.max_global_batch_size",
-            f"no whole number of units of per_device_train_batch_size={unit} lies between min_global_batch_size={low} "
-            f"and max_global_batch_size={high}; widen the bounds or lower the unit.",
+            f"no whole number of micro-batches of per_device_train_batch_size={microbatch} lies between min_global_batch_size={low} "
+            f"and max_global_batch_size={high}; widen the bounds or lower the micro-batch.",
         )
     for name, value in (("global_batch_size", batch), ("learning_rate", c.learning_rate)):
         low, high = getattr(e, f"min_{name}") or 0, getattr(e, f"max_{name}")

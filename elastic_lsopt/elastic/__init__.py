@@ -8,17 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elastic_lsopt.elastic.job import Job
-    from elastic_lsopt.elastic.roles import run
-    from elastic_lsopt.elastic.world import World
+    from elastic_lsopt.elastic.agent.roles import run
+    from elastic_lsopt.elastic.worker.job import Job
     from elastic_lsopt.schedules.batch_scaling import Hyperparameters
+    from elastic_lsopt.world import World
 
 __all__ = ["Hyperparameters", "Job", "World", "run"]
 _HOMES = {
     "Hyperparameters": "elastic_lsopt.schedules.batch_scaling",
-    "Job": "elastic_lsopt.elastic.job",
-    "World": "elastic_lsopt.elastic.world",
-    "run": "elastic_lsopt.elastic.roles",
+    "Job": "elastic_lsopt.elastic.worker.job",
+    "World": "elastic_lsopt.world",
+    "run": "elastic_lsopt.elastic.agent.roles",
 }
 
 

@@ -32,7 +32,7 @@ class LPFSGD:
     """Cost: one pass in M parts (no extra gradient). Memory: SAM's one shard while displaced; noise is drawn in blocks.
 
     Communication: one all-reduce of a number a row and step; on ZeRO one gather of the weights a part.
-    Raises UserError for a value out of range, a batch of fewer units than M, or alpha != 1 where the length of the
+    Raises UserError for a value out of range, a batch of fewer micro-batches than M, or alpha != 1 where the length of the
     run is not known.
     """
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.gradient_engine import Passes
 from elastic_lsopt.oracle.oracle import Oracle, Part
-from elastic_lsopt.oracle.passes import Passes
 from elastic_lsopt.oracle.slot import replayed
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.noise import block_seed

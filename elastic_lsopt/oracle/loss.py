@@ -182,7 +182,7 @@ def classification_loss(*, several: bool = True) -> Loss:
 
 
 def refuse_coupled_samples(module: nn.Module) -> None:
-    """Raise UserError for batch norm in training mode: it couples the samples of a unit."""
+    """Raise UserError for batch norm in training mode: it couples the samples of a micro-batch."""
     for name, child in module.named_modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
             raise UserError(

@@ -23,9 +23,9 @@ from torch import Tensor
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.buffers import still_buffers
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.compute_type import observed
-from elastic_lsopt.oracle.differences import Product
-from elastic_lsopt.oracle.passes import Passes
+from elastic_lsopt.oracle.curvature.compute_type import observed
+from elastic_lsopt.oracle.curvature.differences import Product
+from elastic_lsopt.oracle.gradient_engine import Passes
 from elastic_lsopt.space.geometry import ParameterSpace, local_square
 from elastic_lsopt.space.upload import on_device
 from elastic_lsopt.space.vector import Lease, Vector
@@ -104,11 +104,11 @@ class Oracle(ABC):
 
     @abstractmethod
     def parts(self, m: int) -> Sequence[Part]:
-        """The global batch as m parts of about equal size. Raises UserError where it has fewer units than parts."""
+        """The global batch as m parts of about equal size. Raises UserError where it has fewer micro-batches than parts."""
 
     @abstractmethod
     def loss(self) -> float:
-        """The mean loss of the global batch at the present weights: one forward of every unit, no gradient."""
+        """The mean loss of the global batch at the present weights: one forward of every micro-batch, no gradient."""
 
     @abstractmethod
     def _backward(self, part: Part, *, last: bool) -> tuple[float | Tensor, int | Tensor]:

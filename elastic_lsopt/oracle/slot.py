@@ -1,4 +1,4 @@
-"""One forward of this rank in a pass over the global batch: a unit with its weight and its dropout, or an idle slot."""
+"""One forward of this rank in a pass over the global batch: a micro-batch with its weight and its dropout, or an idle slot."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def replayed(seed: int, device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Slot:
-    """`share` is the unit's share of the batch's total weight, 0 for an idle slot: a real batch, selected out."""
+    """`share` is the micro-batch's share of the batch's total weight, 0 for an idle slot: a real batch, selected out."""
 
     batch: Any
     share: float
     seed: int
 
     def value(self, loss: Any, model: Any, device: torch.device) -> Tensor:
-        """The loss of the unit, not weighed; of an idle slot a zero that is still connected to the weights."""
+        """The loss of the micro-batch, not weighed; of an idle slot a zero that is still connected to the weights."""
         with replayed(self.seed, device):
             if self.share or not torch.is_grad_enabled():
                 return loss(model, self.batch)

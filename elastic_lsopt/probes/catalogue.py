@@ -22,33 +22,33 @@ import torch
 from torch import Tensor
 
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.oracle.units_oracle import UnitsOracle
-from elastic_lsopt.probes.edge_of_stability import adam_edge_of_stability, edge_of_stability
-from elastic_lsopt.probes.effective_dimension import effective_dimension
-from elastic_lsopt.probes.epsilon_sharpness import epsilon_sharpness
-from elastic_lsopt.probes.filter_norms import normalised
-from elastic_lsopt.probes.fisher_rao import fisher_rao
-from elastic_lsopt.probes.frobenius import frobenius
-from elastic_lsopt.probes.gradient_norm import gradient_norm
-from elastic_lsopt.probes.hutchinson import hutchinson
-from elastic_lsopt.probes.hutchpp import hutchpp
-from elastic_lsopt.probes.lanczos import lanczos
-from elastic_lsopt.probes.lobpcg import lobpcg
-from elastic_lsopt.probes.local_entropy import local_entropy, local_entropy_gradient
-from elastic_lsopt.probes.lpf import lpf
-from elastic_lsopt.probes.mean_valley import mean_valley
-from elastic_lsopt.probes.mode_connectivity import Curve, mode_connectivity
-from elastic_lsopt.probes.noise_scale import noise_scale
-from elastic_lsopt.probes.operator import Matrix, Operator, operator
-from elastic_lsopt.probes.pac_bayes import pac_bayes
-from elastic_lsopt.probes.power_iteration import power_iteration
+from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
+from elastic_lsopt.probes.flatness.effective_dimension import effective_dimension
+from elastic_lsopt.probes.flatness.epsilon_sharpness import epsilon_sharpness
+from elastic_lsopt.probes.flatness.filter_norms import normalised
+from elastic_lsopt.probes.flatness.fisher_rao import fisher_rao
+from elastic_lsopt.probes.flatness.gradient_norm import gradient_norm
+from elastic_lsopt.probes.flatness.local_entropy import local_entropy, local_entropy_gradient
+from elastic_lsopt.probes.flatness.lpf import lpf
+from elastic_lsopt.probes.flatness.mean_valley import mean_valley
+from elastic_lsopt.probes.flatness.pac_bayes import pac_bayes
+from elastic_lsopt.probes.flatness.sam_sharpness import sam_sharpness
+from elastic_lsopt.probes.flatness.shannon_entropy import shannon_entropy
+from elastic_lsopt.probes.noise.noise_scale import noise_scale
 from elastic_lsopt.probes.presets import PRESETS
-from elastic_lsopt.probes.sam_sharpness import sam_sharpness
-from elastic_lsopt.probes.shannon_entropy import shannon_entropy
-from elastic_lsopt.probes.spectral_density import spectral_density
-from elastic_lsopt.probes.surface import project, surface
-from elastic_lsopt.probes.trajectory_pca import Window, trajectory_pca
-from elastic_lsopt.probes.xtrace import xtrace
+from elastic_lsopt.probes.spectrum.frobenius import frobenius
+from elastic_lsopt.probes.spectrum.hutchinson import hutchinson
+from elastic_lsopt.probes.spectrum.hutchpp import hutchpp
+from elastic_lsopt.probes.spectrum.lanczos import lanczos
+from elastic_lsopt.probes.spectrum.lobpcg import lobpcg
+from elastic_lsopt.probes.spectrum.operator import Matrix, Operator, operator
+from elastic_lsopt.probes.spectrum.power_iteration import power_iteration
+from elastic_lsopt.probes.spectrum.spectral_density import spectral_density
+from elastic_lsopt.probes.spectrum.xtrace import xtrace
+from elastic_lsopt.probes.surface.mode_connectivity import Curve, mode_connectivity
+from elastic_lsopt.probes.surface.surface import project, surface
+from elastic_lsopt.probes.trajectory.edge_of_stability import adam_edge_of_stability, edge_of_stability
+from elastic_lsopt.probes.trajectory.trajectory_pca import Window, trajectory_pca
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
@@ -59,8 +59,8 @@ class Situation:
     """Where a measure is taken: the loss on fixed batches, and what is known of the training around it."""
 
     space: ParameterSpace
-    oracle: UnitsOracle
-    batches: Callable[[], Sequence[UnitsOracle]]
+    oracle: MicroBatchOracle
+    batches: Callable[[], Sequence[MicroBatchOracle]]
     """An oracle a batch, for the noise between them."""
     samples: int
     """Of the training set."""

@@ -18,7 +18,7 @@ What else holds, and why:
 - Weight decay that is added to the gradient (adam, sgd) is part of the loss, and stays.
 - SAM's rho and LPF-SGD's gamma stay: both are lengths in the space of the weights, set by its geometry and not by the
   noise of a batch. (SAM ascends here along the gradient of the whole batch; a larger batch sees less sharpness, which
-  no rule mends. Parts are cut by units, so with the units a worker kept a part grows with the batch.)
+  no rule mends. Parts are cut by micro-batches, so with the micro-batches a worker kept a part grows with the batch.)
 - sqrt with sgd and linear with adam change the rate alone: sqrt keeps the variance of SGD's step (Krizhevsky 2014,
   arXiv 1404.5997), linear with Adam leaves the SDE that Malladi derive. Both are a user's choice, never the default.
 """

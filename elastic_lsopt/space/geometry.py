@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from elastic_lsopt.errors import StaleGeneration, StaleWeights
-from elastic_lsopt.space.excursion import Direction, Excursion, Fidelity, Noise
 from elastic_lsopt.space.layout import Layout, Shards
+from elastic_lsopt.space.perturbation import Direction, Excursion, Fidelity, Noise
 from elastic_lsopt.space.vector import Lease, Scales, Vector
 
 

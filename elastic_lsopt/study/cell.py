@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from elastic_lsopt.api.attach import attach
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.config.study import StudyConfig
-from elastic_lsopt.faces.attach import attach
 from elastic_lsopt.oracle.loss import classification_loss
 from elastic_lsopt.probes.catalogue import Situation
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 from elastic_lsopt.study.grid import Cell
 from elastic_lsopt.study.measures import number
-from elastic_lsopt.training.data import build_data
+from elastic_lsopt.training.datasets.samples import build_data
 
 BRANCHES, FIRST_BRANCH = 4, 1 << 32
 """Other ends of the training for the mean valley, and the seed of the first one's order: no grid's own."""

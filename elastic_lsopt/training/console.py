@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.config.settings import TrainConfig
-from elastic_lsopt.faces.engine import Engine
-from elastic_lsopt.training.data import Data
+from elastic_lsopt.training.datasets.samples import Data
 
 LINE_EVERY_S = 10.0
 """Without a terminal, a line of progress about so often."""

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from elastic_lsopt.config.settings import TrainConfig
-from elastic_lsopt.elastic.journal import Journal
-from elastic_lsopt.elastic.plan import Policy
-from elastic_lsopt.elastic.roles import fingerprint_of, serve, work
-from elastic_lsopt.elastic.world import World, on_gpu
+from elastic_lsopt.elastic.agent.roles import fingerprint_of, serve, work
+from elastic_lsopt.elastic.worker.journal import Journal
 from elastic_lsopt.optimizers.registry import Method
+from elastic_lsopt.plan import Policy
 from elastic_lsopt.schedules.adascale import GainMonitor
 from elastic_lsopt.training.console import Console
-from elastic_lsopt.training.data import build_data
+from elastic_lsopt.training.datasets.samples import build_data
 from elastic_lsopt.training.loop import TrainingRun
+from elastic_lsopt.world import World, on_gpu
 
 PER_NODE = ("workers", "output_dir", "elastic.address", "elastic.preemption_notice_file", "elastic.secret_file")
 """Settings in which nodes may differ."""
@@ -44,7 +44,7 @@ def rehearsed(config: TrainConfig) -> TrainConfig:
     """What a worker builds to warm up: the job's own, but for DeepSpeed on a GPU, which would put the model there."""
     if config.backend != "deepspeed" or not on_gpu():
         return config
-    import elastic_lsopt.backends.zero_start  # noqa: F401  (what takes the time)
+    import elastic_lsopt.backends.zero.start  # noqa: F401  (what takes the time)
 
     return replace(config, backend="replicated", deepspeed=None)
 

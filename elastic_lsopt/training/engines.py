@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic_lsopt.api.engine import Engine
+from elastic_lsopt.api.initialize import initialize
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.backends.trainable import refuse_scalars
 from elastic_lsopt.config.deepspeed_json import check_job, read_deepspeed_json
 from elastic_lsopt.config.settings import TrainConfig
-from elastic_lsopt.elastic.world import World
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.faces.engine import Engine
-from elastic_lsopt.faces.initialize import initialize
 from elastic_lsopt.optimizers.registry import Method
 from elastic_lsopt.oracle.default_loss import adds_router_loss, as_loss
 from elastic_lsopt.oracle.loss import Loss, Unsplit, causal_lm_loss, classification_loss
-from elastic_lsopt.training.data import Data
+from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.models import apply_activation_checkpointing, blocks, build_model
+from elastic_lsopt.world import World
 
 log = logging.getLogger("elastic_lsopt")
 

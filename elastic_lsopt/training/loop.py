@@ -18,30 +18,30 @@ from typing import Any
 
 import torch.distributed as dist
 
+from elastic_lsopt.api.engine import Engine
+from elastic_lsopt.api.report import StepReport
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
 from elastic_lsopt.checkpoint.divergence import Streak, last_words, set_bad_aside
 from elastic_lsopt.checkpoint.folder import listing
 from elastic_lsopt.checkpoint.ownership import Ownership
 from elastic_lsopt.config.settings import TrainConfig
-from elastic_lsopt.elastic.journal import Journal, Rewind
-from elastic_lsopt.elastic.loader import StepLoader
-from elastic_lsopt.elastic.rates import Rates
-from elastic_lsopt.elastic.same_data import Identity, refuse_other_data
-from elastic_lsopt.elastic.world import World
+from elastic_lsopt.data.loader import StepLoader
+from elastic_lsopt.elastic.worker.journal import Journal, Rewind
+from elastic_lsopt.elastic.worker.rates import Rates
+from elastic_lsopt.elastic.worker.same_data import Identity, refuse_other_data
 from elastic_lsopt.errors import Diverged, UserError
-from elastic_lsopt.faces.engine import Engine
-from elastic_lsopt.faces.report import StepReport
 from elastic_lsopt.optimizers.registry import Method
-from elastic_lsopt.oracle.units import Unit
+from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.schedules.learning_rate import LearningRate
 from elastic_lsopt.training.console import Console
-from elastic_lsopt.training.data import Data, build_data
+from elastic_lsopt.training.datasets.samples import Data, build_data
 from elastic_lsopt.training.engines import build_engine, plain_loss_of
-from elastic_lsopt.training.probing import Probing
+from elastic_lsopt.training.probing.probing import Probing
 from elastic_lsopt.training.quiet import report_loads
 from elastic_lsopt.training.result import finish, say_unsaved
 from elastic_lsopt.training.run_folder import CHECKPOINTS, RunFolder, unwritable
 from elastic_lsopt.training.run_state import State
+from elastic_lsopt.world import World
 
 EVAL_UNITS_AT_ONCE = 8
 """Units of a rank in memory during an evaluation."""
@@ -64,8 +64,8 @@ def train(config: TrainConfig, method: Method, world: World) -> Outcome:
     try:
         with _stopping_on_signals(run.engine), run.console:
             run.resume()
-            for units in run.loader:
-                run.step(units)
+            for microbatches in run.loader:
+                run.step(microbatches)
                 if run.stopped:
                     break
         run.finish()
@@ -93,9 +93,9 @@ class TrainingRun:
         self.engine = build_engine(config, method, data, world, self.total_samples)
         self.loader = StepLoader(
             data.train, lambda rows: _placed(data.collate(rows), world), global_batch_size=self.batch,
-            unit_size=config.per_device_train_batch_size, seed=config.seed, rank=world.rank, world=world.size,
+            microbatch_size=config.per_device_train_batch_size, seed=config.seed, rank=world.rank, world=world.size,
             total_samples=self.total_samples, parts=method.parts,
-            units=None if world.plan is None else world.plan.units_of_rank[world.rank],
+            microbatches=None if world.plan is None else world.plan.microbatches_of_rank[world.rank],
         )  # fmt: skip
         self.stopped, self.eval_loss = False, None
         self._rate = LearningRate(peak=config.learning_rate, shape=config.lr_scheduler_type, warmup=config.warmup_ratio)
@@ -130,12 +130,12 @@ class TrainingRun:
             self.console.say(f"resumed from {found.path}, after step {self.engine.clock.steps}{lower}")
         self.console.introduce(self.config, self.engine, self.data)
 
-    def step(self, units: list[Unit]) -> dict[str, Any]:
+    def step(self, microbatches: list[MicroBatch]) -> dict[str, Any]:
         """One optimizer step with its metrics, evaluation and checkpoint; returns its row of metrics.jsonl."""
         self._refuse_lost_folder()
         engine, config, start = self.engine, self.config, time.monotonic()
         lr, before = self._set_rate(), (engine.clock.steps, engine.clock.samples)
-        engine.train_batch(units)
+        engine.train_batch(microbatches)
         report, clock = engine.last_step, engine.clock
         assert report is not None
         self.loader.commit(clock.samples - self.loader.committed)
@@ -323,20 +323,20 @@ class TrainingRun:
 
 
 def evaluate(engine: Engine, data: Data, config: TrainConfig, world: World) -> float:
-    """The mean held-out loss, over `eval_batches` units or all (collective)."""
+    """The mean held-out loss, over `eval_batches` micro-batches or all (collective)."""
     size = config.per_device_train_batch_size
     firsts = list(range(0, len(data.eval), size))[: config.eval_batches]
 
-    def unit(i: int, number: int, idle: bool = False) -> Unit:
+    def microbatch(i: int, number: int, idle: bool = False) -> MicroBatch:
         rows = [data.eval[j] for j in range(firsts[i], min(firsts[i] + size, len(data.eval)))]
-        return Unit(number, _placed(data.collate(rows), world), idle)
+        return MicroBatch(number, _placed(data.collate(rows), world), idle)
 
-    def rounds() -> Iterator[list[Unit]]:
+    def rounds() -> Iterator[list[MicroBatch]]:
         at_once = EVAL_UNITS_AT_ONCE * world.size
         for begin in range(0, len(firsts), at_once):
             count = min(at_once, len(firsts) - begin)
-            mine = [unit(begin + k, k) for k in range(world.rank, count, world.size)]
-            yield mine or [unit(begin, 0, idle=True)]
+            mine = [microbatch(begin + k, k) for k in range(world.rank, count, world.size)]
+            yield mine or [microbatch(begin, 0, idle=True)]
 
     return engine.evaluate(rounds())
 

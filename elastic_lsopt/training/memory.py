@@ -19,7 +19,7 @@ An elastic job keeps versions of the state in host memory as well: `mirror_per_r
 
 from math import ceil
 
-from elastic_lsopt.elastic.budget import versions_within
+from elastic_lsopt.elastic.memory.budget import versions_within
 
 STATES = {"adamw": 2, "adam": 2}
 """fp32 tensors of optimizer state a parameter; sgd: 1 with momentum, else 0."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.checkpoint.checkpointer import SaveReport
 from elastic_lsopt.checkpoint.export import export_huggingface
 from elastic_lsopt.checkpoint.folder import listing
 from elastic_lsopt.config.settings import TrainConfig
-from elastic_lsopt.elastic.journal import read_journal
+from elastic_lsopt.elastic.worker.journal import read_journal
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.faces.engine import Engine
 from elastic_lsopt.report.loss_curve import draw_loss
 from elastic_lsopt.report.members import draw_members
 from elastic_lsopt.training.console import Console
-from elastic_lsopt.training.data import Data
+from elastic_lsopt.training.datasets.samples import Data
+from elastic_lsopt.training.datasets.tokens import FolderTokens
 from elastic_lsopt.training.run_folder import METRICS, read_metrics
-from elastic_lsopt.training.tokens import FolderTokens
 
 
 def finish(config: TrainConfig, engine: Engine, data: Data, console: Console, *, is_first: bool) -> None:

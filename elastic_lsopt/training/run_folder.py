@@ -12,7 +12,7 @@ from typing import Any
 
 from elastic_lsopt.config.load import dump_config
 from elastic_lsopt.config.settings import TrainConfig
-from elastic_lsopt.elastic.journal import JOURNAL
+from elastic_lsopt.elastic.worker.journal import JOURNAL
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.report.run import ANSWERS
 from elastic_lsopt.training.run_state import STATE, RunState

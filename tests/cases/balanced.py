@@ -18,7 +18,7 @@ def trained(kind: str, method: str, shares: Sequence[Sequence[int]] | None, extr
     losses = []
     for units in batches(3, 6, last=3):
         own = range(rank, 6, world) if shares is None else shares[rank]
-        mine = [lso.Unit(u, units[u]) for u in own] or [lso.Unit(0, units[0], idle=True)]
+        mine = [lso.MicroBatch(u, units[u]) for u in own] or [lso.MicroBatch(0, units[0], idle=True)]
         losses.append(engine.train_batch(mine))
     passes = engine.last_step.passes if engine.last_step else 0
     weights = whole(engine.space)
@@ -42,7 +42,7 @@ def refused(kind: str, shares: list[list[int]]) -> str:
     engine = build(kind, net(), lso.registry.build("none"))
     units = batches(1, 6)[0]
     try:
-        engine.oracle([lso.Unit(u, units[abs(u) % 6]) for u in shares[dist.get_rank()]])
+        engine.oracle([lso.MicroBatch(u, units[abs(u) % 6]) for u in shares[dist.get_rank()]])
         return "nothing"
     except lso.UserError as error:
         return str(error)

@@ -11,9 +11,9 @@ from torch.func import functional_call
 
 from elastic_lsopt.cli.job import read_job
 from elastic_lsopt.training.console import Console
-from elastic_lsopt.training.data import build_data
+from elastic_lsopt.training.datasets.samples import build_data
 from elastic_lsopt.training.loop import TrainingRun
-from elastic_lsopt.training.probing import fixed_units
+from elastic_lsopt.training.probing.probing import fixed_microbatches
 from tests.cases import engines
 from tests.cases.jobs import this_world
 from tests.cases.products import ConstantTanh
@@ -55,7 +55,7 @@ def measured(path: str, steps: int = 1) -> dict[str, Any]:
         if row["step"] == steps:
             break
     weights = engines.whole(run.engine.space)
-    units, _ = fixed_units(data, found.config, this_world(), 4)
+    units, _ = fixed_microbatches(data, found.config, this_world(), 4)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, [u.batch for u in units if not u.idle])
     every = [batch for own in gathered for batch in own]

@@ -18,9 +18,9 @@ import torch.distributed as dist
 import elastic_lsopt as lso
 from elastic_lsopt.backends.agreement import gather_json
 from elastic_lsopt.backends.rebuild import form_group, tear_down
-from elastic_lsopt.elastic.mirror import Mirror
-from elastic_lsopt.elastic.reshard import choose, inventory, reshard
-from elastic_lsopt.elastic.versions import HostVersions
+from elastic_lsopt.elastic.memory.mirror import Mirror
+from elastic_lsopt.elastic.memory.reshard import choose, inventory, reshard
+from elastic_lsopt.elastic.memory.versions import HostVersions
 from tests.cases import engines
 from tests.cases.checkpoint import Remembering
 from tests.cases.checkpoint import _whole as whole_vector

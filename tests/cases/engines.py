@@ -140,8 +140,8 @@ def batches(
 def mine(units: Sequence[Any]) -> list[Any]:
     """This rank's units, as the loader deals them; a rank without one gets a stand-in."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    own = [lso.Unit(u, units[u]) for u in range(rank, len(units), world)]
-    return own or [lso.Unit(0, units[0], idle=True)]
+    own = [lso.MicroBatch(u, units[u]) for u in range(rank, len(units), world)]
+    return own or [lso.MicroBatch(0, units[0], idle=True)]
 
 
 def optimizer(name: str) -> Callable[[Any], torch.optim.Optimizer]:

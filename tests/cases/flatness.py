@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 
 import elastic_lsopt as lso
-from elastic_lsopt.probes.edge_of_stability import adam_edge_of_stability, edge_of_stability
-from elastic_lsopt.probes.epsilon_sharpness import epsilon_sharpness
-from elastic_lsopt.probes.filter_norms import filter_norms, normalised
-from elastic_lsopt.probes.fisher_rao import fisher_rao
-from elastic_lsopt.probes.gradient_norm import gradient_norm
-from elastic_lsopt.probes.local_entropy import local_entropy, local_entropy_gradient
-from elastic_lsopt.probes.lpf import lpf
-from elastic_lsopt.probes.mean_valley import mean_valley
-from elastic_lsopt.probes.noise_scale import noise_scale
-from elastic_lsopt.probes.pac_bayes import pac_bayes
-from elastic_lsopt.probes.sam_sharpness import sam_sharpness
-from elastic_lsopt.probes.shannon_entropy import shannon_entropy
-from elastic_lsopt.probes.worker_disagreement import worker_disagreement
+from elastic_lsopt.probes.flatness.epsilon_sharpness import epsilon_sharpness
+from elastic_lsopt.probes.flatness.filter_norms import filter_norms, normalised
+from elastic_lsopt.probes.flatness.fisher_rao import fisher_rao
+from elastic_lsopt.probes.flatness.gradient_norm import gradient_norm
+from elastic_lsopt.probes.flatness.local_entropy import local_entropy, local_entropy_gradient
+from elastic_lsopt.probes.flatness.lpf import lpf
+from elastic_lsopt.probes.flatness.mean_valley import mean_valley
+from elastic_lsopt.probes.flatness.pac_bayes import pac_bayes
+from elastic_lsopt.probes.flatness.sam_sharpness import sam_sharpness
+from elastic_lsopt.probes.flatness.shannon_entropy import shannon_entropy
+from elastic_lsopt.probes.noise.noise_scale import noise_scale
+from elastic_lsopt.probes.noise.worker_disagreement import worker_disagreement
+from elastic_lsopt.probes.trajectory.edge_of_stability import adam_edge_of_stability, edge_of_stability
 from elastic_lsopt.space.vector import Vector
 from tests.cases import engines
 

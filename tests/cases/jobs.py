@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from elastic_lsopt.cli.job import read_job
-from elastic_lsopt.elastic.world import World
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.training.data import build_data
+from elastic_lsopt.training.datasets.samples import build_data
 from elastic_lsopt.training.engines import build_engine
 from elastic_lsopt.training.loop import evaluate, train
 from elastic_lsopt.training.models import build_model
+from elastic_lsopt.world import World
 
 
 def this_world() -> World:

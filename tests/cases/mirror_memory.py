@@ -10,9 +10,9 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from elastic_lsopt.elastic.mirror import Mirror
-from elastic_lsopt.elastic.trail import Trail
-from elastic_lsopt.elastic.versions import HostVersions
+from elastic_lsopt.elastic.memory.mirror import Mirror
+from elastic_lsopt.elastic.memory.trail import Trail
+from elastic_lsopt.elastic.memory.versions import HostVersions
 from elastic_lsopt.training.memory import mirror_per_rank
 from tests.cases import engines
 

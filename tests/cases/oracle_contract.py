@@ -293,12 +293,12 @@ def misuses(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) -
         engine.oracle([*own, own[0]] if rank == 0 else own)
 
     def at_the_wrong_rank() -> None:
-        engine.oracle([lso.Unit(u.index + 1, u.batch) for u in own])
+        engine.oracle([lso.MicroBatch(u.index + 1, u.batch) for u in own])
 
     uses: list[Callable[[], Any]] = [
         parts_out_of_order, missing_part, no_part, other_cut, outside, early, twice_in_one_rank,
         lambda: engine.train_batch(own if rank else []), lambda: oracle.parts(7),
-        lambda: engine.oracle([lso.Unit(u.index, u.batch, idle=True) for u in own]),
+        lambda: engine.oracle([lso.MicroBatch(u.index, u.batch, idle=True) for u in own]),
     ]  # fmt: skip
     if world > 1:
         uses.append(at_the_wrong_rank)

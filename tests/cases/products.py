@@ -266,7 +266,7 @@ def unequal_units_blockwise() -> dict[str, float]:
     model = nn.parallel.DistributedDataParallel(engines.net())
     out = {}
     for mode in ("kept", "blockwise"):
-        given = [lso.Unit(first + i, u) for i, u in enumerate(own)]
+        given = [lso.MicroBatch(first + i, u) for i, u in enumerate(own)]
         space, oracle = lso.attach(model, split_loss(), given, products=mode, checked=False)  # type: ignore[arg-type]
         out[mode] = space.norm(oracle.hvp(space.noise(0).vector()))
     return out
@@ -313,7 +313,7 @@ def bytes_blockwise(world_of_blocks: int = 8) -> dict[str, float]:
     rank = dist.get_rank()
     out = {}
     for mode in ("blockwise", "rebuilt"):
-        space, oracle = lso.attach(model, split_loss(), [lso.Unit(rank, batch)], products=mode, checked=False)  # type: ignore[arg-type]
+        space, oracle = lso.attach(model, split_loss(), [lso.MicroBatch(rank, batch)], products=mode, checked=False)  # type: ignore[arg-type]
         v = space.noise(0).vector()
         total = space.layout.numel * 4
         out[mode] = peak_of_gathered(lambda: oracle.hvp(v), space.shards) / total  # noqa: B023

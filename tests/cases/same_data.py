@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from elastic_lsopt.elastic.same_data import SameData, identity_of
+from elastic_lsopt.elastic.worker.same_data import SameData, identity_of
 from elastic_lsopt.errors import PeerFailed, UserError
 from tests.cases.jobs import refused
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 import elastic_lsopt as lso
-from elastic_lsopt.probes.diagonal import diagonal
-from elastic_lsopt.probes.frobenius import frobenius
-from elastic_lsopt.probes.hutchpp import hutchpp
-from elastic_lsopt.probes.lanczos import lanczos
-from elastic_lsopt.probes.lobpcg import lobpcg
-from elastic_lsopt.probes.operator import Operator
-from elastic_lsopt.probes.power_iteration import power_iteration
-from elastic_lsopt.probes.spectral_density import spectral_density
-from elastic_lsopt.probes.xtrace import xtrace
+from elastic_lsopt.probes.spectrum.diagonal import diagonal
+from elastic_lsopt.probes.spectrum.frobenius import frobenius
+from elastic_lsopt.probes.spectrum.hutchpp import hutchpp
+from elastic_lsopt.probes.spectrum.lanczos import lanczos
+from elastic_lsopt.probes.spectrum.lobpcg import lobpcg
+from elastic_lsopt.probes.spectrum.operator import Operator
+from elastic_lsopt.probes.spectrum.power_iteration import power_iteration
+from elastic_lsopt.probes.spectrum.spectral_density import spectral_density
+from elastic_lsopt.probes.spectrum.xtrace import xtrace
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 from tests.cases import engines

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 import elastic_lsopt as lso
-from elastic_lsopt.probes.filter_normalisation import filter_normalised
-from elastic_lsopt.probes.mode_connectivity import mode_connectivity
-from elastic_lsopt.probes.surface import project, surface
-from elastic_lsopt.probes.trajectory import Trajectory
-from elastic_lsopt.probes.trajectory_pca import trajectory_pca
+from elastic_lsopt.probes.flatness.filter_normalisation import filter_normalised
+from elastic_lsopt.probes.surface.mode_connectivity import mode_connectivity
+from elastic_lsopt.probes.surface.surface import project, surface
+from elastic_lsopt.probes.trajectory.trajectory import Trajectory
+from elastic_lsopt.probes.trajectory.trajectory_pca import trajectory_pca
 from elastic_lsopt.space.basis import Basis
 from tests.cases import engines
 from tests.oracles.paper_loops import cross_entropy

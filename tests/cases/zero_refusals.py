@@ -35,7 +35,7 @@ def refused_engine(config: dict[str, Any], optimizer: str = "sgd", **keywords: A
     """What our backend says about an engine that the user made with DeepSpeed."""
     import deepspeed
 
-    from elastic_lsopt.backends.zero_start import start_distributed
+    from elastic_lsopt.backends.zero.start import start_distributed
 
     world = start_distributed()
     model = engines.net()
@@ -64,7 +64,7 @@ def refused_version(version: str) -> str:
 
 def refused_insides(name: str) -> str:
     """A DeepSpeed optimizer without one of the attributes that we use."""
-    from elastic_lsopt.backends import zero
+    from elastic_lsopt.backends.zero import zero_backend as zero
 
     zero.PRIVATE["DeepSpeedZeroOptimizer"] += (name,)
     try:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from elastic_lsopt.elastic.journal import read_journal
+from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.ranks import ROOT, free_port, rank_environment
 from tests.warm import Popen
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import commit
-from elastic_lsopt.elastic.order import SampleOrder
+from elastic_lsopt.data.order import SampleOrder
 from tests.chaos.cluster import Cluster, Row, Stuck
 from tests.chaos.job import BATCH, SAMPLES
 
@@ -54,11 +54,11 @@ def undisturbed(steps: int) -> list[float]:
 
     torch.set_num_threads(1)
     assert not dist.is_initialized()
-    from elastic_lsopt.elastic.loader import StepLoader
+    from elastic_lsopt.data.loader import StepLoader
 
     engine = engine_of("plain", 16, steps * BATCH)
     loader = StepLoader(
-        Rows(), collate, global_batch_size=BATCH, unit_size=UNIT, seed=1, rank=0, world=1, total_samples=steps * BATCH
+        Rows(), collate, global_batch_size=BATCH, microbatch_size=UNIT, seed=1, rank=0, world=1, total_samples=steps * BATCH
     )
     return [engine.train_batch(units) for units in loader]
 

@@ -25,11 +25,11 @@ from torch import nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
-from elastic_lsopt.elastic import runtime
-from elastic_lsopt.elastic.job import Job
-from elastic_lsopt.elastic.roles import run
-from elastic_lsopt.elastic.world import World
+from elastic_lsopt.elastic.agent.roles import run
+from elastic_lsopt.elastic.worker import runtime
+from elastic_lsopt.elastic.worker.job import Job
 from elastic_lsopt.schedules.batch_scaling import Hyperparameters
+from elastic_lsopt.world import World
 
 SAMPLES, FEATURES, CLASSES = 96, 12, 5
 UNIT, BATCH, LR = 2, 8, 0.005
@@ -135,7 +135,7 @@ def main(path: Path) -> None:
 
     run(
         build, settings["elastic"], reference=Hyperparameters(global_batch_size=BATCH, learning_rate=LR, momentum=0.9),
-        unit_size=UNIT, output_dir=folder, workers=settings["workers"],
+        microbatch_size=UNIT, output_dir=folder, workers=settings["workers"],
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_lsopt.elastic.journal import read_journal, read_rewinds
+from elastic_lsopt.elastic.worker.journal import read_journal, read_rewinds
 from tests.jobs import TINY, command, rows, run, write_job
 
 

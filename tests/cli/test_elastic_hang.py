@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.elastic.journal import read_journal
+from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import TINY, Started, command, in_ranks, losses, write_job
 
 HANG_S = 2.2

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.elastic.journal import read_journal
+from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import TINY, Started, command, in_ranks, losses, rows, write_job
 
 SHAPE: dict[str, Any] = {"max_steps": 40, "eval_steps": None, "save_steps": None, "workers": 2, "export": False}

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.elastic.journal import read_journal
+from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import BIN, TINY, Started, in_ranks, losses, rows, write_job
 from tests.ranks import free_port
 from tests.ssh_server import HOSTS, Ssh, ssh_server

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.elastic.journal import read_journal
+from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import TINY, Started, command, in_ranks, losses, rows, write_job
 from tests.ranks import free_port
 

@@ -12,7 +12,7 @@ import torch
 
 import elastic_lsopt as lso
 from elastic_lsopt.cli.main import main
-from elastic_lsopt.training.data import build_data
+from elastic_lsopt.training.datasets.samples import build_data
 from tests.jobs import BIN, LLAMA, command, run, write_job
 from tests.ranks import ROOT, rank_environment
 from tests.warm import run as forked
@@ -58,9 +58,9 @@ def test_the_saved_model_is_the_checkpoint(trained: Path) -> None:
 
     from transformers import AutoModelForCausalLM
 
-    from elastic_lsopt.training.probe_model import Question, settings_of
-    from elastic_lsopt.training.probing import fixed_units
-    from elastic_lsopt.training.world import World
+    from elastic_lsopt.training.probing.probe_model import Question, settings_of
+    from elastic_lsopt.training.probing.probing import fixed_microbatches
+    from elastic_lsopt.training.processes import World
 
     question = Question(
         model=trained / "run" / "model", measures={}, output=trained, data=str(trained / "text"), units=3, batch_size=2,
@@ -68,7 +68,7 @@ def test_the_saved_model_is_the_checkpoint(trained: Path) -> None:
     )  # fmt: skip
     config, checkpoint = settings_of(question, 1)
     assert checkpoint is None
-    units, _ = fixed_units(build_data(config), config, World(0, 1, torch.device("cpu"), None), 3)  # type: ignore[arg-type]
+    units, _ = fixed_microbatches(build_data(config), config, World(0, 1, torch.device("cpu"), None), 3)  # type: ignore[arg-type]
     ids = torch.cat([u.batch["input_ids"] for u in units])
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(trained / "run" / "model")(input_ids=ids, labels=ids).loss

@@ -13,10 +13,10 @@ from functools import cache
 from math import isinf
 from typing import Any
 
-from elastic_lsopt.elastic import membership
-from elastic_lsopt.elastic.generation import Generation
-from elastic_lsopt.elastic.quorum import WitnessVote
-from elastic_lsopt.elastic.record import (
+from elastic_lsopt.elastic.membership.generation import Generation
+from elastic_lsopt.elastic.membership import machine as membership
+from elastic_lsopt.elastic.membership.quorum import WitnessVote
+from elastic_lsopt.elastic.membership.record import (
     AskWitness,
     Beat,
     Effect,
@@ -35,7 +35,7 @@ from elastic_lsopt.elastic.record import (
     WorkerExited,
     WorkerReady,
 )
-from elastic_lsopt.elastic.state import State
+from elastic_lsopt.elastic.membership.state import State
 
 Advance = Callable[..., tuple[State, tuple[Effect, ...]]]
 

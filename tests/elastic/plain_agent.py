@@ -14,10 +14,10 @@ from queue import Empty
 from typing import Any
 
 from elastic_lsopt.config.elastic import ElasticConfig
-from elastic_lsopt.elastic.agent import Agent
-from elastic_lsopt.elastic.node import Node
-from elastic_lsopt.elastic.node_folder import NodeFolder
-from elastic_lsopt.elastic.record import Rules
+from elastic_lsopt.elastic.agent.agent import Agent
+from elastic_lsopt.elastic.agent.node import Node
+from elastic_lsopt.elastic.agent.node_folder import NodeFolder
+from elastic_lsopt.elastic.membership.record import Rules
 
 WORKER = """
 import json, os, socket, sys, threading, time

@@ -10,9 +10,9 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from elastic_lsopt.elastic import membership
-from elastic_lsopt.elastic.record import Effect, Event, Heard
-from elastic_lsopt.elastic.state import State
+from elastic_lsopt.elastic.membership import machine as membership
+from elastic_lsopt.elastic.membership.record import Effect, Event, Heard
+from elastic_lsopt.elastic.membership.state import State
 from tests.elastic.model import Advance, World, deliveries, form
 
 

@@ -1,4 +1,4 @@
-"""Units dealt by speed: the sums are those of even shares, and only where no rank waits for another's forward."""
+"""Micro-batches dealt by speed: the sums are those of even shares, and only where no rank waits for another's forward."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.oracle.units import slots
+from elastic_lsopt.oracle.microbatch import slots
 
 SHARES = [[0, 1, 3, 4, 5], [2]]
 """Five units and one; with three parts, rank 1 idles in two of them."""

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from elastic_lsopt.elastic.download import Download, runs
+from elastic_lsopt.elastic.memory.download import Download, runs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.uint8)
 ALIGNED = 64

@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils._python_dispatch import is_in_any_mode_without_ignore_compile_internals
 from torch.utils.data import DataLoader
 
-from elastic_lsopt.elastic.draws import drawing_beside_others
-from elastic_lsopt.elastic.loader import StepLoader
-from elastic_lsopt.elastic.shards import ShardStream
+from elastic_lsopt.data.draws import drawing_beside_others
+from elastic_lsopt.data.loader import StepLoader
+from elastic_lsopt.data.shards import ShardStream
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.slot import replayed
 from tests.ranks import ROOT, rank_environment
@@ -57,7 +57,7 @@ class Augmented:
 
 def loader(source: Any, *, rank: int = 0, world: int = 1, steps: int = 6, collate: Any = list) -> StepLoader:
     return StepLoader(
-        source, collate, global_batch_size=6, unit_size=2, seed=3, rank=rank, world=world, total_samples=6 * steps
+        source, collate, global_batch_size=6, microbatch_size=2, seed=3, rank=rank, world=world, total_samples=6 * steps
     )
 
 
@@ -262,14 +262,14 @@ def test_worker_processes_that_the_reading_thread_starts_end_well() -> None:
 
 ENDS_EARLY = """
 import sys, time
-from elastic_lsopt.elastic.loader import StepLoader
+from elastic_lsopt.data.loader import StepLoader
 class Slow:
     def __len__(self):
         return 12
     def __getitem__(self, i):
         time.sleep(0.1)
         return i
-loader = StepLoader(Slow(), list, global_batch_size=6, unit_size=6, seed=3, rank=0, world=1, total_samples=12)
+loader = StepLoader(Slow(), list, global_batch_size=6, microbatch_size=6, seed=3, rank=0, world=1, total_samples=12)
 read = Slow.__getitem__
 Slow.__getitem__ = lambda self, i: (read(self, i), print("read", flush=True))
 steps = iter(loader)

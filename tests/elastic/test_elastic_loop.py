@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_lsopt.elastic.journal import read_journal
+from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import Started
 
 STEPS, BATCH, UNIT = 60, 8, 2
@@ -43,7 +43,7 @@ def note(job, row):
             print(json.dumps(row), file=out)
 
 reference = lso.elastic.Hyperparameters(global_batch_size=BATCH, learning_rate=0.1, momentum=0.9)
-lso.elastic.run(build, {}, reference=reference, unit_size=UNIT, output_dir=folder, workers=2)
+lso.elastic.run(build, {}, reference=reference, microbatch_size=UNIT, output_dir=folder, workers=2)
 """.replace("TOTAL", str(STEPS * BATCH))
     .replace("BATCH", str(BATCH))
     .replace("UNIT", str(UNIT))
@@ -54,7 +54,7 @@ def undisturbed() -> list[float]:
     """SAM over SGD with momentum, from the papers, in a plain loop over the samples in the order of the job."""
     import torch
 
-    from elastic_lsopt.elastic.order import SampleOrder
+    from elastic_lsopt.data.order import SampleOrder
 
     rows = [(torch.randn(12, generator=torch.Generator().manual_seed(i)), i % 5) for i in range(96)]
     order = SampleOrder(96, 0)

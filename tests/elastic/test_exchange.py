@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from elastic_lsopt.backends.transport import Transport
-from elastic_lsopt.elastic.exchange import wait_for_message
+from elastic_lsopt.elastic.memory.exchange import wait_for_message
 from elastic_lsopt.errors import PeerFailed
 
 rank, port, receives = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "receives"

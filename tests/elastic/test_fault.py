@@ -7,7 +7,7 @@ import errno
 import pytest
 import torch.distributed as dist
 
-from elastic_lsopt.elastic.fault import is_peers
+from elastic_lsopt.elastic.worker.fault import is_peers
 from elastic_lsopt.errors import PeerFailed, UserError
 
 pytestmark = pytest.mark.fast

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from elastic_lsopt.elastic.fault import is_peers
+from elastic_lsopt.elastic.worker.fault import is_peers
 
 
 def test_a_send_after_a_message_that_did_not_come() -> None:

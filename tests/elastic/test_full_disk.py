@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from elastic_lsopt.elastic.quorum import Ballot
-from elastic_lsopt.elastic.record import Drain
+from elastic_lsopt.elastic.membership.quorum import Ballot
+from elastic_lsopt.elastic.membership.record import Drain
 from tests.elastic.model import World, begin
 from tests.elastic.search import Left, Steps, each_read, each_round, search
 from tests.elastic.test_membership_search import RULES, committed_alone, formed, host_lost, proposed

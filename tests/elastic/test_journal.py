@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.elastic.journal import Change
+from elastic_lsopt.elastic.worker.journal import Change
 
 pytestmark = pytest.mark.fast
 OWN: dict[str, Any] = {

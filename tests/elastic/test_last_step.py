@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from elastic_lsopt.checkpoint.folder import latest
-from elastic_lsopt.elastic.journal import read_journal
+from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import Started
 from tests.ranks import free_port
 
@@ -51,7 +51,7 @@ def note(job, row):
 reference = lso.elastic.Hyperparameters(global_batch_size=8, learning_rate=0.1)
 alone = event == "a worker comes"
 elastic = {"endpoint": endpoint, "address": "127.0.0.1", "min_nodes": 2 - alone}
-lso.elastic.run(build, elastic, reference=reference, unit_size=2, output_dir=folder, workers=1 + alone)
+lso.elastic.run(build, elastic, reference=reference, microbatch_size=2, output_dir=folder, workers=1 + alone)
 """.replace("STEPS", str(STEPS))
 
 

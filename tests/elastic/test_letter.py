@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.elastic import turn
-from elastic_lsopt.elastic.generation import Change, Member
-from elastic_lsopt.elastic.inbox import MOST_UNREAD_BYTES, Inbox
-from elastic_lsopt.elastic.letter import Letter, opened
-from elastic_lsopt.elastic.mailbox import UNREAD, Mailbox, connect
-from elastic_lsopt.elastic.quorum import Accepted, Ask, Ballot, Vote
-from elastic_lsopt.elastic.record import Beat, Record, Rules
-from elastic_lsopt.elastic.signing import MAX_SKEW_S, Refused
-from elastic_lsopt.elastic.status import read_status, say_status
+from elastic_lsopt.elastic.agent.mail.inbox import MOST_UNREAD_BYTES, Inbox
+from elastic_lsopt.elastic.agent.mail.letter import Letter, opened
+from elastic_lsopt.elastic.agent.mail.mailbox import UNREAD, Mailbox, connect
+from elastic_lsopt.elastic.agent.mail.signing import MAX_SKEW_S, Refused
+from elastic_lsopt.elastic.agent.status import read_status, say_status
+from elastic_lsopt.elastic.membership.generation import Change, Member
+from elastic_lsopt.elastic.membership import turn
+from elastic_lsopt.elastic.membership.quorum import Accepted, Ask, Ballot, Vote
+from elastic_lsopt.elastic.membership.record import Beat, Record, Rules
 from tests.elastic.model import begin
 
 pytestmark = pytest.mark.fast

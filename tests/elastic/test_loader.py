@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.stateful import Stateful
 
-from elastic_lsopt.elastic.loader import StepLoader
+from elastic_lsopt.data.loader import StepLoader
 from elastic_lsopt.errors import StaleGeneration, UserError
 
 pytestmark = pytest.mark.fast
@@ -27,7 +27,7 @@ def make(
         [10 * i for i in range(n)],
         list,
         global_batch_size=batch,
-        unit_size=unit,
+        microbatch_size=unit,
         seed=4,
         rank=rank,
         world=world,
@@ -50,10 +50,10 @@ def test_all_ranks_together_read_what_one_would(n: int, cut: tuple[int, int], wo
     alone = make(n, batch, unit, steps=2000)
     ranks = [make(n, batch, unit, rank=rank, world=world, steps=2000) for rank in range(world)]
     for position in (0, batch, 7 * batch, 1000):
-        mine = [loader.units_at(position) for loader in ranks]
+        mine = [loader.microbatches_at(position) for loader in ranks]
         assert all(mine)
         union = sorted((u for units in mine for u in units if not u.idle), key=lambda u: u.index)
-        assert union == alone.units_at(position)
+        assert union == alone.microbatches_at(position)
         assert [u.index for u in union] == list(range(-(-batch // unit)))
         assert {len(u.batch) for u in union[:-1]} <= {unit}
         assert sum(len(u.batch) for u in union) == batch
@@ -61,9 +61,9 @@ def test_all_ranks_together_read_what_one_would(n: int, cut: tuple[int, int], wo
 
 def test_a_rank_without_a_unit_gets_unit_0_to_idle_on() -> None:
     busy, idle = make(batch=6, unit=3, world=3), make(batch=6, unit=3, rank=2, world=3)
-    [unit] = idle.units_at(0)
-    assert unit.idle and unit.index == 0 and unit.batch == busy.units_at(0)[0].batch
-    assert not busy.units_at(0)[0].idle
+    [unit] = idle.microbatches_at(0)
+    assert unit.idle and unit.index == 0 and unit.batch == busy.microbatches_at(0)[0].batch
+    assert not busy.microbatches_at(0)[0].idle
 
 
 @pytest.mark.long
@@ -159,12 +159,12 @@ def test_a_plans_uneven_shares() -> None:
     ranks = [make(batch=12, unit=2, rank=r, world=2, units=shares[r], total_samples=31) for r in range(2)]
     alone = make(batch=12, unit=2, total_samples=31)
     for position in (0, 12, 24):
-        own = [loader.units_at(position) for loader in ranks]
+        own = [loader.microbatches_at(position) for loader in ranks]
         union = sorted((u for mine in own for u in mine if not u.idle), key=lambda u: u.index)
-        assert union == alone.units_at(position)
+        assert union == alone.microbatches_at(position)
         if position < 24:
             assert [[u.index for u in mine] for mine in own] == [[0, 2, 3, 4], [1, 5]]
-    assert [u.index for u in ranks[0].units_at(24)] == [0, 2]  # the small last step is dealt evenly
+    assert [u.index for u in ranks[0].microbatches_at(24)] == [0, 2]  # the small last step is dealt evenly
 
 
 def test_reading_ahead_is_not_saved() -> None:
@@ -198,7 +198,7 @@ def test_what_the_dataset_raises_comes_out_at_its_step() -> None:
             raise OSError("disk is gone")
 
     loader = StepLoader(
-        Rotten([1, 2]), list, global_batch_size=1, unit_size=1, seed=0, rank=0, world=1, total_samples=1
+        Rotten([1, 2]), list, global_batch_size=1, microbatch_size=1, seed=0, rank=0, world=1, total_samples=1
     )
     with pytest.raises(OSError, match="disk is gone"):
         next(iter(loader))
@@ -211,7 +211,7 @@ def test_an_iterator_from_before_a_load_is_stale() -> None:
     loader.load_state_dict({**loader.state_dict(), "committed": 16})
     with pytest.raises(StaleGeneration, match="iter"):
         next(steps)
-    assert samples(next(iter(loader))) == samples(make().units_at(16))
+    assert samples(next(iter(loader))) == samples(make().microbatches_at(16))
 
 
 def test_a_closed_loader_gives_out_nothing_that_it_has_read_ahead() -> None:

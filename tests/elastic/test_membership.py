@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_lsopt.elastic import membership
-from elastic_lsopt.elastic.generation import Change, Generation, Member
-from elastic_lsopt.elastic.quorum import Ask, Ballot, Vote, WitnessVote, decides, quorum_time
-from elastic_lsopt.elastic.record import (
+from elastic_lsopt.elastic.membership.generation import Change, Generation, Member
+from elastic_lsopt.elastic.membership import machine as membership
+from elastic_lsopt.elastic.membership.quorum import Ask, Ballot, Vote, WitnessVote, decides, quorum_time
+from elastic_lsopt.elastic.membership.record import (
     Beat,
     Broken,
     Drain,
@@ -27,7 +27,7 @@ from elastic_lsopt.elastic.record import (
     Tick,
     WorkerReady,
 )
-from elastic_lsopt.elastic.table import Table
+from elastic_lsopt.elastic.membership.table import Table
 from elastic_lsopt.errors import UserError
 from tests.elastic.model import Place, World, begin
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from elastic_lsopt.elastic import membership
-from elastic_lsopt.elastic.record import Broken, DrainWorker, Rules, Unreachable
+from elastic_lsopt.elastic.membership import machine as membership
+from elastic_lsopt.elastic.membership.record import Broken, DrainWorker, Rules, Unreachable
 from tests.elastic.commit_rule import Job
 from tests.elastic.model import World, begin
 

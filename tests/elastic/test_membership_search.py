@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.elastic import leader, membership
-from elastic_lsopt.elastic.record import Effect, Event, Persist, Rules, WorkerExited
-from elastic_lsopt.elastic.state import State
+from elastic_lsopt.elastic.membership import leader
+from elastic_lsopt.elastic.membership import machine as membership
+from elastic_lsopt.elastic.membership.record import Effect, Event, Persist, Rules, WorkerExited
+from elastic_lsopt.elastic.membership.state import State
 from tests.elastic.model import Advance, Violation, World, begin
 from tests.elastic.search import Left, Steps, each_read, each_round, search
 

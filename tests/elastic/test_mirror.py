@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_lsopt.elastic.mirror import Routes, hand_over_routes, mirrors_of, routes
-from elastic_lsopt.elastic.versions import Chunk
+from elastic_lsopt.elastic.memory.mirror import Routes, hand_over_routes, mirrors_of, routes
+from elastic_lsopt.elastic.memory.versions import Chunk
 
 CASES = "tests.cases.elastic_state:"
 NODES = st.lists(st.sampled_from("abcd"), min_size=1, max_size=8)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from elastic_lsopt.elastic.budget import MOST_LAGS, lags_within, versions_within
-from elastic_lsopt.elastic.versions import HostVersions, Version, lay_out
+from elastic_lsopt.elastic.memory.budget import MOST_LAGS, lags_within, versions_within
+from elastic_lsopt.elastic.memory.versions import HostVersions, Version, lay_out
 
 
 @pytest.mark.fast

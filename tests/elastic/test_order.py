@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from elastic_lsopt.elastic.order import LARGEST, SampleOrder
+from elastic_lsopt.data.order import LARGEST, SampleOrder
 from elastic_lsopt.errors import UserError
 
 pytestmark = pytest.mark.fast

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_lsopt.config.settings import TrainConfig
-from elastic_lsopt.elastic.plan import Plan, Policy, Worker, deal, plan
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.units import slots
+from elastic_lsopt.oracle.microbatch import slots
+from elastic_lsopt.plan import Plan, Policy, Worker, deal, plan
 from elastic_lsopt.schedules.adascale import Gain
 from elastic_lsopt.schedules.batch_scaling import Hyperparameters
 
@@ -24,9 +24,9 @@ pytestmark = pytest.mark.fast
 ADAMW = Hyperparameters(
     global_batch_size=32, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.1, ema_decay=0.999
 )
-KEEP = Policy(reference=ADAMW, unit_size=2)
+KEEP = Policy(reference=ADAMW, microbatch_size=2)
 SCALE = Policy(
-    reference=ADAMW, unit_size=2, kind="scale_batch", reference_workers=4, rule="sqrt", decoupled_weight_decay=True
+    reference=ADAMW, microbatch_size=2, kind="scale_batch", reference_workers=4, rule="sqrt", decoupled_weight_decay=True
 )
 START = SampleClock()
 
@@ -49,8 +49,8 @@ def test_units_are_dealt_whole_and_forwards_are_equally_many(world: int, units: 
     made = plan(
         workers(world), replace(KEEP, reference=replace(ADAMW, global_batch_size=2 * units), parts=parts), START
     )
-    assert sorted(u for mine in made.units_of_rank for u in mine) == list(range(units))
-    assert made.units_of_rank == tuple(tuple(range(rank, units, world)) for rank in range(world))
+    assert sorted(u for mine in made.microbatches_of_rank for u in mine) == list(range(units))
+    assert made.microbatches_of_rank == tuple(tuple(range(rank, units, world)) for rank in range(world))
     bounds = [(units * p // parts, units * (p + 1) // parts) for p in range(parts)]
     for rank in range(world):
         assert made.slots[rank] == sum(len(slots(b, rank, world)) for b in bounds) == made.accumulation
@@ -59,7 +59,7 @@ def test_units_are_dealt_whole_and_forwards_are_equally_many(world: int, units: 
 def test_seven_workers_on_sixteen_units_run_three_forwards_each() -> None:
     made = plan(workers(7), KEEP, START)
     assert (made.units, made.accumulation, made.slots) == (16, 3, (3,) * 7)
-    assert [len(mine) for mine in made.units_of_rank] == [3, 3, 2, 2, 2, 2, 2]
+    assert [len(mine) for mine in made.microbatches_of_rank] == [3, 3, 2, 2, 2, 2, 2]
 
 
 @settings(max_examples=60)
@@ -78,20 +78,20 @@ def test_no_other_share_lets_the_slowest_end_earlier(speeds: list[float], units:
 @given(speeds=st.lists(st.floats(0.1, 10.0), min_size=1, max_size=6))
 def test_unequal_shares_are_a_partition_too(speeds: list[float]) -> None:
     made = plan(workers(len(speeds), speeds), replace(KEEP, may_balance=True), START)
-    assert sorted(u for mine in made.units_of_rank for u in mine) == list(range(16))
+    assert sorted(u for mine in made.microbatches_of_rank for u in mine) == list(range(16))
     if made.speeds is not None:
-        assert made.slots == tuple(max(1, len(mine)) for mine in made.units_of_rank)
+        assert made.slots == tuple(max(1, len(mine)) for mine in made.microbatches_of_rank)
 
 
 def test_speeds_count_only_where_they_may_and_where_they_tell() -> None:
     fast = [3.0, 1.0, 1.0, 1.0]
     balanced = plan(workers(4, fast), replace(KEEP, may_balance=True), START)
     # Nine units at speed 3 end with three at speed 1; dealt evenly, the slow ones would run four.
-    assert [len(mine) for mine in balanced.units_of_rank] == [9, 3, 2, 2] and balanced.accumulation == 9
+    assert [len(mine) for mine in balanced.microbatches_of_rank] == [9, 3, 2, 2] and balanced.accumulation == 9
     for policy, speeds in ((KEEP, fast), (replace(KEEP, may_balance=True), [1.0, 1.01, 0.99, 1.0]),
                            (replace(KEEP, may_balance=True), [3.0, 1.0, 1.0, None])):  # fmt: skip
         even = plan(workers(4, speeds), policy, START)
-        assert even.speeds is None and [len(mine) for mine in even.units_of_rank] == [4, 4, 4, 4]
+        assert even.speeds is None and [len(mine) for mine in even.microbatches_of_rank] == [4, 4, 4, 4]
 
 
 # -- keep_batch --------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_no_bound_is_ever_broken_and_the_batch_is_the_nearest_that_keeps_them(
     wanted = 4 * world
     assert made.units == min((u for u in range(1, 600) if keeps(u)), key=lambda u: (abs(u - wanted), u))
     assert bool(made.why) == (made.units != wanted)
-    assert sorted(u for mine in made.units_of_rank for u in mine) == list(range(made.units))
+    assert sorted(u for mine in made.microbatches_of_rank for u in mine) == list(range(made.units))
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_the_policy_of_a_file() -> None:
         reference=Hyperparameters(
             global_batch_size=32, learning_rate=5e-5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0, rho=0.1
         ),
-        unit_size=8, kind="scale_batch", reference_workers=2, rule="sqrt", decoupled_weight_decay=True, parts=2,
+        microbatch_size=8, kind="scale_batch", reference_workers=2, rule="sqrt", decoupled_weight_decay=True, parts=2,
         ramp_samples=9, max_learning_rate=1.0, may_balance=True,
     )  # fmt: skip
     sgd = Policy.of(config(optim="sgd", momentum=0.9, backend="fsdp2"))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_lsopt.elastic.reshard import choose, messages, transfers
-from elastic_lsopt.elastic.versions import Chunk
+from elastic_lsopt.elastic.memory.reshard import choose, messages, transfers
+from elastic_lsopt.elastic.memory.versions import Chunk
 
 CASES = "tests.cases.elastic_state:"
 KINDS = ("ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")
@@ -115,7 +115,7 @@ def test_each_missing_element_comes_once_from_a_holder_and_nothing_else_moves(ca
 def test_messages_are_bounded_and_carry_the_same_elements(case: Any, limit: int) -> None:
     moves = transfers(*case)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("elastic_lsopt.elastic.reshard.MESSAGE_BYTES", 4 * limit)
+        patch.setattr("elastic_lsopt.elastic.memory.reshard.MESSAGE_BYTES", 4 * limit)
         packed = messages(moves, {"a": 4, "b": 2})
     assert all(sum(m.chunk[2] * {"a": 4, "b": 2}[m.chunk[0]] for m in message) <= 4 * limit for message in packed)
     assert all(len({(m.source, m.target) for m in message}) == 1 for message in packed)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_lsopt.elastic.loader import StepLoader
-from elastic_lsopt.elastic.order import SampleOrder
-from elastic_lsopt.elastic.rewound_order import rewound
+from elastic_lsopt.data.loader import StepLoader
+from elastic_lsopt.data.order import SampleOrder
+from elastic_lsopt.data.rewound_order import rewound
 
 pytestmark = pytest.mark.fast
 
@@ -38,7 +38,7 @@ def test_every_rewind_gives_another_order() -> None:
 
 def loader(rank: int = 0, world: int = 1) -> StepLoader:
     return StepLoader(
-        list(range(50)), list, global_batch_size=8, unit_size=2, seed=4, rank=rank, world=world, total_samples=160
+        list(range(50)), list, global_batch_size=8, microbatch_size=2, seed=4, rank=rank, world=world, total_samples=160
     )
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from elastic_lsopt.elastic.same_data import difference, digest_of, identity_of
-from elastic_lsopt.elastic.shards import ShardStream
-from elastic_lsopt.training.data import Data, LabelledTexts, TokenBlocks
+from elastic_lsopt.data.shards import ShardStream
+from elastic_lsopt.elastic.worker.same_data import difference, digest_of, identity_of
+from elastic_lsopt.training.datasets.samples import Data, LabelledTexts, TokenBlocks
 from tests.jobs import corpus, write_job
 
 fast = pytest.mark.fast

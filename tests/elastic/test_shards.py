@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_lsopt.elastic.loader import StepLoader
-from elastic_lsopt.elastic.shards import ShardStream
+from elastic_lsopt.data.loader import StepLoader
+from elastic_lsopt.data.shards import ShardStream
 from elastic_lsopt.errors import StaleGeneration, UserError
 
 pytestmark = pytest.mark.fast
@@ -85,7 +85,7 @@ def test_shards_are_opened_in_order_and_not_again(tmp_path: Path) -> None:
 
 def loader(rank: int, world: int, *, batch: int = 6, unit: int = 2, total: int = 61, seed: int = 4) -> StepLoader:
     return StepLoader(
-        stream(seed=seed), list, global_batch_size=batch, unit_size=unit, seed=0, rank=rank, world=world,
+        stream(seed=seed), list, global_batch_size=batch, microbatch_size=unit, seed=0, rank=rank, world=world,
         total_samples=total,
     )  # fmt: skip
 
@@ -138,7 +138,7 @@ def test_saving_does_not_wait_for_a_shard_that_is_being_read() -> None:
             yield sample
 
     own = StepLoader(
-        ShardStream(["0:8"], slow), list, global_batch_size=2, unit_size=2, seed=0, rank=0, world=1, total_samples=8
+        ShardStream(["0:8"], slow), list, global_batch_size=2, microbatch_size=2, seed=0, rank=0, world=1, total_samples=8
     )
     steps = iter(own)
     next(steps)
@@ -174,7 +174,7 @@ def test_what_is_refused() -> None:
 
 def test_a_dataset_and_a_stream_do_not_take_each_others_place() -> None:
     indexed = StepLoader(
-        list(range(9)), list, global_batch_size=2, unit_size=2, seed=4, rank=0, world=1, total_samples=8
+        list(range(9)), list, global_batch_size=2, microbatch_size=2, seed=4, rank=0, world=1, total_samples=8
     )
     for one, other in ((indexed, loader(0, 1)), (loader(0, 1), indexed)):
         with pytest.raises(UserError):

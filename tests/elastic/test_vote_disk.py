@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.elastic.generation import Generation, Member
-from elastic_lsopt.elastic.node_folder import NodeFolder, addresses
-from elastic_lsopt.elastic.quorum import Ballot, Vote
-from elastic_lsopt.elastic.record import Remembered
-from elastic_lsopt.elastic.vote_disk import AGAIN_S, VoteDisk
+from elastic_lsopt.elastic.agent.node_folder import NodeFolder, addresses
+from elastic_lsopt.elastic.agent.vote_disk import AGAIN_S, VoteDisk
+from elastic_lsopt.elastic.membership.generation import Generation, Member
+from elastic_lsopt.elastic.membership.quorum import Ballot, Vote
+from elastic_lsopt.elastic.membership.record import Remembered
 from elastic_lsopt.errors import UserError
 from tests.elastic.plain_agent import entered
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from elastic_lsopt.elastic import roles
+from elastic_lsopt.elastic.agent import roles
 
 pytestmark = pytest.mark.fast
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import elastic_lsopt as lso
-from elastic_lsopt.faces.initialize import base_of, clipping
+from elastic_lsopt.api.initialize import base_of, clipping
 from tests import warm
 from tests.ranks import ROOT, rank_environment
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import elastic_lsopt as lso
-from elastic_lsopt.oracle.checks import _apart
-from elastic_lsopt.oracle.differences import Differences
+from elastic_lsopt.oracle.curvature.curvature_checks import _apart
+from elastic_lsopt.oracle.curvature.differences import Differences
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 

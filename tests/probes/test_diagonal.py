@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.probes.diagonal import diagonal
-from elastic_lsopt.probes.operator import operator
+from elastic_lsopt.probes.spectrum.diagonal import diagonal
+from elastic_lsopt.probes.spectrum.operator import operator
 from tests.cases import spectra
 from tests.cases.spectra import flat, of_matrix, symmetric
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import elastic_lsopt as lso
 from elastic_lsopt import UserError
 from elastic_lsopt.backends.detect import backend_for
-from elastic_lsopt.probes.edge_of_stability import adam_edge_of_stability, edge_of_stability, preconditioned
+from elastic_lsopt.probes.trajectory.edge_of_stability import adam_edge_of_stability, edge_of_stability, preconditioned
 from tests.cases import engines
 from tests.cases.flatness import Quadratic, dense, mean, quadratic
 from tests.oracles.paper_loops import cross_entropy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from elastic_lsopt import NonFinite, UserError
-from elastic_lsopt.probes.effective_dimension import effective_dimension
+from elastic_lsopt.probes.flatness.effective_dimension import effective_dimension
 
 pytestmark = pytest.mark.fast
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import elastic_lsopt as lso
 from elastic_lsopt import NonFinite, UserError
-from elastic_lsopt.probes.epsilon_sharpness import epsilon_sharpness
+from elastic_lsopt.probes.flatness.epsilon_sharpness import epsilon_sharpness
 from tests.cases.flatness import dense, quadratic
 
 pytestmark = pytest.mark.fast

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import elastic_lsopt as lso
-from elastic_lsopt.probes.filter_normalisation import filter_normalised
+from elastic_lsopt.probes.flatness.filter_normalisation import filter_normalised
 from elastic_lsopt.space.geometry import ParameterSpace
 
 pytestmark = pytest.mark.fast

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import elastic_lsopt as lso
-from elastic_lsopt.probes.epsilon_sharpness import epsilon_sharpness
-from elastic_lsopt.probes.filter_norms import filter_norms, normalised
-from elastic_lsopt.probes.fisher_rao import fisher_rao
-from elastic_lsopt.probes.local_entropy import local_entropy, local_entropy_gradient
-from elastic_lsopt.probes.lpf import lpf
-from elastic_lsopt.probes.operator import operator
-from elastic_lsopt.probes.pac_bayes import pac_bayes
+from elastic_lsopt.probes.flatness.epsilon_sharpness import epsilon_sharpness
+from elastic_lsopt.probes.flatness.filter_norms import filter_norms, normalised
+from elastic_lsopt.probes.flatness.fisher_rao import fisher_rao
+from elastic_lsopt.probes.flatness.local_entropy import local_entropy, local_entropy_gradient
+from elastic_lsopt.probes.flatness.lpf import lpf
+from elastic_lsopt.probes.flatness.pac_bayes import pac_bayes
+from elastic_lsopt.probes.spectrum.operator import operator
 from tests.cases import engines
 from tests.cases.flatness import vector
 from tests.oracles.paper_loops import cross_entropy

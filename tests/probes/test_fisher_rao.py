@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import elastic_lsopt as lso
-from elastic_lsopt.probes.fisher_rao import fisher_rao
+from elastic_lsopt.probes.flatness.fisher_rao import fisher_rao
 from tests.cases import engines
 from tests.cases.flatness import dense, quadratic, split_loss
 

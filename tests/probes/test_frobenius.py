@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.probes.frobenius import frobenius
+from elastic_lsopt.probes.spectrum.frobenius import frobenius
 from tests.cases import spectra
 from tests.cases.spectra import of_matrix, symmetric
 

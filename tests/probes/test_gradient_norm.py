@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import elastic_lsopt as lso
-from elastic_lsopt.probes.gradient_norm import gradient_norm
+from elastic_lsopt.probes.flatness.gradient_norm import gradient_norm
 from tests.cases import engines
 from tests.oracles import paper_loops
 

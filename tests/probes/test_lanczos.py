@@ -15,8 +15,8 @@ from torch import nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.errors import NonFinite, UserError
-from elastic_lsopt.probes.lanczos import lanczos
-from elastic_lsopt.probes.operator import Operator
+from elastic_lsopt.probes.spectrum.lanczos import lanczos
+from elastic_lsopt.probes.spectrum.operator import Operator
 from tests.cases import engines, spectra
 from tests.cases.spectra import flat, of_matrix, symmetric
 from tests.oracles.paper_loops import cross_entropy

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from elastic_lsopt.errors import NonFinite, UserError
-from elastic_lsopt.probes.lobpcg import lobpcg
+from elastic_lsopt.probes.spectrum.lobpcg import lobpcg
 from tests.cases import spectra
 from tests.cases.spectra import flat, of_matrix, symmetric
 

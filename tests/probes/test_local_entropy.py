@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from elastic_lsopt import NonFinite, UserError
-from elastic_lsopt.probes.local_entropy import local_entropy, local_entropy_gradient
-from elastic_lsopt.probes.operator import operator
+from elastic_lsopt.probes.flatness.local_entropy import local_entropy, local_entropy_gradient
+from elastic_lsopt.probes.spectrum.operator import operator
 from tests.cases.flatness import dense, quadratic
 
 pytestmark = pytest.mark.fast

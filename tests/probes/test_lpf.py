@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from elastic_lsopt import NonFinite, UserError
-from elastic_lsopt.probes.lpf import lpf
-from elastic_lsopt.probes.operator import operator
+from elastic_lsopt.probes.flatness.lpf import lpf
+from elastic_lsopt.probes.spectrum.operator import operator
 from tests.cases.flatness import dense, quadratic
 
 pytestmark = pytest.mark.fast

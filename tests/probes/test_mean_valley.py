@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from elastic_lsopt import NonFinite, UserError
-from elastic_lsopt.probes.mean_valley import mean_valley
+from elastic_lsopt.probes.flatness.mean_valley import mean_valley
 from tests.cases.flatness import dense, quadratic, vector
 
 pytestmark = pytest.mark.fast

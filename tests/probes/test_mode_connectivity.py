@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.errors import NonFinite, UserError
-from elastic_lsopt.probes.mode_connectivity import mode_connectivity
+from elastic_lsopt.probes.surface.mode_connectivity import mode_connectivity
 from elastic_lsopt.space.vector import Vector
 from tests.cases import engines
 from tests.oracles.paper_loops import cross_entropy

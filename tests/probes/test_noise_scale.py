@@ -7,7 +7,7 @@ import torch
 
 import elastic_lsopt as lso
 from elastic_lsopt import NonFinite, UserError
-from elastic_lsopt.probes.noise_scale import from_gram, noise_scale
+from elastic_lsopt.probes.noise.noise_scale import from_gram, noise_scale
 from tests.cases.flatness import Quadratic, dense, mean, quadratic
 
 pytestmark = pytest.mark.fast

@@ -27,7 +27,7 @@ def test_lambda_max_is_of_the_hessian_and_its_preset_of_the_normalised_one() -> 
     """Against lanczos by hand; the study gave the normalised one under the plain name."""
     s = here()
     plain = lso.probes.lanczos(s.space, s.oracle, k=1).eigenvalues[0]
-    from elastic_lsopt.probes.filter_norms import normalised
+    from elastic_lsopt.probes.flatness.filter_norms import normalised
 
     scaled = lso.probes.lanczos(s.space, s.oracle, k=1, of=normalised(s.space, s.oracle)).eigenvalues[0]
     assert number("lambda_max", s) == pytest.approx(plain, rel=1e-9)

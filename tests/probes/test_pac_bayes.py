@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from elastic_lsopt import UserError
-from elastic_lsopt.probes.operator import operator
-from elastic_lsopt.probes.pac_bayes import pac_bayes
+from elastic_lsopt.probes.flatness.pac_bayes import pac_bayes
+from elastic_lsopt.probes.spectrum.operator import operator
 from tests.cases.flatness import dense, quadratic
 
 pytestmark = pytest.mark.fast

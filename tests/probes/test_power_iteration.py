@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.probes.power_iteration import power_iteration
+from elastic_lsopt.probes.spectrum.power_iteration import power_iteration
 from tests.cases.spectra import flat, of_matrix, symmetric
 
 

@@ -11,7 +11,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from elastic_lsopt import NonFinite, UserError
-from elastic_lsopt.probes.sam_sharpness import _checkpoints, sam_sharpness
+from elastic_lsopt.probes.flatness.sam_sharpness import _checkpoints, sam_sharpness
 from tests.cases.flatness import dense, quadratic
 
 

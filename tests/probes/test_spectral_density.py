@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.probes.spectral_density import spectral_density
+from elastic_lsopt.probes.spectrum.spectral_density import spectral_density
 from tests.cases import spectra
 from tests.cases.spectra import flat, of_matrix, symmetric
 

@@ -11,9 +11,9 @@ from torch import nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.errors import NonFinite, UserError
-from elastic_lsopt.oracle.units_oracle import UnitsOracle
-from elastic_lsopt.probes.filter_normalisation import filter_normalised
-from elastic_lsopt.probes.surface import project, random_direction, surface
+from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
+from elastic_lsopt.probes.flatness.filter_normalisation import filter_normalised
+from elastic_lsopt.probes.surface.surface import project, random_direction, surface
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
@@ -35,7 +35,7 @@ class Bowl(nn.Module):
         return 0.5 * (CURVATURES * (self.w.flatten() - 1).square()).sum()
 
 
-def bowl() -> tuple[ParameterSpace, UnitsOracle]:
+def bowl() -> tuple[ParameterSpace, MicroBatchOracle]:
     return lso.attach(Bowl(), lambda m, batch: m(), [torch.ones(1, 1)])
 
 

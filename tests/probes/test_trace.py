@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_lsopt.errors import NonFinite, UserError
-from elastic_lsopt.probes.hutchinson import hutchinson
-from elastic_lsopt.probes.hutchpp import hutchpp
-from elastic_lsopt.probes.xtrace import xtrace
+from elastic_lsopt.probes.spectrum.hutchinson import hutchinson
+from elastic_lsopt.probes.spectrum.hutchpp import hutchpp
+from elastic_lsopt.probes.spectrum.xtrace import xtrace
 from tests.cases import spectra
 from tests.cases.spectra import of_matrix, symmetric
 

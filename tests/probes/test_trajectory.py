@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import elastic_lsopt as lso
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.probes.trajectory import Trajectory, alignment
+from elastic_lsopt.probes.trajectory.trajectory import Trajectory, alignment
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector

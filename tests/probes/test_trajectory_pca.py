@@ -9,7 +9,7 @@ from torch import nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.errors import NonFinite, UserError
-from elastic_lsopt.probes.trajectory_pca import Window, trajectory_pca
+from elastic_lsopt.probes.trajectory.trajectory_pca import Window, trajectory_pca
 from elastic_lsopt.space.geometry import ParameterSpace
 from tests.cases.spectra import flat, vector
 

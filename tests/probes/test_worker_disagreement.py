@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elastic_lsopt import UserError
-from elastic_lsopt.probes.worker_disagreement import worker_disagreement
+from elastic_lsopt.probes.noise.worker_disagreement import worker_disagreement
 from elastic_lsopt.space.basis import Basis
 from tests.cases.flatness import dense, quadratic, vector
 

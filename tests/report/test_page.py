@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.elastic.journal import read_journal
+from elastic_lsopt.elastic.worker.journal import read_journal
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.report.run import Run
 from elastic_lsopt.report.sections import CAVEAT, SECTIONS

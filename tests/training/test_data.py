@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from elastic_lsopt.config.settings import SettingError, TrainConfig
-from elastic_lsopt.training.corpus import STDLIB, bigram_entropy, documents, held_out
-from elastic_lsopt.training.data import Data, build_data
-from elastic_lsopt.training.tokens import END_OF_DOCUMENT, ByteTokens, FolderTokens
+from elastic_lsopt.training.datasets.corpus import STDLIB, bigram_entropy, documents, held_out
+from elastic_lsopt.training.datasets.samples import Data, build_data
+from elastic_lsopt.training.datasets.tokens import END_OF_DOCUMENT, ByteTokens, FolderTokens
 
 pytestmark = pytest.mark.fast
 TORCH_MODEL = {"import": "elastic_lsopt.training.classifiers:mlp"}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from elastic_lsopt.checkpoint.folder import listing, read_json
-from elastic_lsopt.elastic.journal import read_journal, read_rewinds
+from elastic_lsopt.elastic.worker.journal import read_journal, read_rewinds
 from tests.jobs import TINY, Run, in_ranks, rows, write_job
 
 RATE, BAD_AFTER, SKIPS = 0.4, 6, 3

@@ -12,9 +12,9 @@ from huggingface_hub import constants
 
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.training import hub
-from elastic_lsopt.training.corpus import documents
+from elastic_lsopt.training.datasets.corpus import documents
+from elastic_lsopt.training.datasets.tokens import tokens_of
 from elastic_lsopt.training.models import build_model
-from elastic_lsopt.training.tokens import tokens_of
 
 
 @pytest.fixture(autouse=True)

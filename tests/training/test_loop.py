@@ -109,7 +109,7 @@ def test_texts_with_labels_and_the_folder_that_comes_out(run: Run, folder: Path)
     from transformers import AutoModelForSequenceClassification
 
     from elastic_lsopt.cli.job import read_job
-    from elastic_lsopt.training.data import build_data
+    from elastic_lsopt.training.datasets.samples import build_data
 
     data = folder / "labels.jsonl"
     records = [{"text": " ".join(WORDS[(i * k) % 10] for k in range(1, 4)), "label": WORDS[i % 3]} for i in range(60)]

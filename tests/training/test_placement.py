@@ -13,12 +13,12 @@ import torch.distributed as dist
 import elastic_lsopt as lso
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.settings import TrainConfig
-from elastic_lsopt.elastic.plan import Policy
-from elastic_lsopt.elastic.runtime import Runtime
-from elastic_lsopt.elastic.world import World
+from elastic_lsopt.elastic.worker.runtime import Runtime
+from elastic_lsopt.plan import Policy
 from elastic_lsopt.training import elastic_job
 from elastic_lsopt.training.engines import _shard, built_on
 from elastic_lsopt.training.models import build_model
+from elastic_lsopt.world import World
 
 GPU = torch.device("cuda", 1)
 CPU = torch.device("cpu")

@@ -1,0 +1,162 @@
+"""The engine: `train_batch(microbatches)` is one optimizer step, whatever the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import nn
+
+from elastic_lsopt.api.eval_mode import eval_mode
+from elastic_lsopt.api.report import StepReport
+from elastic_lsopt.api.step import LandscapeStep
+from elastic_lsopt.backends.backend import Backend
+from elastic_lsopt.errors import StaleWeights, UserError
+from elastic_lsopt.optimizers.registry import Method, State
+from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.default_loss import as_loss
+from elastic_lsopt.oracle.loss import Loss, LossFunction
+from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
+from elastic_lsopt.space.geometry import ParameterSpace
+
+
+class Engine:
+    """A model on a backend, a base optimizer, a method. All methods are collective.
+
+    `loss_fn(model, batch)` is the mean loss of a micro-batch (default: the Hugging Face model's own, weighed by
+    tokens). `total_samples` is the length of the run, for schedules on the sample clock. Raises Unsupported and
+    UserError for what is not supported.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        method: Method,
+        *,
+        loss_fn: Loss | LossFunction | None = None,
+        seed: int = 0,
+        total_samples: int | None = None,
+    ) -> None:
+        assert backend.module is not None
+        self.backend = backend
+        self.loss = as_loss(loss_fn, backend.module)
+        self._landscape = LandscapeStep(backend, method, seed, SampleClock(total_samples=total_samples))
+        self._stop_requested = False
+        self.signals: Callable[[], Sequence[float]] | None = None
+        """Numbers of the elastic runtime that ride on each pass's all-reduce, as many on every rank."""
+        self._inside = False
+        self._trained = [p.requires_grad for p in backend.module.parameters()]
+        self.last_step: StepReport | None = None
+        backend.module.register_forward_pre_hook(self._refuse_stale_forward, prepend=True)
+
+    @property
+    def module(self) -> nn.Module:
+        assert self.backend.module is not None
+        return self.backend.module
+
+    @property
+    def base(self) -> torch.optim.Optimizer | None:
+        """The torch optimizer that steps."""
+        return self.backend.base
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.backend.param_groups
+
+    @property
+    def space(self) -> ParameterSpace:
+        return self._landscape.space
+
+    @property
+    def method(self) -> Method:
+        return self._landscape.method
+
+    @property
+    def method_state(self) -> State:
+        return self._landscape.state
+
+    @property
+    def clock(self) -> SampleClock:
+        return self._landscape.clock
+
+    @clock.setter
+    def clock(self, clock: SampleClock) -> None:
+        self._landscape.clock = clock
+
+    @property
+    def skipped_steps(self) -> int:
+        return self._landscape.skipped_steps
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Steps that were skipped since the last that was not; many of them mean that the weights are no good."""
+        return self._landscape.skipped_in_a_row
+
+    def request_stop(self) -> None:
+        """Ask all ranks to stop: `last_step.stop` is true on all after the same step. Safe in a signal handler."""
+        self._stop_requested = True
+
+    def oracle(self, microbatches: Sequence[Any]) -> MicroBatchOracle:
+        """The loss on these micro-batches of all ranks, as something one can ask."""
+        return MicroBatchOracle(
+            self.space, self.backend, self.loss, microbatches, self.clock,
+            stop_requested=lambda: self._stop_requested, signals=self.signals,
+        )  # fmt: skip
+
+    def train_batch(self, microbatches: Sequence[Any]) -> float:
+        """One optimizer step on this rank's micro-batches; returns the mean loss of the global batch before it.
+
+        `microbatches` are plain batches (the j-th of rank r is micro-batch j * world + r of the step) or `MicroBatch`s. The ranks'
+        lists may differ in length. `last_step` tells more.
+        """
+        self._inside = True
+        try:
+            with self._landscape.informing():
+                self.space.refuse_stale("a step")
+                self._refuse_other_parameters()
+                oracle = self.oracle(microbatches)
+                self.last_step = self._landscape.take(oracle, oracle.samples)
+        finally:
+            self._inside = False
+        return self.last_step.loss
+
+    def evaluate(self, rounds: Iterable[Sequence[Any]]) -> float:
+        """The mean loss over all ranks' micro-batches of all rounds, in eval mode, without gradients.
+
+        `rounds` yields lists of micro-batches as `train_batch` takes them, equally many lists on every rank; one is in
+        memory at a time.
+        """
+        self._inside = True
+        total = weight = 0.0
+        try:
+            with eval_mode(self.module), self._landscape.informing():
+                for microbatches in rounds:
+                    oracle = self.oracle(microbatches)
+                    total += oracle.loss() * oracle.weight
+                    weight += oracle.weight
+        finally:
+            self._inside = False
+        return total / weight
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the method's state, and the clock. (Checkpoints for any world size: `lso.checkpoint`.)"""
+        return self._landscape.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._landscape.load_state_dict(state_dict)
+
+    def _refuse_other_parameters(self) -> None:
+        for (name, p), trained in zip_longest(self.module.named_parameters(), self._trained, fillvalue=("", None)):
+            if p is None or p.requires_grad != trained:
+                now = "gone" if p is None else "trainable" if p.requires_grad else "frozen"
+                raise UserError(
+                    f"parameter {name or 'of the model'} is {now} and was not when the engine was built, which has its "
+                    "place among the others fixed; build a new engine (a checkpoint carries the state over)."
+                )
+
+    def _refuse_stale_forward(self, module: nn.Module, inputs: Any) -> None:
+        if not self._inside and not self.space.settled:
+            self.space.refuse_stale("a forward pass")
+            raise StaleWeights("a forward pass is refused inside a step; call it after train_batch() has returned.")

@@ -1,0 +1,116 @@
+"""The face for DeepSpeed: a drop-in for `deepspeed.initialize` whose engine takes landscape-aware steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from elastic_lsopt.api.engine import Engine
+from elastic_lsopt.config.deepspeed_json import engine_json, read_deepspeed_json, split_method
+from elastic_lsopt.errors import UserError
+from elastic_lsopt.optimizers import registry
+from elastic_lsopt.optimizers.registry import Method
+from elastic_lsopt.oracle.loss import Loss, LossFunction
+
+Base = Callable[[Any], torch.optim.Optimizer]
+Json = dict[str, Any]
+
+# Of DeepSpeed's own Adam, without meaning for torch's.
+ONLY_DEEPSPEED = ("torch_adam", "adam_w_mode", "fp32_optimizer_states", "fused")
+
+
+def initialize(
+    *,
+    model: nn.Module,
+    config: str | Path | Json,
+    method: Method | None = None,
+    base: Base | None = None,
+    loss_fn: Loss | LossFunction | None = None,
+    seed: int = 0,
+    total_samples: int | None = None,
+    max_grad_norm: float | None = None,
+) -> Engine:
+    """A DeepSpeed engine whose `train_batch(microbatches)` is one landscape-aware step (collective).
+
+    `config` is a DeepSpeed JSON (a path or a dict). The method is `method`, or `optimizer: {type: sam, params: {rho,
+    base: {type: AdamW, params: …}}}` in the JSON, else none. `base` makes the torch optimizer from the parameters; else
+    the JSON's optimizer names a class of torch.optim. `max_grad_norm` is the limit of the global L2 norm of the
+    gradient (0: none; default: the JSON's `gradient_clipping`, else none). Batch sizes in the JSON are not read.
+
+    Raises UserError for what contradicts itself or is missing (the package deepspeed too), Unsupported for what is not
+    tested or cannot be right: fp16, offload, other kinds of parallelism, a base that needs whole parameters …
+    """
+    given, name, hyperparameters = split_method(read_deepspeed_json(config), registry.names())
+    block = hyperparameters.pop("base", None) if name else given.pop("optimizer", None)
+    if name and method is not None:
+        raise UserError(f"the method is given twice, by method={method!r} and as {name!r} in the JSON; remove one.")
+    chosen = registry.build(name or "none", **hyperparameters) if method is None else method
+    if base is None:
+        base = base_of(block)
+    elif block is not None:
+        raise UserError(f"the base is given twice, by base=… and as {block.get('type')!r} in the JSON; remove one.")
+    try:
+        from elastic_lsopt.backends.zero.start import start_distributed, start_engine
+    except ModuleNotFoundError as error:
+        if error.name != "deepspeed":
+            raise
+        raise UserError("lso.initialize needs DeepSpeed, which is not installed: pip install deepspeed.") from None
+    limit = clipping(given.get("gradient_clipping"), max_grad_norm)
+    bf16 = bool(given.get("bf16", {}).get("enabled", False))
+    given = engine_json(given, world=start_distributed(), max_grad_norm=limit, bf16=bf16)
+    return Engine(start_engine(model, base, given), chosen, loss_fn=loss_fn, seed=seed, total_samples=total_samples)
+
+
+def clipping(in_json: Any, argument: float | None) -> float:
+    """The limit of the gradient's norm, 0 for none. Raises UserError for a value out of range or two that differ."""
+    if in_json in (None, "auto"):
+        limit = argument or 0.0
+    elif argument not in (None, in_json):
+        raise UserError(f"max_grad_norm={argument} and gradient_clipping={in_json} in the JSON differ; remove one.")
+    else:
+        limit = in_json
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < float("inf"):
+        raise UserError(f"gradient_clipping={limit!r} must be a number >= 0 (0: none).")
+    return float(limit)
+
+
+def base_of(block: Json | None) -> Base:
+    """The torch optimizer that a JSON's optimizer block names (DeepSpeed's "Adam" decouples weight decay: AdamW).
+
+    Raises UserError where there is no block, no such class, or a parameter that the class does not take.
+    """
+    if not block or "type" not in block:
+        raise UserError(
+            "no base optimizer: pass base=lambda params: torch.optim.AdamW(params, lr=…), or an optimizer block in the "
+            'JSON, {"type": "AdamW", "params": {"lr": …}}.'
+        )
+    wanted, params = str(block["type"]), dict(block.get("params") or {})
+    known = {
+        n.lower(): n
+        for n, c in vars(torch.optim).items()
+        if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)
+    }
+    known.pop("optimizer", None)
+    if wanted.lower() not in known:
+        raise UserError(
+            f"optimizer.type={wanted!r} is neither a method ({', '.join(registry.names())}) nor in torch.optim "
+            f"({', '.join(sorted(known.values()))})."
+        )
+    kind = known[wanted.lower()]
+    if kind == "Adam" and params.get("adam_w_mode", True):
+        kind = "AdamW"
+    for key, value in list(params.items()):
+        if value == "auto" or key in ONLY_DEEPSPEED:
+            del params[key]
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        try:
+            return getattr(torch.optim, kind)(parameters, **params)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer.params={params!r} does not suit torch.optim.{kind}: {error}.") from error
+
+    return make

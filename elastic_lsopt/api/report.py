@@ -1,0 +1,43 @@
+"""What a step tells."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from elastic_lsopt.space.perturbation import Fidelity
+
+log = logging.getLogger("elastic_lsopt")
+FAITHFUL = 0.9
+"""Cosine between requested and realised displacement below which the run warns."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step: the loss at the weights before it, and what became of it."""
+
+    loss: float
+    """Mean loss of the first pass over the global batch."""
+    passes: int
+    """Gradients of the global batch that were taken."""
+    gradient_norm: float
+    """Global L2 norm of the gradient that the base stepped with, before clipping."""
+    skipped: bool
+    """A loss or gradient was not finite in some pass, so no rank changed anything but its clock."""
+    stop: bool = False
+    """Some rank asked to stop; all ranks see it after the same step."""
+    signals: tuple[float, ...] = ()
+    """Sums over all ranks of what the elastic runtime gave to the step's last pass."""
+    samples_per_second: float | None = None
+    """Of this rank's own forwards. Where a forward needs no other rank (plain, DDP), waiting is not in it."""
+    fidelity: Fidelity | None = None
+    """Requested against realised displacement, where it was measured."""
+
+
+def warn_unfaithful(fidelity: Fidelity, dtype: object) -> None:
+    """One line with the remedies, for a displacement that rounding has changed."""
+    log.warning(
+        "the forward pass in %s sees another displacement than the method asked for: cosine %.2f, length ratio %.2f. "
+        "Remedies: rho_scale: sqrt_n, a radius per row (radius: row), or an fp32 forward.",
+        dtype, fidelity.cosine, fidelity.norm_ratio,
+    )  # fmt: skip

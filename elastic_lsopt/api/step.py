@@ -1,0 +1,159 @@
+"""One optimizer step, the same behind every face: the method's gradient, then the base optimizer, or nothing at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic_lsopt.api.report import FAITHFUL, StepReport, log, warn_unfaithful
+from elastic_lsopt.backends.backend import Backend
+from elastic_lsopt.errors import NonFinite, PeerFailed
+from elastic_lsopt.optimizers.registry import Method, State
+from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.oracle import Oracle
+from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.layout import Piece
+from elastic_lsopt.space.perturbation import Fidelity
+from elastic_lsopt.space.vector import Vector
+
+
+@dataclass
+class LandscapeStep:
+    """A method on a backend: its space, its state, its clock."""
+
+    backend: Backend
+    method: Method
+    seed: int = 0
+    clock: SampleClock = field(default_factory=SampleClock)
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+    def __post_init__(self) -> None:
+        self.backend.refuse_base()
+        self.space = ParameterSpace(self.backend, self.seed)
+        self.state: State = self.method.init(self.space)
+        self._warned = self._looked = False
+
+    def take(self, oracle: Oracle, samples: int) -> StepReport:
+        """Ask the method for its gradient, step the base, advance the clock by `samples` (collective).
+
+        A non-finite loss or gradient in any pass makes all ranks skip the step together: counted and logged, its
+        samples are committed. Any other exception leaves this rank's weights as they were; call it `informing()`.
+        """
+        oracle.moves_buffers = True
+        report = self._take(oracle)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
+        self.clock = self.clock.advanced(samples)
+        return report
+
+    def onto(self, backend: Backend) -> LandscapeStep:
+        """This step on other trainable parameters (some were frozen, unfrozen or added): method, clock and state.
+
+        A Vector of the method keeps its elements; those of a new parameter are what `init` makes them, or 0. This one's
+        space is retired.
+        """
+        new = LandscapeStep(backend, self.method, self.seed, self.clock, self.skipped_steps)
+        new._warned, new._looked = self._warned, self._looked
+        for key, value in self.state.items():
+            if isinstance(value, Vector):
+                fresh = new.state.get(key)
+                new.state[key] = fresh if isinstance(fresh, Vector) else new.space.zeros()
+                kept = dict(zip(map(self._chunk, self.space.layout.pieces), value.tensors, strict=True))
+                for piece, tensor in zip(new.space.layout.pieces, new.state[key].tensors, strict=True):
+                    if (old := kept.get(new._chunk(piece))) is not None:
+                        tensor.copy_(old)
+            else:
+                new.state[key] = value
+        self.space.retire()
+        return new
+
+    def _chunk(self, piece: Piece) -> tuple[str, int, int]:
+        return self.space.layout.parameters[piece.parameter].name, piece.offset, piece.length
+
+    @contextmanager
+    def informing(self) -> Iterator[None]:
+        """What is raised inside is told to the other ranks: they may wait for this one in a collective."""
+        try:
+            yield
+        except Exception as error:
+            told = self._tell(error)
+            if told is error:
+                raise
+            raise told from error
+
+    def _take(self, oracle: Oracle) -> StepReport:
+        space = self.space
+        space.refuse_stale("a step")
+        space.last_fidelity = None
+        # Rounding can spoil a displacement where the forward is narrower than fp32: look once, on the first step, or on
+        # the second where the first moved only before any forward, which tells its type.
+        space.looks_at_narrow = self.clock.steps < 2 and not self._looked
+        try:
+            with space.deferring():
+                gradient = self.method.gradient(space, oracle, self.state)
+                oracle.install(gradient)
+                norm = space.norm(gradient)
+                if not math.isfinite(norm):
+                    raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")
+                self.backend.step(gradient, norm)
+                space.stepped()
+        except NonFinite as error:
+            return self._skip(oracle, error)
+        finally:
+            space.looks_at_narrow = False
+            self._looked = self._looked or space.last_fidelity is not None
+        return StepReport(
+            oracle.losses[0],
+            oracle.passes,
+            norm,
+            False,
+            oracle.stop,
+            oracle.signals,
+            oracle.samples_per_second,
+            self._faithful(space.last_fidelity),
+        )
+
+    def _skip(self, oracle: Oracle, error: NonFinite) -> StepReport:
+        self.space.settle()
+        self.space.end_lease()
+        self.backend.clear_gradient()
+        self.skipped_steps += 1
+        log.warning("skipped a step on all ranks (%d so far): %s", self.skipped_steps, error)
+        loss = oracle.losses[0] if oracle.losses else math.nan
+        return StepReport(loss, oracle.passes, math.nan, True, oracle.stop, oracle.signals)
+
+    def _faithful(self, fidelity: Fidelity | None) -> Fidelity | None:
+        if fidelity is not None and fidelity.cosine < FAITHFUL and not self._warned:
+            self._warned = True
+            warn_unfaithful(fidelity, self.backend.compute_dtype)
+        return fidelity
+
+    def _tell(self, error: Exception) -> Exception:
+        self.backend.report_failure(error)
+        first = self.backend.transport.first_failure()
+        if first is not None and not isinstance(error, PeerFailed) and isinstance(error, RuntimeError):
+            return PeerFailed(f"{first}; this rank's own weights are as they were before the pass.")
+        return error
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The method's state (this rank's pieces of each Vector) and the clock."""
+        kept = {k: [t.clone() for t in v.tensors] if isinstance(v, Vector) else v for k, v in self.state.items()}
+        return {"method": kept, "clock": (self.clock.samples, self.clock.steps), "skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for key, value in state_dict["method"].items():
+            if isinstance(value, list):
+                vector = self.space.empty()
+                for mine, saved in zip(vector.tensors, value, strict=True):
+                    mine.copy_(saved)
+                self.state[key] = vector
+            else:
+                self.state[key] = value
+        samples, steps = state_dict["clock"]
+        self.clock = SampleClock(samples, steps, self.clock.total_samples)
+        self.skipped_steps = state_dict["skipped_steps"]

@@ -1,0 +1,136 @@
+"""A callback for Hugging Face's Trainer that measures curvature and flatness on the way.
+
+    trainer = Trainer(model, …, callbacks=[ProbeCallback({"lambda_max": {}}, batches=batches, every_steps=100)])
+
+Results go into the Trainer's `state.log_history` and `output_dir/metrics.jsonl`, which `elastic-lsopt report` draws.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.trainer_callback import TrainerCallback
+
+from elastic_lsopt.api.eval_mode import eval_mode
+from elastic_lsopt.api.report import log
+from elastic_lsopt.backends.detect import backend_for
+from elastic_lsopt.errors import NonFinite, UserError
+from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.curvature.products import Mode
+from elastic_lsopt.oracle.default_loss import as_loss
+from elastic_lsopt.oracle.loss import Loss, LossFunction
+from elastic_lsopt.oracle.microbatch import MicroBatch
+from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
+from elastic_lsopt.probes.catalogue import Situation, as_json, measure
+from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.vector import Vector
+
+
+class ProbeCallback(TrainerCallback):
+    """Measures by name with their settings, on `batches` (this rank's, always the same), each `every_steps` steps.
+
+    `loss_fn` as for `lso.attach`. Raises UserError for an unknown measure, no batch, every_steps < 1. The gradients of
+    a step are done with when it measures; it leaves weights, gradients (None) and the model's mode as they were.
+    Tested on one process. DistributedDataParallel hides its wrapper from callbacks, so several ranks of it are refused.
+    """
+
+    def __init__(
+        self,
+        measures: Mapping[str, Mapping[str, Any]],
+        *,
+        batches: Sequence[Any],
+        every_steps: int,
+        loss_fn: Loss | LossFunction | None = None,
+        products: Mode = "auto",
+    ) -> None:
+        if every_steps < 1:
+            raise UserError(f"every_steps={every_steps} must be >= 1.")
+        if not batches:
+            raise UserError("batches is empty; give one or more.")
+        for name, settings in measures.items():
+            measure(name, settings, ("learning_rate", "initial"))
+        self.measures, self.batches, self.every_steps = measures, list(batches), every_steps
+        self.loss_fn, self.products = loss_fn, products
+        self.results: list[dict[str, Any]] = []
+        self._checked_mode: Mode | None = None
+        """What the first checks have settled."""
+        self._initial: Sequence[Tensor] | None = None
+        """The weights at the start; None where no measure asks for them, or a run goes on whose start nobody knows."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Called by the Trainer before the first step, and after it has loaded a checkpoint to go on from."""
+        if state.global_step == 0 and any(measure(name, {}).needs == "initial" for name in self.measures):
+            self._initial = ParameterSpace(backend_for(more["model"])).weights.clone().tensors
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Called by the Trainer after an optimizer step."""
+        if state.global_step % self.every_steps:
+            return
+        model: nn.Module = more["model"]
+        base = more.get("optimizer")
+        base = getattr(base, "optimizer", base)  # out of Accelerate's wrapper
+        group = base.param_groups[0] if base is not None else {}
+        with eval_mode(model):
+            found = self._measured(model, base, state.global_step)
+        for p in model.parameters():
+            p.grad = None
+        samples = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        row = {"step": state.global_step, "samples": samples, "lr": group.get("lr"), "probes": found}
+        self.results.append(row)
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            with (Path(args.output_dir) / "metrics.jsonl").open("a", encoding="utf-8") as out:
+                out.write(json.dumps(row) + "\n")
+        state.log_history.append({"step": state.global_step, **dict(_numbers(found))})
+
+    def _measured(self, model: nn.Module, base: Any, step: int) -> dict[str, Any]:
+        backend = backend_for(model, base)
+        group: Mapping[str, Any] = base.param_groups[0] if base is not None else {}
+        space = ParameterSpace(backend)
+        loss = as_loss(self.loss_fn, model)
+
+        def oracle(batches: Sequence[Any], *, checked: bool = False) -> MicroBatchOracle:
+            return MicroBatchOracle(
+                space,
+                backend,
+                loss,
+                batches,
+                SampleClock(steps=step),
+                products=self._checked_mode or self.products,
+                checked=checked,
+            )
+
+        together = oracle(self.batches, checked=self._checked_mode is None)
+        adam = (tuple(group["betas"]), group["eps"], step) if "betas" in group else None
+        situation = Situation(
+            space=space, oracle=together, samples=together.samples, learning_rate=group.get("lr"),
+            momentum=group.get("momentum", 0.0), adam=adam,  # type: ignore[arg-type]
+            initial=None if self._initial is None else Vector(space, self._initial),
+            batches=lambda: [oracle([MicroBatch(0, b, idle=backend.rank > 0)]) for b in self.batches],
+        )  # fmt: skip
+        found = {}
+        for name, settings in self.measures.items():
+            try:
+                found[name] = as_json(measure(name, settings).ask(situation, **settings))
+                if together.made_products:
+                    self._checked_mode = together.mode
+            except (UserError, NonFinite) as error:
+                if not space.settled:
+                    space.settle()
+                log.warning("measure %s gave nothing after step %d: %s", name, step, error)
+                found[name] = None
+        together.close_products()
+        return found
+
+
+def _numbers(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, result in found.items():
+        for key in ("value", "standard_error"):
+            if isinstance(result, dict) and isinstance(result.get(key), float):
+                yield f"probes/{name}/{key}", result[key]
+        for i, value in enumerate((result or {}).get("eigenvalues", [])):
+            yield f"probes/{name}/{i}", value

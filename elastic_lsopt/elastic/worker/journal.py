@@ -1,0 +1,144 @@
+"""The journal: one JSON object per change of members or rewind, in the run folder's journal.jsonl, by rank 0."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+JOURNAL = "journal.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What became of the job when its members changed."""
+
+    generation: int
+    why: str
+    workers: tuple[str, ...]
+    nodes: tuple[str, ...]
+    gone: tuple[str, ...]
+    """Workers that died; the rest of those that are no longer here left as planned."""
+    samples: int
+    """Committed samples when the new generation began: what the clock says."""
+    step: int
+    source: str
+    """memory, checkpoint or start: where the state came from."""
+    redone_steps: int
+    """Steps that survivors had finished beyond the state that went on, done again on the same samples."""
+    bytes_moved: int
+    """State that went from memory to memory, over all ranks."""
+    seconds: Mapping[str, float]
+    """By phase, of the slowest rank."""
+    before: Mapping[str, Any] | None
+    """Batch, rate, betas, epsilon, rho …, and each rank's micro-batches, under the plan before; None where there was none."""
+    after: Mapping[str, Any]
+    survives_node_loss: bool
+    """Whether each shard has a mirror on another node."""
+    time: float = field(default_factory=time.time)
+
+    def of_all(
+        self, everyones: Sequence[tuple[Mapping[str, float], int, int]], told: Sequence[tuple[str, tuple[str, ...]]]
+    ) -> Change:
+        """With the slowest rank's seconds and all ranks' bytes; each rank gives (seconds, bytes moved, redone steps).
+
+        `told` is (why, gone) of this generation and of those before it that ended without a step.
+        """
+        phases = dict.fromkeys(name for seconds, _, _ in everyones for name in seconds)
+        return replace(
+            self,
+            why="; then ".join(dict.fromkeys(why for why, _ in told)) or self.why,
+            gone=tuple(dict.fromkeys(worker for _, gone in told for worker in gone)),
+            seconds={name: max(seconds.get(name, 0.0) for seconds, _, _ in everyones) for name in phases},
+            bytes_moved=sum(moved for _, moved, _ in everyones),
+            redone_steps=max(redone for _, _, redone in everyones),
+        )
+
+    def line(self) -> str:
+        """What a person is told of it."""
+        workers = "1 worker goes on" if len(self.workers) == 1 else f"{len(self.workers)} workers go on"
+        source = " from its checkpoint" if self.source == "checkpoint" else ""
+        redone = f"; steps done again: {self.redone_steps}" if self.redone_steps else ""
+        return (
+            f"generation {self.generation}: {self.why}; {workers} at step {self.step + 1}{source} after "
+            f"{sum(self.seconds.values()):.1f} s{redone}; batch {self.after['global_batch_size']}, "
+            f"rate {self.after['learning_rate']:.1e}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewind:
+    """A job that had diverged went back to its last good state, at a lower rate and with other samples."""
+
+    generation: int
+    why: str
+    from_step: int
+    """The last step of the trajectory that was left."""
+    to_step: int
+    """The step of the checkpoint from which the job goes on."""
+    samples: int
+    lr_factor: float
+    """On the learning rate of the job's settings, from here on."""
+    event: str = "rewind"
+    time: float = field(default_factory=time.time)
+
+    def line(self) -> str:
+        """What a person is told of it."""
+        return (
+            f"rewound from step {self.from_step} to step {self.to_step}: {self.why}; the rate is {self.lr_factor:g} of "
+            "the job's from here on, and the samples come in another order"
+        )
+
+
+@dataclass
+class Phases:
+    """Seconds by phase of one change, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.monotonic)
+
+    def end(self, phase: str) -> None:
+        now = time.monotonic()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+        self._since = now
+
+
+class Journal:
+    """Appends changes, and `say`s a line of each. A full disk costs the journal's line, never the training."""
+
+    def __init__(self, run_folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
+        self.path, self.say = run_folder / JOURNAL, say
+
+    def write(self, change: Change | Rewind) -> None:
+        self.say(change.line())
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(asdict(change)) + "\n")
+
+
+def read_journal(run_folder: Path) -> list[dict[str, Any]]:
+    """The changes of members of a run, in order; a line that a crash cut short is passed over."""
+    return [row for row in _rows(run_folder) if not _is_rewind(row)]
+
+
+def read_rewinds(run_folder: Path) -> list[dict[str, Any]]:
+    """The rewinds of a run, in order."""
+    return [row for row in _rows(run_folder) if _is_rewind(row)]
+
+
+def _is_rewind(row: Any) -> bool:
+    return isinstance(row, dict) and row.get("event") == "rewind"
+
+
+def _rows(run_folder: Path) -> list[Any]:
+    rows = []
+    with suppress(FileNotFoundError):
+        for line in (run_folder / JOURNAL).read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows

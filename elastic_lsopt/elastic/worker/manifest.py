@@ -1,0 +1,25 @@
+"""One manifest a step: a generation claims a checkpoint's name at the job's store before it is given."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import timedelta
+
+from elastic_lsopt.backends.signed_store import SignedStore, derived
+from elastic_lsopt.elastic.agent.mail.mailbox import connect
+
+TIMEOUT = timedelta(seconds=5)
+
+
+def claim(store_address: str, secret: bytes, generation: int, step: int) -> bool:
+    """Whether the checkpoint of `step` is this generation's to commit: by compare-and-set, against older ones.
+
+    False where a newer generation has claimed it, where the store cannot be asked, and where what stands there is not
+    signed with `secret`. The caller holds a lease.
+    """
+    with suppress(RuntimeError, OSError):
+        store, key = SignedStore(connect(store_address, TIMEOUT), derived(secret, "manifests")), f"manifest/{step}"
+        before = store.get(key).decode() if store.check([key]) else ""
+        if not before or int(before) <= generation:
+            return store.compare_set(key, before, str(generation)) == str(generation).encode()
+    return False

@@ -1,0 +1,245 @@
+"""The oracle of an engine that owns the passes: whole micro-batches, exact weights, the same dropout in every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_lsopt.errors import UserError
+from elastic_lsopt.oracle.buffers import still_buffers
+from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.curvature.curvature_checks import check_products
+from elastic_lsopt.oracle.curvature.differences import Product
+from elastic_lsopt.oracle.curvature.products import Mode, Products, refuse_unknown
+from elastic_lsopt.oracle.forward_time import ForwardTime
+from elastic_lsopt.oracle.gradient_engine import Passes
+from elastic_lsopt.oracle.loss import Loss, refuse_coupled_samples, samples
+from elastic_lsopt.oracle.microbatch import MicroBatch, as_microbatches, part_bounds, slots
+from elastic_lsopt.oracle.oracle import Oracle, Part
+from elastic_lsopt.oracle.slot import Slot
+from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.noise import block_seed
+from elastic_lsopt.space.upload import on_device
+from elastic_lsopt.space.vector import Lease, Vector
+
+
+class MicroBatchOracle(Oracle):
+    """The mean loss over this step's micro-batches, given whole to ranks; see `oracle/microbatch.py`.
+
+    Each micro-batch is weighed by its count of samples or unmasked tokens. Its dropout depends on (seed, step, index), so a
+    second pass, another rank and another world size see the same masks. `samples` counts the global batch. Making one
+    costs one all-reduce of 5 + world numbers. Raises UserError where a rank has no micro-batch, or another's.
+    """
+
+    def __init__(
+        self,
+        space: ParameterSpace,
+        backend: Passes,
+        loss: Loss | Any,
+        microbatches: Sequence[Any],
+        clock: SampleClock,
+        *,
+        stop_requested: Callable[[], bool] | None = None,
+        signals: Callable[[], Sequence[float]] | None = None,
+        products: Mode = "auto",
+        checked: bool = False,
+    ) -> None:
+        super().__init__(space, backend, clock, stop_requested=stop_requested, signals=signals)
+        refuse_unknown(products)
+        if backend.module is not None:
+            refuse_coupled_samples(backend.module)
+        self._loss = loss
+        microbatches = as_microbatches(microbatches, backend.rank, backend.world)
+        self._microbatches = {u.index: u for u in microbatches if not u.idle}
+        self._stand_in = microbatches[0].batch if microbatches else None
+        self._weights: dict[int, float] = {}
+        self._time = ForwardTime(backend.device)
+        self._unit_samples = {i: samples(u.batch) for i, u in self._microbatches.items()}
+        self._agree(microbatches)
+        self._mode: Mode = products
+        self._checked = checked
+        self._curvature: Products | None = None
+
+    @property
+    def products(self) -> Products:
+        """What `hvp` and `ggn_vp` ask: the mode that was chosen, and `close()` to free its memory.
+
+        Made, and checked, when it is asked for first; who fails a check fails it each time.
+        """
+        if self._curvature is None:
+            slots = [self._slot(index) for index in self._slots((0, self._count))]
+            made = Products(self.space, self.backend, self._loss, slots, self._mode)
+            if self._checked:
+                try:
+                    check_products(made, self.gradient)
+                finally:
+                    self.space.end_lease()
+                    self.backend.clear_gradient()
+            self._curvature = made
+        return self._curvature
+
+    @property
+    def made_products(self) -> bool:
+        """Whether any product was asked for, so that the checks have run."""
+        return self._curvature is not None
+
+    @property
+    def mode(self) -> Mode:
+        """How products are made: what the checks have settled, or before the first product what was asked for."""
+        asked = self._mode
+        return "differences" if self._curvature is not None and self._curvature.chosen == "differences" else asked
+
+    def close_products(self) -> None:
+        """Free what products hold, if any was made."""
+        if self._curvature is not None:
+            self._curvature.close()
+
+    def hvp(self, v: Vector) -> Product:
+        v = self._outliving(v)
+        return self.products.hvp(v)
+
+    def ggn_vp(self, v: Vector) -> Product:
+        v = self._outliving(v)
+        return self.products.ggn_vp(v)
+
+    def _outliving(self, v: Vector) -> Vector:
+        """A gradient that is only lent would end with the checks' own passes."""
+        return v.clone() if isinstance(v, Lease) and self._checked and self._curvature is None else v
+
+    def _agree(self, microbatches: Sequence[MicroBatch]) -> None:
+        """All ranks learn the total weight, the number of micro-batches, and whether a rank has nothing to run."""
+        world, rank = self.backend.world, self.backend.rank
+        given = [u.index for u in microbatches if not u.idle]
+        counts = [self._loss.count(u.batch) for u in self._microbatches.values()]  # on a GPU not read yet: that would wait
+        own = [
+            sum(counts),
+            sum(self._unit_samples.values()),
+            not microbatches,
+            any(u < 0 or u % world != rank for u in given),
+            len(given) - len(self._microbatches),
+            *(max(self._microbatches, default=-1) + 1 if r == rank else 0 for r in range(world)),
+        ]
+        sums = self.backend.sum_world_(on_device(own, self.backend.device))
+        both = torch.cat([sums, on_device(counts, self.backend.device)]).tolist()
+        total, number, empty, misplaced, twice, *ends = both[: len(own)]
+        self._weights = dict(zip(self._microbatches, both[len(own) :], strict=True))
+        self._count, self._evenly = int(max(ends)), not misplaced
+        if misplaced and not self._each_once():
+            raise UserError(
+                f"{int(misplaced)} rank(s) got a micro-batch that is another's: micro-batch u belongs to rank u mod {world}."
+            )
+        if twice:
+            raise UserError(f"{int(twice)} micro-batch(s) share the index of another; every micro-batch needs an index of its own.")
+        if empty:
+            raise UserError(
+                f"{int(empty)} of {world} ranks got no micro-batch; give every rank at least one (or Unit(idle=True))."
+            )
+        if not total > 0:
+            raise UserError(
+                f"the total weight of the global batch is {total}; it must be > 0 (are all labels masked?)."
+            )
+        self._total, self.samples = total, int(number)
+
+    def _each_once(self) -> bool:
+        """Whether the ranks hold each micro-batch once in shares of their own, as a plan for unequal ranks deals them.
+
+        Only where every rank holds all weights: there no forward waits for another rank. One all-reduce of a number a
+        micro-batch.
+        """
+        if self.backend.replicas < self.backend.world:
+            return False
+        held = torch.zeros(self._count + 1, dtype=torch.float64, device=self.backend.device)
+        for index in self._microbatches:
+            held[index if index >= 0 else self._count] += 1
+        *microbatches, below = self.backend.sum_world_(held).tolist()
+        return not below and all(ranks == 1 for ranks in microbatches)
+
+    def _slots(self, bounds: tuple[int, int]) -> list[int | None]:
+        """This rank's forwards for one part; None is an idle slot."""
+        if self._evenly:
+            return slots(bounds, self.backend.rank, self.backend.world)
+        first, end = bounds
+        # At least one: the backward that closes a pass is each rank's.
+        return [*sorted(u for u in self._microbatches if first <= u < end)] or [None]
+
+    @property
+    def weight(self) -> float:
+        """The total weight of the global batch: its samples or unmasked tokens."""
+        return self._total
+
+    def parts(self, m: int) -> list[Part]:
+        return [
+            Part(self, i, m, (end - first) / self._count) for i, (first, end) in enumerate(part_bounds(self._count, m))
+        ]
+
+    def loss(self) -> float:
+        return self._mean(lambda slot: slot.value(self._loss, self.backend.forward, self.backend.device))
+
+    def mean_over_logits(self, function: Callable[[Tensor, Any], Tensor]) -> float:
+        """The mean of `function(logits, batch)`, a mean over a micro-batch, weighed as the loss is (collective; one forward).
+
+        Raises UserError for a loss that is not split: then nobody knows what the logits are.
+        """
+        if not isinstance(self._loss, Loss):
+            raise UserError(
+                "the logits need the loss in two steps; pass lso.Loss(forward, criterion, count) as loss_fn."
+            )
+        loss = self._loss
+
+        def value(slot: Slot) -> Tensor:
+            logits = slot.logits(loss, self.backend.forward, self.backend.device)
+            return function(logits, slot.batch) if slot.share else logits
+
+        return self._mean(value)
+
+    def _mean(self, value: Callable[[Slot], Tensor]) -> float:
+        """The mean of a slot's value over the global batch, without gradients."""
+        self.space.ready()
+        local: float | Tensor = 0.0
+        with torch.no_grad(), still_buffers(self.backend.roots):
+            for index in self._slots((0, self._count)):
+                slot = self._slot(index)
+                found = value(slot)
+                if slot.share:
+                    local = local + _exact(found) * slot.share
+        return self.backend.sum_world_(on_device([local], self.backend.device)).item()
+
+    def _share(self, index: int | None) -> float:
+        """A slot's share of the total weight; 0 for an idle one and for a micro-batch whose labels are all masked."""
+        return self._weights.get(index, 0.0) / self._total if index is not None else 0.0
+
+    def _slot(self, index: int | None) -> Slot:
+        microbatch = self._microbatches.get(index) if index is not None else None
+        seed = block_seed(self.space.seed, "dropout", self.step, -1 if microbatch is None else microbatch.index)
+        return Slot(microbatch.batch if microbatch else self._stand_in, self._share(index), seed)
+
+    def _backward(self, part: Part, *, last: bool) -> tuple[float | Tensor, int | Tensor]:
+        bounds = part_bounds(self._count, part.of)[part.number]
+        mine = self._slots(bounds)
+        local: float | Tensor = 0.0
+        nonfinite: int | Tensor = 0
+        for k, index in enumerate(mine):
+            self.backend.begin(last=last and k == len(mine) - 1)
+            slot = self._slot(index)
+            if not slot.share or index is None:
+                self.backend.backward(slot.value(self._loss, self.backend.forward, self.backend.device))
+                continue
+            with self._time.of(self._unit_samples[index]):
+                value = slot.value(self._loss, self.backend.forward, self.backend.device)
+            local = local + _exact(value) * slot.share
+            nonfinite = nonfinite + (~_exact(value).isfinite()).int()
+            # The backend averages over the world; the mean over the batch is a weighted sum.
+            self.backend.backward(value * (slot.share * self.backend.world))
+        return local, nonfinite
+
+    @property
+    def samples_per_second(self) -> float | None:
+        return self._time.samples_per_second
+
+
+def _exact(value: Tensor) -> Tensor:
+    """A loss as a 0-d fp64 tensor, where it was computed. Raises RuntimeError for more numbers than one."""
+    return value.detach().double().reshape(())

@@ -1,0 +1,134 @@
+"""The processes of a job: joined where a launcher started them, started here where none did.
+
+[Note: who says what went wrong] When a rank fails, its peers fail too, in the collective in which they wait for it. The
+first failure is noted in the job's store, so that a user's mistake is one line of one rank and not a line of each, and
+a rank that only followed knows that there is nothing to add.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from elastic_lsopt.elastic.agent.mail.signing import SECRET_VARIABLE
+from elastic_lsopt.elastic.worker.meeting import meet
+from elastic_lsopt.world import World, on_gpu
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+CHILD = "ELASTIC_LSOPT_CHILD"
+"""Set for the workers that `start_workers` starts."""
+HOST = "127.0.0.1"
+LEAVE_S = 30.0
+"""How long the other workers have to end by themselves after one has failed."""
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun, deepspeed, or `start_workers`) has started this process as one of several."""
+    return all(name in os.environ for name in LAUNCHED)
+
+
+def join() -> World:
+    """Join the process group that the environment describes; a process by itself forms a world of one.
+
+    Where the environment holds the job's secret (SECRET_VARIABLE, on all ranks or on none), ranks believe each other
+    only what is signed with it.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    gpu = on_gpu()
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if CHILD in os.environ:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    store, rank, size = next(dist.rendezvous("env://")) if launched() else (dist.HashStore(), 0, 1)
+    if secret := os.environ.get(SECRET_VARIABLE):
+        store = meet(store, rank, size, secret.encode())
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore("default", store), rank=rank,
+        world_size=size, timeout=COLLECTIVE_TIMEOUT,
+    )  # fmt: skip
+    return World(rank, size, device, store)
+
+
+def _end_with_parent() -> None:
+    """Standard input is a pipe that the parent holds: where it ends, the parent is gone, and this worker stops too."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def start_workers(count: int, arguments: Sequence[str], *, module: str = "elastic_lsopt.train") -> int:
+    """Run `python -m MODULE ARGUMENTS` as `count` workers on this machine; returns the job's exit code.
+
+    SIGTERM and SIGINT are passed on as SIGTERM, so that the workers end after their step; the same happens when this
+    process is killed. When a worker fails, the others get LEAVE_S to end by themselves. Workers share the cores.
+    """
+    # Held here, on the loopback address alone: no port to guess, and it outlives a failing worker.
+    with socket.create_server((HOST, 0)) as listener:
+        port = listener.getsockname()[1]
+        store = dist.TCPStore(
+            HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+        )
+    environment = {
+        SECRET_VARIABLE: secrets.token_hex(32), **os.environ,
+        CHILD: "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": HOST, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
+    }  # fmt: skip
+    workers: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()
+
+    before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for rank in range(count):
+            workers.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", module, *arguments],
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdin=subprocess.PIPE,
+                    start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which passes it on
+                )
+            )
+        return _wait(workers)
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+            worker.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        del store
+
+
+def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The first bad exit code, or 0."""
+    first_bad, end = 0, float("inf")
+    while time.monotonic() < end:
+        codes = [w.poll() for w in workers]
+        if not first_bad and any(codes):
+            rank, first_bad = next((r, c) for r, c in enumerate(codes) if c)
+            end = time.monotonic() + LEAVE_S
+            if first_bad < 0:  # it could not say so itself
+                name = signal.Signals(-first_bad).name
+                print(f"elastic-lsopt: worker {rank} was ended by {name}; the others end too.", file=sys.stderr)
+        if all(c is not None for c in codes):
+            break
+        time.sleep(0.05)
+    return first_bad if first_bad >= 0 else 128 - first_bad
