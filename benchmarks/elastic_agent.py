@@ -27,7 +27,7 @@ from elastic_lsopt.elastic.agent.node import Node
 from elastic_lsopt.elastic.agent.node_folder import NodeFolder
 from elastic_lsopt.elastic.membership.generation import Change, Generation, Member
 from elastic_lsopt.elastic.membership.quorum import Ballot, Vote
-from elastic_lsopt.elastic.membership.record import Beat, Record, Rules
+from elastic_lsopt.elastic.membership.record import Heartbeat, Record, Rules
 from elastic_lsopt.elastic.membership.state import Campaign, State
 
 SECRET = b"the benchmark's own"
@@ -98,14 +98,14 @@ def measure(agents: int, count: int) -> dict[str, float]:
 def play(address: str, agents: int, count: int) -> None:
     """All other members, in turns. The letters are made first, so that this process costs the agent little."""
     store = connect(address, timedelta(seconds=30))
-    told = {"kind": "beat", "generation": 1, "step": 1200, "samples": 76800, "loss": 2.345678, "seconds": 0.1234}
+    told = {"kind": "heartbeat", "generation": 1, "step": 1200, "samples": 76800, "loss": 2.345678, "seconds": 0.1234}
     letters = []
     members = generation(agents, address).members[1:]
     for sent in range(count):
         member, now = members[sent % len(members)], lease_now()
         record = Record(
-            member.name, address, "j", Beat(0, sent, now), answer=False, number=1, vote=Vote(Ballot(0, "n0")),
-            workers=member.workers, echo=Beat(0, sent, now),
+            member.name, address, "j", Heartbeat(0, sent, now), answer=False, number=1, vote=Vote(Ballot(0, "n0")),
+            workers=member.workers, echo=Heartbeat(0, sent, now),
         )  # fmt: skip
         report: dict[str, Any] = {"workers": {w: told for w in record.workers}, "draining": False, "host": "h"}
         letters.append(Letter(record, report, SECRET).sealed)

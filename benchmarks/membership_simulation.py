@@ -1,9 +1,9 @@
 """What a change of members costs at up to 10,000 workers: the real machine on a simulated network, event by event.
 
 A put and a get of a store are one operation each; a round is one network delay on the longest chain of records. Counted
-from the event to the last Enter, without the beats that would have been sent anyway. `leader_beats_busy` is the CPU
-time of the leader's machine for beats alone, in one second: where it nears 1 the job needs a longer lease. All agents
-are in one process here, so equal generations are kept once (`Shared`): each agent would make its own.
+from the event to the last Enter, without the heartbeats that would have been sent anyway. `leader_beats_busy` is the
+CPU time of the leader's machine for heartbeats alone, in one second: where it nears 1 the job needs a longer lease. All
+agents are in one process here, so equal generations are kept once (`Shared`): each agent would make its own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 
-from elastic_lsopt.elastic.membership.generation import Change, Generation, Member
 from elastic_lsopt.elastic.membership import machine as membership
+from elastic_lsopt.elastic.membership.generation import Change, Generation, Member
 from elastic_lsopt.elastic.membership.quorum import Ballot, Vote
 from elastic_lsopt.elastic.membership.record import (
     Enter,
@@ -70,7 +70,7 @@ class Simulation:
         self.dead: set[str] = set()
         self.count()
         for i, name in enumerate(names):
-            self.at(self.rules.beat_s * i / agents, name, Tick(), 0)
+            self.at(self.rules.heartbeat_s * i / agents, name, Tick(), 0)
 
     def count(self) -> None:
         """Start counting anew."""
@@ -87,7 +87,7 @@ class Simulation:
             if name in self.dead:
                 continue
             if isinstance(event, Tick):
-                self.at(self.now + self.rules.beat_s, name, event, 0)
+                self.at(self.now + self.rules.heartbeat_s, name, event, 0)
             begin = time.process_time()
             self.states[name], effects = membership.advance(self.states[name], event, self.now)
             if name == "n0":
@@ -109,7 +109,7 @@ class Simulation:
 
     @staticmethod
     def counts(record: Record) -> bool:
-        """Whether a record belongs to a change, not to the beats: it asks, votes or tells news."""
+        """Whether a record belongs to a change, not to the heartbeats: it asks, votes or tells news."""
         return bool(record.ask or record.change or record.generation or (record.vote and record.vote.accepted))
 
     def change(self, name: str) -> dict[str, float]:

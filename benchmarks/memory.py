@@ -4,7 +4,7 @@ On a CPU the allocator's own record is read (torch's profiler writes down each b
 a GPU its peak counter. Micro-batches are short, so that activations do not hide the weights' copies.
 
 FSDP2 and gloo keep the buffers of finished gathers and reductions for a while, how many is chance: up to a few blocks
-in either peak. So the least of some steps counts, and `displaced` measures what a displacement takes by
+in either peak. So the least of some steps counts, and `perturbed` measures what a perturbation takes by
 itself (on ZeRO-1/2 with gloo's own copy of what it gathers, which the base's step has too).
 """
 
@@ -80,7 +80,7 @@ def _peaks(record: profile) -> list[int]:
 
 
 def measure(kind: str, size: str, bf16: bool) -> dict[str, object]:
-    """Every method's extra bytes on one backend in one precision (collective), and what a displacement alone takes."""
+    """Every method's extra bytes on one backend in one precision (collective), and what a perturbation alone takes."""
     shape = replace(SIZES[size], bf16=bf16, sequence=min(SIZES[size].sequence, 32))
     base = engine(kind, shape, lso.Plain())
     for block in blocks(base.module):
@@ -92,7 +92,7 @@ def measure(kind: str, size: str, bf16: bool) -> dict[str, object]:
     label = f"{kind}_{'bf16' if bf16 else 'fp32'}"
 
     def displace() -> None:
-        with base.space.displaced(base.space.weights, 1e-3):
+        with base.space.perturbed(base.space.weights, 1e-3):
             pass
 
     figures: dict[str, object] = {f"{label}_shard_bytes": shard, f"{label}_base_peak_bytes": without}

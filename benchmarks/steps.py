@@ -1,7 +1,7 @@
 """What a method's step costs beside the base's: SAM against two base steps, LPF-SGD against one of the same four units.
 
 The base is our engine with method none on the same backend, so the ratio holds what the method adds and nothing else:
-the displacement, its way back, and the gathers that they make necessary.
+the perturbation, its way back, and the gathers that they make necessary.
 """
 
 from __future__ import annotations

@@ -14,15 +14,15 @@ class Diverged(UserError):
 
 
 class StaleGeneration(RuntimeError):
-    """A space, vector or lease of an older generation was used."""
+    """A space, vector or borrowed gradient of an older generation was used."""
 
 
-class StaleLease(RuntimeError):
-    """A gradient lease was read after the backward pass that overwrote it; keep it with `.clone()`."""
+class StaleGradient(RuntimeError):
+    """A borrowed gradient was read after the backward pass that overwrote it; keep it with `.clone()`."""
 
 
 class StaleWeights(RuntimeError):
-    """Gathered copies of the weights may be wrong after an exception; call the collective `space.settle()` first."""
+    """Gathered copies of the weights may be wrong after an exception; call the collective `space.resync()` first."""
 
 
 class NonFinite(ArithmeticError):

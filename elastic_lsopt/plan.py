@@ -6,9 +6,9 @@
     now.hyperparameters(clock).into_group(group, schedule=…)            before every step
 
 keep_batch: the global batch and every hyper-parameter stay as they are, to the bit, at any world size.
-scale_batch: the micro-batches a worker stay, so the batch B follows the world, and the hyper-parameters follow B by the rule
-(`schedules/batch_scaling.py`), in a straight line over `ramp_samples` committed samples after each change. Bounds on
-batch and rate, Adam's betas under sqrt (k (1 - beta) < 1) and the method's parts are held by accumulation: more or
+scale_batch: the micro-batches a worker stay, so the batch B follows the world, and the hyper-parameters follow B by the
+rule (`schedules/batch_scaling.py`), in a straight line over `ramp_samples` committed samples after each change. Bounds
+on batch and rate, Adam's betas under sqrt (k (1 - beta) < 1) and the method's parts are held by accumulation: more or
 fewer micro-batches a worker than the policy would give; `Plan.why` says so.
 
 A pure function of its arguments: every rank computes the same plan, nobody sends one.
@@ -81,8 +81,8 @@ class Policy:
         batch, microbatch, workers = self.reference.global_batch_size, self.microbatch_size, self.reference_workers
         if workers is None or batch % (microbatch * workers):
             raise UserError(
-                f"global_batch_size={batch} must be a multiple of the micro-batch of {microbatch} samples x reference_workers="
-                f"{workers}: under scale_batch the micro-batches a worker stay."
+                f"global_batch_size={batch} must be a multiple of the micro-batch of {microbatch} samples x "
+                f"reference_workers={workers}: under scale_batch the micro-batches a worker stay."
             )
         if broken := self.breaks(batch // microbatch, None):
             raise UserError(f"the job's own global_batch_size={batch} breaks {broken}; widen the bound.")
@@ -180,7 +180,8 @@ class Plan:
         if self.speeds is None:
             return (sum(-(-(end - first) // self.world) for first, end in bounds),) * self.world
         return tuple(
-            sum(max(1, sum(first <= u < end for u in mine)) for first, end in bounds) for mine in self.microbatches_of_rank
+            sum(max(1, sum(first <= u < end for u in mine)) for first, end in bounds)
+            for mine in self.microbatches_of_rank
         )
 
     @property
@@ -264,8 +265,8 @@ def plan(
     if policy.max_accumulation is not None and made.accumulation > policy.max_accumulation:
         raise UserError(
             f"a world of {world} worker(s) is too small for a global batch of {batch}: each would run "
-            f"{made.accumulation} micro-batches of {policy.microbatch_size} a step, max_accumulation={policy.max_accumulation}; "
-            "start more workers, raise max_accumulation or lower the batch."
+            f"{made.accumulation} micro-batches of {policy.microbatch_size} a step, "
+            f"max_accumulation={policy.max_accumulation}; start more workers, raise max_accumulation or lower the batch."
         )
     return made
 
@@ -285,14 +286,18 @@ def _batch(world: int, policy: Policy, gain: Gain | None) -> tuple[int, str]:
     while abs(beyond - kept) > 1:
         middle = (beyond + kept) // 2
         kept, beyond = (kept, middle) if policy.breaks(middle, gain) else (middle, beyond)
-    return kept * microbatch, f"{policy.breaks(beyond, gain)} held by {'fewer' if wanted > kept else 'more'} micro-batches a worker"
+    return (
+        kept * microbatch,
+        f"{policy.breaks(beyond, gain)} held by {'fewer' if wanted > kept else 'more'} micro-batches a worker",
+    )
 
 
 def deal(microbatches: int, speeds: Sequence[float]) -> tuple[tuple[int, ...], ...]:
-    """Whole micro-batches, each to the rank that would end first with it: the slowest ends as early as whole micro-batches allow.
+    """Whole micro-batches, each to the rank that would end first with it: the slowest ends as early as whole
+    micro-batches allow.
 
-    Micro-batches are equal, so the greedy choice is the best one (uniform machines, equal jobs). At equal speeds micro-batch u goes to
-    rank u mod world.
+    Micro-batches are equal, so the greedy choice is the best one (uniform machines, equal jobs). At equal speeds
+    micro-batch u goes to rank u mod world.
     """
     mine: list[list[int]] = [[] for _ in speeds]
     ends = [(1 / speed, rank) for rank, speed in enumerate(speeds)]

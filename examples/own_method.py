@@ -18,7 +18,7 @@ import elastic_lsopt as lso
 @lso.registry.register("momentum_sam")
 @dataclass(frozen=True, kw_only=True)
 class MomentumSAM:
-    """Cost: one pass. Memory: one shard while displaced. The base must be SGD with momentum."""
+    """Cost: one pass. Memory: one shard while perturbed. The base must be SGD with momentum."""
 
     rho: float = 0.3
     """L2 distance, in units of the weights; >= 0."""
@@ -32,7 +32,7 @@ class MomentumSAM:
         if oracle.step == 0:
             return oracle.gradient()  # there is no momentum yet
         v = space.base_state("momentum_buffer")
-        with space.displaced(v, -self.rho / (space.norm(v) + 1e-12)):
+        with space.perturbed(v, -self.rho / (space.norm(v) + 1e-12)):
             return oracle.gradient()
 
 

@@ -6,7 +6,7 @@
         …                                   # loops of several kinds: accelerate's `accumulate`, or by hand
         optimizer.step(closure)             # with the fourth one: every pass runs all four
 
-A gradient that is in the parameters when a step begins cannot be taken again at displaced weights. So it is refused,
+A gradient that is in the parameters when a step begins cannot be taken again at perturbed weights. So it is refused,
 unless it is the step's own of last time, or there are closures that make it again.
 """
 
@@ -61,7 +61,7 @@ class Accumulation:
             if not any(bool(g.any()) for g in backend.unreduced_gradients()):
                 return
         raise UserError(
-            "a backward pass outside of step() has left a gradient, which cannot be taken again at displaced weights: "
+            "a backward pass outside of step() has left a gradient, which cannot be taken again at perturbed weights: "
             "to accumulate micro-batches, hand each one's closure to optimizer.accumulate(closure), or run them all in "
             "one closure; to drop it, call optimizer.zero_grad() before step()."
         )

@@ -108,8 +108,8 @@ class Engine:
     def train_batch(self, microbatches: Sequence[Any]) -> float:
         """One optimizer step on this rank's micro-batches; returns the mean loss of the global batch before it.
 
-        `microbatches` are plain batches (the j-th of rank r is micro-batch j * world + r of the step) or `MicroBatch`s. The ranks'
-        lists may differ in length. `last_step` tells more.
+        `microbatches` are plain batches (the j-th of rank r is micro-batch j * world + r of the step) or `MicroBatch`s.
+        The ranks' lists may differ in length. `last_step` tells more.
         """
         self._inside = True
         try:
@@ -157,6 +157,6 @@ class Engine:
                 )
 
     def _refuse_stale_forward(self, module: nn.Module, inputs: Any) -> None:
-        if not self._inside and not self.space.settled:
+        if not self._inside and not self.space.in_sync:
             self.space.refuse_stale("a forward pass")
             raise StaleWeights("a forward pass is refused inside a step; call it after train_batch() has returned.")

@@ -9,7 +9,7 @@ from elastic_lsopt.space.perturbation import Fidelity
 
 log = logging.getLogger("elastic_lsopt")
 FAITHFUL = 0.9
-"""Cosine between requested and realised displacement below which the run warns."""
+"""Cosine between requested and realised perturbation below which the run warns."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class StepReport:
     samples_per_second: float | None = None
     """Of this rank's own forwards. Where a forward needs no other rank (plain, DDP), waiting is not in it."""
     fidelity: Fidelity | None = None
-    """Requested against realised displacement, where it was measured."""
+    """Requested against realised perturbation, where it was measured."""
 
 
 def warn_unfaithful(fidelity: Fidelity, dtype: object) -> None:
-    """One line with the remedies, for a displacement that rounding has changed."""
+    """One line with the remedies, for a perturbation that rounding has changed."""
     log.warning(
-        "the forward pass in %s sees another displacement than the method asked for: cosine %.2f, length ratio %.2f. "
+        "the forward pass in %s sees another perturbation than the method asked for: cosine %.2f, length ratio %.2f. "
         "Remedies: rho_scale: sqrt_n, a radius per row (radius: row), or an fp32 forward.",
         dtype, fidelity.cosine, fidelity.norm_ratio,
     )  # fmt: skip

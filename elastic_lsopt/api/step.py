@@ -88,7 +88,7 @@ class LandscapeStep:
         space = self.space
         space.refuse_stale("a step")
         space.last_fidelity = None
-        # Rounding can spoil a displacement where the forward is narrower than fp32: look once, on the first step, or on
+        # Rounding can spoil a perturbation where the forward is narrower than fp32: look once, on the first step, or on
         # the second where the first moved only before any forward, which tells its type.
         space.looks_at_narrow = self.clock.steps < 2 and not self._looked
         try:
@@ -117,8 +117,8 @@ class LandscapeStep:
         )
 
     def _skip(self, oracle: Oracle, error: NonFinite) -> StepReport:
-        self.space.settle()
-        self.space.end_lease()
+        self.space.resync()
+        self.space.end_borrowed()
         self.backend.clear_gradient()
         self.skipped_steps += 1
         log.warning("skipped a step on all ranks (%d so far): %s", self.skipped_steps, error)

@@ -25,7 +25,7 @@ from elastic_lsopt.oracle.default_loss import as_loss
 from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
-from elastic_lsopt.probes.catalogue import Situation, as_json, measure
+from elastic_lsopt.probes.catalogue import ProbeContext, as_json, measure
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 
@@ -106,7 +106,7 @@ class ProbeCallback(TrainerCallback):
 
         together = oracle(self.batches, checked=self._checked_mode is None)
         adam = (tuple(group["betas"]), group["eps"], step) if "betas" in group else None
-        situation = Situation(
+        situation = ProbeContext(
             space=space, oracle=together, samples=together.samples, learning_rate=group.get("lr"),
             momentum=group.get("momentum", 0.0), adam=adam,  # type: ignore[arg-type]
             initial=None if self._initial is None else Vector(space, self._initial),
@@ -119,8 +119,8 @@ class ProbeCallback(TrainerCallback):
                 if together.made_products:
                     self._checked_mode = together.mode
             except (UserError, NonFinite) as error:
-                if not space.settled:
-                    space.settle()
+                if not space.in_sync:
+                    space.resync()
                 log.warning("measure %s gave nothing after step %d: %s", name, step, error)
                 found[name] = None
         together.close_products()

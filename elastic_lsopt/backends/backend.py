@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from elastic_lsopt.backends.base_trial import refuse_closure
 from elastic_lsopt.backends.gathering import Gathering
 from elastic_lsopt.backends.transport import Transport
-from elastic_lsopt.oracle.gradient_engine import Passes
+from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.space.layout import Piece
 from elastic_lsopt.space.vector import Vector
 
 
-class Backend(Passes):
+class Backend(GradientEngine):
     """A framework's model and base optimizer. `name` is how messages call it."""
 
     name: str
@@ -113,13 +113,15 @@ class Backend(Passes):
         """The ranks that hold the same pieces as this one; None where there are none."""
         return dist.group.WORLD if self.shard_group is None and self.world > 1 else None
 
-    def whole(self, pieces: Sequence[Tensor], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    def all_gather(self, pieces: Sequence[Tensor], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         self.transport.refuse_cut()
-        return self._gathering.whole(pieces, wanted, dtype)
+        return self._gathering.all_gather(pieces, wanted, dtype)
 
-    def cut(self, wholes: Sequence[Tensor | None], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    def reduce_scatter(
+        self, wholes: Sequence[Tensor | None], wanted: Sequence[int], dtype: torch.dtype
+    ) -> list[Tensor]:
         self.transport.refuse_cut()
-        return self._gathering.cut(wholes, wanted, dtype)
+        return self._gathering.reduce_scatter(wholes, wanted, dtype)
 
     def sum_replicas(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
         self.transport.refuse_cut()

@@ -2,8 +2,8 @@
 
 FSDP2 gathers a group's weights from the shards that it registered, and keeps the gathered copy in three states: after
 a forward without backward (the root), with `reshard_after_forward=False`, and with `set_reshard_after_backward(False)`.
-A shard edited meanwhile is silently ignored. So `retract` reshards every FSDP module around each edit, and shards are
-written in place (a rebound `.data` is ignored too).
+A shard edited meanwhile is silently ignored. So `drop_gathered` reshards every FSDP module around each edit, and shards
+are written in place (a rebound `.data` is ignored too).
 """
 
 from __future__ import annotations
@@ -124,11 +124,11 @@ class FSDP2(Backend):
     def working(self) -> list[Tensor]:
         return self.masters
 
-    def retract(self) -> None:
+    def drop_gathered(self) -> None:
         for module in self._modules:
             module.reshard()
 
-    def publish(self) -> None:
+    def refresh_gathered(self) -> None:
         """The next forward gathers from the shards."""
 
     def repair(self) -> None:

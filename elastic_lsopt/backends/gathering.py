@@ -129,7 +129,7 @@ class Gathering:
 
     # -- there and back ----------------------------------------------------------------------------------------
 
-    def whole(self, pieces: Sequence[Tensor], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    def all_gather(self, pieces: Sequence[Tensor], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         """Each wanted parameter in its full shape, from this rank's 1-D `pieces` of them (in the layout's order).
 
         Collective over the shard group. Without one the results are views of the pieces, and cost nothing.
@@ -175,7 +175,9 @@ class Gathering:
             p: torch.zeros(self.layout.parameters[p].numel, dtype=dtype, device=self.device) for p in batch.parameters
         }
 
-    def cut(self, wholes: Sequence[Tensor | None], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    def reduce_scatter(
+        self, wholes: Sequence[Tensor | None], wanted: Sequence[int], dtype: torch.dtype
+    ) -> list[Tensor]:
         """This rank's 1-D pieces of the sum of `wholes` over the shard group; None stands for zeros (collective).
 
         Writes into none of them: autograd may hand out the

@@ -73,10 +73,10 @@ class Replicated(Backend):
     def working(self) -> list[Tensor]:
         return self.masters
 
-    def retract(self) -> None:
+    def drop_gathered(self) -> None:
         """There are no gathered copies."""
 
-    def publish(self) -> None:
+    def refresh_gathered(self) -> None:
         """There are no gathered copies."""
 
     @property

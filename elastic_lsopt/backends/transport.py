@@ -4,8 +4,8 @@
 and neither `abort()` nor `destroy_process_group()` closes its sockets while the framework holds the group. What gloo
 does notice at once is a closed socket. So the rank that raises says why in the store, gives the others a moment to
 report the same (a mistake that all ranks make alike blocks nobody, and needs no cut), and then shuts down its gloo
-sockets: its peers' collectives raise, their displaced passes restore their own shards, and they report the first
-failure. The groups are gone after that; `settle` makes the copies of the weights right over a group of its own, and
+sockets: its peers' collectives raise, their perturbed passes restore their own shards, and they report the first
+failure. The groups are gone after that; `resync` makes the copies of the weights right over a group of its own, and
 the job ends (or, under the elastic runtime, re-forms).
 """
 
@@ -63,7 +63,7 @@ class Transport:
 
     @property
     def settle_group(self) -> dist.ProcessGroupGloo | None:
-        """The group over which `settle` makes the copies right after a cut; None: the framework's own works."""
+        """The group over which `resync` makes the copies right after a cut; None: the framework's own works."""
         return self._group
 
     def refuse_cut(self) -> None:
@@ -100,7 +100,7 @@ class Transport:
     def sever(self) -> None:
         """Shut down this rank's gloo sockets, from any thread: its own and its peers' collectives raise at once.
 
-        See [Note: cutting the transport]. The store stays: `settle` needs it.
+        See [Note: cutting the transport]. The store stays: `resync` needs it.
         """
         self.cut = True
         if self.world > 1:

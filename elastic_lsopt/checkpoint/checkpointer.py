@@ -124,7 +124,7 @@ class Checkpointer:
         that fails]; `wait` tells. Without `prune`, older checkpoints beyond the limit stay until `prune` is called: for
         a job that has yet to see whether this state is good. Host memory: this rank's share of weights and optimizer
         state while it is written.
-        Raises StaleWeights inside a displaced pass, Unsupported for optimizer state that cannot be resharded, and
+        Raises StaleWeights inside a perturbed pass, Unsupported for optimizer state that cannot be resharded, and
         UserError for an `extra` that is not JSON, on all ranks.
         """
         self.wait()
@@ -244,7 +244,7 @@ class Checkpointer:
         if path is None:
             return None
         saved = self._together(lambda: SafetensorsReader(path))
-        self._together(lambda: refuse_other_model(state, saved.facts, hyperparameters=hyperparameters))
+        self._together(lambda: refuse_other_model(state, saved.metadata, hyperparameters=hyperparameters))
 
         def read(wanted: dict[str, Held]) -> None:
             try:
@@ -256,8 +256,8 @@ class Checkpointer:
             self._together(lambda: read(wanted))
 
         restore(state, saved, fill, hyperparameters=hyperparameters)
-        facts = saved.facts
-        return LoadReport(path, facts["step"], state.clock, facts["extra"], facts["world"] == self.world)
+        metadata = saved.metadata
+        return LoadReport(path, metadata["step"], state.clock, metadata["extra"], metadata["world"] == self.world)
 
     def _newest(self) -> Path | None:
         candidates = self._first_listing(self.folder)

@@ -59,7 +59,7 @@ class Snapshot:
     """A training state at one moment: the tensors that this rank writes, and the numbers."""
 
     tensors: dict[str, Held]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 def chunk_of(backend: Backend, piece: Piece) -> tuple[str, int, int]:
@@ -73,14 +73,14 @@ def take_snapshot(
     """The state as it is now; the pieces in `mine` are this rank's to write.
 
     With `copy` the tensors are copied to host memory (weights, base state and method state of `mine`), else they are
-    the live ones. No communication. Raises StaleWeights inside a displaced pass or before `settle`, Unsupported for
+    the live ones. No communication. Raises StaleWeights inside a perturbed pass or before `resync`, Unsupported for
     state that cannot be resharded, UserError where `extra` is not JSON.
     """
     backend, space = state.backend, state.space
     space.check_generation()
     space.refuse_stale("a save")
-    if space.excursions:
-        raise StaleWeights("a save is refused inside a displaced pass; save when the step has ended.")
+    if space.perturbations:
+        raise StaleWeights("a save is refused inside a perturbed pass; save when the step has ended.")
     keep: Callable[[Tensor], Tensor] = _to_host if copy else _live
     layout, tensors = backend.layout, dict[str, Held]()
 
@@ -118,14 +118,14 @@ def take_snapshot(
         tensors[key] = Held(generator.numel(), [(0, generator)])
     if copy and backend.device.type == "cuda":
         torch.cuda.current_stream(backend.device).synchronize()  # once, for all that `_to_host` has asked for
-    facts = {
+    metadata = {
         "format": FORMAT, "step": step, "world": backend.world, "backend": backend.name,
         "parameters": {p.name: list(p.shape) for p in layout.parameters},
         "base": base, "groups": encode_groups(backend), "method": method,
         "clock": {"samples": state.clock.samples, "steps": state.clock.steps},
         "extra": _as_json(extra),
     }  # fmt: skip
-    return Snapshot(tensors, facts)
+    return Snapshot(tensors, metadata)
 
 
 def _live(tensor: Tensor) -> Tensor:
@@ -193,17 +193,17 @@ def _as_json(extra: dict[str, Any]) -> dict[str, Any]:
     return extra
 
 
-def merge_facts(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def merge_metadata(metadata: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One account of all ranks': what each knows of the base's state, rank 0's for the rest.
 
     Raises Unsupported where ranks hold different numbers for one parameter: no other world size could go on from them.
     """
     base: dict[str, dict[str, Any]] = {}
-    for rank, own in enumerate(facts):
+    for rank, own in enumerate(metadata):
         for name, state in own["base"].items():
             if json.dumps(base.setdefault(name, state)) != json.dumps(state):
                 raise Unsupported(
                     f"the optimizer's state of parameter {name} differs between ranks ({base[name]} and on rank {rank} "
                     f"{state}); numbers must be the same on all ranks to be saved."
                 )
-    return {**facts[0], "base": base}
+    return {**metadata[0], "base": base}

@@ -125,9 +125,9 @@ def commit(path: Path, files: Iterable[FileRecord], writer: int = 0) -> None:
     """
     staged = staging(path, writer)
     table = {f.name: {k: v for k, v in asdict(f).items() if k != "name"} for f in files}
-    for name, facts in table.items():
+    for name, metadata in table.items():
         file = staged / name
-        if not file.is_file() or file.stat().st_size != facts["bytes"]:
+        if not file.is_file() or file.stat().st_size != metadata["bytes"]:
             raise OSError(
                 f"{file} is not there in full as rank 0 sees it; "
                 "the folder must lie on a file system that all nodes share"

@@ -38,7 +38,7 @@ class Saved(Protocol):
     """What is known of a saved state before its tensors are read: a checkpoint on disk, or versions in memory."""
 
     @property
-    def facts(self) -> dict[str, Any]: ...
+    def metadata(self) -> dict[str, Any]: ...
     @property
     def tensors(self) -> dict[str, dict[str, Any]]:
         """Key -> dtype (and more): the tensors that can be read whole."""
@@ -53,21 +53,21 @@ def restore(state: TrainingState, saved: Saved, fill: Fill, *, hyperparameters: 
     the param groups' entries (learning rate, betas …) are taken too. Raises UserError, before anything has changed,
     for a checkpoint of another model or another number of param groups.
     """
-    backend, facts = state.backend, saved.facts
-    refuse_other_model(state, facts, hyperparameters=hyperparameters)
+    backend, metadata = state.backend, saved.metadata
+    refuse_other_model(state, metadata, hyperparameters=hyperparameters)
     wanted: dict[str, Held] = {}
     for piece, master in zip(backend.layout.pieces, backend.masters, strict=True):
         _want(wanted, backend, "weights/{}", piece, master)
     if backend.base is not None:
         _base(wanted, backend, saved)
-    _method(wanted, state, facts["method"])
+    _method(wanted, state, metadata["method"])
     buffers = {
         key: (buffer, local(buffer).reshape(-1))
         for name, buffer in persistent_buffers(backend.module).items()
         if (key := f"buffers/{name}") in saved.tensors
     }
     wanted |= {key: Held(flat.numel(), [(0, flat)]) for key, (_, flat) in buffers.items()}
-    generators = random_states(backend) if facts["world"] == backend.world else {}
+    generators = random_states(backend) if metadata["world"] == backend.world else {}
     generators = {key: g for key, g in generators.items() if key in saved.tensors}
     wanted |= {key: Held(g.numel(), [(0, g)]) for key, g in generators.items()}
 
@@ -78,20 +78,20 @@ def restore(state: TrainingState, saved: Saved, fill: Fill, *, hyperparameters: 
     for key, generator in generators.items():
         torch.set_rng_state(generator) if key.endswith("cpu") else torch.cuda.set_rng_state(generator, backend.device)
     if hyperparameters:
-        for group, kept in zip(backend.param_groups, facts["groups"], strict=True):
+        for group, kept in zip(backend.param_groups, metadata["groups"], strict=True):
             group.update({k: decode(v, backend.device) for k, v in kept.items() if k not in HOW_NOT_WHAT})
-    state.clock = replace(state.clock, samples=facts["clock"]["samples"], steps=facts["clock"]["steps"])
+    state.clock = replace(state.clock, samples=metadata["clock"]["samples"], steps=metadata["clock"]["steps"])
     if backend.separate_master and backend.layout.pieces:
         torch._foreach_copy_(list(backend.working), backend.masters)
-    state.space.settle()
+    state.space.resync()
 
 
-def refuse_other_model(state: TrainingState, facts: dict[str, Any], *, hyperparameters: bool) -> None:
+def refuse_other_model(state: TrainingState, metadata: dict[str, Any], *, hyperparameters: bool) -> None:
     """Raise UserError, in one line, for a checkpoint that does not fit."""
-    if facts["format"] != FORMAT:
-        raise UserError(f"the checkpoint has format {facts['format']}; this version reads format {FORMAT}.")
+    if metadata["format"] != FORMAT:
+        raise UserError(f"the checkpoint has format {metadata['format']}; this version reads format {FORMAT}.")
     mine = {p.name: list(p.shape) for p in state.backend.layout.parameters}
-    theirs = facts["parameters"]
+    theirs = metadata["parameters"]
     for name in [*mine, *theirs]:
         if mine.get(name) != theirs.get(name):
             here, there = mine.get(name, "absent"), theirs.get(name, "absent")
@@ -100,10 +100,10 @@ def refuse_other_model(state: TrainingState, facts: dict[str, Any], *, hyperpara
                 "(shapes of trainable parameters); give the model that it was saved from."
             )
     groups = len(state.backend.param_groups)
-    if hyperparameters and groups != len(facts["groups"]):
+    if hyperparameters and groups != len(metadata["groups"]):
         raise UserError(
-            f"the checkpoint has {len(facts['groups'])} param groups, this optimizer {groups}; build the same groups, "
-            "or resume with hyperparameters=False to keep those of this optimizer."
+            f"the checkpoint has {len(metadata['groups'])} param groups, this optimizer {groups}; build the "
+            "same groups, or resume with hyperparameters=False to keep those of this optimizer."
         )
 
 
@@ -116,7 +116,7 @@ def _want(wanted: dict[str, Held], backend: Backend, key: str, piece: Piece, tar
 
 def _base(wanted: dict[str, Held], backend: Backend, saved: Saved) -> None:
     """Make the base optimizer's state slot by slot, numbers at once, and note which tensors are to be filled."""
-    base: dict[str, dict[str, Any]] = saved.facts["base"]
+    base: dict[str, dict[str, Any]] = saved.metadata["base"]
     anyones = max(base.values(), key=len, default={})
     for slot in range(len(backend.slot_keys)):
         pieces = [p for p in backend.layout.pieces if p.slot == slot]

@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from elastic_lsopt.checkpoint.contents import Held, Snapshot, merge_facts
+from elastic_lsopt.checkpoint.contents import Held, Snapshot, merge_metadata
 from elastic_lsopt.checkpoint.folder import CONTENTS, read_json
 from elastic_lsopt.checkpoint.planner import Read, reads
 from elastic_lsopt.checkpoint.safetensors_file import DTYPES, FileRecord, Head, write_tensors
@@ -48,7 +48,7 @@ def write_share(snapshot: Snapshot, path: Path) -> Json:
         for key, held in snapshot.tensors.items()
         if held.chunks
     }  # fmt: skip
-    return {"file": asdict(record), "tensors": tensors, "facts": snapshot.facts}
+    return {"file": asdict(record), "tensors": tensors, "facts": snapshot.metadata}
 
 
 def contents_of(written: Sequence[Json]) -> tuple[Json, list[FileRecord]]:
@@ -66,8 +66,8 @@ def contents_of(written: Sequence[Json]) -> tuple[Json, list[FileRecord]]:
         if covered != whole["numel"]:
             raise RuntimeError(f"the ranks hold {covered} of the {whole['numel']} elements of {key}")
     records = [FileRecord(**share["file"]) for share in written]
-    facts = merge_facts([share["facts"] for share in written])
-    return {"tensors": tensors, "files": [record.name for record in records], "facts": facts}, records
+    metadata = merge_metadata([share["facts"] for share in written])
+    return {"tensors": tensors, "files": [record.name for record in records], "facts": metadata}, records
 
 
 class SafetensorsReader:
@@ -78,7 +78,7 @@ class SafetensorsReader:
         self._contents = read_json(path / CONTENTS)
 
     @property
-    def facts(self) -> Json:
+    def metadata(self) -> Json:
         return self._contents["facts"]
 
     @property

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from elastic_lsopt.world import World
 
 USAGE = "usage: "
-"""Before a user's mistake in what the ranks tell each other; see training/processes.py [Note: who says what went wrong]."""
+"""Before a user's mistake in what the ranks tell each other; see training/processes.py [Note: who says what went
+wrong]."""
 
 
 def train(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = False) -> int:

@@ -23,7 +23,7 @@ from elastic_lsopt.config.settings import BUILTIN_DATASETS, SettingError, TrainC
 from elastic_lsopt.elastic.agent.open_files import too_few
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.microbatch import part_bounds, slots, unit_sizes, microbatches_of_rank
+from elastic_lsopt.oracle.microbatch import microbatches_of_rank, part_bounds, slots, unit_sizes
 from elastic_lsopt.plan import Plan, Policy, Worker, plan
 from elastic_lsopt.training.imported_model import foreign_code
 from elastic_lsopt.training.memory import memory_per_rank, mirror_per_rank

@@ -32,8 +32,8 @@ class ElasticConfig:
 
     # Batch and rate after a change of members.
     policy: Literal["keep_batch", "scale_batch"] = "keep_batch"
-    """keep_batch: global batch and rate stay exactly as they are, at any world size; scale_batch: micro-batches a worker stay,
-    the batch follows the world and the rate follows lr_rule."""
+    """keep_batch: global batch and rate stay exactly as they are, at any world size; scale_batch: micro-batches a
+    worker stay, the batch follows the world and the rate follows lr_rule."""
     reference_workers: Count | None = None
     """Workers for which global_batch_size and learning_rate were chosen; for scale_batch, which needs it."""
     lr_rule: Rule | None = None
@@ -50,7 +50,8 @@ class ElasticConfig:
     max_learning_rate: Positive | None = None
     """Largest peak rate that lr_rule may give; held by a smaller batch."""
     max_accumulation: Count | None = None
-    """Micro-batches that a worker may run in a step; a world too small for its batch is refused by name; null: no limit."""
+    """Micro-batches that a worker may run in a step; a world too small for its batch is refused by name; null: no
+    limit."""
 
     # State that survives.
     mirror_every: Count = 1

@@ -217,7 +217,8 @@ def _conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         yield (
             "global_batch_size",
             f"global_batch_size={c.global_batch_size} is {microbatches} micro-batches of per_device_train_batch_size="
-            f"{c.per_device_train_batch_size}, the limit is {MOST_MICROBATCHES} per step; lower it or raise the micro-batch.",
+            f"{c.per_device_train_batch_size}, the limit is {MOST_MICROBATCHES} per step; lower it or raise the "
+            "micro-batch.",
         )
     if c.workers > MOST_WORKERS:
         yield (
@@ -274,15 +275,15 @@ def _elastic_conflicts(c: TrainConfig, e: ElasticConfig) -> Iterator[tuple[str, 
     if batch % (microbatch * e.reference_workers):
         yield (
             "elastic.reference_workers",
-            f"global_batch_size={batch} must be a multiple of per_device_train_batch_size={microbatch} x reference_workers="
-            f"{e.reference_workers}: under scale_batch the micro-batches a worker stay.",
+            f"global_batch_size={batch} must be a multiple of per_device_train_batch_size={microbatch} x "
+            f"reference_workers={e.reference_workers}: under scale_batch the micro-batches a worker stay.",
         )
     low, high = e.min_global_batch_size or 1, e.max_global_batch_size
     if high is not None and high // microbatch * microbatch < low:
         yield (
             "elastic.max_global_batch_size",
-            f"no whole number of micro-batches of per_device_train_batch_size={microbatch} lies between min_global_batch_size={low} "
-            f"and max_global_batch_size={high}; widen the bounds or lower the micro-batch.",
+            f"no whole number of micro-batches of per_device_train_batch_size={microbatch} lies between "
+            f"min_global_batch_size={low} and max_global_batch_size={high}; widen the bounds or lower the micro-batch.",
         )
     for name, value in (("global_batch_size", batch), ("learning_rate", c.learning_rate)):
         low, high = getattr(e, f"min_{name}") or 0, getattr(e, f"max_{name}")

@@ -24,7 +24,7 @@ from elastic_lsopt.data.read_ahead import ReadAhead
 from elastic_lsopt.data.rewound_order import rewound
 from elastic_lsopt.data.shards import ShardStream
 from elastic_lsopt.errors import StaleGeneration, UserError
-from elastic_lsopt.oracle.microbatch import MicroBatch, unit_sizes, microbatches_of_rank
+from elastic_lsopt.oracle.microbatch import MicroBatch, microbatches_of_rank, unit_sizes
 
 log = logging.getLogger("elastic_lsopt")
 
@@ -73,21 +73,23 @@ class Shuffled:
 class StepLoader:
     """Iterates over the optimizer steps that are left, each a list of this rank's micro-batches of the global batch.
 
-    `dataset` has samples by number, or is a `ShardStream` (whose own seed counts). `collate` makes the batch of a micro-batch
-    from its list of samples. A thread prepares the next step while this one computes: see [Note: what samples draw].
-    `total_samples` is the length of the whole job: the last step takes what is left, cut into at least `parts` micro-batches (a
-    rest of fewer samples than `parts` joins the step before it). `micro-batches` are this rank's where a plan deals them
-    unevenly; None: micro-batch u belongs to rank u mod world. A rank without a micro-batch gets micro-batch 0 of the step as an idle one.
-    State is torchdata's protocol: state_dict, load_state_dict, __iter__, __len__.
+    `dataset` has samples by number, or is a `ShardStream` (whose own seed counts). `collate` makes the batch of a
+    micro-batch from its list of samples. A thread prepares the next step while this one computes: see [Note: what
+    samples draw]. `total_samples` is the length of the whole job: the last step takes what is left, cut into at least
+    `parts` micro-batches (a rest of fewer samples than `parts` joins the step before it). `microbatches` are this
+    rank's where a plan deals them unevenly; None: micro-batch u belongs to rank u mod world. A rank without a
+    micro-batch gets micro-batch 0 of the step as an idle one. State is torchdata's protocol: state_dict,
+    load_state_dict, __iter__, __len__.
 
-    Raises UserError for an empty dataset or a batch smaller than one micro-batch. Memory: two steps of this rank's batches.
+    Raises UserError for an empty dataset or a batch smaller than one micro-batch. Memory: two steps of this rank's
+    batches.
 
     [Note: what samples draw] A sample may draw random numbers, to crop or to mask. What it draws from the generators of
-    torch, Python's `random` and numpy depends on (seed, epoch, sample) alone, in `collate` on the place of the micro-batch:
-    the same at any world size and after a resume. Nobody else's numbers change by it. Only torch's generators can be
-    had apart for a thread: a data set that draws from the others is read by the training thread, step by step. That is
-    found out on the first step, where samples may be asked for twice. A generator that a data set holds itself (a
-    torch.Generator, numpy's default_rng) is its own affair.
+    torch, Python's `random` and numpy depends on (seed, epoch, sample) alone, in `collate` on the place of the
+    micro-batch: the same at any world size and after a resume. Nobody else's numbers change by it. Only torch's
+    generators can be had apart for a thread: a data set that draws from the others is read by the training thread, step
+    by step. That is found out on the first step, where samples may be asked for twice. A generator that a data set
+    holds itself (a torch.Generator, numpy's default_rng) is its own affair.
     """
 
     def __init__(
@@ -154,7 +156,8 @@ class StepLoader:
                 microbatches = (ahead.result() if ahead is not None else None) or self.microbatches_at(position)
 
     def _first(self, position: int) -> list[MicroBatch]:
-        """The micro-batches of an iterator's first step, which nobody could have read ahead; says whether others can be."""
+        """The micro-batches of an iterator's first step, which nobody could have read ahead; says whether others can
+        be."""
         self._reads_ahead = True
         try:
             with trying(self.seed) as draws:

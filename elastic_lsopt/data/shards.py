@@ -6,10 +6,10 @@
     epoch 0   b: 0 1 2 | a: 3 4 5 6     shards permuted anew each epoch, samples in the order of their shard
     epoch 1   a: 7 8 …                  positions only grow
 
-A position means the same sample on every rank and at every world size, so micro-batches are cut from positions as from those of
-a dataset. Each rank reads the shards in order and passes over the samples of others. The committed place is (shard,
-offset): a shard in the endless order, and samples from its beginning on, which may run on into the shards behind it
-where this rank has not read so far.
+A position means the same sample on every rank and at every world size, so micro-batches are cut from positions as from
+those of a dataset. Each rank reads the shards in order and passes over the samples of others. The committed place is
+(shard, offset): a shard in the endless order, and samples from its beginning on, which may run on into the shards
+behind it where this rank has not read so far.
 """
 
 from __future__ import annotations

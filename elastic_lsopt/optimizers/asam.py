@@ -27,7 +27,7 @@ TINY = 1e-16
 @register("asam")
 @dataclass(frozen=True, kw_only=True)
 class ASAM:
-    """Cost: two passes. Memory: SAM's, and one vector (T g, then T^2 g) while displaced; nothing between steps.
+    """Cost: two passes. Memory: SAM's, and one vector (T g, then T^2 g) while perturbed; nothing between steps.
 
     Raises UserError for a value out of range, or where parameters came without names.
     """
@@ -57,7 +57,7 @@ class ASAM:
         self._stretch_(space, d)
         norm = space.norm_on_device(d)
         self._stretch_(space, d)
-        with space.displaced(d, self.rho / (norm + TINY)):
+        with space.perturbed(d, self.rho / (norm + TINY)):
             del d
             return oracle.gradient()
 

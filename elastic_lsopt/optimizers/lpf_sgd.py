@@ -29,11 +29,11 @@ from elastic_lsopt.space.vector import Vector
 @register("lpf_sgd")
 @dataclass(frozen=True, kw_only=True)
 class LPFSGD:
-    """Cost: one pass in M parts (no extra gradient). Memory: SAM's one shard while displaced; noise is drawn in blocks.
+    """Cost: one pass in M parts (no extra gradient). Memory: SAM's one shard while perturbed; noise is drawn in blocks.
 
     Communication: one all-reduce of a number a row and step; on ZeRO one gather of the weights a part.
-    Raises UserError for a value out of range, a batch of fewer micro-batches than M, or alpha != 1 where the length of the
-    run is not known.
+    Raises UserError for a value out of range, a batch of fewer micro-batches than M, or alpha != 1 where the length of
+    the run is not known.
     """
 
     parts: int = 8
@@ -64,6 +64,6 @@ class LPFSGD:
         std = self.gamma_at(oracle.clock.progress) * space.norm_per_row(space.weights)
         with oracle.accumulating() as total:
             for m, part in enumerate(oracle.parts(self.parts)):
-                with space.displaced(space.noise(oracle.step, m), std):
+                with space.perturbed(space.noise(oracle.step, m), std):
                     part.backward()
         return total.gradient

@@ -10,7 +10,7 @@ arXiv 2010.01412, Algorithm 1 (p = 2). Rest point: rho = 0.
 Differs from the authors' code in: 1. the ascent gradient is that of the global batch, not each accelerator's own (one
 copy of sharded weights cannot stand at several points; the paper's m equals the batch); 2. weight decay stays with the
 base optimizer. `every: k` is MosaicML Composer's interval; `rho_scale: sqrt_n` keeps the length per weight, so that a
-bf16 forward still sees the displacement of a very large model.
+bf16 forward still sees the perturbation of a very large model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REFERENCE_PARAMETERS = 1e7
 @register("sam")
 @dataclass(frozen=True, kw_only=True)
 class SAM:
-    """Cost: two passes on every k-th step, else one. Memory: one shard while displaced (none on ZeRO-1/2, bf16 ZeRO-3).
+    """Cost: two passes on every k-th step, else one. Memory: one shard while perturbed (none on ZeRO-1/2, bf16 ZeRO-3).
 
     Communication: none beyond the passes' own (one small all-reduce more for a radius per parameter or row).
     Raises UserError for a value out of range.
@@ -43,7 +43,7 @@ class SAM:
     every: int = 1
     """Displace on each k-th step only; >= 1."""
     radius: Literal["model", "parameter", "row"] = "model"
-    """What has length rho: the whole displacement, that of each parameter, or that of each row."""
+    """What has length rho: the whole perturbation, that of each parameter, or that of each row."""
     rho_scale: Literal["none", "sqrt_n"] = "none"
     """sqrt_n: rho counts for a model of 1e7 parameters and grows with the square root of the number."""
 
@@ -62,7 +62,7 @@ class SAM:
         g = oracle.gradient()
         if oracle.step % self.every:
             return g
-        with space.displaced(g, self._length(space) / (self._norm(space, g) + TINY)):
+        with space.perturbed(g, self._length(space) / (self._norm(space, g) + TINY)):
             return oracle.gradient()
 
     def _length(self, space: ParameterSpace) -> float:

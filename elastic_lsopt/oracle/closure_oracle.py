@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.gradient_engine import Passes
+from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.oracle.oracle import Oracle, Part
 from elastic_lsopt.oracle.slot import replayed
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -29,7 +29,7 @@ class ClosureOracle(Oracle):
     def __init__(
         self,
         space: ParameterSpace,
-        backend: Passes,
+        backend: GradientEngine,
         closures: Sequence[Closure],
         clock: SampleClock,
         *,

@@ -13,7 +13,7 @@ from elastic_lsopt.space.layout import Shards
 from elastic_lsopt.space.vector import Vector
 
 
-class Passes(Shards):
+class GradientEngine(Shards):
     """The backend as the oracle sees it."""
 
     module: nn.Module | None
@@ -66,11 +66,13 @@ class Passes(Shards):
     # -- whole parameters, for products with the curvature ---------------------------------------------------------
 
     @abstractmethod
-    def whole(self, pieces: Sequence[Tensor], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    def all_gather(self, pieces: Sequence[Tensor], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         """Each wanted parameter in full, from this rank's 1-D pieces of them (collective); may be views of them."""
 
     @abstractmethod
-    def cut(self, wholes: Sequence[Tensor | None], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    def reduce_scatter(
+        self, wholes: Sequence[Tensor | None], wanted: Sequence[int], dtype: torch.dtype
+    ) -> list[Tensor]:
         """This rank's 1-D pieces of the sum of `wholes` over its shard group (collective); None stands for zeros."""
 
     @abstractmethod

@@ -5,9 +5,10 @@
     rank of micro-batch u    u mod world                so every part is spread over all ranks
 
 Every rank of a shard group runs equally many forwards, because each forward gathers weights together. Where the
-micro-batches do not divide evenly, a rank fills its missing slot with an *idle* micro-batch: a real batch of this step whose loss is
-selected out (never multiplied: 0 x NaN is NaN). So any world size computes the same sums, also 7 workers on 16 micro-batches.
-Where every rank holds all weights nobody waits in a forward, and a plan may deal the micro-batches otherwise.
+micro-batches do not divide evenly, a rank fills its missing slot with an *idle* micro-batch: a real batch of this step
+whose loss is selected out (never multiplied: 0 x NaN is NaN). So any world size computes the same sums, also 7 workers
+on 16 micro-batches. Where every rank holds all weights nobody waits in a forward, and a plan may deal the micro-batches
+otherwise.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def unit_sizes(global_batch_size: int, microbatch_size: int) -> tuple[int, ...]:
     """
     if not 1 <= microbatch_size <= global_batch_size:
         raise UserError(
-            f"per_device_train_batch_size={microbatch_size} must be between 1 and global_batch_size={global_batch_size}; "
-            f"lower it, or raise global_batch_size to at least {microbatch_size}."
+            f"per_device_train_batch_size={microbatch_size} must be between 1 and "
+            f"global_batch_size={global_batch_size}; lower it, or raise global_batch_size to at least {microbatch_size}."
         )
     full, rest = divmod(global_batch_size, microbatch_size)
     return (microbatch_size,) * full + ((rest,) if rest else ())
@@ -49,8 +50,8 @@ def part_bounds(microbatches: int, parts: int) -> tuple[tuple[int, int], ...]:
     """
     if not 1 <= parts <= microbatches:
         raise UserError(
-            f"a step of {microbatches} micro-batch(es) cannot be cut into {parts} part(s): use at least {parts} micro-batches a step "
-            "(a larger global_batch_size or a smaller per_device_train_batch_size), or fewer parts."
+            f"a step of {microbatches} micro-batch(es) cannot be cut into {parts} part(s): use at least {parts} "
+            "micro-batches a step (a larger global_batch_size or a smaller per_device_train_batch_size), or fewer parts."
         )
     return tuple((microbatches * p // parts, microbatches * (p + 1) // parts) for p in range(parts))
 

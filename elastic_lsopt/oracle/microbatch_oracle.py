@@ -15,7 +15,7 @@ from elastic_lsopt.oracle.curvature.curvature_checks import check_products
 from elastic_lsopt.oracle.curvature.differences import Product
 from elastic_lsopt.oracle.curvature.products import Mode, Products, refuse_unknown
 from elastic_lsopt.oracle.forward_time import ForwardTime
-from elastic_lsopt.oracle.gradient_engine import Passes
+from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.oracle.loss import Loss, refuse_coupled_samples, samples
 from elastic_lsopt.oracle.microbatch import MicroBatch, as_microbatches, part_bounds, slots
 from elastic_lsopt.oracle.oracle import Oracle, Part
@@ -23,21 +23,21 @@ from elastic_lsopt.oracle.slot import Slot
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.noise import block_seed
 from elastic_lsopt.space.upload import on_device
-from elastic_lsopt.space.vector import Lease, Vector
+from elastic_lsopt.space.vector import BorrowedGradient, Vector
 
 
 class MicroBatchOracle(Oracle):
     """The mean loss over this step's micro-batches, given whole to ranks; see `oracle/microbatch.py`.
 
-    Each micro-batch is weighed by its count of samples or unmasked tokens. Its dropout depends on (seed, step, index), so a
-    second pass, another rank and another world size see the same masks. `samples` counts the global batch. Making one
-    costs one all-reduce of 5 + world numbers. Raises UserError where a rank has no micro-batch, or another's.
+    Each micro-batch is weighed by its count of samples or unmasked tokens. Its dropout depends on (seed, step, index),
+    so a second pass, another rank and another world size see the same masks. `samples` counts the global batch. Making
+    one costs one all-reduce of 5 + world numbers. Raises UserError where a rank has no micro-batch, or another's.
     """
 
     def __init__(
         self,
         space: ParameterSpace,
-        backend: Passes,
+        backend: GradientEngine,
         loss: Loss | Any,
         microbatches: Sequence[Any],
         clock: SampleClock,
@@ -76,7 +76,7 @@ class MicroBatchOracle(Oracle):
                 try:
                     check_products(made, self.gradient)
                 finally:
-                    self.space.end_lease()
+                    self.space.end_borrowed()
                     self.backend.clear_gradient()
             self._curvature = made
         return self._curvature
@@ -107,13 +107,15 @@ class MicroBatchOracle(Oracle):
 
     def _outliving(self, v: Vector) -> Vector:
         """A gradient that is only lent would end with the checks' own passes."""
-        return v.clone() if isinstance(v, Lease) and self._checked and self._curvature is None else v
+        return v.clone() if isinstance(v, BorrowedGradient) and self._checked and self._curvature is None else v
 
     def _agree(self, microbatches: Sequence[MicroBatch]) -> None:
         """All ranks learn the total weight, the number of micro-batches, and whether a rank has nothing to run."""
         world, rank = self.backend.world, self.backend.rank
         given = [u.index for u in microbatches if not u.idle]
-        counts = [self._loss.count(u.batch) for u in self._microbatches.values()]  # on a GPU not read yet: that would wait
+        counts = [
+            self._loss.count(u.batch) for u in self._microbatches.values()
+        ]  # on a GPU not read yet: that would wait
         own = [
             sum(counts),
             sum(self._unit_samples.values()),
@@ -129,10 +131,13 @@ class MicroBatchOracle(Oracle):
         self._count, self._evenly = int(max(ends)), not misplaced
         if misplaced and not self._each_once():
             raise UserError(
-                f"{int(misplaced)} rank(s) got a micro-batch that is another's: micro-batch u belongs to rank u mod {world}."
+                f"{int(misplaced)} rank(s) got a micro-batch that is another's: micro-batch u belongs to rank "
+                f"u mod {world}."
             )
         if twice:
-            raise UserError(f"{int(twice)} micro-batch(s) share the index of another; every micro-batch needs an index of its own.")
+            raise UserError(
+                f"{int(twice)} micro-batch(s) share the index of another; every micro-batch needs an index of its own."
+            )
         if empty:
             raise UserError(
                 f"{int(empty)} of {world} ranks got no micro-batch; give every rank at least one (or Unit(idle=True))."
@@ -179,7 +184,8 @@ class MicroBatchOracle(Oracle):
         return self._mean(lambda slot: slot.value(self._loss, self.backend.forward, self.backend.device))
 
     def mean_over_logits(self, function: Callable[[Tensor, Any], Tensor]) -> float:
-        """The mean of `function(logits, batch)`, a mean over a micro-batch, weighed as the loss is (collective; one forward).
+        """The mean of `function(logits, batch)`, a mean over a micro-batch, weighed as the loss is (collective; one
+        forward).
 
         Raises UserError for a loss that is not split: then nobody knows what the logits are.
         """

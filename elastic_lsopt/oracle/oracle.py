@@ -1,6 +1,6 @@
 """The loss on this step's global batch, as something one can ask at the point where the weights are now.
 
-    oracle.gradient()                            one pass: a lease on the engine's gradient buffer
+    oracle.gradient()                            one pass: borrowed from the engine's gradient buffer
     with oracle.accumulating() as total:         one pass whose parts may stand at different points
         for part in oracle.parts(m): part.backward()
     total.gradient
@@ -25,10 +25,10 @@ from elastic_lsopt.oracle.buffers import still_buffers
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.curvature.compute_type import observed
 from elastic_lsopt.oracle.curvature.differences import Product
-from elastic_lsopt.oracle.gradient_engine import Passes
+from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.space.geometry import ParameterSpace, local_square
 from elastic_lsopt.space.upload import on_device
-from elastic_lsopt.space.vector import Lease, Vector
+from elastic_lsopt.space.vector import BorrowedGradient, Vector
 
 
 @dataclass
@@ -40,10 +40,10 @@ class Pass:
     local_loss: float | Tensor = 0.0
     nonfinite: int | Tensor = 0
     loss: float = math.nan
-    _gradient: Lease | None = None
+    _gradient: BorrowedGradient | None = None
 
     @property
-    def gradient(self) -> Lease:
+    def gradient(self) -> BorrowedGradient:
         if self._gradient is None:
             raise RuntimeError("the gradient is there when the block of oracle.accumulating() has ended.")
         return self._gradient
@@ -73,7 +73,7 @@ class Oracle(ABC):
     def __init__(
         self,
         space: ParameterSpace,
-        backend: Passes,
+        backend: GradientEngine,
         clock: SampleClock,
         *,
         stop_requested: Callable[[], bool] | None = None,
@@ -104,7 +104,8 @@ class Oracle(ABC):
 
     @abstractmethod
     def parts(self, m: int) -> Sequence[Part]:
-        """The global batch as m parts of about equal size. Raises UserError where it has fewer micro-batches than parts."""
+        """The global batch as m parts of about equal size. Raises UserError where it has fewer micro-batches than
+        parts."""
 
     @abstractmethod
     def loss(self) -> float:
@@ -117,8 +118,8 @@ class Oracle(ABC):
         0-d tensors on the device where that is where they are: reading one here would wait for the forward.
         """
 
-    def gradient(self) -> Lease:
-        """The gradient of the mean loss at the present weights: one pass, no memory (a lease).
+    def gradient(self) -> BorrowedGradient:
+        """The gradient of the mean loss at the present weights: one pass, no memory (borrowed).
 
         Raises NonFinite on all ranks alike where any loss or gradient is inf or NaN.
         """
@@ -148,7 +149,7 @@ class Oracle(ABC):
     def accumulating(self) -> Iterator[Pass]:
         """One pass made of parts, each run once and in order, wherever the weights are meanwhile."""
         self.space.check_generation()
-        self.space.end_lease()
+        self.space.end_borrowed()
         self.backend.clear_gradient()
         self._running = total = Pass()
         # The first pass of a step is at the weights themselves; no other may move running statistics.
@@ -163,9 +164,9 @@ class Oracle(ABC):
         self._close(total)
 
     def install(self, vector: Vector) -> None:
-        """Make `vector` the gradient that the engine steps with (nothing to do for the last pass's own lease)."""
-        if not (isinstance(vector, Lease) and vector.valid):
-            self.space.end_lease()
+        """Make `vector` the gradient that the engine steps with (nothing to do for the last pass's own gradient)."""
+        if not (isinstance(vector, BorrowedGradient) and vector.valid):
+            self.space.end_borrowed()
             self.backend.install(vector)
 
     def _run(self, part: Part) -> None:

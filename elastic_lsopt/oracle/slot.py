@@ -1,4 +1,5 @@
-"""One forward of this rank in a pass over the global batch: a micro-batch with its weight and its dropout, or an idle slot."""
+"""One forward of this rank in a pass over the global batch: a micro-batch with its weight and its dropout, or an idle
+slot."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def replayed(seed: int, device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Slot:
-    """`share` is the micro-batch's share of the batch's total weight, 0 for an idle slot: a real batch, selected out."""
+    """`share` is the micro-batch's share of the batch's total weight, 0 for an idle slot: a real batch, selected
+    out."""
 
     batch: Any
     share: float

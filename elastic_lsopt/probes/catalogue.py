@@ -4,7 +4,7 @@
     top_eigenvalues: {k: 3, of: ggn}      settings are the probe's keyword arguments
 
 A name means the same number wherever it is asked for: in a job, of a finished model, in a study. What a measure needs
-beside space and oracle (the learning rate, the weights that the training began with) it takes from the `Situation`
+beside space and oracle (the learning rate, the weights that the training began with) it takes from the `ProbeContext`
 that it is measured in, and where that is not known it is refused.
 """
 
@@ -55,7 +55,7 @@ from elastic_lsopt.space.vector import Vector
 
 
 @dataclass(frozen=True, kw_only=True)
-class Situation:
+class ProbeContext:
     """Where a measure is taken: the loss on fixed batches, and what is known of the training around it."""
 
     space: ParameterSpace
@@ -99,7 +99,7 @@ NEEDS = {
 
 
 def _needing(needs: str, found: Measure) -> Measure:
-    def ask(s: Situation, **own: Any) -> Any:
+    def ask(s: ProbeContext, **own: Any) -> Any:
         if getattr(s, needs) is None:
             raise UserError(f"it needs {NEEDS[needs]}.")
         return found.ask(s, **own)
@@ -108,7 +108,7 @@ def _needing(needs: str, found: Measure) -> Measure:
 
 
 def _probe(
-    function: Callable[..., Any], given: Callable[[Situation], dict[str, Any]] = lambda s: {}, **other: Any
+    function: Callable[..., Any], given: Callable[[ProbeContext], dict[str, Any]] = lambda s: {}, **other: Any
 ) -> Measure:
     """A probe's keywords of plain type; `given` by the situation, `other` defaults than the probe's own."""
     settings = {
@@ -117,7 +117,7 @@ def _probe(
         if p.kind is p.KEYWORD_ONLY and (name in other or isinstance(p.default, bool | int | float | str | None))
     }
 
-    def ask(s: Situation, **own: Any) -> Any:
+    def ask(s: ProbeContext, **own: Any) -> Any:
         settings = {**other, **given(s), **own}
         if settings.get("of") == "normalised":  # the Hessian in coordinates in which every filter has length 1
             settings["of"] = normalised(s.space, s.oracle, parameters=settings.get("parameters"))
@@ -132,7 +132,7 @@ def _asking(function: Callable[..., Any]) -> Measure:
     return Measure(function, {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY})
 
 
-def _edge(s: Situation, *, of: Matrix = "hessian") -> Any:
+def _edge(s: ProbeContext, *, of: Matrix = "hessian") -> Any:
     assert s.learning_rate is not None
     if s.adam is None:
         return edge_of_stability(s.space, s.oracle, learning_rate=s.learning_rate, momentum=s.momentum, of=of)
@@ -143,7 +143,7 @@ def _edge(s: Situation, *, of: Matrix = "hessian") -> Any:
 
 
 def _effective_dimension(
-    s: Situation, *, vectors: int = 2, steps: int = 100, regulariser: float = 1.0, of: Matrix = "hessian"
+    s: ProbeContext, *, vectors: int = 2, steps: int = 100, regulariser: float = 1.0, of: Matrix = "hessian"
 ) -> Any:
     """Of all eigenvalues, by the nodes and weights of the spectral density."""
     density = spectral_density(s.space, s.oracle, vectors=vectors, steps=steps, of=of)
@@ -157,7 +157,7 @@ def _effective_dimension(
     )
 
 
-def _ritz_dimension(s: Situation, *, steps: int = 100, regulariser: float = 1.0, of: str = "hessian") -> Any:
+def _ritz_dimension(s: ProbeContext, *, steps: int = 100, regulariser: float = 1.0, of: str = "hessian") -> Any:
     """Of the Ritz values of so many Lanczos iterations, converged or not, each counted once: the LPF paper's code."""
     a = normalised(s.space, s.oracle) if of == "normalised" else operator(s.space, s.oracle, of)  # type: ignore[arg-type]
     found = spectral_density(s.space, s.oracle, vectors=1, steps=min(steps, a.dimension), of=a)
@@ -165,23 +165,23 @@ def _ritz_dimension(s: Situation, *, steps: int = 100, regulariser: float = 1.0,
     return {"value": told.value, "products": found.products, "seconds": found.seconds}
 
 
-def _inverse_valley(s: Situation) -> Any:
+def _inverse_valley(s: ProbeContext) -> Any:
     assert s.branches is not None
     found = mean_valley(s.space, s.oracle, workers=s.branches())
     return {"value": found.inverse, "forwards": found.forwards, "seconds": found.seconds}
 
 
-def _distance(s: Situation) -> Any:
+def _distance(s: ProbeContext) -> Any:
     assert s.initial is not None
     return {"value": s.space.norm(s.space.weights - s.initial)}
 
 
-def _noise(s: Situation) -> Any:
+def _noise(s: ProbeContext) -> Any:
     return noise_scale(s.space, s.batches())
 
 
 def _surface(
-    s: Situation, *, along: str = "random", dimensions: int = 2, points: int = 21, extent: float = 1.0, draw: int = 0
+    s: ProbeContext, *, along: str = "random", dimensions: int = 2, points: int = 21, extent: float = 1.0, draw: int = 0
 ) -> Any:
     """A slice through the weights: +- extent along random filter-normalised directions or eigenvectors (of length 1);
     along the trajectory's principal components as far as it went, with its path.
@@ -214,7 +214,7 @@ def _surface(
 
 
 def _connectivity(
-    s: Situation,
+    s: ProbeContext,
     *,
     curve: Curve = "line",
     points: int = 21,
@@ -272,7 +272,7 @@ MEASURES: dict[str, Measure] = {
 def _preset(of: str, chosen: Mapping[str, Any]) -> Measure:
     base = MEASURES[of]
 
-    def ask(s: Situation, **own: Any) -> Any:
+    def ask(s: ProbeContext, **own: Any) -> Any:
         return base.ask(s, **{**chosen, **own})
 
     return replace(base, ask=ask, settings={**base.settings, **chosen})

@@ -88,7 +88,7 @@ class Basis:
         self.space.check_generation()
         return self.space.shards.sum_pieces_(total.to(self.space.shards.device)).cpu()
 
-    def take_off_(self, v: Vector, coefficients: Tensor) -> Vector:
+    def project_out_(self, v: Vector, coefficients: Tensor) -> Vector:
         """v -= sum_i coefficients_i q_i, in place; no communication."""
         return v.add_(self.combine(coefficients), alpha=-1.0)
 
@@ -98,9 +98,9 @@ class Basis:
         Returns the coefficients, fp64 (count,); two all-reduces.
         """
         first = self.coefficients(v)
-        self.take_off_(v, first)
+        self.project_out_(v, first)
         second = self.coefficients(v)
-        self.take_off_(v, second)
+        self.project_out_(v, second)
         return first + second
 
     @full_precision()

@@ -1,4 +1,4 @@
-"""The space of all trainable parameters as one vector: lengths, angles, displacement, wherever its pieces lie.
+"""The space of all trainable parameters as one vector: lengths, angles, perturbation, wherever its pieces lie.
 
 Every reduction is one all-reduce of a small fp64 tensor for the whole vector. Reductions say their group in the name:
 `norm` is global, `local_square` is this rank's part. Padding is never part of a piece, so it is never part of a sum.
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from elastic_lsopt.errors import StaleGeneration, StaleWeights
 from elastic_lsopt.space.layout import Layout, Shards
-from elastic_lsopt.space.perturbation import Direction, Excursion, Fidelity, Noise
-from elastic_lsopt.space.vector import Lease, Scales, Vector
+from elastic_lsopt.space.perturbation import Direction, Fidelity, Noise, Perturbation
+from elastic_lsopt.space.vector import BorrowedGradient, Scales, Vector
 
 
 def local_square(tensors: Sequence[Tensor]) -> Tensor:
@@ -30,7 +30,7 @@ class ParameterSpace:
     """All trainable parameters as one vector, its pieces where the framework keeps them.
 
     `shards` is the backend's account of the pieces; `seed` fixes every draw of noise. Collective methods (all norms,
-    `dot`, `displaced`, `excursion`, `settle`) must be called by all ranks in the same order.
+    `dot`, `perturbed`, `perturbation`, `resync`) must be called by all ranks in the same order.
     """
 
     def __init__(self, shards: Shards, seed: int = 0) -> None:
@@ -40,14 +40,14 @@ class ParameterSpace:
         self.looks_at_narrow = False
         """Measure the fidelity of a move also unasked where the forward is narrower than fp32."""
         self.last_fidelity: Fidelity | None = None
-        self.excursions: list[Excursion] = []
+        self.perturbations: list[Perturbation] = []
         self.edits = 0
-        """Steps and settlements so far: fused optimizers write where autograd does not count."""
+        """Steps and resyncs so far: fused optimizers write where autograd does not count."""
         self._generation_over = False
         self._stale: str | None = None
-        self._unpublished = False
+        self._unrefreshed = False
         self._deferring = False
-        self._lease: Lease | None = None
+        self._borrowed: BorrowedGradient | None = None
         wide = any(t.dtype == torch.float64 for t in shards.masters)
         self.dtype = torch.float64 if wide else torch.float32
 
@@ -74,17 +74,17 @@ class ParameterSpace:
         """Standard normal noise of (seed, step, draw, parameter, offset) and nothing else; drawn when used."""
         return Noise(self, step, draw)
 
-    def lend(self, gradient: Sequence[Tensor], norm: float) -> Lease:
-        """A lease on the engine's gradient buffer, whose global norm is known; the one before it ends."""
-        self.end_lease()
-        self._lease = Lease(self, gradient, norm)
-        return self._lease
+    def lend(self, gradient: Sequence[Tensor], norm: float) -> BorrowedGradient:
+        """The engine's gradient buffer, borrowed, whose global norm is known; the one before it ends."""
+        self.end_borrowed()
+        self._borrowed = BorrowedGradient(self, gradient, norm)
+        return self._borrowed
 
-    def end_lease(self) -> None:
-        """The gradient buffer is about to change: later reads of the lease raise StaleLease."""
-        if self._lease is not None:
-            self._lease.end()
-            self._lease = None
+    def end_borrowed(self) -> None:
+        """The gradient buffer is about to change: later reads of the borrowed gradient raise StaleGradient."""
+        if self._borrowed is not None:
+            self._borrowed.end()
+            self._borrowed = None
 
     def base_state(self, key: str) -> Vector:
         """The base optimizer's state of that name (live, read only). Raises KeyError where it keeps none."""
@@ -99,8 +99,8 @@ class ParameterSpace:
         return self._sum(local.reshape(1))[0].item()
 
     def norm(self, a: Vector) -> float:
-        """The global L2 norm; one all-reduce (none for a lease, whose pass has summed it)."""
-        if isinstance(a, Lease) and a.valid:
+        """The global L2 norm; one all-reduce (none for a borrowed gradient, whose pass has summed it)."""
+        if isinstance(a, BorrowedGradient) and a.valid:
             self.check_generation()
             return a.known_norm
         return self._sum(local_square(a.tensors).reshape(1))[0].sqrt().item()
@@ -134,30 +134,32 @@ class ParameterSpace:
     # -- moving ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def displaced(self, direction: Direction, scale: float | Scales = 1.0) -> Iterator[Excursion]:
+    def perturbed(self, direction: Direction, scale: float | Scales = 1.0) -> Iterator[Perturbation]:
         """Weights at w + scale * direction inside the block, restored bit-exactly on exit (collective).
 
         Memory: one shard in the weights' precision, none where the backend keeps a separate master (ZeRO-1/2, bf16
-        ZeRO-3); a displacement inside another always keeps one shard. After an exception this rank's part is right
-        and every gathered copy is refused until `settle()`.
+        ZeRO-3); a perturbation inside another always keeps one shard. After an exception this rank's part is right
+        and every gathered copy is refused until `resync()`.
         """
-        with Excursion(self, moves_once=True) as walk:
+        with Perturbation(self, moves_once=True) as walk:
             walk.move(direction, scale)
             del direction  # this frame lives as long as the block: a vector that the caller drops is free at once
             yield walk
 
-    def excursion(self) -> Excursion:
-        """Any number of moves inside the block, then back (collective): `with space.excursion() as walk: walk.move(…)`.
+    def perturbation(self) -> Perturbation:
+        """Any number of moves inside the block, then back (collective): `with space.perturbation() as walk:
+        walk.move(…)`.
 
-        Memory as `displaced`; where the weights are narrower than fp32, one fp32 shard for the exact position.
+        Memory as `perturbed`; where the weights are narrower than fp32, one fp32 shard for the exact position.
         """
-        return Excursion(self, moves_once=False)
+        return Perturbation(self, moves_once=False)
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
-        """Inside, leaving an excursion does not publish: the step that follows rewrites all copies anyway.
+        """Inside, leaving a perturbation does not refresh the gathered copies: the step that follows rewrites all
+        copies anyway.
 
-        The oracle publishes before the next forward if there is one; `settle` does in every case.
+        The oracle refreshes them before the next forward if there is one; `resync` does in every case.
         """
         self._deferring = True
         try:
@@ -166,7 +168,7 @@ class ParameterSpace:
             self._deferring = False
 
     def rewritten(self) -> None:
-        """Weights were written in place, by whatever way: each move, return, step and settlement ends here.
+        """Weights were written in place, by whatever way: each move, return, step and resync ends here.
 
         Autocast casts a weight once and keeps the cast until its outermost context ends: inside one, the next forward
         would compute with the weights as they were.
@@ -174,52 +176,52 @@ class ParameterSpace:
         torch.clear_autocast_cache()
 
     def returned(self) -> None:
-        """An excursion has restored this rank's part: make the other copies right now, or before the next forward."""
+        """A perturbation has restored this rank's part: make the other copies right now, or before the next forward."""
         if self._deferring:
-            self._unpublished = True
+            self._unrefreshed = True
         else:
-            self.shards.publish()
+            self.shards.refresh_gathered()
 
     def stepped(self) -> None:
         """The base optimizer has rewritten every copy of the weights, and clipped the gradient that it was lent."""
-        self._unpublished = False
+        self._unrefreshed = False
         self.edits += 1
         self.rewritten()
-        self.end_lease()
+        self.end_borrowed()
 
     def ready(self) -> None:
-        """Before a forward (collective): raise StaleWeights after an exception, publish what was deferred."""
+        """Before a forward (collective): raise StaleWeights after an exception, refresh what was deferred."""
         self.check_generation()
         self.refuse_stale("a forward pass")
-        if self._unpublished:
-            self.shards.publish()
-            self._unpublished = False
+        if self._unrefreshed:
+            self.shards.refresh_gathered()
+            self._unrefreshed = False
 
     # -- safety ------------------------------------------------------------------------------------------------
 
     @property
-    def settled(self) -> bool:
+    def in_sync(self) -> bool:
         """Whether all copies of the weights are right."""
-        return self._stale is None and not self._unpublished
+        return self._stale is None and not self._unrefreshed
 
     def mark_stale(self, reason: str) -> None:
-        """Refuse forward passes, saves and excursions until `settle()`."""
+        """Refuse forward passes, saves and perturbations until `resync()`."""
         self._stale = reason
 
     def refuse_stale(self, what: str) -> None:
         if self._stale is not None:
             raise StaleWeights(
                 f"{what} is refused: gathered copies of the weights may be wrong after {self._stale}; "
-                "call space.settle() on all ranks first."
+                "call space.resync() on all ranks first."
             )
 
-    def settle(self) -> None:
+    def resync(self) -> None:
         """Make all copies of the weights right again after an exception (collective; one gather of the weights)."""
         self.check_generation()
         self.shards.repair()
-        self.shards.retract()
-        self.shards.publish()
-        self._stale, self._unpublished = None, False
+        self.shards.drop_gathered()
+        self.shards.refresh_gathered()
+        self._stale, self._unrefreshed = None, False
         self.edits += 1
         self.rewritten()
 

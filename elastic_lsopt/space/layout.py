@@ -140,11 +140,11 @@ class Shards(ABC):
         """Whether `working` is a copy that can be rebuilt from `masters`."""
 
     @abstractmethod
-    def retract(self) -> None:
+    def drop_gathered(self) -> None:
         """Drop every gathered copy of the weights on this rank, so that an edit of `working` is seen. No collective."""
 
     @abstractmethod
-    def publish(self) -> None:
+    def refresh_gathered(self) -> None:
         """Make every gathered copy equal to `working` (collective)."""
 
     @abstractmethod
@@ -161,4 +161,4 @@ class Shards(ABC):
 
     @abstractmethod
     def repair(self) -> None:
-        """Before the collective `settle`: make sure that a collective can run, and drop what a broken pass left."""
+        """Before the collective `resync`: make sure that a collective can run, and drop what a broken pass left."""

@@ -1,15 +1,15 @@
 """Leaving the weights and coming back bit for bit.
 
-    with space.displaced(direction, scale): ...          one move
-    with space.excursion() as walk: walk.move(d, s); …   any number of moves
+    with space.perturbed(direction, scale): ...          one move
+    with space.perturbation() as walk: walk.move(d, s); …   any number of moves
 
-[Note: what an excursion keeps] The way back is never computed as (w + e) - e, which differs from w by rounding. An
-outermost excursion on a backend with a separate master rebuilds the working copy from the master and keeps nothing;
-every other excursion keeps a copy of this rank's working shard as it found it. So nested excursions return to exactly
-the displaced weights that they started from.
+[Note: what a perturbation keeps] The way back is never computed as (w + e) - e, which differs from w by rounding. An
+outermost perturbation on a backend with a separate master rebuilds the working copy from the master and keeps nothing;
+every other perturbation keeps a copy of this rank's working shard as it found it. So nested perturbations return to
+exactly the perturbed weights that they started from.
 
 [Note: returning after an exception] The rank that raises restores its own shard without a collective, because the
-other ranks may be anywhere. Gathered copies stay wrong until the collective `space.settle()`, and are refused till
+other ranks may be anywhere. Gathered copies stay wrong until the collective `space.resync()`, and are refused till
 then. So one rank's failure never hangs another in a restore.
 """
 
@@ -72,7 +72,7 @@ Direction = Vector | Noise
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How a requested displacement looks to the forward pass, after rounding to its precision (global figures)."""
+    """How a requested perturbation looks to the forward pass, after rounding to its precision (global figures)."""
 
     requested_norm: float
     realised_norm: float
@@ -83,8 +83,8 @@ class Fidelity:
         return self.realised_norm / self.requested_norm if self.requested_norm else 1.0
 
 
-class Excursion:
-    """A way out of the weights and back; see [Note: what an excursion keeps]. `fidelity` is filled when asked for."""
+class Perturbation:
+    """A way out of the weights and back; see [Note: what a perturbation keeps]. `fidelity` is filled when asked for."""
 
     def __init__(self, space: ParameterSpace, moves_once: bool) -> None:
         self.space = space
@@ -94,14 +94,14 @@ class Excursion:
         self._saved: list[Tensor] | None = None
         self._position: list[Tensor] | None = None
 
-    def __enter__(self) -> Excursion:
+    def __enter__(self) -> Perturbation:
         space, shards = self.space, self.space.shards
         space.check_generation()
-        space.refuse_stale("an excursion")
-        shards.retract()
-        if space.excursions or not shards.separate_master:
+        space.refuse_stale("a perturbation")
+        shards.drop_gathered()
+        if space.perturbations or not shards.separate_master:
             self._saved = [t.detach().clone() for t in shards.working]
-        space.excursions.append(self)
+        space.perturbations.append(self)
         return self
 
     def move(self, direction: Direction, scale: float | Scales = 1.0) -> None:
@@ -110,9 +110,9 @@ class Excursion:
         `scale` is a number, or one for the model, a parameter or a row (`Scales`).
         """
         if self._moves_once and self._moves:
-            raise RuntimeError("displaced() is one move; use space.excursion() for several.")
+            raise RuntimeError("perturbed() is one move; use space.perturbation() for several.")
         space, shards = self.space, self.space.shards
-        shards.retract()
+        shards.drop_gathered()
         working = list(shards.working)
         narrow = any(t.element_size() < 4 for t in working)
         base: list[Tensor] = working if self._saved is not None or self._moves else list(shards.masters)
@@ -129,15 +129,15 @@ class Excursion:
             self.fidelity = space.last_fidelity = _measure(space, before, working, direction, scale)
         self._moves += 1
         space.rewritten()
-        shards.publish()
+        shards.refresh_gathered()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         space, shards = self.space, self.space.shards
-        space.excursions.remove(self)
+        space.perturbations.remove(self)
         self._position = None
-        shards.retract()
+        shards.drop_gathered()
         with torch.no_grad():
             torch._foreach_copy_(list(shards.working), self._saved if self._saved is not None else list(shards.masters))
         self._saved = None
@@ -146,7 +146,7 @@ class Excursion:
             space.returned()
             return
         # See [Note: returning after an exception]
-        space.mark_stale(f"{type(error).__name__} inside a displaced pass")
+        space.mark_stale(f"{type(error).__name__} inside a perturbed pass")
         if isinstance(error, Exception) and not isinstance(error, NonFinite):
             shards.report_failure(error)
 
@@ -210,7 +210,7 @@ def _measure(
     direction: Direction,
     scale: float | Scales,
 ) -> Fidelity:
-    """Requested against realised displacement; one all-reduce of three numbers, scratch of one piece."""
+    """Requested against realised perturbation; one all-reduce of three numbers, scratch of one piece."""
     sums = torch.zeros(3, dtype=torch.float64, device=space.shards.device)
     for i, (was, now) in enumerate(zip(before, working, strict=True)):
         wide = torch.float64 if now.dtype == torch.float64 else torch.float32

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from elastic_lsopt.errors import StaleLease
+from elastic_lsopt.errors import StaleGradient
 
 if TYPE_CHECKING:
     from elastic_lsopt.space.geometry import ParameterSpace
@@ -83,8 +83,8 @@ class Vector:
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
 
-class Lease(Vector):
-    """The engine's own gradient buffer, lent until the next backward pass: reading it later raises StaleLease.
+class BorrowedGradient(Vector):
+    """The engine's own gradient buffer, lent until the next backward pass: reading it later raises StaleGradient.
 
     It costs no memory. Keep the values with `.clone()`. `known_norm` is its global L2 norm, which the pass that made
     it has summed already.
@@ -103,8 +103,8 @@ class Lease(Vector):
     def tensors(self) -> list[Tensor]:
         self.space.check_generation()
         if not self.valid:
-            raise StaleLease(
-                "this gradient is a lease on the engine's buffer and a later backward pass has changed it; "
+            raise StaleGradient(
+                "this gradient is borrowed from the engine's buffer and a later backward pass has changed it; "
                 "call .clone() before the next pass to keep it."
             )
         return super().tensors

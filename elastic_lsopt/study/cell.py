@@ -23,7 +23,7 @@ from elastic_lsopt.api.attach import attach
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.config.study import StudyConfig
 from elastic_lsopt.oracle.loss import classification_loss
-from elastic_lsopt.probes.catalogue import Situation
+from elastic_lsopt.probes.catalogue import ProbeContext
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 from elastic_lsopt.study.grid import Cell
@@ -156,7 +156,7 @@ def measure(model: nn.Module, train: Samples, start: list[Tensor], task: Task) -
             out.append(_vector(space, [*other.parameters()]))
         return out
 
-    minimum = Situation(
+    minimum = ProbeContext(
         space=space, oracle=oracle, batches=lambda: [oracle], samples=len(train.labels), initial=_vector(space, start),
         branches=branches,
     )  # fmt: skip

@@ -45,9 +45,9 @@ class Console:
             self._terminal.file.write(CLEAR_LINE)  # of the bar that a dead rank 0 has left
             self._bar = Progress(
                 TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("<"),
-                TimeRemainingColumn(), TextColumn("{task.fields[facts]}"), console=self._terminal,
+                TimeRemainingColumn(), TextColumn("{task.fields[told]}"), console=self._terminal,
             )  # fmt: skip
-            self._task = self._bar.add_task("", facts="")
+            self._task = self._bar.add_task("", told="")
         self._bar.update(self._task, total=steps, completed=done)
         self._bar.live.transient = False
         self._bar.start()
@@ -86,14 +86,14 @@ class Console:
         if not self._speaks:
             return
         self._eval_loss = row.get("eval_loss", self._eval_loss)
-        facts = f"loss {row['loss']:.3f}" + (f"  held out {self._eval_loss:.3f}" if self._eval_loss is not None else "")
+        told = f"loss {row['loss']:.3f}" + (f"  held out {self._eval_loss:.3f}" if self._eval_loss is not None else "")
         if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], facts=facts)
+            self._bar.update(self._task, completed=row["step"], told=told)
             return
         now = time.monotonic()
         if now - self._said > LINE_EVERY_S or "eval_loss" in row or row["step"] == self._steps:
             self._said = now
-            self.say(f"step {row['step']}/{self._steps}  {facts}  {row['seconds']:.2f} s a step")
+            self.say(f"step {row['step']}/{self._steps}  {told}  {row['seconds']:.2f} s a step")
 
     def pause(self) -> None:
         """Take the bar away until `attend`."""

@@ -2,7 +2,7 @@
 
 [Note: ending on a signal] SIGTERM and Ctrl-C only set a flag. It travels in the all-reduce that ends a pass, so all
 ranks see it after the same step; they save, and leave. Nothing is interrupted inside a pass, where weights may be
-displaced.
+perturbed.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 With P trainable parameters, N ranks that share one copy, c bytes a working weight (2 in bf16, else 4), and the
 optimizer's s states a parameter (Adam 2, momentum 1):
 
-                    weights   gradient   master   state     displaced (SAM's way back)
+                    weights   gradient   master   state     perturbed (SAM's way back)
     replicated      4 P       4 P        -        4 s P     4 P
     fsdp2           4 P/N     4 P/N      -        4 s P/N   4 P/N
     ZeRO stage 0    c P       c P        bf16 4 P 4 s P     c P
@@ -25,7 +25,7 @@ STATES = {"adamw": 2, "adam": 2}
 """fp32 tensors of optimizer state a parameter; sgd: 1 with momentum, else 0."""
 
 DIRECTIONS = {"asam": 1}
-"""Vectors that a method holds while displaced, beside the way back; LPF-SGD draws its noise in blocks."""
+"""Vectors that a method holds while perturbed, beside the way back; LPF-SGD draws its noise in blocks."""
 
 METADATA_BYTES = 2**15
 """Of a version, for what is no tensor: the clock, cursors and random states, and gaps between tensors."""
@@ -69,7 +69,7 @@ def memory_per_rank(
         "gradient": working * (parameters if zero == 1 else share),
         "master weights": master,
         "optimizer state": 4 * states * share,
-        "way back of a displacement": way_back,
+        "way back of a perturbation": way_back,
         "direction of the method": 4 * DIRECTIONS.get(method, 0) * share,
     }
 
@@ -87,19 +87,20 @@ def mirror_per_rank(
     replicas: int = 1,
     budget_bytes: float = 0.0,
 ) -> dict[str, int]:
-    """Most bytes of host memory on each rank of an elastic job: (own versions + wards' versions) x bytes of its state.
+    """Most bytes of host memory on each rank of an elastic job: (own versions + mirrored peers' versions) x bytes of
+    its state.
 
     Its state is fp32: master weights, the optimizer's states, and the method's `vectors`. A rank holds the versions of
-    `copies` others, its wards, as far as fewer than copies + 1 ranks hold that part of the state anyway: none where the
-    weights are replicated. (Nodes are taken to have equally many ranks.) How many versions there are at most follows
-    from `budget_bytes`, elastic.mirror_gib: trail.py, [Note: the bound].
+    `copies` others, its mirrored peers, as far as fewer than copies + 1 ranks hold that part of the state anyway: none
+    where the weights are replicated. (Nodes are taken to have equally many ranks.) How many versions there are at most
+    follows from `budget_bytes`, elastic.mirror_gib: trail.py, [Note: the bound].
     """
     share = _share(parameters, backend, world, stage, replicas)
     state = 4 * share * (1 + STATES.get(optim, 1 if momentum else 0) + vectors) + METADATA_BYTES
     holders = replicas if share < parameters else world
-    wards = min(max(0, copies + 1 - holders), max(0, world - holders))
-    versions = versions_within(budget_bytes, (1 + wards) * state)
-    return {"own versions": versions * state, "wards' versions": versions * wards * state}
+    mirrored_peers = min(max(0, copies + 1 - holders), max(0, world - holders))
+    versions = versions_within(budget_bytes, (1 + mirrored_peers) * state)
+    return {"own versions": versions * state, "mirrored peers' versions": versions * mirrored_peers * state}
 
 
 def _share(parameters: int, backend: str, world: int, stage: int, replicas: int) -> int:

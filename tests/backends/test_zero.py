@@ -184,7 +184,7 @@ def test_all_ranks_raise_in_the_displaced_pass_and_training_goes_on(ranks: Any, 
     "stage,where,bf16", [(0, "forward", False), (2, "backward", True), (3, "forward", False), (3, "backward", True)]
 )
 def test_one_rank_raises_in_the_displaced_pass(stage: int, where: str, bf16: bool) -> None:
-    """Its peer learns of it inside a collective; both have their weights, and all copies after `settle`."""
+    """Its peer learns of it inside a collective; both have their weights, and all copies after `resync`."""
     group = Ranks(2)  # of its own: the case cuts the connections
     zero = {"stage3_param_persistence_threshold": 12} if stage == 3 else {}
     try:

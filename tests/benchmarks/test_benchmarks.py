@@ -36,7 +36,7 @@ def test_one_process() -> None:
 @pytest.mark.long
 @fast
 def test_memory_counts_the_weights_copy(ranks: Callable[[int], Ranks]) -> None:
-    # On DDP each rank keeps one copy of all weights while displaced, and nothing of the toy's size hides it.
+    # On DDP each rank keeps one copy of all weights while perturbed, and nothing of the toy's size hides it.
     figures = ranks(2).run("benchmarks.memory:measure", kind="ddp", size="toy", bf16=False)[0]
     assert figures["displaced_ddp_fp32_bytes"] == pytest.approx(figures["ddp_fp32_shard_bytes"], rel=0.01)
     assert figures["sam_ddp_fp32_extra_bytes"] == pytest.approx(figures["ddp_fp32_shard_bytes"], rel=0.05)

@@ -135,7 +135,7 @@ def refused(path: str, what: str) -> str:
     else:
         said = "nothing"
     state.pop("rows", None)
-    engine.space.settle()
+    engine.space.resync()
     assert _save(checkpoints, engine, 1) is None
     checkpoints.close()
     return said

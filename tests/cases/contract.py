@@ -133,7 +133,7 @@ def geometry(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) 
 
 
 def moves(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) -> dict[str, float]:
-    """Largest distance of displaced weights from plain ones: a scale in all, a parameter, a row; vectors and noise."""
+    """Largest distance of perturbed weights from plain ones: a scale in all, a parameter, a row; vectors and noise."""
     engine = engine_of(kind, zero, bf16)
     space = engine.space
     plain = shapes(EXTRA)
@@ -167,9 +167,9 @@ def moves(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) -> 
             ("parameter", parameter_scales, lambda n, r: by_parameter[n]),
             ("row", row_scales, lambda n, r: by_row[n][r]),
         ):
-            with space.displaced(direction, scale):
+            with space.perturbed(direction, scale):
                 out[f"{name} per {per}"] = furthest(gathered(space, space.shards.working), scaled(values, rule))
-    with space.excursion() as walk:
+    with space.perturbation() as walk:
         walk.move(vector, 0.5)
         walk.move(noise, -0.25)
         out["walk"] = furthest(
@@ -181,14 +181,14 @@ def moves(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) -> 
 
 
 def fidelity(kind: str, length: float, zero: dict[str, Any] | None = None, bf16: bool = False) -> dict[str, float]:
-    """What the space reports of a displacement, and the same from plain whole tensors rounded as the forward rounds."""
+    """What the space reports of a perturbation, and the same from plain whole tensors rounded as the forward rounds."""
     engine = engine_of(kind, zero, bf16, extra=())
     space = engine.space
     space.measure_fidelity = True
     start = gathered(space, space.weights.tensors)
     d = {n: plain_values(s, n, 2) for n, s in shapes(()).items()}
     scale = length / math.sqrt(sum(float(t.double().square().sum()) for t in d.values()))
-    with space.displaced(vector_of(space, d), scale) as walk:
+    with space.perturbed(vector_of(space, d), scale) as walk:
         pass
     assert walk.fidelity
     seen = torch.bfloat16 if bf16 else torch.float32
@@ -216,24 +216,24 @@ def retired(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) -
     space = engine.space
     vector = space.zeros()
     oracle = engine.oracle(engines.mine(engines.batches(1, 3, dtype=dtype_of(kind, "fp32", bf16))[0]))
-    lease = oracle.gradient()
+    borrowed = oracle.gradient()
     space.retire()
 
     def displace() -> None:
-        with space.displaced(space.noise(0), 0.1):
+        with space.perturbed(space.noise(0), 0.1):
             pass
 
     uses: dict[str, Callable[[], Any]] = {
         "tensors": lambda: vector.tensors,
         "clone": vector.clone,
         "norm": lambda: space.norm(vector),
-        "lease": lambda: lease.tensors,
-        "norm of the lease": lambda: space.norm(lease),
+        "lease": lambda: borrowed.tensors,
+        "norm of the borrowed gradient": lambda: space.norm(borrowed),
         "weights": lambda: space.weights.tensors,
-        "displaced": displace,
+        "perturbed": displace,
         "gradient": oracle.gradient,
         "loss": oracle.loss,
-        "settle": space.settle,
+        "settle": space.resync,
     }
     out = {}
     for name, use in uses.items():

@@ -192,13 +192,17 @@ def silent_peer(seconds: float) -> dict[str, Any]:
     else:
         time.sleep(seconds)
     start = time.monotonic()
-    wards = mirror.close()
-    out |= {"close_s": time.monotonic() - start, "wards": len(wards), "alive": mirror._thread.is_alive()}
+    mirrored_peers = mirror.close()
+    out |= {
+        "close_s": time.monotonic() - start,
+        "mirrored peers": len(mirrored_peers),
+        "alive": mirror._thread.is_alive(),
+    }
     return out
 
 
 def severed_peer() -> dict[str, Any]:
-    """Rank 1's sockets are cut after step 1: rank 0's next push or wait raises, its step-1 ward stays."""
+    """Rank 1's sockets are cut after step 1: rank 0's next push or wait raises, its step-1 mirrored peer stays."""
     engine = _engine("fsdp2", "momentum")
     train(engine, 0, 1)
     mirror = Mirror(dist.new_group(backend="gloo"), dist.get_rank(), dist.get_world_size(), ["a", "b"], 1)
@@ -217,18 +221,18 @@ def severed_peer() -> dict[str, Any]:
     except lso.PeerFailed as error:
         said = str(error)
     waited = time.monotonic() - start
-    wards = [v.step for v in mirror.close()]
+    mirrored_peers = [v.step for v in mirror.close()]
     versions.commit(1, 2)  # the first goes, the second is never less than C
-    return {"said": said, "waited_s": waited, "wards": wards, "kept": [v.step for v in versions.held]}
+    return {"said": said, "waited_s": waited, "mirrored peers": mirrored_peers, "kept": [v.step for v in versions.held]}
 
 
 def refused_versions() -> dict[str, Any]:
-    """No version of displaced weights, nor before `settle`."""
+    """No version of perturbed weights, nor before `resync`."""
     engine = _engine("fsdp2", "momentum")
     train(engine, 0, 1)
     versions, said = HostVersions(), []
     space = engine.space
-    with space.displaced(space.weights.clone(), 0.1):
+    with space.perturbed(space.weights.clone(), 0.1):
         try:
             versions.take(engine, generation=1, step=1, extra={})
         except lso.StaleWeights as error:
@@ -238,7 +242,7 @@ def refused_versions() -> dict[str, Any]:
         versions.take(engine, generation=1, step=1, extra={})
     except lso.StaleWeights as error:
         said.append(str(error))
-    space.settle()
+    space.resync()
     return {"said": said, "held": len(versions.held)}
 
 

@@ -1,4 +1,4 @@
-"""One rank raises inside a displaced pass while the others wait for it in a collective."""
+"""One rank raises inside a perturbed pass while the others wait for it in a collective."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def one_rank_raises(kind: str, where: str, zero: dict[str, Any] | None = None, b
 
     def loss(model: Any, batch: Any) -> torch.Tensor:
         calls["n"] += 1
-        bad = dist.get_rank() == 1 and calls["n"] == 4  # the second step's displaced pass: 2 passes a step, 1 unit each
+        bad = dist.get_rank() == 1 and calls["n"] == 4  # the second step's perturbed pass: 2 passes a step, 1 unit each
         if bad and where == "before the forward":
             raise ValueError("oh dear")
         hook = None
@@ -58,9 +58,9 @@ def one_rank_raises(kind: str, where: str, zero: dict[str, Any] | None = None, b
         out["refused"] = False
     except lso.StaleWeights:
         out["refused"] = True
-    space.settle()
+    space.resync()
     out["settled"] = (
-        same() and space.settled and all(torch.equal(a, b) for a, b in zip(copies, gathered(engine), strict=True))
+        same() and space.in_sync and all(torch.equal(a, b) for a, b in zip(copies, gathered(engine), strict=True))
     )
     try:
         engine.train_batch(engines.mine(steps[1]))

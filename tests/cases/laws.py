@@ -59,7 +59,7 @@ def rest(kind: str, method: str, rest_point: dict[str, Any], units: int = 3) -> 
 
 
 def returned(kind: str, dtype: str = "fp32", zero: dict[str, Any] | None = None, bf16: bool = False) -> dict[str, Any]:
-    """Law 3: after displacements, nested ones and excursions, masters, working copies and forward are as before."""
+    """Law 3: after perturbations, nested ones and perturbations, masters, working copies and forward are as before."""
     engine = engines.build(kind, engines.net(dtype=DTYPES[dtype]), lso.SAM(), zero=zero, bf16=bf16)
     space = engine.space
     [units] = engines.batches(1, 3, dtype=torch.bfloat16 if bf16 and kind.startswith("zero") else DTYPES[dtype])
@@ -77,17 +77,17 @@ def returned(kind: str, dtype: str = "fp32", zero: dict[str, Any] | None = None,
 
     before = snapshot()
     moved, nested = [], []
-    with space.displaced(space.noise(0), 0.1):
+    with space.perturbed(space.noise(0), 0.1):
         moved.append(snapshot())
-        with space.displaced(space.noise(1), 0.1):
+        with space.perturbed(space.noise(1), 0.1):
             moved.append(snapshot())
         nested.append(snapshot())
-        with space.excursion() as walk:
+        with space.perturbation() as walk:
             walk.move(space.noise(2), 0.1)
             walk.move(space.noise(3), 0.1)
             moved.append(snapshot())
         nested.append(snapshot())
-    with space.excursion() as walk:
+    with space.perturbation() as walk:
         walk.move(space.noise(2), 0.1)
         walk.move(space.noise(2), 0.1)
         moved.append(snapshot())
@@ -109,7 +109,7 @@ def raised(kind: str, everywhere: bool) -> dict[str, Any]:
     before = [t.clone() for t in (*space.weights.tensors, *space.shards.working)]
     refused = False
     try:
-        with space.displaced(space.noise(0), 0.1):
+        with space.perturbed(space.noise(0), 0.1):
             raise ValueError("on purpose")
     except ValueError:
         pass
@@ -118,7 +118,7 @@ def raised(kind: str, everywhere: bool) -> dict[str, Any]:
         engine.backend.forward(units[0][0])
     except lso.StaleWeights:
         refused = True
-    space.settle()
+    space.resync()
     loss = engine.train_batch(engines.mine(units))
     engines.close(engine)
     return {"back": back, "refused": refused, "loss": loss}

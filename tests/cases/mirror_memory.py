@@ -39,7 +39,7 @@ class Counted:
 def slow_network(budget_versions: float, steps: int = 14, rows: int = 96) -> dict[str, Any]:
     """`steps` steps of AdamW whose versions take far longer to mirror than to make; what was held at most.
 
-    `budget_versions` is the budget over the bytes of one version of this rank and of its ward.
+    `budget_versions` is the budget over the bytes of one version of this rank and of its mirrored peer.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     torch.manual_seed(0)

@@ -1,4 +1,5 @@
-"""The contract of an oracle, as cases for one engine kind each: exact weights, idle slots, leases, parts, dropout."""
+"""The contract of an oracle, as cases for one engine kind each: exact weights, idle slots, borrowed gradients, parts,
+dropout."""
 
 from __future__ import annotations
 
@@ -75,10 +76,10 @@ def weighted_mean(
     with oracle.accumulating() as total:
         for part in oracle.parts(parts):
             part.backward()
-    lease = total.gradient
+    borrowed = total.gradient
     out = {
-        "gradient": furthest(gathered(engine.space, lease.tensors), gradient),
-        "norm": abs(engine.space.norm(lease) - paper_loops.norm(list(gradient.values()))),
+        "gradient": furthest(gathered(engine.space, borrowed.tensors), gradient),
+        "norm": abs(engine.space.norm(borrowed) - paper_loops.norm(list(gradient.values()))),
         "pass loss": abs(oracle.losses[0] - loss),
         "loss": abs(oracle.loss() - loss),
         "evaluate": abs(engine.evaluate([engines.mine(global_batch)]) - loss),
@@ -139,7 +140,7 @@ def poisoned(
     assert report
     after = _weights_and_state(engine)
     out: dict[str, Any] = {
-        "skipped": report.skipped, "count": engine.skipped_steps, "messages": messages, "settled": engine.space.settled,
+        "skipped": report.skipped, "count": engine.skipped_steps, "messages": messages, "settled": engine.space.in_sync,
         "same": len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
         "samples": engine.clock.samples, "steps": engine.clock.steps,
     }  # fmt: skip
@@ -158,66 +159,66 @@ def _weights_and_state(engine: lso.Engine) -> list[Tensor]:
     return [*space.weights.tensors, *space.shards.working, *space.base_state("momentum_buffer").tensors]
 
 
-def leases(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) -> dict[str, str]:
-    """What reading a lease gives after each event that changes the engine's gradient buffer."""
+def borrowed_gradients(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) -> dict[str, str]:
+    """What reading a borrowed gradient gives after each event that changes the engine's gradient buffer."""
     engine = engine_of(kind, zero, bf16, extra=())
     space = engine.space
     own = engines.mine(engines.batches(1, 3, dtype=dtype_of(kind, "fp32", bf16))[0])
 
-    def another_pass(oracle: Any, lease: Any) -> None:
+    def another_pass(oracle: Any, borrowed: Any) -> None:
         oracle.gradient()
 
-    def another_oracle(oracle: Any, lease: Any) -> None:
+    def another_oracle(oracle: Any, borrowed: Any) -> None:
         engine.oracle(own).gradient()
 
-    def install(oracle: Any, lease: Any) -> None:
+    def install(oracle: Any, borrowed: Any) -> None:
         oracle.install(space.zeros())
 
-    def step(oracle: Any, lease: Any) -> None:
+    def step(oracle: Any, borrowed: Any) -> None:
         engine.train_batch(own)
 
-    def loss(oracle: Any, lease: Any) -> None:
+    def loss(oracle: Any, borrowed: Any) -> None:
         oracle.loss()
 
-    def own_install(oracle: Any, lease: Any) -> None:
-        oracle.install(lease)
+    def own_install(oracle: Any, borrowed: Any) -> None:
+        oracle.install(borrowed)
 
     out = {}
     for event in (another_pass, another_oracle, install, step, loss, own_install):
         oracle = engine.oracle(own)
-        lease = oracle.gradient()
-        values = [t.clone() for t in lease.tensors]
-        kept = lease.clone()
-        event(oracle, lease)
+        borrowed = oracle.gradient()
+        values = [t.clone() for t in borrowed.tensors]
+        kept = borrowed.clone()
+        event(oracle, borrowed)
         try:
-            out[event.__name__] = "same" if _equal(lease.tensors, values) else "changed"
-        except lso.StaleLease:
-            out[event.__name__] = "StaleLease"
+            out[event.__name__] = "same" if _equal(borrowed.tensors, values) else "changed"
+        except lso.StaleGradient:
+            out[event.__name__] = "StaleGradient"
         assert _equal(kept.tensors, values), "a clone changed"
     engines.close(engine)
     keeps = Keeps()
     engine = engine_of(kind, zero, bf16, extra=(), method=keeps, clip=1e-3)  # clipping scales the buffer in place
     engine.train_batch(own)
     try:
-        out["own_step"] = str(len(keeps.lease.tensors))
-    except lso.StaleLease:
-        out["own_step"] = "StaleLease"
+        out["own_step"] = str(len(keeps.borrowed.tensors))
+    except lso.StaleGradient:
+        out["own_step"] = "StaleGradient"
     engines.close(engine)
     return out
 
 
 class Keeps:
-    """A method that holds on to its lease."""
+    """A method that holds on to its gradient."""
 
     parts = 1
-    lease: Any = None
+    borrowed: Any = None
 
     def init(self, space: Any) -> dict[str, Any]:
         return {}
 
     def gradient(self, space: Any, oracle: Any, state: Any) -> Any:
-        self.lease = oracle.gradient()
-        return self.lease
+        self.borrowed = oracle.gradient()
+        return self.borrowed
 
 
 def _equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

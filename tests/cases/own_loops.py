@@ -153,7 +153,7 @@ def unfrozen(kind: str, again: bool = False) -> dict[str, Any]:
         except lso.UserError as error:
             return {"refused": str(error)}
         plain.requires_grad_(True)
-        optimizer.backend.retract()
+        optimizer.backend.drop_gathered()
         bare(model).requires_grad_(True)
         if again:
             model = wrapped(kind, bare(model))

@@ -46,7 +46,7 @@ def products(
     units: int = 5,
     zero: dict[str, Any] | None = None,
     bf16: bool = False,
-    displaced: bool = False,
+    perturbed: bool = False,
 ) -> dict[str, float]:
     """Relative distance of H v and G v from the matrices of the plain model, by mode; `symmetry` is u'Hv - v'Hu."""
     module, own = model_and_units(model, extra, dtype_of(kind, dtype, bf16), units)
@@ -58,7 +58,7 @@ def products(
     directions = [
         {n: plain_values(p.shape, n, k) for n, p in plain.named_parameters() if p.requires_grad} for k in (1, 2)
     ]
-    if displaced:
+    if perturbed:
         with torch.no_grad():
             for n, p in plain.named_parameters():
                 if p.requires_grad:
@@ -68,8 +68,8 @@ def products(
     for mode in modes:
         space, oracle = lso.attach(engine, None, engines.mine(own), products=mode, checked=False)  # type: ignore[arg-type]
         u, v = vector_of(space, directions[1]), vector_of(space, directions[0])
-        if displaced:
-            with space.displaced(u, 0.05):
+        if perturbed:
+            with space.perturbed(u, 0.05):
                 out |= _distances(space, oracle, mode, names, u, v, Hv, Gv)
         else:
             out |= _distances(space, oracle, mode, names, u, v, Hv, Gv)
@@ -273,22 +273,22 @@ def unequal_units_blockwise() -> dict[str, float]:
 
 
 def follows_the_weights(kind: str) -> dict[str, float]:
-    """A kept graph is built again after a step and inside a displacement, and the weights come back bit for bit."""
+    """A kept graph is built again after a step and inside a perturbation, and the weights come back bit for bit."""
     engine = engines.build(kind, engines.net(), lso.Plain(), base="sgd", loss_fn=split_loss())
     own = engines.mine(engines.batches(1, 4)[0])
     space, oracle = lso.attach(engine, None, own, products="kept", checked=False)
     v = space.noise(0).vector()
     before = oracle.hvp(v)
     weights = [t.clone() for t in space.weights.tensors]
-    with space.displaced(v, 0.1):
-        displaced = oracle.hvp(v)
+    with space.perturbed(v, 0.1):
+        perturbed = oracle.hvp(v)
     again = oracle.hvp(v)
     same = all(torch.equal(a, b) for a, b in zip(weights, space.weights.tensors, strict=True))
     engine.train_batch(own)
     stepped = oracle.hvp(v)
     _, fresh = lso.attach(engine, None, own, products="rebuilt", checked=False)
     out = {
-        "came back": float(same), "again": space.norm(again - before), "displaced": space.norm(displaced - before),
+        "came back": float(same), "again": space.norm(again - before), "perturbed": space.norm(perturbed - before),
         "stepped": space.norm(stepped - before), "stepped, apart": space.norm(stepped - fresh.hvp(v)),
         "size": space.norm(before),
     }  # fmt: skip

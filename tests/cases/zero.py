@@ -225,7 +225,7 @@ def noise(stage: int, zero: dict[str, Any] | None = None) -> None:
 
 
 def forward_follows(stage: int, zero: dict[str, Any] | None = None, bf16: bool = False) -> list[float]:
-    """Largest difference of the logits from a plain net's at the gathered weights: displaced, nested, and back.
+    """Largest difference of the logits from a plain net's at the gathered weights: perturbed, nested, and back.
 
     Each forward runs without a backward, so that copies which wait for one would be met by the next.
     """
@@ -245,9 +245,9 @@ def forward_follows(stage: int, zero: dict[str, Any] | None = None, bf16: bool =
         apart.append(float((engine.backend.forward(x) - plain(x)).abs().max()))
 
     compare()
-    with space.displaced(space.noise(0), 0.3):
+    with space.perturbed(space.noise(0), 0.3):
         compare()
-        with space.displaced(space.noise(1), 0.3):
+        with space.perturbed(space.noise(1), 0.3):
             compare()
         compare()
     compare()

@@ -39,7 +39,7 @@ class BreaksDisplaced(lso.SAM):
 
     def gradient(self, space: Any, oracle: Any, state: Any) -> Any:
         g = oracle.gradient()
-        with space.displaced(g, 0.3):
+        with space.perturbed(g, 0.3):
             model = oracle.backend.module
             model.where = model.armed
             try:
@@ -73,8 +73,8 @@ def raised(
     own = len(before) - (len(engine.backend.slots) if stage in (1, 2) else 0)
     now = copies()
     local = all(torch.equal(a, b) for a, b in zip(before[:own], now[:own], strict=True))
-    refused = not engine.space.settled
-    engine.space.settle()
+    refused = not engine.space.in_sync
+    engine.space.resync()
     settled = all(torch.equal(a, b) for a, b in zip(before, copies(), strict=True))
     goes_on = ""
     try:

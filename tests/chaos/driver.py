@@ -31,7 +31,7 @@ from tests.chaos.cluster import Cluster, Row, Stuck
 from tests.chaos.job import BATCH, SAMPLES
 
 POINTS = (
-    "forward", "backward", "displaced", "all-reduce", "mirroring", "resharding", "committing", "saving", "recovery",
+    "forward", "backward", "perturbed", "all-reduce", "mirroring", "resharding", "committing", "saving", "recovery",
 )  # fmt: skip
 ELASTIC = {
     "lease_s": 1.5, "hang_timeout_s": 4.0, "max_respawns": 1000, "copies": 2, "join_debounce_s": 0.2, "max_nodes": 5,
@@ -58,7 +58,14 @@ def undisturbed(steps: int) -> list[float]:
 
     engine = engine_of("plain", 16, steps * BATCH)
     loader = StepLoader(
-        Rows(), collate, global_batch_size=BATCH, microbatch_size=UNIT, seed=1, rank=0, world=1, total_samples=steps * BATCH
+        Rows(),
+        collate,
+        global_batch_size=BATCH,
+        microbatch_size=UNIT,
+        seed=1,
+        rank=0,
+        world=1,
+        total_samples=steps * BATCH,
     )
     return [engine.train_batch(units) for units in loader]
 

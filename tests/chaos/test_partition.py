@@ -33,7 +33,8 @@ LATE_S = 1.0
 GO_ON_S = 2 * LEASE_S + 2.0 + LATE_S
 """From a cut to the next step of those who go on: two leases for the eviction, the rest to form and compute."""
 ELECT_S = 0.75 * LEASE_S
-"""More where the host is lost: half a lease until it is suspected, and two beats until one of the others has won."""
+"""More where the host is lost: half a lease until it is suspected, and two heartbeats until one of the others has
+won."""
 BACK_S = 60.0
 """From the healing to the first step with the node that was cut off: its new worker may still import torch."""
 START_S = 120.0

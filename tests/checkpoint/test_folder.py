@@ -67,9 +67,9 @@ def test_the_format_is_what_it_says(trained: tuple[lso.Engine, Checkpointer], tm
     assert {*manifest, "manifest.json"} == {p.name for p in path.iterdir()} == {
         "manifest.json", "contents.json", "rank-0.safetensors",
     }  # fmt: skip
-    for name, facts in manifest.items():
+    for name, metadata in manifest.items():
         data = (path / name).read_bytes()
-        assert facts == {"bytes": len(data), "blake2b": hashlib.blake2b(data).hexdigest()}
+        assert metadata == {"bytes": len(data), "blake2b": hashlib.blake2b(data).hexdigest()}
     tensors = load_file(path / "rank-0.safetensors")  # the library's own reader
     contents = json.loads((path / "contents.json").read_text())
     for name, weight in weights(trained[0]).items():
@@ -112,10 +112,10 @@ def test_a_damaged_checkpoint_is_skipped_with_a_reason(
 
 def test_a_manifest_cannot_lead_out_of_its_folder(trained: tuple[lso.Engine, Checkpointer], tmp_path: Path) -> None:
     file = tmp_path / "checkpoint-2" / "manifest.json"
-    facts = json.loads(file.read_text())
+    metadata = json.loads(file.read_text())
     (tmp_path / "outside.json").write_bytes((tmp_path / "checkpoint-2" / "contents.json").read_bytes())
-    facts["files"]["../outside.json"] = facts["files"]["contents.json"]
-    file.write_text(json.dumps(facts))
+    metadata["files"]["../outside.json"] = metadata["files"]["contents.json"]
+    file.write_text(json.dumps(metadata))
     assert latest(tmp_path) == tmp_path / "checkpoint-1"
 
 
@@ -207,7 +207,7 @@ def test_another_model_is_refused_before_anything_changes(trained: tuple[lso.Eng
     with pytest.raises(UserError, match=r"parameter a.weight is \[5, 4\] in it and \[6, 4\] here") as error:
         trained[1].resume(other)
     assert "\n" not in str(error.value)
-    assert all(torch.equal(w, before[n]) for n, w in weights(other).items()) and other.space.settled
+    assert all(torch.equal(w, before[n]) for n, w in weights(other).items()) and other.space.in_sync
     two = engine()
     two.base.add_param_group({"params": [("x", torch.zeros(1))]})  # type: ignore[union-attr]
     with pytest.raises(UserError, match="1 param groups, this optimizer 2"):
@@ -227,7 +227,7 @@ def test_state_that_cannot_be_resharded_is_refused(tmp_path: Path) -> None:
 
 def test_no_save_inside_a_displaced_pass(tmp_path: Path) -> None:
     made, checkpoints = engine(), Checkpointer(tmp_path)
-    with made.space.displaced(made.space.zeros()), pytest.raises(StaleWeights, match="inside a displaced pass"):
+    with made.space.perturbed(made.space.zeros()), pytest.raises(StaleWeights, match="inside a perturbed pass"):
         checkpoints.save(made, 1)
     assert list(tmp_path.iterdir()) == []
 

@@ -86,7 +86,7 @@ def test_the_memory_is_that_of_the_model(capsys):
     assert f"{whole:,} trainable parameters" in out
     table = rows(out, "Memory a rank, in MiB")
     per_world = {
-        "weights": 4, "gradient": 4, "optimizer state": 8, "way back of a displacement": 4,
+        "weights": 4, "gradient": 4, "optimizer state": 8, "way back of a perturbation": 4,
     }  # fmt: skip
     for what, each in per_world.items():
         assert table[what] == [f"{-(-whole // world) * each / 2**20:,.2f}" for world in (1, 2, 3, 4, 8)]

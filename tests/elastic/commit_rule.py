@@ -150,7 +150,7 @@ class Job(NamedTuple):
         return job._replace(chosen=(*job.chosen, (generation, best)), base=base)
 
     def _settle(self, t: Trainer) -> Job:
-        """Mirrored, and holding its ward's version: ready for the barrier."""
+        """Mirrored, and holding its mirrored peer's version: ready for the barrier."""
         if self._acknowledged(t) < t.step:
             return self
         job = self._replace(settled=self.settled | {(t.generation, t.name)})
@@ -197,10 +197,10 @@ class Job(NamedTuple):
         return all(t is not None and t.generation == generation for t in trainers)
 
     def _acknowledged(self, t: Trainer) -> int:
-        """The newest step of which my mirror holds my shard, and I my ward's."""
+        """The newest step of which my mirror holds my shard, and I my mirrored peer's."""
         ranks = self._ranks(t)
-        ward = (ranks.index(t.name) - 1) % len(ranks)
-        mine = max((s for g, s, r in t.holds if (g, r) == (t.generation, ward)), default=-1)
+        mirrored_peer = (ranks.index(t.name) - 1) % len(ranks)
+        mine = max((s for g, s, r in t.holds if (g, r) == (t.generation, mirrored_peer)), default=-1)
         return min(t.sent, mine) if len(ranks) > 1 else t.step
 
     def _forget(self) -> Job:

@@ -13,16 +13,16 @@ from functools import cache
 from math import isinf
 from typing import Any
 
-from elastic_lsopt.elastic.membership.generation import Generation
 from elastic_lsopt.elastic.membership import machine as membership
+from elastic_lsopt.elastic.membership.generation import Generation
 from elastic_lsopt.elastic.membership.quorum import WitnessVote
 from elastic_lsopt.elastic.membership.record import (
     AskWitness,
-    Beat,
     Effect,
     Enter,
     Event,
     Heard,
+    Heartbeat,
     KillWorkers,
     Leave,
     Persist,
@@ -222,9 +222,9 @@ class World:
         return replace(self, mail=tuple(sorted([*kept, (link, records)] if records else kept, key=lambda e: e[0])))
 
     def run(self, seconds: float, advance: Advance = membership.advance, respawn: bool = True) -> World:
-        """A healthy network: time passes beat by beat, and each record is read at once."""
+        """A healthy network: time passes heartbeat by heartbeat, and each record is read at once."""
         world = self
-        step_s = self.rules.beat_s / 2
+        step_s = self.rules.heartbeat_s / 2
         for _ in range(round(seconds / step_s)):
             world = world.tick(step_s, advance).flush(advance)
             for p in world.places:
@@ -244,15 +244,16 @@ class World:
 
 @cache
 def _names(cls: type) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(cls) if f.name not in ("rules", "beats", "saved", "reported_s", "heard"))
+    return tuple(f.name for f in fields(cls) if f.name not in ("rules", "heartbeats", "saved", "reported_s", "heard"))
 
 
 def form(value: Any, now: float, floor: float) -> Hashable:
-    """What matters of a state or record: times relative to `now` and cut off at `floor`, beats uncounted, no history.
+    """What matters of a state or record: times relative to `now` and cut off at `floor`, heartbeats uncounted, no
+    history.
 
     A record under way is always newer than what its reader has heard of its writer, so the count does not matter.
     """
-    if isinstance(value, Beat):
+    if isinstance(value, Heartbeat):
         return value.incarnation, max(floor, value.sent_s - now)
     if isinstance(value, float):
         return value if isinf(value) else max(floor, value - now)

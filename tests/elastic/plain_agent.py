@@ -1,6 +1,6 @@
 """A real agent whose workers train nothing: `python -m tests.elastic.plain_agent FOLDER NAME WORKERS [ENDPOINT]`.
 
-A worker says ready, beats, and notes each generation that it is told of: a line `worker pid number gone…` in
+A worker says ready, heartbeats, and notes each generation that it is told of: a line `worker pid number gone…` in
 FOLDER/entered. It lives until its agent ends it, or SIGTERM does.
 """
 
@@ -26,12 +26,12 @@ name, number, lock = os.environ["ELASTIC_LSOPT_WORKER"], 0, threading.Lock()
 sys.excepthook = threading.excepthook = lambda *_: os._exit(1)  # its agent has gone
 def tell(**line):
     with lock: agent.sendall(json.dumps(line).encode() + b"\\n")
-def beat():
+def heartbeat():
     while True:
-        tell(kind="beat", generation=number)
+        tell(kind="heartbeat", generation=number)
         time.sleep(0.1)
 tell(kind="ready")
-threading.Thread(target=beat, daemon=True).start()
+threading.Thread(target=heartbeat, daemon=True).start()
 for line in agent.makefile("rb"):
     told = json.loads(line)
     if told["kind"] == "enter":

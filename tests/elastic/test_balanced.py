@@ -1,4 +1,5 @@
-"""Micro-batches dealt by speed: the sums are those of even shares, and only where no rank waits for another's forward."""
+"""Micro-batches dealt by speed: the sums are those of even shares, and only where no rank waits for another's
+forward."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.elastic.agent.agent import Agent
 from elastic_lsopt.elastic.agent import lease_clock as clock
+from elastic_lsopt.elastic.agent.agent import Agent
 from tests.elastic.plain_agent import entered, node, pump
 
 pytestmark = pytest.mark.fast

@@ -16,19 +16,19 @@ from elastic_lsopt.elastic.agent.mail.letter import Letter, opened
 from elastic_lsopt.elastic.agent.mail.mailbox import UNREAD, Mailbox, connect
 from elastic_lsopt.elastic.agent.mail.signing import MAX_SKEW_S, Refused
 from elastic_lsopt.elastic.agent.status import read_status, say_status
-from elastic_lsopt.elastic.membership.generation import Change, Member
 from elastic_lsopt.elastic.membership import turn
+from elastic_lsopt.elastic.membership.generation import Change, Member
 from elastic_lsopt.elastic.membership.quorum import Accepted, Ask, Ballot, Vote
-from elastic_lsopt.elastic.membership.record import Beat, Record, Rules
+from elastic_lsopt.elastic.membership.record import Heartbeat, Record, Rules
 from tests.elastic.model import begin
 
 pytestmark = pytest.mark.fast
 SECRET = b"sixteen bytes ok"
 CHANGE = Change("died: ä\n", "n", 3, running=True, joined=(Member("m", "h:2", ("m/a", "m/b")),))
 FULL = Record(
-    "n", "h:1", "j", Beat(1, 2, 3.5), answer=True, number=4,
+    "n", "h:1", "j", Heartbeat(1, 2, 3.5), answer=True, number=4,
     vote=Vote(Ballot(3, "n"), Accepted(Ballot(3, "n"), CHANGE)), workers=("n/a",), leaving=("n/a",), broken=3,
-    echo=Beat(0, 1, 0.25), grants=True, ask=Ask(Ballot(3, "n"), CHANGE), change=CHANGE,
+    echo=Heartbeat(0, 1, 0.25), grants=True, ask=Ask(Ballot(3, "n"), CHANGE), change=CHANGE,
     fingerprint=(("code", "1"),), refusal="no\nreason",
 )  # fmt: skip
 
@@ -97,7 +97,7 @@ def test_one_that_fetches_no_answers_is_given_no_more_than_its_queue_holds() -> 
 def test_a_beat_taken_the_short_way_does_what_the_long_way_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """The leader's short way for records that only say "I live" changes neither state nor effects."""
     world = begin(3, Rules(1, 4, "j", {}, join_debounce_s=0.0))
-    short, taken = turn.Turn._is_beat, []
+    short, taken = turn.Turn._is_heartbeat, []
 
     def count(self: turn.Turn, record: Record, before: Record) -> bool:
         taken.append(short(self, record, before))

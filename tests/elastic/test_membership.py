@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_lsopt.elastic.membership.generation import Change, Generation, Member
 from elastic_lsopt.elastic.membership import machine as membership
+from elastic_lsopt.elastic.membership.generation import Change, Generation, Member
 from elastic_lsopt.elastic.membership.quorum import Ask, Ballot, Vote, WitnessVote, decides, quorum_time
 from elastic_lsopt.elastic.membership.record import (
-    Beat,
     Broken,
     Drain,
     DrainWorker,
     Effect,
     Finished,
     Heard,
+    Heartbeat,
     Publish,
     Record,
     Rules,
@@ -181,12 +181,12 @@ def test_who_came_while_nobody_led_is_let_in() -> None:
     for name in "abc":
         world = world.kill_worker(name).flush()
     while world.place("b").state.campaign is None:  # type: ignore[union-attr]
-        world = replace(world, mail=()).tick(rules().beat_s, asleep=frozenset("acd"))
+        world = replace(world, mail=()).tick(rules().heartbeat_s, asleep=frozenset("acd"))
     world = world.deliver("b", "a", 0)
     assert world.place("a").state.campaign is None  # type: ignore[union-attr]
     world = replace(world.crash("b"), mail=()).spawn("d").flush()
     while not world.place("a").state.campaign:  # type: ignore[union-attr]
-        world = world.tick(rules().beat_s, asleep=frozenset("c")).flush()
+        world = world.tick(rules().heartbeat_s, asleep=frozenset("c")).flush()
     world = world.run(4.0, respawn=False)
     let_in = next(g for g in world.decided if "d" in g.member)
     assert (let_in.why, let_in.host, "b" in let_in.member) == ("joined: d", "a", True)
@@ -224,7 +224,7 @@ def test_a_stranger_is_refused_and_disturbs_nobody(other: dict[str, Any], named:
 @pytest.mark.parametrize("one_dies", [False, True])
 def test_beats_that_come_together_are_answered_as_each_alone(one_dies: bool) -> None:
     """By the same words but for the number of the answer; a record among them that is none is heard in its place."""
-    world = begin(4, rules()).run(2.0).tick(rules().beat_s)
+    world = begin(4, rules()).run(2.0).tick(rules().heartbeat_s)
     if one_dies:
         world = world.kill_worker("c")
     host = world.place("a")
@@ -236,14 +236,14 @@ def test_beats_that_come_together_are_answered_as_each_alone(one_dies: bool) -> 
     for record in records:
         in_turn, more = membership.advance(in_turn, Heard((record,)), host.clock_s)
         each += more
-    assert replace(state, beats=0, saved=None) == replace(in_turn, beats=0, saved=None)
+    assert replace(state, heartbeats=0, saved=None) == replace(in_turn, heartbeats=0, saved=None)
 
     def said(effects: Iterable[Effect]) -> list[tuple[object, Record]]:
-        return [(e.to, replace(e.record, beat=Beat(0, 0, 0.0))) for e in effects if isinstance(e, Publish)]
+        return [(e.to, replace(e.record, heartbeat=Heartbeat(0, 0, 0.0))) for e in effects if isinstance(e, Publish)]
 
     assert said(effects) == said(each) and len(said(effects)) >= 3
-    beats = [(to, e.record.beat) for e in effects if isinstance(e, Publish) for to in e.to]
-    assert len(beats) == len(set(beats)), "to one reader no two answers have one number"
+    heartbeats = [(to, e.record.heartbeat) for e in effects if isinstance(e, Publish) for to in e.to]
+    assert len(heartbeats) == len(set(heartbeats)), "to one reader no two answers have one number"
 
 
 def test_rules_that_contradict_each_other() -> None:

@@ -76,7 +76,7 @@ def test_a_silent_peer_holds_up_no_close(ranks: Any) -> None:
     out = ranks(2).run(CASES + "silent_peer", seconds=1.0)
     assert "has not arrived within 1.0 s" in out[0]["said"]
     for r in out:
-        assert r["close_s"] < 1.0 and not r["alive"] and not r["wards"]
+        assert r["close_s"] < 1.0 and not r["alive"] and not r["mirrored peers"]
     ranks(2).stop()  # its sockets were cut
 
 
@@ -84,13 +84,13 @@ def test_a_dead_peer_is_said_at_the_next_wait_and_what_had_arrived_stays(ranks: 
     out = ranks(2).run(CASES + "severed_peer")
     for r in out:
         assert "the mirror lost a peer" in r["said"] and r["waited_s"] < 5
-        assert r["wards"] == [1] and r["kept"] == [2]
+        assert r["mirrored peers"] == [1] and r["kept"] == [2]
     ranks(2).stop()
 
 
 def test_no_version_of_displaced_or_unsettled_weights(ranks: Any) -> None:
     for r in ranks(2).run(CASES + "refused_versions"):
-        assert "displaced" in r["said"][0] and "settle" in r["said"][1] and r["held"] == 0
+        assert "perturbed" in r["said"][0] and "settle" in r["said"][1] and r["held"] == 0
 
 
 @pytest.mark.full

@@ -26,7 +26,12 @@ ADAMW = Hyperparameters(
 )
 KEEP = Policy(reference=ADAMW, microbatch_size=2)
 SCALE = Policy(
-    reference=ADAMW, microbatch_size=2, kind="scale_batch", reference_workers=4, rule="sqrt", decoupled_weight_decay=True
+    reference=ADAMW,
+    microbatch_size=2,
+    kind="scale_batch",
+    reference_workers=4,
+    rule="sqrt",
+    decoupled_weight_decay=True,
 )
 START = SampleClock()
 

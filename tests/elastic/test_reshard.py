@@ -133,7 +133,7 @@ def held(stamp: tuple[int, int], rank: int, chunks: list[Chunk], checksum: int =
         "generation": stamp[0], "step": stamp[1], "rank": rank, "world": 2, "node": "", "bytes": 0,
         "checksum": checksum, "clock": {"samples": stamp[1] * 8, "steps": stamp[1]}, "extra": {"cursor": stamp[1]},
     }  # fmt: skip
-    return entry, {"index": index, "whole": {"w": 10, "rng/0/cpu": 5056, "facts/1": 4096}}
+    return entry, {"index": index, "whole": {"w": 10, "rng/0/cpu": 5056, "metadata/1": 4096}}
 
 
 def rank_with(*versions: tuple[Any, Any]) -> Any:

@@ -138,7 +138,14 @@ def test_saving_does_not_wait_for_a_shard_that_is_being_read() -> None:
             yield sample
 
     own = StepLoader(
-        ShardStream(["0:8"], slow), list, global_batch_size=2, microbatch_size=2, seed=0, rank=0, world=1, total_samples=8
+        ShardStream(["0:8"], slow),
+        list,
+        global_batch_size=2,
+        microbatch_size=2,
+        seed=0,
+        rank=0,
+        world=1,
+        total_samples=8,
     )
     steps = iter(own)
     next(steps)

@@ -193,6 +193,6 @@ def test_closures_that_do_not_fit_are_refused(parts: int, closures: int, last: b
     with pytest.raises(lso.UserError) as caught:
         optimizer.step(made[-1] if last else mine[0])
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
-    optimizer.space.settle()
+    optimizer.space.resync()
     optimizer.step(mine[:parts])  # what was handed in is forgotten
     assert optimizer.clock.steps == 1

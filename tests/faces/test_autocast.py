@@ -156,8 +156,8 @@ def test_fidelity_is_measured_in_the_type_that_the_loss_enters_itself(
     reports = [steps() for _ in range(3)]
     assert [r.fidelity is not None for r in reports] == [i == seen_at for i in range(3)]
     assert 0.0 < reports[seen_at].fidelity.cosine < 0.9
-    [line] = [r.getMessage() for r in caplog.records if "sees another displacement" in r.getMessage()]
-    assert line.startswith("the forward pass in torch.bfloat16 sees another displacement")
+    [line] = [r.getMessage() for r in caplog.records if "sees another perturbation" in r.getMessage()]
+    assert line.startswith("the forward pass in torch.bfloat16 sees another perturbation")
 
 
 @pytest.mark.fast

@@ -1,4 +1,4 @@
-"""What an engine reports of its displacements, and what it counts."""
+"""What an engine reports of its perturbations, and what it counts."""
 
 from __future__ import annotations
 

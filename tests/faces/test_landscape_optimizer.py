@@ -235,7 +235,7 @@ def test_wrong_steps(use: Callable[..., None], says: str) -> None:
         use(optimizer, model, closure)
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
     assert torch.equal(before, model.weight)
-    optimizer.space.settle()
+    optimizer.space.resync()
     assert optimizer.step(closure) > 0
 
 
@@ -251,7 +251,7 @@ def test_a_closure_that_empties_the_models_gradient_between_parts_is_refused() -
 
     with pytest.raises(lso.UserError, match="threw away the gradient of the one before"):
         optimizer.step([closure, wrong])
-    optimizer.space.settle()
+    optimizer.space.resync()
     assert optimizer.step([closure, closure]) > 0
 
 

@@ -1,4 +1,4 @@
-"""What is unfrozen or added after the first step takes part in the next one, displaced and clipped."""
+"""What is unfrozen or added after the first step takes part in the next one, perturbed and clipped."""
 
 from __future__ import annotations
 

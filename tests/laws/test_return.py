@@ -1,4 +1,4 @@
-"""Law 3: back to the very bits after a displacement, after an exception, after another rank's failure."""
+"""Law 3: back to the very bits after a perturbation, after an exception, after another rank's failure."""
 
 from __future__ import annotations
 

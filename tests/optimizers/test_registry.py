@@ -144,9 +144,9 @@ def test_the_public_surface() -> None:
     """Adding a name is a decision; taking one away breaks users."""
     assert sorted(lso.__all__) == sorted(
         [
-            "ASAM", "LPFSGD", "SAM", "Engine", "LandscapeOptimizer", "Loss", "NonFinite", "PeerFailed", "Plain",
-            "ProbeCallback",
-            "StaleGeneration", "StaleLease", "StaleWeights", "StepReport", "Unit", "Unsupported", "UserError", "attach",
+            "ASAM", "LPFSGD", "SAM", "Engine", "LandscapeOptimizer", "Loss", "MicroBatch", "NonFinite", "PeerFailed", 
+            "Plain", "ProbeCallback",
+            "StaleGeneration", "StaleGradient", "StaleWeights", "StepReport", "Unsupported", "UserError", "attach",
             "elastic", "initialize", "probes", "registry",
         ]
     )  # fmt: skip

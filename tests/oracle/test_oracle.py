@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite(ranks: Any, kind: str, world: int, method: st
 def test_leases(ranks: Any, kind: str, world: int) -> None:
     for r in ranks(world).run("tests.cases.oracle_contract:leases", kind=kind):
         stale = {"another_pass", "another_oracle", "install", "step", "own_step"}
-        assert r == {**dict.fromkeys(stale, "StaleLease"), "loss": "same", "own_install": "same"}
+        assert r == {**dict.fromkeys(stale, "StaleGradient"), "loss": "same", "own_install": "same"}
 
 
 @pytest.mark.parametrize("kind,world", fast_or_not(FRAMEWORK))

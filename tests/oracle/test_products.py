@@ -120,7 +120,7 @@ def test_differences(ranks: Any, kind: str, world: int) -> None:
 
 @pytest.mark.parametrize("kind,world", [("plain", 1), ("fsdp2", 2), ("zero2", 2)])
 def test_at_displaced_weights(ranks: Any, kind: str, world: int) -> None:
-    for r in ranks(world).run("tests.cases.products:products", kind=kind, displaced=True):
+    for r in ranks(world).run("tests.cases.products:products", kind=kind, perturbed=True):
         assert max(r.values()) < 1e-5, r
 
 
@@ -135,7 +135,7 @@ def test_an_engine_in_bf16(ranks: Any, kind: str, world: int) -> None:
 def test_a_kept_graph_follows_the_weights(ranks: Any, kind: str, world: int) -> None:
     for r in ranks(world).run("tests.cases.products:follows_the_weights", kind=kind):
         assert r["came back"] == 1.0 and r["again"] < 1e-6 * r["size"], r
-        assert min(r["displaced"], r["stepped"]) > 1e-2 * r["size"] and r["stepped, apart"] < 1e-6 * r["size"], r
+        assert min(r["perturbed"], r["stepped"]) > 1e-2 * r["size"] and r["stepped, apart"] < 1e-6 * r["size"], r
 
 
 SAYS = {

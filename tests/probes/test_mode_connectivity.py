@@ -154,7 +154,7 @@ def test_losses_that_are_not_finite() -> None:
         mode_connectivity(space, oracle, start=at(space, 0, 0), end=at(space, 1, 0))
     with pytest.raises(NonFinite, match="pass 1"):
         mode_connectivity(space, oracle, start=at(space, 0, 0), end=at(space, 0, 1), curve="bezier")
-    assert space.settled and space.weights.tensors[0].tolist() == [0.3, -0.7]
+    assert space.in_sync and space.weights.tensors[0].tolist() == [0.3, -0.7]
 
 
 def test_bad_input() -> None:

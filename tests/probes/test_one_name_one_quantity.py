@@ -7,20 +7,20 @@ import torch
 
 import elastic_lsopt as lso
 from elastic_lsopt.config.study import StudyConfig
-from elastic_lsopt.probes.catalogue import MEASURES, Situation, measure
+from elastic_lsopt.probes.catalogue import MEASURES, ProbeContext, measure
 from elastic_lsopt.probes.presets import PRESETS, STUDIED
 from elastic_lsopt.study.measures import chosen, number
 
 pytestmark = pytest.mark.fast
 
 
-def here() -> Situation:
+def here() -> ProbeContext:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
     batch = (torch.randn(8, 4).double(), torch.randint(0, 3, (8,)))
     loss = lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
     space, oracle = lso.attach(model, loss, [batch])
-    return Situation(space=space, oracle=oracle, batches=lambda: [oracle], samples=8, initial=space.zeros())
+    return ProbeContext(space=space, oracle=oracle, batches=lambda: [oracle], samples=8, initial=space.zeros())
 
 
 def test_lambda_max_is_of_the_hessian_and_its_preset_of_the_normalised_one() -> None:

@@ -1,4 +1,4 @@
-"""Slices of quadratics are parabolas; every grid point is displaced from the weights themselves; they come back."""
+"""Slices of quadratics are parabolas; every grid point is perturbed from the weights themselves; they come back."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_random_directions() -> None:
     assert space.norm(first) == pytest.approx(space.norm(own), rel=1e-8)
     assert abs(space.dot(first, second)) < 0.3 * space.norm(first) ** 2
     line = surface(space, oracle, dimensions=1, alphas=(1.0,), draw=1)
-    with space.displaced(second):
+    with space.perturbed(second):
         assert oracle.loss() == line.losses[0][0]
     plane = surface(space, oracle, alphas=(1.0,), betas=(0.0,), draw=1)
     assert plane.losses[0][0] not in (surface(space, oracle, alphas=(1.0,), betas=(0.0,)).losses[0][0], plane.centre)
@@ -131,7 +131,7 @@ def test_infinite_losses_are_told_and_an_infinite_centre_refused() -> None:
     d = along(space, 1, 0, 0, 0, 0, 1)
     far = surface(space, oracle, along=[d], dimensions=1, alphas=(0.0, 1e200))
     assert far.losses[0][0] == far.centre and isnan(far.losses[0][1])  # inf - inf
-    with space.displaced(d, 1e200), pytest.raises(NonFinite, match="centre of the surface"):
+    with space.perturbed(d, 1e200), pytest.raises(NonFinite, match="centre of the surface"):
         surface(space, oracle, along=[d], dimensions=1)
 
 

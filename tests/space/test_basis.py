@@ -68,7 +68,7 @@ def test_against_whole_matrices(count: int, kept: int) -> None:
     torch.testing.assert_close(basis.gram(filled(space, p, 2)), q @ p.T, **near)
     assert basis.gram(Basis(space, 3)).shape == (count, 0) and Basis(space, 3).gram(basis).shape == (0, count)
     torch.testing.assert_close(flat(basis.combine(c[0])), c[0] @ q, **near)
-    torch.testing.assert_close(flat(basis.take_off_(vector(space, v), c[0])), v - c[0] @ q, **near)
+    torch.testing.assert_close(flat(basis.project_out_(vector(space, v), c[0])), v - c[0] @ q, **near)
     basis.combine_all_(c)
     assert len(basis) == kept
     for mine, row in zip(basis, c @ q, strict=True):

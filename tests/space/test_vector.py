@@ -78,7 +78,7 @@ def test_the_weights_are_live() -> None:
     space = space_of()
     weights = space.weights
     before = weights.clone()
-    with space.displaced(space.noise(0), 0.5):
+    with space.perturbed(space.noise(0), 0.5):
         moved = weights - before
     assert same(moved, [0.5 * t for t in space.noise(0).vector().tensors])
     assert all(torch.equal(x, y) for x, y in zip(weights.tensors, before.tensors, strict=True))

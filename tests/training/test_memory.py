@@ -83,7 +83,7 @@ def test_a_gathered_block_is_in_the_precision_of_the_forward():
 
 
 @pytest.mark.parametrize(
-    ("how", "own", "wards"),
+    ("how", "own", "mirrored peers"),
     [
         # 4 bytes x (weights, two of Adam's states) x 3 versions; a shard is a quarter of 1000.
         ({"backend": "fsdp2", "world": 4}, 9000, 9000),
@@ -99,8 +99,11 @@ def test_a_gathered_block_is_in_the_precision_of_the_forward():
         ({"backend": "fsdp2", "world": 4, "optim": "sgd", "momentum": 0.9, "vectors": 1}, 9000, 9000),
     ],
 )
-def test_the_mirror_is_versions_times_shards(how, own, wards):
+def test_the_mirror_is_versions_times_shards(how, own, mirrored_peers):
     three = 3 * 2**15  # what is no tensor
     told = mirror_per_rank(1000, **how)
-    assert told == {"own versions": own + three, "wards' versions": wards + wards // own * three}
+    assert told == {
+        "own versions": own + three,
+        "mirrored peers' versions": mirrored_peers + mirrored_peers // own * three,
+    }
     assert mirror_per_rank(1000, **how, budget_bytes=2**30) == {key: value // 3 * 10 for key, value in told.items()}

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from elastic_lsopt.backends.zero.tested import SUPPORTED, refuse_engine, refuse_untested
-from elastic_lsopt.backends.zero.zero_backend import ZeroBackend, check_private, check_version
 from elastic_lsopt.backends.zero.zero0 import Zero0
 from elastic_lsopt.backends.zero.zero3 import Zero3
 from elastic_lsopt.backends.zero.zero12 import Bf16Zero1, Zero12
+from elastic_lsopt.backends.zero.zero_backend import ZeroBackend, check_private, check_version
 from elastic_lsopt.errors import Unsupported
 
 

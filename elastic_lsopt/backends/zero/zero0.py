@@ -42,10 +42,10 @@ class Zero0(ZeroBackend):
     def _pieces(self) -> list[Piece]:
         return [Piece(self._number[id(p)], 0, p.numel(), slot, 0) for slot, [p] in enumerate(self._groups)]
 
-    def retract(self) -> None:
+    def drop_gathered(self) -> None:
         """There are no gathered copies."""
 
-    def publish(self) -> None:
+    def refresh_gathered(self) -> None:
         """There are no gathered copies."""
 
     def clear_gradient(self) -> None:

@@ -3,8 +3,8 @@
     group 0, flat     [ a.weight ......... | a.bias | b.weight ... pad ]     every rank
     rank 1's part                  [ .............. ]                        its master: a flat fp32 copy of this
 
-The working copy is this rank's part of the flat buffer; `publish` gathers all parts into it, as DeepSpeed's step does.
-A displacement is rebuilt from the master, so it needs no memory.
+The working copy is this rank's part of the flat buffer; `refresh_gathered` gathers all parts into it, as DeepSpeed's
+step does. A perturbation is rebuilt from the master, so it needs no memory.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class FlatZero(ZeroBackend):
     def _working_slots(self) -> list[Tensor]:
         return [flat.chunk(self.world)[self.rank] for flat in self._flats]
 
-    def retract(self) -> None:
+    def drop_gathered(self) -> None:
         """The gathered copy is the flat buffer itself, written in place."""
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def refresh_gathered(self) -> None:
         self._gather(self._flats)
 
     def _gather(self, flats: Sequence[Tensor]) -> None:

@@ -3,8 +3,8 @@
     sub-group 0, this rank's slot     [ a.weight, part | a.bias, part, padding | b.weight, part ]
 
 The working copy is the part that a gather reads, the master an fp32 copy of it (DeepSpeed 0.19.8 makes one in fp32 too;
-where it does not, an excursion keeps a shard). Small parameters stay gathered between steps (`persistent_parameters`):
-they are dropped before an edit of the working copy and gathered again after it.
+where it does not, a perturbation keeps a shard). Small parameters stay gathered between steps
+(`persistent_parameters`): they are dropped before an edit of the working copy and gathered again after it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Zero3(ZeroBackend):
                 start += size
         return pieces
 
-    def retract(self) -> None:
+    def drop_gathered(self) -> None:
         module: Any = self.module
         broken: Exception | None = None
         for _ in range(1 + sum(1 for _ in module.parameters())):
@@ -73,7 +73,7 @@ class Zero3(ZeroBackend):
         assert broken is not None
         raise broken
 
-    def publish(self) -> None:
+    def refresh_gathered(self) -> None:
         kept = self._wrapper.persistent_parameters
         # One gather for all, as after DeepSpeed's step: the forward would fetch them one module at a time. After a cut
         # it can fetch nothing, so none runs: with every gathered copy dropped, no copy is wrong.
@@ -98,7 +98,7 @@ class Zero3(ZeroBackend):
 
     def repair(self) -> None:
         super().repair()
-        self.retract()
+        self.drop_gathered()
         for bucket in self._wrapper.ipg_buckets.values():
             bucket.clear_params()
         module: Any = self.module

@@ -6,9 +6,9 @@ An adapter a wrapper class that DeepSpeed puts around the base optimizer:
     stages 1, 2    DeepSpeedZeroOptimizer, BF16_Optimizer (1, bf16 summed in fp32)   zero12.py
     stage 3        DeepSpeedZeroOptimizer_Stage3                                     zero3.py
 
-[Note: whose arithmetic] DeepSpeed is told a micro-batch of 1 and an accumulation of 1. The oracle weighs each micro-batch and
-says which backward closes the pass; DeepSpeed averages over the data-parallel ranks, clips what it finds in its buffer
-and steps once.
+[Note: whose arithmetic] DeepSpeed is told a micro-batch of 1 and an accumulation of 1. The oracle weighs each
+micro-batch and says which backward closes the pass; DeepSpeed averages over the data-parallel ranks, clips what it
+finds in its buffer and steps once.
 """
 
 from __future__ import annotations

@@ -37,9 +37,9 @@ from elastic_lsopt.elastic.agent.status import STATUS, say_status
 from elastic_lsopt.elastic.agent.vote_disk import VoteDisk
 from elastic_lsopt.elastic.agent.witness import Witness
 from elastic_lsopt.elastic.agent.worker_process import WorkerProcess
-from elastic_lsopt.elastic.membership.generation import FINISHED, Generation
 from elastic_lsopt.elastic.membership import machine as membership
 from elastic_lsopt.elastic.membership import record
+from elastic_lsopt.elastic.membership.generation import FINISHED, Generation
 from elastic_lsopt.elastic.worker import manifest
 from elastic_lsopt.errors import UserError
 
@@ -127,7 +127,7 @@ class Agent:
                 many = len(self._reports) > MANY
                 if many:
                     time.sleep(REST_S)
-                if time.monotonic() - tick >= (self.node.rules.beat_s / 2 if many else TICK_S):
+                if time.monotonic() - tick >= (self.node.rules.heartbeat_s / 2 if many else TICK_S):
                     tick = time.monotonic()
                     self._tick()
             return self._exit_code

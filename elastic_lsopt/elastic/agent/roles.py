@@ -160,8 +160,8 @@ def run(
     The same program is this node's agent and, started again by it, each of the node's workers; what stands before this
     call runs in all of them. `build(world)` makes engine and data for one generation and returns a `Job`. `reference`
     says the global batch and the peak rate (under scale_batch also Adam's betas) that the job was tuned for;
-    `microbatch_size` is the number of samples in a micro-batch. `workers` are this node's. Raises ValueError for settings
-    that contradict each other.
+    `microbatch_size` is the number of samples in a micro-batch. `workers` are this node's. Raises ValueError for
+    settings that contradict each other.
     """
     settings = config if isinstance(config, ElasticConfig) else ElasticConfig(**config)
     policy, folder = _policy(settings, reference, microbatch_size), Path(output_dir)
@@ -180,8 +180,8 @@ def _policy(settings: ElasticConfig, reference: Hyperparameters, microbatch_size
     own = "linear" if reference.betas is None else "sqrt"
     bounds = ("min_global_batch_size", "max_global_batch_size", "min_learning_rate", "max_learning_rate")
     return Policy(
-        reference=reference, microbatch_size=microbatch_size, kind=settings.policy, reference_workers=settings.reference_workers,
-        rule="none" if settings.policy == "keep_batch" else settings.lr_rule or own,
+        reference=reference, microbatch_size=microbatch_size, kind=settings.policy,
+        reference_workers=settings.reference_workers, rule="none" if settings.policy == "keep_batch" else settings.lr_rule or own,
         decoupled_weight_decay=reference.betas is not None, ramp_samples=settings.ramp_samples,
         max_accumulation=settings.max_accumulation, **{name: getattr(settings, name) for name in bounds},
     )  # fmt: skip

@@ -30,7 +30,7 @@ class WorkerProcess:
         self.ready = self.entered = self.finished = False
         self.last_beat = time.monotonic()
         self.told: dict[str, Any] = {}
-        """What the last beat told: step, samples, loss, seconds of a step."""
+        """What the last heartbeat told: step, samples, loss, seconds of a step."""
         self._ahead: deque[tuple[int, float]] = deque()
         """Generations that it was told of and has not reached, and since when."""
         self._killed = False
@@ -68,8 +68,8 @@ class WorkerProcess:
             self._socket.sendall(json.dumps({"kind": kind, **more}).encode() + b"\n")
 
     def hung(self, timeout_s: float) -> str:
-        """What is wrong with it for longer than that, "" for nothing: it does not beat, or its main thread does not
-        come to a generation that it was told of (it may wait for ever in code of the user's)."""
+        """What is wrong with it for longer than that, "" for nothing: it does not heartbeat, or its main thread does
+        not come to a generation that it was told of (it may wait for ever in code of the user's)."""
         now = time.monotonic()
         behind = self._behind()
         if self._killed:
@@ -104,7 +104,7 @@ class WorkerProcess:
             for line in self._socket.makefile("rb"):
                 self.last_beat = time.monotonic()
                 told = json.loads(line)
-                if told["kind"] == "beat":
+                if told["kind"] == "heartbeat":
                     self.told = told
                 else:
                     self._event(self, told)

@@ -53,15 +53,15 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
     O(members).
     """
     generation, campaign, rules = state.generation, state.campaign, state.rules
-    assert generation is not None and campaign is not None and campaign.led_s is not None
+    assert generation is not None and campaign is not None and campaign.leader_since_s is not None
     if generation.why == FINISHED:
         return None  # the last one: what is left to do is to tell it
-    led_s = campaign.led_s
+    leader_since_s = campaign.leader_since_s
     peers = dict(state.peers)
     evict_s = rules.evict_s
     evicted = (
         ()
-        if led_s + evict_s > now
+        if leader_since_s + evict_s > now
         else tuple(
             m.name
             for m in generation.members
@@ -71,9 +71,10 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
     rehost = generation.host != state.name
     if (
         rehost
-        and now < led_s + rules.evict_s
+        and now < leader_since_s + rules.evict_s
         and any(
-            m.name != state.name and (m.name not in peers or peers[m.name].heard_s < led_s) for m in generation.members
+            m.name != state.name and (m.name not in peers or peers[m.name].heard_s < leader_since_s)
+            for m in generation.members
         )
     ):
         return None  # Who is silent may be alive and hold a lease: [Note: leases].

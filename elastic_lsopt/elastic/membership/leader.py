@@ -26,7 +26,7 @@ class Leader(Outbox):
         if vote and record.number == s.number and record.name in s.generation.member:
             if (fresh_s := self._fresh_s(record, peer)) > peer.fresh_s:  # a generation, or a ballot, of this very event
                 self._set(peers=s.peers.put(record.name, replace(peer, fresh_s=fresh_s)))
-            if c.led_s is None and vote.promised == c.ballot:
+            if c.leader_since_s is None and vote.promised == c.ballot:
                 best = max((a for a in (c.best, vote.accepted) if a), key=lambda a: a.ballot, default=None)
                 self._set(campaign=replace(c, promises=c.promises.put(record.name, None), best=best))
                 self._lead_if_promised()
@@ -36,7 +36,7 @@ class Leader(Outbox):
         self._note_wish(record, known.record if known else None)
 
     def _fresh_s(self, record: Record, known: Peer | None) -> float:
-        """When I sent the newest beat that a member has echoed under my ballot, with this record."""
+        """When I sent the newest heartbeat that a member has echoed under my ballot, with this record."""
         s, c, vote, echo = self.s, self.s.campaign, record.vote, record.echo
         before_s = known.fresh_s if known else -inf
         if c is None or s.generation is None or vote is None or echo is None or record.number != s.number:
@@ -77,8 +77,8 @@ class Leader(Outbox):
         ballot = Ballot(above.round + 1, s.name)
         accepted = s.vote.accepted
         peers = Table.of({name: replace(p, fresh_s=-inf) for name, p in s.peers})
-        campaign = Campaign(ballot, led_s=None, promises=Table().put(s.name, None), best=accepted)
-        self._set(vote=Vote(ballot, accepted), campaign=campaign, moved_s=self.now, peers=peers)
+        campaign = Campaign(ballot, leader_since_s=None, promises=Table().put(s.name, None), best=accepted)
+        self._set(vote=Vote(ballot, accepted), campaign=campaign, promised_at_s=self.now, peers=peers)
         self.effects.append(Note(f"stands for leader of generation {s.number} in round {ballot.round}"))
         self._lead_if_promised()
         self._report()
@@ -98,7 +98,8 @@ class Leader(Outbox):
         restless = {n: None for n, p in s.peers if differs(s.generation, p.record)}
         self._joins()
         self._set(
-            campaign=replace(c, led_s=self.now, adopted=best.change if best else None), restless=Table.of(restless)
+            campaign=replace(c, leader_since_s=self.now, adopted=best.change if best else None),
+            restless=Table.of(restless),
         )
         self._renew()
         self._decide()
@@ -106,10 +107,10 @@ class Leader(Outbox):
     def _decide(self) -> None:
         """Propose what is due, unless a proposal is out already."""
         s, c = self.s, self.s.campaign
-        if c is None or c.led_s is None or c.value or not self.may_vote:
+        if c is None or c.leader_since_s is None or c.value or not self.may_vote:
             return
         if c.adopted:
-            change = None if c.adopted.evicted and self.now < c.led_s + s.rules.evict_s else c.adopted
+            change = None if c.adopted.evicted and self.now < c.leader_since_s + s.rules.evict_s else c.adopted
         else:
             change = next_change(s, self._record("", answer=True), self.now)
         if change:
@@ -138,9 +139,9 @@ class Leader(Outbox):
                 self._publish([(name, s.address)], answer=True, generation=self.s.generation)
 
     def _renew(self) -> None:
-        """A leader's own lease, and its right to grant: from the newest beat that a quorum has echoed."""
+        """A leader's own lease, and its right to grant: from the newest heartbeat that a quorum has echoed."""
         s, c = self.s, self.s.campaign
-        if c is None or c.led_s is None or s.generation is None:
+        if c is None or c.leader_since_s is None or s.generation is None:
             return
         fresh = {name: p.fresh_s for name, p in s.peers}
         fresh[s.name] = self.now
@@ -157,7 +158,7 @@ class Leader(Outbox):
         if c is None or said.number != s.number or said.vote.promised != c.ballot:
             return
         self._set(campaign=replace(c, witness=said.vote, witness_s=max(c.witness_s, said.sent_s)))
-        if c.led_s is None:
+        if c.leader_since_s is None:
             self._lead_if_promised()
         elif c.value:
             self._commit_if_accepted()
@@ -167,8 +168,8 @@ class Leader(Outbox):
         s, c = self.s, self.s.campaign
         if c is None or s.generation is None or not s.rules.witness or len(s.generation.members) % 2:
             return
-        voted = c.promises if c.led_s is None else c.accepts
-        renewing = c.led_s is not None and self.now >= c.quorum_s + s.rules.suspect_s / 2
+        voted = c.promises if c.leader_since_s is None else c.accepts
+        renewing = c.leader_since_s is not None and self.now >= c.quorum_s + s.rules.suspect_s / 2
         if renewing or 2 * len(voted) == len(s.generation.members):
             self.effects.append(AskWitness(s.number, Ask(c.ballot, c.value), self.now))
 
@@ -181,14 +182,14 @@ class Leader(Outbox):
         mine = entry is not None and (s.vote is not None or (bool(entry.workers) and {*entry.workers} <= {*s.offered}))
         leads = mine and new.host == s.name
         before = s.campaign if s.leads else None
-        since_s = before.led_s if before else self.now
+        since_s = before.leader_since_s if before else self.now
         peers = {n: replace(p, fresh_s=-inf) for n, p in s.peers}
         ballot = Ballot(0, new.host)
         self._set(
             generation=new,
             last=change,
             vote=Vote(ballot) if mine else None,
-            moved_s=-inf,
+            promised_at_s=-inf,
             suspect_from_s=max(s.suspect_from_s, self.now + s.rules.suspect_s),
             peers=Table.of(peers),
             restless=Table.of({n: None for n, p in peers.items() if differs(new, p.record)}) if leads else Table(),

@@ -9,12 +9,12 @@ reports to the next three members in order also, and stands for leader itself, e
 promises its vote only if it too has no grant.
 
 [Note: leases]
-An agent's lease runs lease_s from when it *sent* the newest beat that its leader has echoed, by its own clock; without
-a lease it kills its workers. A leader grants while less than lease_s / 2 has passed since it sent a beat that a quorum
-of g has echoed, each under its ballot; it grants nothing to those whom its own proposal evicts. It may propose to
-evict X evict_s = 2 lease_s after it heard X last, or after it began to lead, whichever is later.
+An agent's lease runs lease_s from when it *sent* the newest heartbeat that its leader has echoed, by its own clock;
+without a lease it kills its workers. A leader grants while less than lease_s / 2 has passed since it sent a heartbeat
+that a quorum of g has echoed, each under its ballot; it grants nothing to those whom its own proposal evicts. It may
+propose to evict X evict_s = 2 lease_s after it heard X last, or after it began to lead, whichever is later.
 No worker of X is alive when g+1 commits:
-  - granted by this leader: X's lease ends at most lease_s after a beat that was heard evict_s ago;
+  - granted by this leader: X's lease ends at most lease_s after a heartbeat that was heard evict_s ago;
   - granted by an older leader: its quorum and the promises that made this leader share an agent p. What p sent
     to the older leader under the older ballot, it sent before it promised, so before this leader began. So the older
     leader's last grant came at most lease_s / 2 after this leader began, and ended lease_s later: 1.5 < 2.
@@ -67,7 +67,9 @@ def found(name: str, address: str, rules: Rules) -> State:
     """The first agent of a job: generation 0, alone and not running, until enough others are ready."""
     first = Generation(0, 0, name, (Member(name, address, ()),), "founded", (), running=False)
     vote = Vote(Ballot(0, name))
-    return State(rules, name, address, generation=first, vote=vote, campaign=Campaign(vote.promised, led_s=-inf))
+    return State(
+        rules, name, address, generation=first, vote=vote, campaign=Campaign(vote.promised, leader_since_s=-inf)
+    )
 
 
 def newcomer(name: str, address: str, rules: Rules, host_address: str) -> State:
@@ -90,10 +92,10 @@ def restarted(remembered: Remembered, address: str, rules: Rules, now: float) ->
         incarnation=remembered.incarnation + 1,
         generation=remembered.generation,
         vote=remembered.vote,
-        moved_s=now,
+        promised_at_s=now,
         lease_until_s=now + rules.lease_s,
         suspect_from_s=now + rules.suspect_s,
-        campaign=Campaign(remembered.vote.promised, led_s=now, adopted=resumed) if mine else None,
+        campaign=Campaign(remembered.vote.promised, leader_since_s=now, adopted=resumed) if mine else None,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from elastic_lsopt.elastic.membership.generation import Change
 from elastic_lsopt.elastic.membership.quorum import Ask
-from elastic_lsopt.elastic.membership.record import Beat, Effect, Publish, Record
+from elastic_lsopt.elastic.membership.record import Effect, Heartbeat, Publish, Record
 from elastic_lsopt.elastic.membership.state import Peer, State
 
 CANDIDATES = 3
@@ -67,7 +67,7 @@ class Outbox:
 
     def _publish(self, to: list[tuple[str, str]], *, answer: bool, **more: Any) -> None:
         record = self._record(to[0][0] if len(to) == 1 else "", answer, **more)
-        self._set(beats=self.s.beats + 1)
+        self._set(heartbeats=self.s.heartbeats + 1)
         self.effects.append(Publish(tuple(to), record))
 
     def _publish_to_each(self, peers: Mapping[str, Peer]) -> None:
@@ -75,9 +75,9 @@ class Outbox:
         told, grants, address = vars(self._record("", answer=True)), self._grants(), self.s.address
         for name, peer in peers.items():
             record = object.__new__(Record)  # as in `_set`
-            vars(record).update(told, echo=peer.record.beat, grants=grants(name))
+            vars(record).update(told, echo=peer.record.heartbeat, grants=grants(name))
             self.effects.append(Publish(((name, address),), record))
-        self._set(beats=self.s.beats + 1)
+        self._set(heartbeats=self.s.heartbeats + 1)
 
     def _grants(self) -> Callable[[str], bool]:
         """For whom an echo is a lease: for nobody whom my own proposal evicts."""
@@ -100,7 +100,7 @@ class Outbox:
             name=s.name,
             address=s.address,
             job=s.rules.job,
-            beat=Beat(s.incarnation, s.beats, self.now),
+            heartbeat=Heartbeat(s.incarnation, s.heartbeats, self.now),
             answer=answer,
             number=s.number,
             vote=s.vote,
@@ -110,7 +110,7 @@ class Outbox:
             broken=s.broken,
             finished=s.finished,
             lost=self._suspects,
-            echo=peer.record.beat if peer else None,
+            echo=peer.record.heartbeat if peer else None,
             grants=peer is not None and self._grants()(reader),
             ask=Ask(c.ballot, c.value) if c and (c.value or c.ballot.round) else None,
             fingerprint=() if s.vote else tuple(sorted(s.rules.fingerprint.items())),

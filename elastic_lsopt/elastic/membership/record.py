@@ -31,7 +31,7 @@ class Rules:
             raise UserError(f"lease_s={self.lease_s} must be > 0 and join_debounce_s={self.join_debounce_s} >= 0.")
 
     @property
-    def beat_s(self) -> float:
+    def heartbeat_s(self) -> float:
         """Between two reports of an agent; the agent must tick at least as often."""
         return self.lease_s / 8
 
@@ -46,7 +46,7 @@ class Rules:
         return 2 * self.lease_s
 
 
-class Beat(NamedTuple):
+class Heartbeat(NamedTuple):
     """A record's place in its writer's history, over crashes too, and when it was sent by the writer's own clock."""
 
     incarnation: int
@@ -56,12 +56,13 @@ class Beat(NamedTuple):
 
 @dataclass(frozen=True)
 class Record(AsJSON):
-    """All that one agent tells one reader: a register with one writer, where a newer beat replaces an older one."""
+    """All that one agent tells one reader: a register with one writer, where a newer heartbeat replaces an older
+    one."""
 
     name: str
     address: str
     job: str
-    beat: Beat
+    heartbeat: Heartbeat
     answer: bool
     """Whether it answers a report, and so needs no answer."""
     number: int
@@ -78,8 +79,8 @@ class Record(AsJSON):
     finished: bool = False
     lost: bool = False
     """Whether the writer suspects its leader."""
-    echo: Beat | None = None
-    """The reader's newest beat that the writer has heard."""
+    echo: Heartbeat | None = None
+    """The reader's newest heartbeat that the writer has heard."""
     grants: bool = False
     """Whether the echo is a lease."""
     ask: Ask | None = None

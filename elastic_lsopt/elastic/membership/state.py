@@ -20,7 +20,7 @@ class Peer:
     record: Record
     heard_s: float
     fresh_s: float = -inf
-    """When I sent the newest beat that it echoed under my ballot."""
+    """When I sent the newest heartbeat that it echoed under my ballot."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Campaign:
     """A leader's work in the present instance, or a candidate's."""
 
     ballot: Ballot
-    led_s: float | None
+    leader_since_s: float | None
     """Since when a quorum has promised; None for a candidate."""
     promises: Table[None] = EMPTY
     accepts: Table[None] = EMPTY
@@ -42,7 +42,7 @@ class Campaign:
     witness_s: float = -inf
     """When I sent the newest question that the witness answered under my ballot."""
     quorum_s: float = -inf
-    """When I sent the newest beat that a quorum has echoed under my ballot."""
+    """When I sent the newest heartbeat that a quorum has echoed under my ballot."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class State:
     address: str
     join_address: str = ""
     incarnation: int = 0
-    beats: int = 0
+    heartbeats: int = 0
     reported_s: float = -inf
     generation: Generation | None = None
     last: Change | None = None
     vote: Vote | None = None
     """My vote in instance `generation.number`; None where I am no member."""
-    moved_s: float = -inf
+    promised_at_s: float = -inf
     """When I last promised a new ballot."""
     lease_until_s: float = -inf
     suspect_from_s: float = -inf
@@ -94,4 +94,4 @@ class State:
     @property
     def leads(self) -> bool:
         """Whether I am the leader of the present instance."""
-        return self.campaign is not None and self.campaign.led_s is not None
+        return self.campaign is not None and self.campaign.leader_since_s is not None

@@ -30,7 +30,7 @@ from elastic_lsopt.elastic.membership.record import (
 from elastic_lsopt.elastic.membership.state import Peer, State
 
 MOST_BEFORE = 8
-"""Beats that a candidate waits for those before it, at most."""
+"""Heartbeats that a candidate waits for those before it, at most."""
 
 
 class Turn(Leader):
@@ -131,27 +131,28 @@ class Turn(Leader):
     # Records in. ------------------------------------------------------------------------------------------------------
 
     def _hear_all(self, records: tuple[Record, ...]) -> None:
-        """Each in turn; beats that come together are answered together, by one record with each reader's own echo."""
-        beats: dict[str, Peer] = {}
+        """Each in turn; heartbeats that come together are answered together, by one record with each reader's own
+        echo."""
+        heartbeats: dict[str, Peer] = {}
         for record in records:
-            known = beats.get(record.name) or self.s.peers.get(record.name)
-            if known and record.beat[:2] > known.record.beat[:2] and self._is_beat(record, known.record):
-                beats[record.name] = Peer(record, self.now, self._fresh_s(record, known))
+            known = heartbeats.get(record.name) or self.s.peers.get(record.name)
+            if known and record.heartbeat[:2] > known.record.heartbeat[:2] and self._is_heartbeat(record, known.record):
+                heartbeats[record.name] = Peer(record, self.now, self._fresh_s(record, known))
                 continue
-            self._answer(beats)
-            beats = {}
+            self._answer(heartbeats)
+            heartbeats = {}
             if not self.s.ended:
                 self._hear(record)
-        self._answer(beats)
+        self._answer(heartbeats)
 
-    def _answer(self, beats: dict[str, Peer]) -> None:
-        if not beats:
+    def _answer(self, heartbeats: dict[str, Peer]) -> None:
+        if not heartbeats:
             return
         peers = self.s.peers
-        for name, peer in beats.items():
+        for name, peer in heartbeats.items():
             peers = peers.put(name, peer)
         self._set(peers=peers)
-        self._publish_to_each(beats)
+        self._publish_to_each(heartbeats)
 
     def _hear(self, record: Record) -> None:
         s = self.s
@@ -163,7 +164,7 @@ class Turn(Leader):
                 self._publish([(record.name, s.address)], answer=True, refusal=refusal)
                 self.effects.append(Note(f"refused {record.name}: {refusal}"))
             return None
-        if record.name == s.name or (known and record.beat[:2] <= known.record.beat[:2]):
+        if record.name == s.name or (known and record.heartbeat[:2] <= known.record.heartbeat[:2]):
             return None
         slim = record
         if record.generation or record.change or record.ask or record.fingerprint:
@@ -184,13 +185,13 @@ class Turn(Leader):
             self._publish([(record.name, s.address)], answer=True)
         return None
 
-    def _is_beat(self, record: Record, before: Record) -> bool:
+    def _is_heartbeat(self, record: Record, before: Record) -> bool:
         """Whether a member tells its leader nothing but that it lives, as nearly always: all the rest of `_hear` would
         do nothing, and be a third of the leader's work."""
         s, c = self.s, self.s.campaign
         return (
             c is not None
-            and c.led_s is not None
+            and c.leader_since_s is not None
             and c.value is None
             and not record.answer
             and record.number == s.number == before.number
@@ -249,7 +250,7 @@ class Turn(Leader):
         moves = ask.ballot.name != s.vote.promised.name
         if vote == s.vote or (moves and not self._suspects):
             return
-        self._set(vote=vote, campaign=None, moved_s=self.now if moves else s.moved_s)
+        self._set(vote=vote, campaign=None, promised_at_s=self.now if moves else s.promised_at_s)
         self._report()
 
     # Time. ------------------------------------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ class Turn(Leader):
             self._decide()
         if self.s.vote is not None and self._suspects and self.may_vote:
             self._stand_if_due()
-        if self.now >= self.s.reported_s + s.rules.beat_s:
+        if self.now >= self.s.reported_s + s.rules.heartbeat_s:
             self._ask_witness()
             self._report()
         self._leave_if_done()
@@ -276,7 +277,7 @@ class Turn(Leader):
                 self._set(peers=self.s.peers.without(name), restless=self.s.restless.without(name))
 
     def _stand_if_due(self) -> None:
-        """Stand for leader once those before me in the order had their chance, each a beat."""
+        """Stand for leader once those before me in the order had their chance, each a heartbeat."""
         s = self.s
         assert s.vote is not None and s.generation is not None
         seen = [p.record.vote.promised for _, p in s.peers if p.record.vote and p.record.number == s.number]
@@ -285,8 +286,8 @@ class Turn(Leader):
             return
         first = islice(chain(self._order(), [s.generation.host]), MOST_BEFORE)
         before = next((i for i, name in enumerate(first) if name == s.name), MOST_BEFORE)
-        since_s = max(s.suspect_from_s, s.moved_s + s.rules.suspect_s)
-        if self.now >= since_s + before * s.rules.beat_s:
+        since_s = max(s.suspect_from_s, s.promised_at_s + s.rules.suspect_s)
+        if self.now >= since_s + before * s.rules.heartbeat_s:
             self._stand(above=highest)
 
     def _unreachable(self, name: str) -> None:

@@ -6,7 +6,8 @@ MOST_LAGS = 8
 
 
 def lags_within(budget_bytes: float, version_bytes: int) -> int:
-    """How many versions the committed one may trail, 1 to MOST_LAGS; `version_bytes`: of a version and its wards'."""
+    """How many versions the committed one may trail, 1 to MOST_LAGS; `version_bytes`: of a version and its mirrored
+    peers'."""
     return max(1, min(MOST_LAGS, int(budget_bytes // max(1, version_bytes)) - 2))
 
 

@@ -1,16 +1,16 @@
 """The mirror: each version of a rank's state also lies on other nodes, sent while the next step computes.
 
-Rank r sends to ranks of the next nodes of the ring (its mirrors) and receives for those whose mirror it is (its wards).
-Chunks that enough nodes hold by themselves are not sent: under DDP that is all but the random states and the numbers,
-under HSDP whatever the other replica has.
+Rank r sends to ranks of the next nodes of the ring (its mirrors) and receives for those whose mirror it is (its
+mirrored peers). Chunks that enough nodes hold by themselves are not sent: under DDP that is all but the random states
+and the numbers, under HSDP whatever the other replica has.
 
 [Note: who touches what] `push` hands a version to the one background thread, which alone uses the mirror's group: it
 posts receives into buffers that nobody else knows, sends slices of the version's own buffer, and waits (without the
 interpreter's lock). A version's buffer is read until `in_flight` is 0 again, and only then used for another step. A
-ward's version appears in `_wards`, under the lock, when its last byte is there, so a reader sees whole versions only.
-An error ends the thread's use of the group for good; it is kept, and raised at the next `push` or `wait`.
-`close` gives a transfer under way CLOSE_S, then severs the sockets: a peer that is alive but has closed its own mirror
-would otherwise be waited for until the group's timeout. A thread that even that does not free is left alone; see
+mirrored peer's version appears in `_wards`, under the lock, when its last byte is there, so a reader sees whole
+versions only. An error ends the thread's use of the group for good; it is kept, and raised at the next `push` or
+`wait`. `close` gives a transfer under way CLOSE_S, then severs the sockets: a peer that is alive but has closed its own
+mirror would otherwise be waited for until the group's timeout. A thread that even that does not free is left alone; see
 exchange.py [Note: a message that was half read].
 """
 
@@ -32,7 +32,7 @@ from elastic_lsopt.backends.agreement import gather_json
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.checkpoint.safetensors_file import ALIGNMENT
 from elastic_lsopt.elastic.memory.exchange import LOOK_S, Cut, never
-from elastic_lsopt.elastic.memory.versions import FACTS, Chunk, Index, Version
+from elastic_lsopt.elastic.memory.versions import METADATA, Chunk, Index, Version
 from elastic_lsopt.errors import PeerFailed
 
 MESSAGE_BYTES = 4 * 2**20
@@ -100,7 +100,7 @@ def hand_over_routes(chunks: Sequence[Sequence[Chunk]], mirrored: Routes, leavin
 def _with_facts(out: Routes, chunks: Sequence[Sequence[Chunk]]) -> Routes:
     """Whoever gets any of a version gets what is no tensor in it too: without it nobody can go on from there."""
     for (source, _), sent in out.items():
-        sent += [chunk for chunk in chunks[source] if chunk[0].startswith(FACTS) and chunk not in sent]
+        sent += [chunk for chunk in chunks[source] if chunk[0].startswith(METADATA) and chunk not in sent]
     return out
 
 
@@ -152,7 +152,7 @@ class Mirror:
     """The mirror of one generation (collective to make; `group` is a gloo group of all ranks, made for it alone).
 
     `nodes` names each rank's node; `copies` is how many other nodes hold a version (>= 1); after `cut` nobody waits any
-    more. Memory: a buffer of each ward's size for each version from the committed one on.
+    more. Memory: a buffer of each mirrored peer's size for each version from the committed one on.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Mirror:
         self._plan: _Plan | None = None
         self._sent_index: Index | None = None
         self._lock = threading.Condition()
-        self._wards: list[Version] = []
+        self._mirrored_peers: list[Version] = []
         self._free: list[Tensor] = []
         self._error: Exception | None = None
         self._acknowledged = -1
@@ -183,12 +183,12 @@ class Mirror:
 
     @property
     def ward_bytes(self) -> int:
-        """What one version of all wards takes here; 0 before the first was agreed on."""
+        """What one version of all mirrored peers takes here; 0 before the first was agreed on."""
         return sum(lane.index.bytes for lane in self._plan.lanes if lane.target == self.rank) if self._plan else 0
 
     @property
     def acknowledged(self) -> int:
-        """The newest step whose versions, own and wards', are complete; -1 before the first. Never raises."""
+        """The newest step whose versions, own and mirrored peers', are complete; -1 before the first. Never raises."""
         return self._acknowledged
 
     def push(self, version: Version) -> None:
@@ -205,10 +205,10 @@ class Mirror:
         self._until(lambda: self._acknowledged >= step, f"the mirror of step {step}", timeout_s)
 
     def commit(self, step: int) -> None:
-        """Wards' versions before `step` are needed no more; their buffers are used again."""
+        """Mirrored peers' versions before `step` are needed no more; their buffers are used again."""
         with self._lock:
-            past = [v for v in self._wards if v.step < step]
-            self._wards = [v for v in self._wards if v.step >= step]
+            past = [v for v in self._mirrored_peers if v.step < step]
+            self._mirrored_peers = [v for v in self._mirrored_peers if v.step >= step]
             self._free = [*self._free, *(v.buffer for v in past)][: 2 * len(self._sources())]
 
     def hand_over(self, version: Version, leaving: Sequence[int], *, timeout_s: float = 60.0) -> None:
@@ -223,7 +223,8 @@ class Mirror:
         self._until(lambda: self._handed > before, "the hand-over", timeout_s)
 
     def close(self) -> list[Version]:
-        """End the thread, also when peers are dead or silent; the wards' versions that are complete. See the note."""
+        """End the thread, also when peers are dead or silent; the mirrored peers' versions that are complete. See the
+        note."""
         self._closing = True
         self._work.put(None)
         self._thread.join(CLOSE_S)
@@ -232,7 +233,7 @@ class Mirror:
                 self._transport.sever()
             self._thread.join(CLOSE_S)
         with self._lock:
-            return list(self._wards)
+            return list(self._mirrored_peers)
 
     # -- the thread --------------------------------------------------------------------------------------------
 
@@ -282,31 +283,32 @@ class Mirror:
         return self._plan
 
     def _transfer(self, version: Version, own: Sequence[Lane]) -> None:
-        """Send what others want of `version`, receive what this rank is to hold; every ward that arrives is kept."""
+        """Send what others want of `version`, receive what this rank is to hold; every mirrored peer that arrives is
+        kept."""
         assert self._plan is not None
         arriving: list[tuple[Version, list[Any]]] = []
         sending: list[Any] = []
         for lane in own:
             if lane.target == self.rank:
-                ward = Version(
+                mirrored_peer = Version(
                     version.generation, version.step, lane.source, self.world, self.nodes[lane.source], lane.index,
                     self._buffer(lane.index.bytes), self._plan.whole,
                 )  # fmt: skip
-                works = [self._group.recv([ward.buffer[b:e]], lane.source, 0) for b, e in lane.spans]
-                arriving.append((ward, works))
+                works = [self._group.recv([mirrored_peer.buffer[b:e]], lane.source, 0) for b, e in lane.spans]
+                arriving.append((mirrored_peer, works))
             else:
                 sending += [self._group.send([version.filled()[b:e]], lane.target, 0) for b, e in lane.spans]
                 self.sent_bytes += sum(e - b for b, e in lane.spans)
         broken: Exception | None = None
-        for ward, works in arriving:
+        for mirrored_peer, works in arriving:
             try:
                 for work in works:
                     work.wait()
-            except RuntimeError as error:  # another ward's may still arrive
+            except RuntimeError as error:  # another mirrored peer's may still arrive
                 broken = error
                 continue
             with self._lock:
-                self._wards.append(ward)
+                self._mirrored_peers.append(mirrored_peer)
         for work in sending:
             work.wait()
         if broken is not None:

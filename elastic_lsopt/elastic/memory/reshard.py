@@ -23,11 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elastic_lsopt.backends.agreement import gather_json
-from elastic_lsopt.checkpoint.contents import Held, TrainingState, merge_facts
+from elastic_lsopt.checkpoint.contents import Held, TrainingState, merge_metadata
 from elastic_lsopt.checkpoint.restore import restore
 from elastic_lsopt.checkpoint.safetensors_file import BY_NAME
 from elastic_lsopt.elastic.memory.exchange import Cut, never, wait_for_message
-from elastic_lsopt.elastic.memory.versions import FACTS, RANDOM, Chunk, HostVersions, Version, missing
+from elastic_lsopt.elastic.memory.versions import METADATA, RANDOM, Chunk, HostVersions, Version, missing
 from elastic_lsopt.errors import PeerFailed
 from elastic_lsopt.oracle.clock import SampleClock
 
@@ -85,12 +85,12 @@ def inventory(versions: HostVersions) -> Json:
             indexes.append({"index": v.index.to_json()["tensors"], "whole": v.whole})
         elif len(v.whole) > len(indexes[numbers[id(v.index)]]["whole"]):
             indexes[numbers[id(v.index)]]["whole"] = v.whole
-        facts = v.facts
+        metadata = v.metadata
         entries.append(
             {
                 "generation": v.generation, "step": v.step, "rank": v.rank, "world": v.world, "node": v.node,
                 "bytes": v.index.bytes, "checksum": v.checksum(), "index": numbers[id(v.index)],
-                "clock": facts["clock"], "extra": facts["extra"],
+                "clock": metadata["clock"], "extra": metadata["extra"],
             }
         )  # fmt: skip
     return {"indexes": indexes, "versions": entries}
@@ -133,7 +133,7 @@ def _complete(indexes: Sequence[Json]) -> bool:
     return all(
         not missing((0, numel), held.get(key, []))
         for key, numel in whole.items()
-        if not key.startswith((FACTS, RANDOM))
+        if not key.startswith((METADATA, RANDOM))
     )
 
 
@@ -212,9 +212,9 @@ class Holdings:
                 reach.setdefault(key, []).append((offset, offset + length))
         for key in [k for k, t in self.tensors.items() if missing((0, t["numel"]), reach[k])]:
             del self.tensors[key]  # random states of which a part is lost
-        facts = gather_json(group, {str(v.rank): v.facts for v in self._mine})
-        known = {int(rank): told for ranks in facts for rank, told in ranks.items()}
-        self.facts = merge_facts([known[rank] for rank in sorted(known)])
+        metadata = gather_json(group, {str(v.rank): v.metadata for v in self._mine})
+        known = {int(rank): told for ranks in metadata for rank, told in ranks.items()}
+        self.metadata = merge_metadata([known[rank] for rank in sorted(known)])
         self.received_bytes = self.local_bytes = 0
 
     def fill(self, wanted: dict[str, Held]) -> None:
@@ -309,6 +309,6 @@ def reshard(
     except dist.DistError as error:
         raise PeerFailed(f"a peer died while state was moved: {' '.join(str(error).split())[:300]}") from error
     return Resharded(
-        chosen.generation, chosen.step, saved.facts["extra"], saved.received_bytes, saved.local_bytes,
+        chosen.generation, chosen.step, saved.metadata["extra"], saved.received_bytes, saved.local_bytes,
         time.monotonic() - start,
     )  # fmt: skip

@@ -3,9 +3,9 @@
     pushed   [ C, …, newest ]        C: every rank's mirrors have it; a step's all-reduce says how far it trails
 
 [Note: the bound] A rank takes no further version before all but `lags` - 1 of its pushed ones are acknowledged. So C
-trails by at most `lags`, and at most `lags` + 2 versions exist at a time, own or of each ward: the committed one, those
-that trail, and the one that is being taken. `lags` follows from the bytes that the job may spend; it is 1 at least, so
-three versions are the least: one safe, one on its way, one being taken.
+trails by at most `lags`, and at most `lags` + 2 versions exist at a time, own or of each mirrored peer: the committed
+one, those that trail, and the one that is being taken. `lags` follows from the bytes that the job may spend; it is 1 at
+least, so three versions are the least: one safe, one on its way, one being taken.
 """
 
 from __future__ import annotations
@@ -66,6 +66,6 @@ class Trail:
         del self._pushed[: self._pushed.index(step)]
 
     def _acknowledged(self) -> int:
-        """How many of the pushed versions, from the first, are complete on this rank and its wards."""
+        """How many of the pushed versions, from the first, are complete on this rank and its mirrored peers."""
         newest = self.mirror.acknowledged
         return sum(step <= newest for step in self._pushed)

@@ -1,10 +1,10 @@
 """Host versions: a rank's whole state after a step, in one buffer of host memory, kept while devices come and go.
 
     buffer of (generation 3, step 120, rank 1 of 4)
-    [ weights/a@0 | base/a/exp_avg@0 | … | method/mean/a@0 | rng/1/cpu@0 | facts/1@0 ]
+    [ weights/a@0 | base/a/exp_avg@0 | … | method/mean/a@0 | rng/1/cpu@0 | metadata/1@0 ]
 
-A chunk `key@offset` is elements [offset, offset + length) of a flat tensor, as in a checkpoint; `facts/<rank>` is the
-JSON of everything that is no tensor. Where the chunks lie (`Index`) is worked out once and again when the set of
+A chunk `key@offset` is elements [offset, offset + length) of a flat tensor, as in a checkpoint; `metadata/<rank>` is
+the JSON of everything that is no tensor. Where the chunks lie (`Index`) is worked out once and again when the set of
 tensors changes (Adam's state appears with the first step); after that a version is one copy. From a GPU it is on its
 way when `take` returns, and whoever reads the buffer first waits for it: a mirror's thread, not the one that trains.
 """
@@ -27,8 +27,8 @@ from elastic_lsopt.elastic.memory.download import Download
 
 Chunk = tuple[str, int, int]
 """Key, offset, length in elements."""
-FACTS, RANDOM = "facts/", "rng/"
-FACTS_BYTES = 4096
+METADATA, RANDOM = "metadata/", "rng/"
+METADATA_BYTES = 4096
 """The JSON's place grows in steps of this, so that a longer number moves nothing."""
 
 
@@ -80,7 +80,8 @@ def lay_out(chunks: Sequence[tuple[Chunk, str, int]]) -> Index:
 
 @dataclass(eq=False)
 class Version:
-    """What this process holds of the state of (generation, step, rank of world, node): its own, or a ward's."""
+    """What this process holds of the state of (generation, step, rank of world, node): its own, or a mirrored
+    peer's."""
 
     generation: int
     step: int
@@ -118,9 +119,9 @@ class Version:
         return self.bytes_of(chunk).view(BY_NAME[self.index.dtypes[chunk[0]]])
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Everything that is no tensor."""
-        [chunk] = [c for c in self.index.chunks if c[0] == f"{FACTS}{self.rank}"]
+        [chunk] = [c for c in self.index.chunks if c[0] == f"{METADATA}{self.rank}"]
         return json.loads(self.bytes_of(chunk).numpy().tobytes())
 
     def checksum(self) -> int:
@@ -134,7 +135,7 @@ class Version:
 
 
 class HostVersions:
-    """This process's versions, and its wards' that `adopt` was given, over all generations that still count.
+    """This process's versions, and its mirrored peers' that `adopt` was given, over all generations that still count.
 
     Memory: a buffer of the state's size for each version from the committed one on (pinned beside a GPU): trail.py,
     [Note: the bound]. Not for use by several threads; a mirror's thread only reads buffers, and says so in
@@ -144,7 +145,7 @@ class HostVersions:
     def __init__(self, *, node: str = "") -> None:
         self._node = node
         self._own: list[Version] = []
-        self._wards: list[Version] = []
+        self._mirrored_peers: list[Version] = []
         self._free: list[Tensor] = []
         self._index: Index | None = None
         self._views: dict[int, list[Tensor]] = {}
@@ -155,25 +156,25 @@ class HostVersions:
     def take(self, state: TrainingState, *, generation: int, step: int, extra: dict[str, Any]) -> Version:
         """Copy the state as it is now; `extra` is the caller's JSON (a loader's cursor, a plan).
 
-        No communication. Raises StaleWeights inside a displaced pass and before `settle`, Unsupported and UserError as
+        No communication. Raises StaleWeights inside a perturbed pass and before `resync`, Unsupported and UserError as
         a checkpoint does.
         """
         backend = state.backend
         mine = {chunk_of(backend, piece) for piece in backend.layout.pieces}
         snapshot = take_snapshot(state, step, extra, mine, copy=False)
-        text = json.dumps(snapshot.facts, separators=(",", ":")).encode()
+        text = json.dumps(snapshot.metadata, separators=(",", ":")).encode()
         source = {
             (key, offset, tensor.numel()): (tensor, held.numel)
             for key, held in snapshot.tensors.items()
             for offset, tensor in held.chunks
         }
-        index = self._index_of(source, f"{FACTS}{backend.rank}", len(text))
+        index = self._index_of(source, f"{METADATA}{backend.rank}", len(text))
         buffer = self._buffer(index.bytes, pinned=backend.device.type == "cuda")
         # Before the ranks have told each other, at least all weights must be there, and what was there a step ago.
         whole = {f"weights/{p.name}": p.numel for p in backend.layout.parameters} | self._shared() | index.numels
         version = Version(generation, step, backend.rank, backend.world, self._node, index, buffer, whole)
-        *chunks, facts = index.chunks
-        version.bytes_of(facts).numpy()[:] = memoryview(text.ljust(facts[2]))
+        *chunks, metadata = index.chunks
+        version.bytes_of(metadata).numpy()[:] = memoryview(text.ljust(metadata[2]))
         on_host = [c for c in chunks if source[c][0].device.type == "cpu"]
         views = self._views.get(buffer.data_ptr())
         if views is None:
@@ -186,26 +187,26 @@ class HostVersions:
         self._own = [v for v in self._own if v.stamp != version.stamp] + [version]
         return version
 
-    def _index_of(self, source: dict[Chunk, tuple[Tensor, int]], facts: str, text_bytes: int) -> Index:
+    def _index_of(self, source: dict[Chunk, tuple[Tensor, int]], metadata: str, text_bytes: int) -> Index:
         known = self._index
         if known is not None:
             *chunks, last = known.chunks
-            same = last[0] == facts and text_bytes <= last[2] and chunks == list(source)
+            same = last[0] == metadata and text_bytes <= last[2] and chunks == list(source)
             if same and all(BY_NAME[known.dtypes[c[0]]] == source[c][0].dtype for c in chunks):
                 return known
-        room = (text_bytes // FACTS_BYTES + 2) * FACTS_BYTES
+        room = (text_bytes // METADATA_BYTES + 2) * METADATA_BYTES
         self._free.clear()
         self._views.clear()
         self._index = lay_out(
             [(chunk, DTYPES[tensor.dtype], numel) for chunk, (tensor, numel) in source.items()]
-            + [((facts, 0, room), "U8", room)]
+            + [((metadata, 0, room), "U8", room)]
         )
         return self._index
 
     def _shared(self) -> dict[str, int]:
         """What all ranks together had in the version before, but for what is one rank's own."""
         before = self._own[-1].whole if self._own else {}
-        return {key: numel for key, numel in before.items() if not key.startswith((FACTS, RANDOM))}
+        return {key: numel for key, numel in before.items() if not key.startswith((METADATA, RANDOM))}
 
     def _buffer(self, size: int, *, pinned: bool) -> Tensor:
         return self._free.pop() if self._free else torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
@@ -217,16 +218,16 @@ class HostVersions:
 
     @property
     def held(self) -> list[Version]:
-        """All that this process could go on from: own versions and wards'."""
-        return [*self._own, *self._wards]
+        """All that this process could go on from: own versions and mirrored peers'."""
+        return [*self._own, *self._mirrored_peers]
 
     def commit(self, generation: int, step: int) -> None:
         """Versions of this generation before `step` are needed no more; their buffers are used again."""
         self._recycle(lambda v: v.generation == generation and v.step < step and not v.in_flight)
 
-    def adopt(self, wards: Sequence[Version]) -> None:
+    def adopt(self, mirrored_peers: Sequence[Version]) -> None:
         """Keep what a mirror has received, after the mirror was closed."""
-        self._wards += wards
+        self._mirrored_peers += mirrored_peers
 
     def sum_beside(self) -> None:
         """Begin to work out the checksums of all that is held, in a thread, while the main thread waits for others."""
@@ -249,12 +250,12 @@ class HostVersions:
         chosen = (generation, step)
         kept = {chosen, min([chosen, *(v.stamp for v in self.held)])}
         self._recycle(lambda v: v.stamp not in kept)
-        self._wards = [v for v in self._wards if v.stamp in kept]
+        self._mirrored_peers = [v for v in self._mirrored_peers if v.stamp in kept]
 
     def drop_older_generations(self, number: int) -> None:
         """Forget the versions of generations before `number`: its own are mirrored by now."""
         self._recycle(lambda v: v.generation < number)
-        self._wards = [v for v in self._wards if v.generation >= number]
+        self._mirrored_peers = [v for v in self._mirrored_peers if v.generation >= number]
 
     def _recycle(self, past: Callable[[Version], bool]) -> None:
         for version in [v for v in self._own if past(v)]:

@@ -35,7 +35,8 @@ class Change:
     seconds: Mapping[str, float]
     """By phase, of the slowest rank."""
     before: Mapping[str, Any] | None
-    """Batch, rate, betas, epsilon, rho …, and each rank's micro-batches, under the plan before; None where there was none."""
+    """Batch, rate, betas, epsilon, rho …, and each rank's micro-batches, under the plan before; None where there was
+    none."""
     after: Mapping[str, Any]
     survives_node_loss: bool
     """Whether each shard has a mirror on another node."""

@@ -1,13 +1,14 @@
 """The line between a node's agent and one of its workers: a socket pair with a JSON object a line.
 
-    worker to agent    ready, beat, entered, drain, may_commit, finished, failed
+    worker to agent    ready, heartbeat, entered, drain, may_commit, finished, failed
     agent to worker    enter (a new generation), stop, granted
 
 [Note: threads of the link] The worker's main thread may sit in a collective that never ends, or compute for seconds. So
 one thread reads what the agent says, and cuts the transport where the main thread cannot go on in its generation. One
-beats, by which the agent tells a stopped or dead process from a slow one, and says which generation the main thread is
-in, by which the agent knows a main thread that hangs. Both touch only what the lock guards. The end of the line means
-that the agent is dead, and then so is this worker, at once: another agent may already have given its place away.
+heartbeats, by which the agent tells a stopped or dead process from a slow one, and says which generation the main
+thread is in, by which the agent knows a main thread that hangs. Both touch only what the lock guards. The end of the
+line means that the agent is dead, and then so is this worker, at once: another agent may already have given its place
+away.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class WorkerLink:
     """The worker's end. `broken(entered)` is called by the reading thread for a generation that ends the present one
     by force; see [Note: threads of the link]."""
 
-    def __init__(self, beat_s: float) -> None:
+    def __init__(self, heartbeat_s: float) -> None:
         # Also where the reading thread cannot run: the kernel ends this worker with its agent.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         self._socket = socket.socket(fileno=int(os.environ[LINK]))
@@ -86,7 +87,7 @@ class WorkerLink:
         self._progress: dict[str, Any] = {}
         self._send_lock = threading.Lock()
         threading.Thread(target=self._read, daemon=True, name="link").start()
-        threading.Thread(target=self._beat, args=(beat_s,), daemon=True, name="beat").start()
+        threading.Thread(target=self._heartbeat, args=(heartbeat_s,), daemon=True, name="heartbeat").start()
 
     @property
     def newest(self) -> int:
@@ -115,11 +116,12 @@ class WorkerLink:
                 os._exit(AGENT_DIED)
 
     def progress(self, **values: Any) -> None:
-        """What the next beat tells (step, samples, samples a second)."""
+        """What the next heartbeat tells (step, samples, samples a second)."""
         self._progress = values
 
     def request_drain(self) -> None:
-        """Ask the agent to let this worker leave after the step. Safe in a signal handler: the next beat says it."""
+        """Ask the agent to let this worker leave after the step. Safe in a signal handler: the next heartbeat says
+        it."""
         self._drain_requested = True
 
     def may_commit(self, generation: int, step: int, timeout_s: float) -> bool:
@@ -150,10 +152,10 @@ class WorkerLink:
                 self._lock.notify_all()
         os._exit(AGENT_DIED)
 
-    def _beat(self, beat_s: float) -> None:
+    def _heartbeat(self, heartbeat_s: float) -> None:
         while True:
-            self.tell("beat", generation=self.generation, **self._progress)
+            self.tell("heartbeat", generation=self.generation, **self._progress)
             if self._drain_requested and not self._drain_told:
                 self._drain_told = True
                 self.tell("drain")
-            time.sleep(beat_s)
+            time.sleep(heartbeat_s)

@@ -387,7 +387,8 @@ class Runtime:
 
 
 def _told(plan: Plan) -> dict[str, Any]:
-    """The hyper-parameters that a plan is heading for, without what the job does not have; each rank's micro-batches a step."""
+    """The hyper-parameters that a plan is heading for, without what the job does not have; each rank's micro-batches a
+    step."""
     target = plan.target.of(plan.reference, plan.global_batch_size)
     told = {key: value for key, value in asdict(target).items() if value is not None}
     return told | {"held_by": plan.why, "units": [len(mine) for mine in plan.microbatches_of_rank]}

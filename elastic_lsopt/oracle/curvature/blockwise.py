@@ -12,9 +12,9 @@ A product through a graph of these costs 12 forwards (4 gradients): 9 in BlockGr
 
 [Note: every rank the same way back] Each step of a backward pass here is a collective, so all ranks must take the same
 steps in the same order. Autograd takes only those that lead from an output to a leaf, and that depends on the rank: it
-may hold no piece of a block, and an idle micro-batch's loss is cut off before a criterion that the others differentiate twice.
-So every block also takes a leaf that all ranks have (a zero), and gives out a token (a zero) on which its gradient
-depends: a block that has run is always on the way back, in the first pass and in the second.
+may hold no piece of a block, and an idle micro-batch's loss is cut off before a criterion that the others differentiate
+twice. So every block also takes a leaf that all ranks have (a zero), and gives out a token (a zero) on which its
+gradient depends: a block that has run is always on the way back, in the first pass and in the second.
 """
 
 from __future__ import annotations
@@ -99,12 +99,12 @@ class Share:
         """This rank's leaves in the block, and the zero."""
         return [*(self.weights.leaves[i] for i in self._own), self.zero]
 
-    def whole(self, pieces: Sequence[Tensor]) -> list[Tensor]:
-        return self.backend.whole([p.detach() for p in pieces[:-1]], self.trainable, self._dtype)
+    def all_gather(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        return self.backend.all_gather([p.detach() for p in pieces[:-1]], self.trainable, self._dtype)
 
-    def cut(self, wholes: Sequence[Tensor | None]) -> list[Tensor]:
+    def reduce_scatter(self, wholes: Sequence[Tensor | None]) -> list[Tensor]:
         """Pieces of the sum over the shard group, and a zero."""
-        cut = self.backend.cut(wholes, self.trainable, self._dtype)
+        cut = self.backend.reduce_scatter(wholes, self.trainable, self._dtype)
         return [*cut, torch.zeros_like(self.zero)]
 
     def put(self, wholes: Sequence[Tensor]) -> None:
@@ -127,7 +127,7 @@ class _Whole(torch.autograd.Function):
     def forward(ctx: Any, share: Share, *pieces: Tensor) -> tuple[Tensor, ...]:
         ctx.share, token = share, torch.zeros_like(share.zero)
         ctx.save_for_backward(token)
-        return *(t.clone() for t in share.whole(pieces)), token
+        return *(t.clone() for t in share.all_gather(pieces)), token
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -140,7 +140,7 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, share: Share, *wholes: Tensor) -> tuple[Tensor, ...]:
         ctx.share = share
-        return tuple(t.clone() for t in share.cut(wholes[:-1]))
+        return tuple(t.clone() for t in share.reduce_scatter(wholes[:-1]))
 
     @staticmethod
     def backward(ctx: Any, *pieces: Tensor) -> tuple[Tensor | None, ...]:
@@ -235,7 +235,7 @@ class _Call:
     def leaves(self, inputs: Sequence[Tensor], pieces: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Inputs and whole weights to differentiate by."""
         xs = [t.detach().requires_grad_(i in self.wanted) for i, t in enumerate(inputs)]
-        return xs, [t.detach().requires_grad_() for t in self.runner.whole(pieces)]
+        return xs, [t.detach().requires_grad_() for t in self.runner.all_gather(pieces)]
 
     def backward(
         self, xs: Sequence[Tensor], ws: Sequence[Tensor], cotangents: Sequence[Tensor], *, create_graph: bool
@@ -256,7 +256,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs, pieces, _ = call.split(tensors)
-        out = call.keep(call.runner.run(call, inputs, call.runner.whole(pieces), again=False))
+        out = call.keep(call.runner.run(call, inputs, call.runner.all_gather(pieces), again=False))
         ctx.call, token = call, torch.zeros_like(call.runner.zero)
         ctx.save_for_backward(*tensors, token)
         given = {id(t) for t in inputs}
@@ -285,7 +285,7 @@ class _BlockGradient(torch.autograd.Function):
             found = call.backward(xs, ws, cotangents, create_graph=False)
         n = len(call.wanted)
         by_x = [torch.zeros_like(xs[i]) if g is None else g for i, g in zip(call.wanted, found[:n], strict=True)]
-        return *by_x, *call.runner.cut(found[n:])
+        return *by_x, *call.runner.reduce_scatter(found[n:])
 
     @staticmethod
     @once_differentiable
@@ -297,7 +297,7 @@ class _BlockGradient(torch.autograd.Function):
             xs, ws = call.leaves(inputs, pieces)
             back = [t.detach().requires_grad_(t.is_floating_point()) for t in cotangents]
             found = call.backward(xs, ws, back, create_graph=True)
-            along = [*directions[:n], *call.runner.whole(directions[n:])]
+            along = [*directions[:n], *call.runner.all_gather(directions[n:])]
             pairs = [(g, v) for g, v in zip(found, along, strict=True) if g is not None and g.requires_grad]
             by = [*(xs[i] for i in call.wanted), *ws, *(back[i] for i in call.differentiable)]
             second: list[Tensor | None] = [None] * len(by)
@@ -309,7 +309,7 @@ class _BlockGradient(torch.autograd.Function):
         return (
             None,
             *(by_input.get(i) for i in range(len(inputs))),
-            *call.runner.cut(second[n : n + len(ws)]),
+            *call.runner.reduce_scatter(second[n : n + len(ws)]),
             *(by_output.get(i) for i in range(len(cotangents))),
             torch.zeros_like(token),
         )

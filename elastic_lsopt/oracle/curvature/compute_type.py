@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.oracle.gradient_engine import Passes
+from elastic_lsopt.oracle.gradient_engine import GradientEngine
 
 FP16 = (
     "fp16 needs loss scaling (GradScaler), which is refused: one scale cannot serve two passes, and the base would "
@@ -19,7 +19,7 @@ FP16 = (
 
 
 @contextmanager
-def observed(backend: Passes) -> Iterator[None]:
+def observed(backend: GradientEngine) -> Iterator[None]:
     """Inside, forwards tell the type that autocast gives their weights; it becomes the backend's `compute_dtype`.
 
     Does nothing once a forward has told. Raises UserError where the type is fp16. Seen are the autocast context around

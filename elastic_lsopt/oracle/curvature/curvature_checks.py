@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from elastic_lsopt.errors import PeerFailed, Unsupported, UserError
 from elastic_lsopt.oracle.curvature.products import Mode, Products
 from elastic_lsopt.oracle.loss import samples
-from elastic_lsopt.space.vector import Lease, Vector
+from elastic_lsopt.space.vector import BorrowedGradient, Vector
 
 log = logging.getLogger("elastic_lsopt")
 AGREE = {torch.float64: 1e-7, torch.float32: 1e-3}
@@ -40,7 +40,7 @@ as far as its half is, is another one (a single kink between the two lengths mov
 """
 
 
-def check_products(products: Products, gradient: Callable[[], Lease]) -> None:
+def check_products(products: Products, gradient: Callable[[], BorrowedGradient]) -> None:
     """Raise UserError, naming the check and by how much it failed; `gradient` is the engine's (collective).
 
     Where only the last check fails and the mode is `auto`, products go on by differences, with a warning; asked for by
@@ -101,8 +101,8 @@ def _second_derivative_missing(products: Products, g: Vector, length: float) -> 
     """Why exact products cannot be had, in half a sentence; None where they can, or where nothing speaks against it.
 
     In fp64, where a difference can be so short that it crosses none of a ReLU network's kinks and yet be no noise (in
-    fp32 where a kernel knows no other); on each rank's first micro-batch. A difference that its half does not confirm says
-    nothing.
+    fp32 where a kernel knows no other); on each rank's first micro-batch. A difference that its half does not confirm
+    says nothing.
     """
     u = g * (1 / length)
     try:

@@ -31,7 +31,7 @@ from elastic_lsopt.oracle.curvature.differences import Differences, Product
 from elastic_lsopt.oracle.curvature.free_memory import available_bytes
 from elastic_lsopt.oracle.curvature.skeleton import Skeleton
 from elastic_lsopt.oracle.curvature.skeleton_weights import Gathered, Weights
-from elastic_lsopt.oracle.gradient_engine import Passes
+from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.oracle.loss import Loss
 from elastic_lsopt.oracle.slot import Slot
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -80,7 +80,7 @@ class Products:
     def __init__(
         self,
         space: ParameterSpace,
-        backend: Passes,
+        backend: GradientEngine,
         loss: Any,
         slots: Sequence[Slot],
         mode: Mode,
@@ -151,7 +151,7 @@ class Products:
         """The weights where the space is now, and the mode.
 
         Weights are written in place, which autograd counts: on the tensor that was written, so a DTensor's step shows
-        on the DTensor (a slot's key), and a displacement on its local part. Fused optimizers and `.data` are not
+        on the DTensor (a slot's key), and a perturbation on its local part. Fused optimizers and `.data` are not
         counted: they show in sums of the weights. A rank without a piece sees nothing of
         either, so all ranks ask each other: one small all-reduce.
         """
@@ -162,7 +162,7 @@ class Products:
         others = [*(p for p in module.parameters() if not p.requires_grad), *module.buffers()]
         written = [t._version for t in (*shards.masters, *shards.working, *shards.slot_keys, *others)]
         modes = [m.training for m in module.modules()]
-        stamp = (len(space.excursions), space.edits, written, modes, _fingerprint(shards.masters))
+        stamp = (len(space.perturbations), space.edits, written, modes, _fingerprint(shards.masters))
         if self._all_agree(self._weights is not None and stamp == self._stamp):
             assert self._weights is not None
             return self._weights

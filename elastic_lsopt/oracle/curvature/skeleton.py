@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_lsopt.errors import Unsupported
-from elastic_lsopt.oracle.gradient_engine import Passes
+from elastic_lsopt.oracle.gradient_engine import GradientEngine
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
@@ -66,10 +66,10 @@ class Skeleton:
     space's precision. Raises Unsupported for a module that is not known by its parameters (a closure's).
     """
 
-    def __init__(self, backend: Passes, dtype: torch.dtype) -> None:
+    def __init__(self, backend: GradientEngine, dtype: torch.dtype) -> None:
         if backend.module is None:
             raise Unsupported("products with the curvature need the module; attach it with lso.attach(model, …).")
-        backend.retract()  # a gathered FSDP2 group hides its sharded parameters
+        backend.drop_gathered()  # a gathered FSDP2 group hides its sharded parameters
         self.backend, self.dtype = backend, dtype
         named = dict(backend.module.named_parameters())
         self._number = {id(named[p.name]): i for i, p in enumerate(backend.layout.parameters)}

@@ -50,9 +50,9 @@ class Weights(ABC):
         return sdpa_kernel(SDPBackend.MATH) if self._twice else nullcontext()
 
     def pieces(self) -> list[Tensor]:
-        """This rank's weights in the skeleton's precision: the masters; inside an excursion what the forward sees."""
+        """This rank's weights in the skeleton's precision: the masters; inside a perturbation what the forward sees."""
         shards = self.space.shards
-        held = shards.working if self.space.excursions else shards.masters
+        held = shards.working if self.space.perturbations else shards.masters
         return [t.detach().to(self.dtype) for t in held]
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Gathered(Weights):
     def __init__(self, space: ParameterSpace, skeleton: Skeleton, *, twice: bool) -> None:
         super().__init__(space, skeleton, twice=twice)
         self._all = tuple(range(skeleton.trainable))
-        own = self.backend.whole(self.pieces(), self._all, self.dtype)
+        own = self.backend.all_gather(self.pieces(), self._all, self.dtype)
         self._frozen = skeleton.whole_frozen(range(skeleton.trainable, skeleton.trainable + len(skeleton.frozen)))
         self._stand_at([t.detach().requires_grad_() for t in own])
 
@@ -102,12 +102,12 @@ class Gathered(Weights):
         self.skeleton.fill(self.skeleton.places, [*leaves, *self._frozen])
 
     def spread(self, v: Vector) -> list[Tensor]:
-        return self.backend.whole([t.to(self.dtype) for t in v.tensors], self._all, self.dtype)
+        return self.backend.all_gather([t.to(self.dtype) for t in v.tensors], self._all, self.dtype)
 
     def collect(self, parts: Sequence[Tensor | None]) -> Vector:
         out = self.space.empty()
         with torch.no_grad():
-            mine = self.backend.sum_replicas(self.backend.cut(parts, self._all, self.dtype))
+            mine = self.backend.sum_replicas(self.backend.reduce_scatter(parts, self._all, self.dtype))
             torch._foreach_copy_(out.tensors, list(mine))
         return out
 

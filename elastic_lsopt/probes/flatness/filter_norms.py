@@ -5,7 +5,7 @@
 
 Bisla, Wang, Choromanska 2022, "Low-Pass Filtering SGD …", authors' code: `model.norm()` divides filter and bias by p
 and multiplies the layer's output by p, so the function stays what it was. p is held fixed, so the same numbers come
-from the weights as they are, displaced by p times the direction: nothing is rewritten. Differs in: 1. that needs no
+from the weights as they are, perturbed by p times the direction: nothing is rewritten. Differs in: 1. that needs no
 ReLU after the layer; 2. a norm's gain and bias are filters of one element (gain_r, b_r), as are other 1-D parameters;
 3. a filter of zeros keeps p = 1, where the code divides by 0.
 

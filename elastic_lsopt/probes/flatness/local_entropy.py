@@ -12,7 +12,7 @@ as coded); 20 steps, g0 = 1e-4, eps = 1e-4, and g1 = 1e-3 without effect, becaus
 `normalised` weights. Differs from their code in: mu_LE is of this oracle's batch, where they average over all
 mini-batches of an epoch: ask once a batch and average.
 
-Cost: 1 + draws forwards; `steps` gradients. Memory: one shard while displaced (two vectors more where `normalised`);
+Cost: 1 + draws forwards; `steps` gradients. Memory: one shard while perturbed (two vectors more where `normalised`);
 mu_LE two vectors more. Communication: a pass's; one all-reduce.
 """
 
@@ -26,7 +26,7 @@ from statistics import fmean, stdev
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.flatness.filter_norms import filter_norms
-from elastic_lsopt.probes.flatness.neighbourhood import Neighbourhood, refuse_below_one, refuse_not_positive, settled
+from elastic_lsopt.probes.flatness.neighbourhood import Neighbourhood, in_sync, refuse_below_one, refuse_not_positive
 from elastic_lsopt.probes.spectrum.operator import FIRST_DRAW
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.precision import full_precision
@@ -97,7 +97,7 @@ def local_entropy_gradient(
     began = time.monotonic()
     p = filter_norms(space) if normalised else None
     away, mean = space.zeros(), space.zeros()  # w' - w and <w'> - w, in the coordinates of p
-    with settled(space), space.excursion() as walk:
+    with in_sync(space), space.perturbation() as walk:
         for i in range(steps):
             step = oracle.gradient().clone()
             if p is not None:

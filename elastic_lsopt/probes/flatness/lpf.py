@@ -7,7 +7,7 @@ Bisla, Wang, Choromanska 2022, "Low-Pass Filtering SGD for Recovering Flat Optim
 Landscape". Of the measures that they rank by Kendall's tau with the generalisation gap, this one comes first.
 Their code: sigma = 0.01, 100 draws, `normalised` weights.
 
-Cost: 1 + draws forwards, no gradient; memory: one shard while displaced (`normalised`: two vectors more);
+Cost: 1 + draws forwards, no gradient; memory: one shard while perturbed (`normalised`: two vectors more);
 communication: a forward's.
 """
 

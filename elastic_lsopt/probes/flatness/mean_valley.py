@@ -6,7 +6,7 @@
 Dimlioglu, Choromanska 2025, "Communication-Efficient Distributed Training for Collaborative Flat Optima Recovery in
 Deep Learning" (DPPF), with kappa = 2. The walk's steps and its bisection are ours: the paper does not say.
 
-Cost: about 40 forwards a worker; memory: three vectors beside the workers', and two shards while displaced;
+Cost: about 40 forwards a worker; memory: three vectors beside the workers', and two shards while perturbed;
 communication: a forward's; one all-reduce a worker.
 """
 
@@ -81,7 +81,7 @@ def mean_valley(
     to_mean = mean - space.weights
     widths, distances = [], []
 
-    with space.excursion() as walk:
+    with space.perturbation() as walk:
         walk.move(to_mean)
         del to_mean
 
@@ -90,7 +90,7 @@ def mean_valley(
             forwards += 1
             if d is None:
                 return oracle.loss()
-            with space.displaced(d, t):
+            with space.perturbed(d, t):
                 return oracle.loss()
 
         base = loss_at(None, 0.0)

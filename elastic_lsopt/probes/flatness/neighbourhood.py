@@ -3,7 +3,7 @@
     L(w + s d)              d a direction, s how far
     L(w + s p d)            `normalised`: in the coordinates where every filter has length 1, `filter_norms.py`
 
-Cost: one forward a point, one pass a gradient; memory: one shard while displaced, and with `normalised` two vectors.
+Cost: one forward a point, one pass a gradient; memory: one shard while perturbed, and with `normalised` two vectors.
 Communication: that of a forward; on ZeRO one gather of the weights a point.
 """
 
@@ -52,7 +52,7 @@ class Neighbourhood:
         """L at w + scale * direction; inf and NaN are returned as they are (collective)."""
         if self.norms is not None:
             direction = (direction.vector() if isinstance(direction, Noise) else direction) * self.norms
-        with self.space.displaced(direction, scale):
+        with self.space.perturbed(direction, scale):
             return self._value()
 
     def noisy(self, draw: int, sigma: float) -> float:
@@ -74,12 +74,12 @@ class Neighbourhood:
 
 
 @contextmanager
-def settled(space: ParameterSpace) -> Iterator[None]:
-    """Where all ranks raise NonFinite inside an excursion, make the weights right before it goes on (collective)."""
+def in_sync(space: ParameterSpace) -> Iterator[None]:
+    """Where all ranks raise NonFinite inside a perturbation, make the weights right before it goes on (collective)."""
     try:
         yield
     except NonFinite:
-        space.settle()
+        space.resync()
         raise
 
 

@@ -10,7 +10,7 @@ Differs from their code in: 1. all sigmas see the same draws, so what is bisecte
 a standard error (they draw anew at every sigma); 2. the bracket ends by its relative width; 3. `initial` is used
 (their code, as published, sets w0 = 0 whatever it is given).
 
-Cost: 1 + 10 draws x about 30 bisections forwards; memory: one shard while displaced (two vectors more where
+Cost: 1 + 10 draws x about 30 bisections forwards; memory: one shard while perturbed (two vectors more where
 `normalised`); communication: a forward's.
 """
 

@@ -15,7 +15,7 @@ geometry), and not by a search for a multiplier; 3. a halved step goes on from t
 the weights, and from random points only where asked.
 
 Cost: `steps` gradients (times 1 + starts) and a forward each start; memory: four vectors and one shard while
-displaced (adaptive: one more); communication: a pass's, one all-reduce a step.
+perturbed (adaptive: one more); communication: a pass's, one all-reduce a step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.oracle import Oracle
-from elastic_lsopt.probes.flatness.neighbourhood import refuse_below_one, refuse_not_positive, settled
+from elastic_lsopt.probes.flatness.neighbourhood import in_sync, refuse_below_one, refuse_not_positive
 from elastic_lsopt.probes.spectrum.operator import FIRST_DRAW
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.precision import full_precision
@@ -75,7 +75,7 @@ def sam_sharpness(
     if starts < 0:
         raise UserError(f"starts={starts} must be >= 0.")
     ascent = _Ascent(space, oracle, rho, steps, norm, adaptive)
-    with settled(space):
+    with in_sync(space):
         worst = [ascent.climb(None), *(ascent.climb(i) for i in range(starts))]
     worst = [x for x in worst if x is not None]
     if not worst:
@@ -142,7 +142,7 @@ class _Ascent:
         if origin:
             g = self.oracle.gradient().clone()
         else:
-            with self.space.displaced(self._step(u), 1.0):
+            with self.space.perturbed(self._step(u), 1.0):
                 g = self.oracle.gradient().clone()
         if self.scale is not None:
             g.mul_(self.scale)
@@ -156,7 +156,7 @@ class _Ascent:
 
     def _value(self, u: Vector) -> float:
         self.forwards += 1
-        with self.space.displaced(self._step(u), 1.0):
+        with self.space.perturbed(self._step(u), 1.0):
             loss = self.oracle.loss()
         if not loss < float("inf"):
             raise NonFinite(f"the loss at a distance of rho={self.rho} is {loss}.")

@@ -97,7 +97,7 @@ class Krylov:
             if self._last is not None:
                 w.add_(self._last, alpha=-float(self._coupling[-1]))
             elif self._coupling.any():
-                basis.take_off_(w, torch.cat([self._coupling, torch.zeros(1, dtype=torch.float64)]))
+                basis.project_out_(w, torch.cat([self._coupling, torch.zeros(1, dtype=torch.float64)]))
             self._matrix[m, :m] = self._coupling
         beta = self._take_off(w, column)
         self._matrix[: m + 1, m] = column
@@ -116,7 +116,7 @@ class Krylov:
         enough, left = 0.0, 0.0
         for passes in range(4):
             more = self.basis.coefficients(w)
-            self.basis.take_off_(w, more)
+            self.basis.project_out_(w, more)
             column += more
             left = self.a.space.norm(w)
             if not isfinite(left):

@@ -25,7 +25,7 @@ from typing import Literal
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.geometry import ParameterSpace
-from elastic_lsopt.space.perturbation import Excursion
+from elastic_lsopt.space.perturbation import Perturbation
 from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.vector import Vector
 
@@ -77,8 +77,8 @@ def mode_connectivity(
     began = time.monotonic()
     _refuse(curve, points, steps, learning_rate)
     training: list[float] = []
-    with space.excursion() as excursion:
-        walk = _Walk(excursion)
+    with space.perturbation() as perturbation:
+        walk = _Walk(perturbation)
         if curve == "bezier":
             bend = (start + end).mul_(0.5) if bend is None else bend.clone()
             failure = _train(oracle, walk, start, bend, end, training, steps, learning_rate, seed)
@@ -86,7 +86,7 @@ def mode_connectivity(
             bend, failure = None, None
         times = [i / (points - 1) for i in range(points)]
         losses = [_loss_at(oracle, walk, _point(start, bend, end, t)) for t in times] if failure is None else []
-    # Raised only here: inside the excursion it would leave the weights' copies in doubt until `settle()`.
+    # Raised only here: inside the perturbation it would leave the weights' copies in doubt until `resync()`.
     if failure is not None:
         raise failure
     if not isfinite(losses[0] + losses[-1]):
@@ -105,8 +105,8 @@ def mode_connectivity(
 class _Walk:
     """The weights set to whole points, exactly: w - w = 0, 0 + p = p, p - p = 0, where w + (p - w) would round."""
 
-    def __init__(self, excursion: Excursion) -> None:
-        self._excursion, self._here = excursion, excursion.space.weights.clone()
+    def __init__(self, perturbation: Perturbation) -> None:
+        self._excursion, self._here = perturbation, perturbation.space.weights.clone()
 
     def to(self, weighted: list[tuple[float, Vector]]) -> None:
         """Set the weights to the sum of the weighted vectors."""

@@ -8,10 +8,10 @@ curvature, or principal components of a trajectory (both of length 1: a counts i
 
 Goodfellow, Vinyals, Saxe 2015, "Qualitatively characterizing neural network optimization problems"; Li, Xu, Taylor,
 Studer, Goldstein 2018, "Visualizing the Loss Landscape of Neural Nets". Their code sets weights whole; here each point
-is displaced from w itself, so no point depends on the others or on the order. Another centre: call it inside
-`space.displaced(...)`.
-Cost: one forward of the batch a point; memory: one vector a direction, one for the sum (2-D), one while displaced;
-communication: that of a displacement and a forward a point.
+is perturbed from w itself, so no point depends on the others or on the order. Another centre: call it inside
+`space.perturbed(...)`.
+Cost: one forward of the batch a point; memory: one vector a direction, one for the sum (2-D), one while perturbed;
+communication: that of a perturbation and a forward a point.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def project(
         away = p - centre
         c = torch.linalg.solve(gram, directions.coefficients(away))
         coordinates.append(tuple(c.tolist()))
-        distances.append(space.norm(directions.take_off_(away, c)))
+        distances.append(space.norm(directions.project_out_(away, c)))
     return Projection(tuple(coordinates), tuple(distances))
 
 
@@ -133,7 +133,7 @@ def _loss_at(space: ParameterSpace, oracle: Oracle, directions: list[Vector], at
     step, scale = directions[0], at[0]
     if len(directions) > 1:
         step, scale = (directions[0] * at[0]).add_(directions[1], alpha=at[1]), 1.0
-    with space.displaced(step, scale):
+    with space.perturbed(step, scale):
         return oracle.loss()
 
 

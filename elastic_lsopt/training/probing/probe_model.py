@@ -20,7 +20,7 @@ from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.optimizers.plain import Plain
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
-from elastic_lsopt.probes.catalogue import Situation, as_json, measure
+from elastic_lsopt.probes.catalogue import ProbeContext, as_json, measure
 from elastic_lsopt.space.vector import Vector
 from elastic_lsopt.training.datasets.samples import Data, build_data
 from elastic_lsopt.training.engines import build_engine, plain_loss_of
@@ -148,7 +148,7 @@ def _measured(
         )  # fmt: skip
 
     together = oracle(units, checked=True)
-    situation = Situation(
+    situation = ProbeContext(
         space=engine.space, oracle=together, samples=len(data.train),
         batches=lambda: [oracle(single(i), checked=False) for i in range(question.units)], other=other,
         initial=initial,
@@ -164,8 +164,8 @@ def _measured(
         try:
             told["probes"][name] = as_json(measure(name, settings).ask(situation, **settings))
         except (UserError, NonFinite) as error:
-            if not engine.space.settled:
-                engine.space.settle()
+            if not engine.space.in_sync:
+                engine.space.resync()
             told["probes"][name], told["failed"][name] = None, str(error)
         say(f"{name}: {time.monotonic() - begin:.1f} s")
         world.on_first(lambda: None if folder is None else _write(folder, told))

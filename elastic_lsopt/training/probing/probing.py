@@ -23,7 +23,7 @@ from elastic_lsopt.oracle.curvature.products import Mode
 from elastic_lsopt.oracle.loss import Loss, Unsplit
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
-from elastic_lsopt.probes.catalogue import MEASURES, Situation, as_json, measure
+from elastic_lsopt.probes.catalogue import MEASURES, ProbeContext, as_json, measure
 from elastic_lsopt.probes.spectrum.lanczos import lanczos
 from elastic_lsopt.probes.trajectory.trajectory import Motion, Trajectory
 from elastic_lsopt.training.datasets.samples import Data
@@ -117,14 +117,14 @@ class Probing:
             finally:
                 self._close(name, situation.oracle)
         except (UserError, NonFinite) as error:  # decided by sums over all ranks, so all ranks are here
-            if not engine.space.settled:
-                engine.space.settle()
+            if not engine.space.in_sync:
+                engine.space.resync()
             if name not in self._warned:
                 self._warned.add(name)
                 self._say(f"probe {name} gave nothing after step {engine.clock.steps}: {error}")
             return None
         finally:
-            engine.space.end_lease()
+            engine.space.end_borrowed()
             engine.backend.clear_gradient()
 
     def _observed(self, trajectory: Trajectory, name: str, probe: ProbeConfig) -> Motion:
@@ -147,14 +147,14 @@ class Probing:
             self._settled[name] = oracle.mode
         oracle.close_products()
 
-    def _situation(self, name: str, probe: ProbeConfig) -> Situation:
+    def _situation(self, name: str, probe: ProbeConfig) -> ProbeContext:
         engine, config = self._engine, self._config
         units, single = fixed_microbatches(self._data, config, self._world, probe.units)
         group: dict[str, Any] = next(iter(engine.param_groups), {})
         adam = None
         if config.optim != "sgd":
             adam = ((config.adam_beta1, config.adam_beta2), config.adam_epsilon, max(engine.clock.steps, 1))
-        return Situation(
+        return ProbeContext(
             space=engine.space,
             oracle=self._oracle(units, name, probe, checked=name not in self._settled),
             batches=lambda: [self._oracle(single(i), name, probe, checked=False) for i in range(probe.units)],
@@ -199,5 +199,7 @@ def fixed_microbatches(
         rows = data.collate([data.train[j] for j in order[i * size : (i + 1) * size]])
         return as_weights_are({k: v.to(world.device) for k, v in rows.items()}, config)
 
-    together = [MicroBatch(i, batch(i)) for i in range(world.rank, count, world.size)] or [MicroBatch(0, batch(0), idle=True)]
+    together = [MicroBatch(i, batch(i)) for i in range(world.rank, count, world.size)] or [
+        MicroBatch(0, batch(0), idle=True)
+    ]
     return together, lambda i: [MicroBatch(0, batch(i), idle=world.rank > 0)]

@@ -50,8 +50,8 @@ RETRY_S = 0.2
 UNREAD = 64
 """Answers that wait for one agent, at most; where there are more, it has gone."""
 MANY, REST_S = 100, 0.01
-"""Who serves more others than this looks for work every REST_S only, and ticks twice per beat: to be woken for each
-costs more than the work."""
+"""Who serves more others than this looks for work every REST_S only, and ticks twice per heartbeat: to be woken for
+each costs more than the work."""
 LONGEST_BYTES = 4 * 2**20
 """A longer message is not read: a stranger must not fill this agent's memory with one."""
 Heard = Callable[[bytes], None]
