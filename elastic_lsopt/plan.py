@@ -266,7 +266,8 @@ def plan(
         raise UserError(
             f"a world of {world} worker(s) is too small for a global batch of {batch}: each would run "
             f"{made.accumulation} micro-batches of {policy.microbatch_size} a step, "
-            f"max_accumulation={policy.max_accumulation}; start more workers, raise max_accumulation or lower the batch."
+            f"max_accumulation={policy.max_accumulation}; start more workers, raise max_accumulation or lower "
+            "the batch."
         )
     return made
 

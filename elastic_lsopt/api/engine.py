@@ -114,7 +114,7 @@ class Engine:
         self._inside = True
         try:
             with self._landscape.informing():
-                self.space.refuse_stale("a step")
+                self.space.copies.refuse_stale("a step")
                 self._refuse_other_parameters()
                 oracle = self.oracle(microbatches)
                 self.last_step = self._landscape.take(oracle, oracle.samples)
@@ -158,5 +158,5 @@ class Engine:
 
     def _refuse_stale_forward(self, module: nn.Module, inputs: Any) -> None:
         if not self._inside and not self.space.in_sync:
-            self.space.refuse_stale("a forward pass")
+            self.space.copies.refuse_stale("a forward pass")
             raise StaleWeights("a forward pass is refused inside a step; call it after train_batch() has returned.")

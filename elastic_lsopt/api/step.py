@@ -86,13 +86,13 @@ class LandscapeStep:
 
     def _take(self, oracle: Oracle) -> StepReport:
         space = self.space
-        space.refuse_stale("a step")
-        space.last_fidelity = None
+        space.copies.refuse_stale("a step")
+        space.fidelity.last = None
         # Rounding can spoil a perturbation where the forward is narrower than fp32: look once, on the first step, or on
         # the second where the first moved only before any forward, which tells its type.
-        space.looks_at_narrow = self.clock.steps < 2 and not self._looked
+        space.fidelity.narrow = self.clock.steps < 2 and not self._looked
         try:
-            with space.deferring():
+            with space.copies.deferring():
                 gradient = self.method.gradient(space, oracle, self.state)
                 oracle.install(gradient)
                 norm = space.norm(gradient)
@@ -103,8 +103,8 @@ class LandscapeStep:
         except NonFinite as error:
             return self._skip(oracle, error)
         finally:
-            space.looks_at_narrow = False
-            self._looked = self._looked or space.last_fidelity is not None
+            space.fidelity.narrow = False
+            self._looked = self._looked or space.fidelity.last is not None
         return StepReport(
             oracle.losses[0],
             oracle.passes,
@@ -113,7 +113,7 @@ class LandscapeStep:
             oracle.stop,
             oracle.signals,
             oracle.samples_per_second,
-            self._faithful(space.last_fidelity),
+            self._faithful(space.fidelity.last),
         )
 
     def _skip(self, oracle: Oracle, error: NonFinite) -> StepReport:

@@ -78,8 +78,8 @@ def take_snapshot(
     """
     backend, space = state.backend, state.space
     space.check_generation()
-    space.refuse_stale("a save")
-    if space.perturbations:
+    space.copies.refuse_stale("a save")
+    if space.copies.perturbations:
         raise StaleWeights("a save is refused inside a perturbed pass; save when the step has ended.")
     keep: Callable[[Tensor], Tensor] = _to_host if copy else _live
     layout, tensors = backend.layout, dict[str, Held]()

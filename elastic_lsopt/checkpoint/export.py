@@ -55,7 +55,7 @@ def export_huggingface(
     folder = Path(folder).resolve()
     if hasattr(module, "peft_config"):
         raise Unsupported("exporting a PEFT adapter is not supported; call merge_and_unload() and export its result.")
-    backend.retract()  # FSDP2 hides the shards of a gathered group
+    backend.drop_gathered()  # FSDP2 hides the shards of a gathered group
     group = dist.new_group(backend="gloo", timeout=TIMEOUT) if backend.world > 1 else None
     try:
         _agree(folder, refusal(folder) if backend.rank == 0 else None, group)

@@ -71,7 +71,7 @@ def restore(state: TrainingState, saved: Saved, fill: Fill, *, hyperparameters: 
     generators = {key: g for key, g in generators.items() if key in saved.tensors}
     wanted |= {key: Held(g.numel(), [(0, g)]) for key, g in generators.items()}
 
-    state.space.mark_stale("a load that did not end")
+    state.space.copies.mark_stale("a load that did not end")
     fill(wanted)
     for buffer, flat in buffers.values():  # a buffer that is not contiguous was read into a copy
         local(buffer).copy_(flat.view(local(buffer).shape))

@@ -37,7 +37,7 @@ def unit_sizes(global_batch_size: int, microbatch_size: int) -> tuple[int, ...]:
     if not 1 <= microbatch_size <= global_batch_size:
         raise UserError(
             f"per_device_train_batch_size={microbatch_size} must be between 1 and "
-            f"global_batch_size={global_batch_size}; lower it, or raise global_batch_size to at least {microbatch_size}."
+            f"global_batch_size={global_batch_size}; lower it, or raise the batch to at least {microbatch_size}."
         )
     full, rest = divmod(global_batch_size, microbatch_size)
     return (microbatch_size,) * full + ((rest,) if rest else ())
@@ -51,7 +51,7 @@ def part_bounds(microbatches: int, parts: int) -> tuple[tuple[int, int], ...]:
     if not 1 <= parts <= microbatches:
         raise UserError(
             f"a step of {microbatches} micro-batch(es) cannot be cut into {parts} part(s): use at least {parts} "
-            "micro-batches a step (a larger global_batch_size or a smaller per_device_train_batch_size), or fewer parts."
+            "micro-batches a step (a larger global_batch_size or smaller per_device_train_batch_size), or fewer parts."
         )
     return tuple((microbatches * p // parts, microbatches * (p + 1) // parts) for p in range(parts))
 

@@ -203,7 +203,7 @@ class MicroBatchOracle(Oracle):
 
     def _mean(self, value: Callable[[Slot], Tensor]) -> float:
         """The mean of a slot's value over the global batch, without gradients."""
-        self.space.ready()
+        self.space.copies.ready()
         local: float | Tensor = 0.0
         with torch.no_grad(), still_buffers(self.backend.roots):
             for index in self._slots((0, self._count)):

@@ -178,7 +178,7 @@ class Oracle(ABC):
                 f"part {part.number} of {part.of} ran where part {total.done} was due; run each once, in order."
             )
         total.parts = part.of
-        self.space.ready()
+        self.space.copies.ready()
         with observed(self.backend):
             loss, nonfinite = self._backward(part, last=part.number == part.of - 1)
         total.local_loss += loss

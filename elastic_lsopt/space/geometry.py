@@ -12,9 +12,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from elastic_lsopt.errors import StaleGeneration, StaleWeights
+from elastic_lsopt.space.copies import WeightCopies
+from elastic_lsopt.space.direction import Direction, Noise
 from elastic_lsopt.space.layout import Layout, Shards
-from elastic_lsopt.space.perturbation import Direction, Fidelity, Noise, Perturbation
+from elastic_lsopt.space.perturbation import FidelityWatch, Perturbation
 from elastic_lsopt.space.vector import BorrowedGradient, Scales, Vector
 
 
@@ -36,17 +37,8 @@ class ParameterSpace:
     def __init__(self, shards: Shards, seed: int = 0) -> None:
         self.shards = shards
         self.seed = seed
-        self.measure_fidelity = False
-        self.looks_at_narrow = False
-        """Measure the fidelity of a move also unasked where the forward is narrower than fp32."""
-        self.last_fidelity: Fidelity | None = None
-        self.perturbations: list[Perturbation] = []
-        self.edits = 0
-        """Steps and resyncs so far: fused optimizers write where autograd does not count."""
-        self._generation_over = False
-        self._stale: str | None = None
-        self._unrefreshed = False
-        self._deferring = False
+        self.copies = WeightCopies(shards)
+        self.fidelity = FidelityWatch()
         self._borrowed: BorrowedGradient | None = None
         wide = any(t.dtype == torch.float64 for t in shards.masters)
         self.dtype = torch.float64 if wide else torch.float32
@@ -141,7 +133,7 @@ class ParameterSpace:
         ZeRO-3); a perturbation inside another always keeps one shard. After an exception this rank's part is right
         and every gathered copy is refused until `resync()`.
         """
-        with Perturbation(self, moves_once=True) as walk:
+        with self._perturbation(moves_once=True) as walk:
             walk.move(direction, scale)
             del direction  # this frame lives as long as the block: a vector that the caller drops is free at once
             yield walk
@@ -152,86 +144,30 @@ class ParameterSpace:
 
         Memory as `perturbed`; where the weights are narrower than fp32, one fp32 shard for the exact position.
         """
-        return Perturbation(self, moves_once=False)
+        return self._perturbation(moves_once=False)
 
-    @contextmanager
-    def deferring(self) -> Iterator[None]:
-        """Inside, leaving a perturbation does not refresh the gathered copies: the step that follows rewrites all
-        copies anyway.
+    def _perturbation(self, *, moves_once: bool) -> Perturbation:
+        return Perturbation(self.shards, self.copies, self.fidelity, moves_once=moves_once)
 
-        The oracle refreshes them before the next forward if there is one; `resync` does in every case.
-        """
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
-
-    def rewritten(self) -> None:
-        """Weights were written in place, by whatever way: each move, return, step and resync ends here.
-
-        Autocast casts a weight once and keeps the cast until its outermost context ends: inside one, the next forward
-        would compute with the weights as they were.
-        """
-        torch.clear_autocast_cache()
-
-    def returned(self) -> None:
-        """A perturbation has restored this rank's part: make the other copies right now, or before the next forward."""
-        if self._deferring:
-            self._unrefreshed = True
-        else:
-            self.shards.refresh_gathered()
-
-    def stepped(self) -> None:
-        """The base optimizer has rewritten every copy of the weights, and clipped the gradient that it was lent."""
-        self._unrefreshed = False
-        self.edits += 1
-        self.rewritten()
-        self.end_borrowed()
-
-    def ready(self) -> None:
-        """Before a forward (collective): raise StaleWeights after an exception, refresh what was deferred."""
-        self.check_generation()
-        self.refuse_stale("a forward pass")
-        if self._unrefreshed:
-            self.shards.refresh_gathered()
-            self._unrefreshed = False
-
-    # -- safety ------------------------------------------------------------------------------------------------
+    # -- copies ------------------------------------------------------------------------------------------------
 
     @property
     def in_sync(self) -> bool:
         """Whether all copies of the weights are right."""
-        return self._stale is None and not self._unrefreshed
-
-    def mark_stale(self, reason: str) -> None:
-        """Refuse forward passes, saves and perturbations until `resync()`."""
-        self._stale = reason
-
-    def refuse_stale(self, what: str) -> None:
-        if self._stale is not None:
-            raise StaleWeights(
-                f"{what} is refused: gathered copies of the weights may be wrong after {self._stale}; "
-                "call space.resync() on all ranks first."
-            )
+        return self.copies.in_sync
 
     def resync(self) -> None:
         """Make all copies of the weights right again after an exception (collective; one gather of the weights)."""
-        self.check_generation()
-        self.shards.repair()
-        self.shards.drop_gathered()
-        self.shards.refresh_gathered()
-        self._stale, self._unrefreshed = None, False
-        self.edits += 1
-        self.rewritten()
+        self.copies.resync()
+
+    def stepped(self) -> None:
+        """The base optimizer has rewritten every copy of the weights, and clipped the gradient that it was lent."""
+        self.copies.stepped()
+        self.end_borrowed()
 
     def retire(self) -> None:
         """End this generation: every later use of the space or of its vectors raises StaleGeneration."""
-        self._generation_over = True
+        self.copies.retire()
 
     def check_generation(self) -> None:
-        if self._generation_over:
-            raise StaleGeneration(
-                "this parameter space belongs to an older generation of the model or its workers; "
-                "take space and vectors from the engine again."
-            )
+        self.copies.check_generation()

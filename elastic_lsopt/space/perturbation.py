@@ -17,57 +17,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from elastic_lsopt.errors import NonFinite
-from elastic_lsopt.space.layout import row_spans
-from elastic_lsopt.space.noise import add_normal_, block_seed, fill_normal_
-from elastic_lsopt.space.vector import Scales, Vector
-
-if TYPE_CHECKING:
-    from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.copies import WeightCopies
+from elastic_lsopt.space.direction import Direction, Noise
+from elastic_lsopt.space.layout import Layout, Shards, row_spans
+from elastic_lsopt.space.vector import Scales
 
 CHUNK = 1 << 20
 """Elements of the scratch through which a move in fp32 reaches narrower weights (4 MiB)."""
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Standard normal noise, drawn piece by piece where it is used, so that it never needs a vector of memory.
-
-    An element depends on (seed, step, draw, parameter name, its index in the parameter): the same at any sharding.
-    """
-
-    space: ParameterSpace
-    step: int
-    draw: int
-
-    @property
-    def _seed(self) -> int:
-        return block_seed(self.space.seed, self.step, self.draw)
-
-    def vector(self) -> Vector:
-        """The same numbers, kept: one number an element."""
-        out = self.space.empty()
-        for i, t in enumerate(out.tensors):
-            name, offset = self._at(i)
-            fill_normal_(t, seed=self._seed, name=name, offset=offset)
-        return out
-
-    def _at(self, i: int) -> tuple[str, int]:
-        piece = self.space.layout.pieces[i]
-        return self.space.layout.parameters[piece.parameter].name, piece.offset
-
-    def add_to(self, i: int, out: Tensor, begin: int, scale: float | Tensor, row_length: int | None = None) -> None:
-        """out += scale * the noise of piece i from its element `begin` on; `scale` is one number, or one a row."""
-        name, offset = self._at(i)
-        add_normal_(out, seed=self._seed, name=name, offset=offset + begin, scale=scale, row_length=row_length)
-
-
-Direction = Vector | Noise
 
 
 @dataclass(frozen=True)
@@ -83,11 +44,24 @@ class Fidelity:
         return self.realised_norm / self.requested_norm if self.requested_norm else 1.0
 
 
+@dataclass
+class FidelityWatch:
+    """Whether the moves of a space are measured, and what the last one gave."""
+
+    always: bool = False
+    narrow: bool = False
+    """Measure also unasked where the forward is narrower than fp32."""
+    last: Fidelity | None = None
+
+    def measures(self, shards: Shards) -> bool:
+        return self.always or (self.narrow and shards.compute_dtype.itemsize < 4)
+
+
 class Perturbation:
     """A way out of the weights and back; see [Note: what a perturbation keeps]. `fidelity` is filled when asked for."""
 
-    def __init__(self, space: ParameterSpace, moves_once: bool) -> None:
-        self.space = space
+    def __init__(self, shards: Shards, copies: WeightCopies, watch: FidelityWatch, *, moves_once: bool) -> None:
+        self._shards, self._copies, self._watch = shards, copies, watch
         self.fidelity: Fidelity | None = None
         self._moves_once = moves_once
         self._moves = 0
@@ -95,13 +69,13 @@ class Perturbation:
         self._position: list[Tensor] | None = None
 
     def __enter__(self) -> Perturbation:
-        space, shards = self.space, self.space.shards
-        space.check_generation()
-        space.refuse_stale("a perturbation")
+        shards, copies = self._shards, self._copies
+        copies.check_generation()
+        copies.refuse_stale("a perturbation")
         shards.drop_gathered()
-        if space.perturbations or not shards.separate_master:
+        if copies.perturbations or not shards.separate_master:
             self._saved = [t.detach().clone() for t in shards.working]
-        space.perturbations.append(self)
+        copies.perturbations += 1
         return self
 
     def move(self, direction: Direction, scale: float | Scales = 1.0) -> None:
@@ -111,7 +85,7 @@ class Perturbation:
         """
         if self._moves_once and self._moves:
             raise RuntimeError("perturbed() is one move; use space.perturbation() for several.")
-        space, shards = self.space, self.space.shards
+        shards = self._shards
         shards.drop_gathered()
         working = list(shards.working)
         narrow = any(t.element_size() < 4 for t in working)
@@ -120,39 +94,38 @@ class Perturbation:
             if self._position is None:
                 self._position = [t.float() if t.element_size() < 4 else t.clone() for t in base]
             base = self._position
-        measures = space.measure_fidelity or (space.looks_at_narrow and shards.compute_dtype.itemsize < 4)
-        before = [t.to(shards.compute_dtype, copy=True) for t in base] if measures else None
+        before = [t.to(shards.compute_dtype, copy=True) for t in base] if self._watch.measures(shards) else None
         with torch.no_grad():
             for i, (out, origin) in enumerate(zip(working, base, strict=True)):
-                _add_piece(space, i, out, origin, direction, scale, keep_position=self._position is not None)
+                _add_piece(shards.layout, i, out, origin, direction, scale, keep_position=self._position is not None)
         if before is not None:
-            self.fidelity = space.last_fidelity = _measure(space, before, working, direction, scale)
+            self.fidelity = self._watch.last = _measure(shards, before, working, direction, scale)
         self._moves += 1
-        space.rewritten()
+        self._copies.rewritten()
         shards.refresh_gathered()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        space, shards = self.space, self.space.shards
-        space.perturbations.remove(self)
+        shards, copies = self._shards, self._copies
+        copies.perturbations -= 1
         self._position = None
         shards.drop_gathered()
         with torch.no_grad():
             torch._foreach_copy_(list(shards.working), self._saved if self._saved is not None else list(shards.masters))
         self._saved = None
-        space.rewritten()
+        copies.rewritten()
         if error is None:
-            space.returned()
+            copies.returned()
             return
         # See [Note: returning after an exception]
-        space.mark_stale(f"{type(error).__name__} inside a perturbed pass")
+        copies.mark_stale(f"{type(error).__name__} inside a perturbed pass")
         if isinstance(error, Exception) and not isinstance(error, NonFinite):
             shards.report_failure(error)
 
 
 def _add_piece(
-    space: ParameterSpace,
+    layout: Layout,
     i: int,
     out: Tensor,
     origin: Tensor,
@@ -165,23 +138,21 @@ def _add_piece(
     if out.element_size() >= 4:
         if out is not origin:
             out.copy_(origin)
-        _add_run(space, i, out, 0, direction, scale)
+        _add_run(layout, i, out, 0, direction, scale)
         return
     for begin in range(0, out.numel(), CHUNK):
         span = slice(begin, min(begin + CHUNK, out.numel()))
         exact = origin[span] if keep_position else origin[span].to(torch.float32, copy=True)
-        _add_run(space, i, exact, begin, direction, scale)
+        _add_run(layout, i, exact, begin, direction, scale)
         out[span].copy_(exact)
 
 
-def _add_run(
-    space: ParameterSpace, i: int, out: Tensor, begin: int, direction: Direction, scale: float | Scales
-) -> None:
+def _add_run(layout: Layout, i: int, out: Tensor, begin: int, direction: Direction, scale: float | Scales) -> None:
     """out += scale * elements [begin, begin + len(out)) of piece i of the direction."""
-    piece = space.layout.pieces[i]
+    piece = layout.pieces[i]
     if isinstance(scale, Scales) and scale.per == "row":
-        parameter = space.layout.parameters[piece.parameter]
-        first = space.layout.first_row[piece.parameter]
+        parameter = layout.parameters[piece.parameter]
+        first = layout.first_row[piece.parameter]
         rows = scale.values[first : first + parameter.rows]
         if isinstance(direction, Noise):
             direction.add_to(i, out, begin, rows, parameter.row_length)
@@ -204,20 +175,20 @@ def _add_run(
 
 
 def _measure(
-    space: ParameterSpace,
+    shards: Shards,
     before: list[Tensor],
     working: list[Tensor],
     direction: Direction,
     scale: float | Scales,
 ) -> Fidelity:
     """Requested against realised perturbation; one all-reduce of three numbers, scratch of one piece."""
-    sums = torch.zeros(3, dtype=torch.float64, device=space.shards.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=shards.device)
     for i, (was, now) in enumerate(zip(before, working, strict=True)):
         wide = torch.float64 if now.dtype == torch.float64 else torch.float32
         asked = torch.zeros(now.numel(), dtype=wide, device=now.device)
-        _add_run(space, i, asked, 0, direction, scale)
-        got = now.to(space.shards.compute_dtype).to(wide) - was.to(wide)
+        _add_run(shards.layout, i, asked, 0, direction, scale)
+        got = now.to(shards.compute_dtype).to(wide) - was.to(wide)
         sums += torch.stack([x.sum(dtype=torch.float64) for x in (asked.square(), got.square(), asked * got)])
-    asked2, got2, both = space.shards.sum_pieces_(sums).tolist()
+    asked2, got2, both = shards.sum_pieces_(sums).tolist()
     cosine = both / (asked2 * got2) ** 0.5 if asked2 * got2 > 0 else float(asked2 == got2)
     return Fidelity(asked2**0.5, got2**0.5, cosine)

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from elastic_lsopt.errors import StaleGradient
+from elastic_lsopt.space.layout import Layout
 
-if TYPE_CHECKING:
-    from elastic_lsopt.space.geometry import ParameterSpace
+
+class Owner(Protocol):
+    """The space of a vector, as the vector needs it."""
+
+    seed: int
+
+    @property
+    def layout(self) -> Layout: ...
+    def empty(self) -> Vector: ...
+    def check_generation(self) -> None: ...
 
 
 class Vector:
@@ -22,7 +31,7 @@ class Vector:
     sums over all ranks. Methods that end in `_` change this vector.
     """
 
-    def __init__(self, space: ParameterSpace, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, space: Owner, tensors: Sequence[Tensor]) -> None:
         self.space = space
         self._tensors = list(tensors)
 
@@ -90,7 +99,7 @@ class BorrowedGradient(Vector):
     it has summed already.
     """
 
-    def __init__(self, space: ParameterSpace, tensors: Sequence[Tensor], known_norm: float) -> None:
+    def __init__(self, space: Owner, tensors: Sequence[Tensor], known_norm: float) -> None:
         super().__init__(space, tensors)
         self.known_norm = known_norm
         self.valid = True

@@ -125,7 +125,7 @@ def refused(path: str, what: str) -> str:
             case "state":
                 state["rows"] = torch.ones(5)
             case "stale":
-                engine.space.mark_stale("a test")
+                engine.space.copies.mark_stale("a test")
             case _:
                 extra = {"loader": object()}
     try:

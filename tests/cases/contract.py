@@ -184,7 +184,7 @@ def fidelity(kind: str, length: float, zero: dict[str, Any] | None = None, bf16:
     """What the space reports of a perturbation, and the same from plain whole tensors rounded as the forward rounds."""
     engine = engine_of(kind, zero, bf16, extra=())
     space = engine.space
-    space.measure_fidelity = True
+    space.fidelity.always = True
     start = gathered(space, space.weights.tensors)
     d = {n: plain_values(s, n, 2) for n, s in shapes(()).items()}
     scale = length / math.sqrt(sum(float(t.double().square().sum()) for t in d.values()))

@@ -237,7 +237,7 @@ def refused_versions() -> dict[str, Any]:
             versions.take(engine, generation=1, step=1, extra={})
         except lso.StaleWeights as error:
             said.append(str(error))
-    space.mark_stale("a test")
+    space.copies.mark_stale("a test")
     try:
         versions.take(engine, generation=1, step=1, extra={})
     except lso.StaleWeights as error:

@@ -251,7 +251,7 @@ def resumed(kind: str, way: str) -> dict[str, Any]:
 def warned(kind: str, rho: float, bf16: bool, ask: bool = False, zero: dict[str, Any] | None = None) -> dict[str, Any]:
     """Messages of four SAM steps, and the cosine that each step's report holds."""
     engine = engine_of(kind, zero, bf16, extra=(), method=lso.SAM(rho=rho))
-    engine.space.measure_fidelity = ask
+    engine.space.fidelity.always = ask
     cosines = []
     with logged() as messages:
         for s in engines.batches(STEPS, 3, dtype=dtype_of(kind, "fp32", bf16)):

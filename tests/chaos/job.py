@@ -170,7 +170,7 @@ def arm(folder: Path, engine: lso.Engine, world: World) -> None:
         return  # warming up
 
     def forward(*_: Any) -> None:
-        at(folder, "perturbed" if engine.space.perturbations else "forward")
+        at(folder, "perturbed" if engine.space.copies.perturbations else "forward")
 
     engine.module.register_forward_pre_hook(forward)
     engine.module.last.register_full_backward_hook(lambda *_: at(folder, "backward"))

@@ -181,7 +181,8 @@ def _policy(settings: ElasticConfig, reference: Hyperparameters, microbatch_size
     bounds = ("min_global_batch_size", "max_global_batch_size", "min_learning_rate", "max_learning_rate")
     return Policy(
         reference=reference, microbatch_size=microbatch_size, kind=settings.policy,
-        reference_workers=settings.reference_workers, rule="none" if settings.policy == "keep_batch" else settings.lr_rule or own,
+        reference_workers=settings.reference_workers,
+        rule="none" if settings.policy == "keep_batch" else settings.lr_rule or own,
         decoupled_weight_decay=reference.betas is not None, ramp_samples=settings.ramp_samples,
         max_accumulation=settings.max_accumulation, **{name: getattr(settings, name) for name in bounds},
     )  # fmt: skip

@@ -156,13 +156,13 @@ class Products:
         either, so all ranks ask each other: one small all-reduce.
         """
         space, shards = self.space, self.backend
-        space.ready()
+        space.copies.ready()
         module = shards.module
         assert module is not None
         others = [*(p for p in module.parameters() if not p.requires_grad), *module.buffers()]
         written = [t._version for t in (*shards.masters, *shards.working, *shards.slot_keys, *others)]
         modes = [m.training for m in module.modules()]
-        stamp = (len(space.perturbations), space.edits, written, modes, _fingerprint(shards.masters))
+        stamp = (len(space.copies.perturbations), space.copies.edits, written, modes, _fingerprint(shards.masters))
         if self._all_agree(self._weights is not None and stamp == self._stamp):
             assert self._weights is not None
             return self._weights

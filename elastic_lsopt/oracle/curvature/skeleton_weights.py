@@ -52,7 +52,7 @@ class Weights(ABC):
     def pieces(self) -> list[Tensor]:
         """This rank's weights in the skeleton's precision: the masters; inside a perturbation what the forward sees."""
         shards = self.space.shards
-        held = shards.working if self.space.perturbations else shards.masters
+        held = shards.working if self.space.copies.perturbations else shards.masters
         return [t.detach().to(self.dtype) for t in held]
 
     @abstractmethod

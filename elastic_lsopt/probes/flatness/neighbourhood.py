@@ -18,8 +18,8 @@ from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.flatness.filter_norms import filter_norms
 from elastic_lsopt.probes.spectrum.operator import FIRST_DRAW
+from elastic_lsopt.space.direction import Noise
 from elastic_lsopt.space.geometry import ParameterSpace
-from elastic_lsopt.space.perturbation import Noise
 from elastic_lsopt.space.vector import Vector
 
 
