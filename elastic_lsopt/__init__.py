@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from elastic_lsopt.api.engine import Engine
     from elastic_lsopt.api.initialize import initialize
     from elastic_lsopt.api.landscape_optimizer import LandscapeOptimizer
-    from elastic_lsopt.api.report import StepReport
     from elastic_lsopt.api.trainer_callback import ProbeCallback
     from elastic_lsopt.errors import (
         NonFinite,
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from elastic_lsopt.optimizers.sam import SAM
     from elastic_lsopt.oracle.loss import Loss
     from elastic_lsopt.oracle.microbatch import MicroBatch
+    from elastic_lsopt.oracle.report import StepReport
 
 __version__ = "0.1.0"
 __all__ = [
@@ -74,7 +74,7 @@ _HOMES = {
     "StaleGeneration": "errors",
     "StaleGradient": "errors",
     "StaleWeights": "errors",
-    "StepReport": "api.report",
+    "StepReport": "oracle.report",
     "Unsupported": "errors",
     "UserError": "errors",
     "attach": "api.attach",

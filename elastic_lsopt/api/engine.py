@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 from elastic_lsopt.api.eval_mode import eval_mode
-from elastic_lsopt.api.report import StepReport
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.errors import StaleWeights, UserError
-from elastic_lsopt.optimizers.registry import Method, State
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.default_loss import as_loss
+from elastic_lsopt.oracle.family import Family, Stateful
 from elastic_lsopt.oracle.loss import Loss, LossFunction
+from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
+from elastic_lsopt.oracle.report import Piggyback, StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
 
 
@@ -38,14 +39,15 @@ class Engine:
         loss_fn: Loss | LossFunction | None = None,
         seed: int = 0,
         total_samples: int | None = None,
+        keep: Sequence[Stateful] = (),
     ) -> None:
         assert backend.module is not None
         self.backend = backend
         self.loss = as_loss(loss_fn, backend.module)
-        self._landscape = LandscapeStep(backend, method, seed, SampleClock(total_samples=total_samples))
+        self._landscape = LandscapeStep(backend, method, seed, SampleClock(total_samples=total_samples), kept=keep)
         self._stop_requested = False
-        self.signals: Callable[[], Sequence[float]] | None = None
-        """Numbers of the elastic runtime that ride on each pass's all-reduce, as many on every rank."""
+        self.piggyback: Callable[[], Piggyback] | None = None
+        """What the elastic runtime lets ride on each pass's all-reduce."""
         self._inside = False
         self._trained = [p.requires_grad for p in backend.module.parameters()]
         self.last_step: StepReport | None = None
@@ -72,6 +74,15 @@ class Engine:
     @property
     def method(self) -> Method:
         return self._landscape.method
+
+    @property
+    def families(self) -> Mapping[str, Family]:
+        """All that survives a step beside weights and the base's own state, by name."""
+        return self._landscape.families
+
+    def add(self, family: Family) -> None:
+        """From now on this is saved, mirrored and moved too. Raises UserError for a name that is taken."""
+        self._landscape.add(family)
 
     @property
     def method_state(self) -> State:
@@ -102,7 +113,7 @@ class Engine:
         """The loss on these micro-batches of all ranks, as something one can ask."""
         return MicroBatchOracle(
             self.space, self.backend, self.loss, microbatches, self.clock,
-            stop_requested=lambda: self._stop_requested, signals=self.signals,
+            stop_requested=lambda: self._stop_requested, piggyback=self.piggyback,
         )  # fmt: skip
 
     def train_batch(self, microbatches: Sequence[Any]) -> float:

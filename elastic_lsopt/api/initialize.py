@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.config.deepspeed_json import engine_json, read_deepspeed_json, split_method
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.optimizers import registry
-from elastic_lsopt.optimizers.registry import Method
+from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.loss import Loss, LossFunction
+from elastic_lsopt.oracle.method import Method
 
 Base = Callable[[Any], torch.optim.Optimizer]
 Json = dict[str, Any]
@@ -33,6 +34,7 @@ def initialize(
     seed: int = 0,
     total_samples: int | None = None,
     max_grad_norm: float | None = None,
+    keep: Sequence[Stateful] = (),
 ) -> Engine:
     """A DeepSpeed engine whose `train_batch(microbatches)` is one landscape-aware step (collective).
 
@@ -62,7 +64,8 @@ def initialize(
     limit = clipping(given.get("gradient_clipping"), max_grad_norm)
     bf16 = bool(given.get("bf16", {}).get("enabled", False))
     given = engine_json(given, world=start_distributed(), max_grad_norm=limit, bf16=bf16)
-    return Engine(start_engine(model, base, given), chosen, loss_fn=loss_fn, seed=seed, total_samples=total_samples)
+    backend = start_engine(model, base, given)
+    return Engine(backend, chosen, loss_fn=loss_fn, seed=seed, total_samples=total_samples, keep=keep)
 
 
 def clipping(in_json: Any, argument: float | None) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from elastic_lsopt.api.accumulation import Accumulation
 from elastic_lsopt.api.owners import owners_of, refuse_not_averaged
-from elastic_lsopt.api.report import StepReport
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.optimizers.registry import Method, State
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.closure_oracle import ClosureOracle
 from elastic_lsopt.oracle.curvature.compute_type import FP16
+from elastic_lsopt.oracle.family import Family, Stateful
+from elastic_lsopt.oracle.method import Method, State
+from elastic_lsopt.oracle.report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
 
 C = TypeVar("C", bound=Callable[[], Any])
@@ -52,6 +53,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         total_samples: int | None = None,
         seed: int = 0,
         model: nn.Module | None = None,
+        keep: Sequence[Stateful] = (),
     ) -> None:
         if not isinstance(base, torch.optim.Optimizer) or type(base).__module__.startswith("deepspeed"):
             raise UserError(
@@ -60,7 +62,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         self.base, self.method = base, method
         self.max_grad_norm, self.samples_per_step = max_grad_norm, samples_per_step
         self._seed, self._clock = seed, SampleClock(total_samples=total_samples)
-        self._model = model
+        self._model, self._kept = model, tuple(keep)
         self._step: LandscapeStep | None = None
         self._known: list[tuple[int, bool]] = []
         self._accumulation = Accumulation()
@@ -112,8 +114,13 @@ class LandscapeOptimizer(torch.optim.Optimizer):
 
     @property
     def backend(self) -> Backend:
-        """Where the parameters lie now. (With `space`, `method_state` and `clock`: what `Checkpointer` saves.)"""
+        """Where the parameters lie now. (With `space`, `families` and `clock`: what `Checkpointer` saves.)"""
         return self._current().backend
+
+    @property
+    def families(self) -> Mapping[str, Family]:
+        """All that survives a step beside weights and the base's own state, by name."""
+        return self._current().families
 
     @property
     def method_state(self) -> State:
@@ -191,7 +198,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
                     p.grad = None  # the base would go on stepping with what the last pass left
             self._known, backend = known, self._backend(params)
             if self._step is None:
-                self._step = LandscapeStep(backend, self.method, self._seed, self._clock)
+                self._step = LandscapeStep(backend, self.method, self._seed, self._clock, kept=self._kept)
             else:
                 self._step = self._step.onto(backend)
             if self._pending_state is not None:
@@ -235,7 +242,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "landscape"})
         first, own = self.param_groups[0], state_dict.get("landscape")
         if own is None and STEPS in first:
-            own = {"method": {}, "clock": (int(first[SAMPLES]), int(first[STEPS])), "skipped_steps": 0}
+            own = {"families": {}, "clock": (int(first[SAMPLES]), int(first[STEPS])), "skipped_steps": 0}
         if own is not None:
             self._pending_state = own
             self._step, self._known = None, []

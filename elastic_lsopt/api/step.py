@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_lsopt.api.report import FAITHFUL, StepReport, log, warn_unfaithful
 from elastic_lsopt.backends.backend import Backend
-from elastic_lsopt.errors import NonFinite, PeerFailed
-from elastic_lsopt.optimizers.registry import Method, State
+from elastic_lsopt.errors import NonFinite, PeerFailed, UserError
 from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.family import Family, Kept, MethodFamily, Stateful
+from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.oracle import Oracle
+from elastic_lsopt.oracle.report import FAITHFUL, StepReport, log, warn_unfaithful
 from elastic_lsopt.space.geometry import ParameterSpace
-from elastic_lsopt.space.layout import Piece
 from elastic_lsopt.space.perturbation import Fidelity
 from elastic_lsopt.space.vector import Vector
 
 
 @dataclass
 class LandscapeStep:
-    """A method on a backend: its space, its state, its clock."""
+    """A method on a backend: its space, its clock, and the families of state that survive a step."""
 
     backend: Backend
     method: Method
@@ -30,12 +30,27 @@ class LandscapeStep:
     clock: SampleClock = field(default_factory=SampleClock)
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    kept: Sequence[Stateful] = ()
+    """What is remembered beside the method's own state: averages, the gain …"""
 
     def __post_init__(self) -> None:
         self.backend.refuse_base()
         self.space = ParameterSpace(self.backend, self.seed)
-        self.state: State = self.method.init(self.space)
+        self.families: dict[str, Family] = {}
+        for kind in (MethodFamily(self.method), *self.kept):
+            self.add(Kept.on(self.space, kind))
         self._warned = self._looked = False
+
+    @property
+    def state(self) -> State:
+        """What the method remembers."""
+        return self.families["method"].state_dict()
+
+    def add(self, family: Family) -> None:
+        """From now on this survives too. Raises UserError for a name that is taken."""
+        if family.name in self.families:
+            raise UserError(f"there are two families of state named {family.name!r}; give one another name.")
+        self.families[family.name] = family
 
     def take(self, oracle: Oracle, samples: int) -> StepReport:
         """Ask the method for its gradient, step the base, advance the clock by `samples` (collective).
@@ -44,10 +59,16 @@ class LandscapeStep:
         samples are committed. Any other exception leaves this rank's weights as they were; call it `informing()`.
         """
         oracle.moves_buffers = True
-        report = self._take(oracle)
+        report = self._take(oracle, samples)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
         self.clock = self.clock.advanced(samples)
+        if not report.skipped:
+            for kept in self._watching():
+                kept.kind.after_step(self.space, report, kept.state)
         return report
+
+    def _watching(self) -> list[Kept]:
+        return [family for family in self.families.values() if isinstance(family, Kept)]
 
     def onto(self, backend: Backend) -> LandscapeStep:
         """This step on other trainable parameters (some were frozen, unfrozen or added): method, clock and state.
@@ -55,23 +76,22 @@ class LandscapeStep:
         A Vector of the method keeps its elements; those of a new parameter are what `init` makes them, or 0. This one's
         space is retired.
         """
-        new = LandscapeStep(backend, self.method, self.seed, self.clock, self.skipped_steps)
+        new = LandscapeStep(backend, self.method, self.seed, self.clock, self.skipped_steps, kept=self.kept)
         new._warned, new._looked = self._warned, self._looked
-        for key, value in self.state.items():
-            if isinstance(value, Vector):
-                fresh = new.state.get(key)
-                new.state[key] = fresh if isinstance(fresh, Vector) else new.space.zeros()
-                kept = dict(zip(map(self._chunk, self.space.layout.pieces), value.tensors, strict=True))
-                for piece, tensor in zip(new.space.layout.pieces, new.state[key].tensors, strict=True):
-                    if (old := kept.get(new._chunk(piece))) is not None:
-                        tensor.copy_(old)
-            else:
-                new.state[key] = value
+        for name, family in self.families.items():
+            state = new.families[name].state_dict()
+            for key, value in family.state_dict().items():
+                state[key] = self._carried(value, state.get(key), new) if isinstance(value, Vector) else value
         self.space.retire()
         return new
 
-    def _chunk(self, piece: Piece) -> tuple[str, int, int]:
-        return self.space.layout.parameters[piece.parameter].name, piece.offset, piece.length
+    def _carried(self, value: Vector, fresh: Vector | float | None, new: LandscapeStep) -> Vector:
+        carried = fresh if isinstance(fresh, Vector) else new.space.zeros()
+        kept = dict(zip(_chunks(value), value.tensors, strict=True))
+        for chunk, tensor in zip(_chunks(carried), carried.tensors, strict=True):
+            if (old := kept.get(chunk)) is not None:
+                tensor.copy_(old)
+        return carried
 
     @contextmanager
     def informing(self) -> Iterator[None]:
@@ -84,7 +104,7 @@ class LandscapeStep:
                 raise
             raise told from error
 
-    def _take(self, oracle: Oracle) -> StepReport:
+    def _take(self, oracle: Oracle, samples: int) -> StepReport:
         space = self.space
         space.copies.refuse_stale("a step")
         space.fidelity.last = None
@@ -98,6 +118,8 @@ class LandscapeStep:
                 norm = space.norm(gradient)
                 if not math.isfinite(norm):
                     raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")
+                for kept in self._watching():
+                    kept.kind.before_step(space, gradient, samples, kept.state)
                 self.backend.step(gradient, norm)
                 space.stepped()
         except NonFinite as error:
@@ -111,7 +133,7 @@ class LandscapeStep:
             norm,
             False,
             oracle.stop,
-            oracle.signals,
+            oracle.piggyback,
             oracle.samples_per_second,
             self._faithful(space.fidelity.last),
         )
@@ -123,7 +145,7 @@ class LandscapeStep:
         self.skipped_steps += 1
         log.warning("skipped a step on all ranks (%d so far): %s", self.skipped_steps, error)
         loss = oracle.losses[0] if oracle.losses else math.nan
-        return StepReport(loss, oracle.passes, math.nan, True, oracle.stop, oracle.signals)
+        return StepReport(loss, oracle.passes, math.nan, True, oracle.stop, oracle.piggyback)
 
     def _faithful(self, fidelity: Fidelity | None) -> Fidelity | None:
         if fidelity is not None and fidelity.cosine < FAITHFUL and not self._warned:
@@ -141,19 +163,34 @@ class LandscapeStep:
     # -- state -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The method's state (this rank's pieces of each Vector) and the clock."""
-        kept = {k: [t.clone() for t in v.tensors] if isinstance(v, Vector) else v for k, v in self.state.items()}
-        return {"method": kept, "clock": (self.clock.samples, self.clock.steps), "skipped_steps": self.skipped_steps}
+        """All families (this rank's pieces of each Vector) and the clock."""
+        kept = {
+            name: {
+                k: [t.clone() for t in v.tensors] if isinstance(v, Vector) else v
+                for k, v in family.state_dict().items()
+            }
+            for name, family in self.families.items()
+        }
+        return {"families": kept, "clock": (self.clock.samples, self.clock.steps), "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for key, value in state_dict["method"].items():
-            if isinstance(value, list):
-                vector = self.space.empty()
-                for mine, saved in zip(vector.tensors, value, strict=True):
-                    mine.copy_(saved)
-                self.state[key] = vector
-            else:
-                self.state[key] = value
+        for name, saved in state_dict["families"].items():
+            state: State = {}
+            for key, value in saved.items():
+                if isinstance(value, list):
+                    had = self.families[name].state_dict().get(key)
+                    state[key] = vector = had if isinstance(had, Vector) else self.space.empty()
+                    for mine, own in zip(vector.tensors, value, strict=True):
+                        mine.copy_(own)
+                else:
+                    state[key] = value
+            self.families[name].load_state_dict(state)
         samples, steps = state_dict["clock"]
         self.clock = SampleClock(samples, steps, self.clock.total_samples)
         self.skipped_steps = state_dict["skipped_steps"]
+
+
+def _chunks(v: Vector) -> list[tuple[str, int, int]]:
+    """Its pieces as any rank knows them: (parameter, offset, length)."""
+    layout = v.space.layout
+    return [(layout.parameters[p.parameter].name, p.offset, p.length) for p in layout.pieces]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback
 
 from elastic_lsopt.api.eval_mode import eval_mode
-from elastic_lsopt.api.report import log
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.clock import SampleClock
@@ -25,6 +24,7 @@ from elastic_lsopt.oracle.default_loss import as_loss
 from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
+from elastic_lsopt.oracle.report import log
 from elastic_lsopt.probes.catalogue import ProbeContext, as_json, measure
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector

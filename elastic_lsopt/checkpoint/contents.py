@@ -2,7 +2,7 @@
 
     weights/<parameter>              the master weights
     base/<parameter>/<key>           the base optimizer's state, any key that is element by element
-    method/<vector>/<parameter>      the method's Vectors
+    <family>/<vector>/<parameter>    a state family's Vectors: the method's, a mean of the weights … (oracle/family.py)
     buffers/<name>                   the module's persistent buffers, rank 0's
     rng/<rank>/cpu, rng/<rank>/gpu   the state of torch's random generators
 
@@ -13,7 +13,7 @@ JSON) are `facts`. Frozen parameters are not saved: they come with the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,24 +24,27 @@ from elastic_lsopt.backends.backend import Backend, local
 from elastic_lsopt.checkpoint.json_values import ELEMENTS, encode
 from elastic_lsopt.errors import StaleWeights, Unsupported, UserError
 from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.family import Family
 from elastic_lsopt.space.geometry import ParameterSpace
-from elastic_lsopt.space.layout import Piece
+from elastic_lsopt.space.layout import Parameter, Piece
 from elastic_lsopt.space.vector import Vector
 
-FORMAT = 1
+FORMAT = 2
+READS = (1, 2)
+"""Formats that a resume takes: the first held one family, the method's."""
 HOW_NOT_WHAT = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
 """Entries of a param group that say on what machine a step is computed, not what it computes: not saved."""
 
 
 class TrainingState(Protocol):
-    """What is saved and restored; an `Engine` is one. `clock` is set and `method_state` filled by a resume."""
+    """What is saved and restored; an `Engine` is one. `clock` is set and `families` are filled by a resume."""
 
     @property
     def backend(self) -> Backend: ...
     @property
     def space(self) -> ParameterSpace: ...
     @property
-    def method_state(self) -> dict[str, Any]: ...
+    def families(self) -> Mapping[str, Family]: ...
 
     clock: SampleClock
 
@@ -72,7 +75,7 @@ def take_snapshot(
 ) -> Snapshot:
     """The state as it is now; the pieces in `mine` are this rank's to write.
 
-    With `copy` the tensors are copied to host memory (weights, base state and method state of `mine`), else they are
+    With `copy` the tensors are copied to host memory (weights, base state and families of `mine`), else they are
     the live ones. No communication. Raises StaleWeights inside a perturbed pass or before `resync`, Unsupported for
     state that cannot be resharded, UserError where `extra` is not JSON.
     """
@@ -84,33 +87,37 @@ def take_snapshot(
     keep: Callable[[Tensor], Tensor] = _to_host if copy else _live
     layout, tensors = backend.layout, dict[str, Held]()
 
-    def hold(key: str, piece: Piece, value: Tensor) -> None:
-        if chunk_of(backend, piece) in mine:
-            held = tensors.setdefault(key, Held(layout.parameters[piece.parameter].numel))
-            held.chunks.append((piece.offset, keep(value)))
+    def hold(key: str, parameter: Parameter, piece: Piece, value: Tensor) -> None:
+        if (parameter.name, piece.offset, piece.length) in mine:
+            tensors.setdefault(key, Held(parameter.numel)).chunks.append((piece.offset, keep(value)))
 
-    def name(piece: Piece) -> str:
-        return layout.parameters[piece.parameter].name
+    def of(piece: Piece) -> Parameter:
+        return layout.parameters[piece.parameter]
 
     for piece, weights in zip(layout.pieces, backend.masters, strict=True):
-        hold(f"weights/{name(piece)}", piece, weights)
+        hold(f"weights/{of(piece).name}", of(piece), piece, weights)
     base: dict[str, dict[str, Any]] = {}
     _refuse_state_elsewhere(backend)
     for piece, key, value in backend.base_states() if backend.base is not None else ():
+        name = of(piece).name
         if isinstance(value, Tensor) and value.dim() and value.numel() == piece.length:
-            hold(f"base/{name(piece)}/{key}", piece, value)
-            noted = ELEMENTS
+            hold(f"base/{name}/{key}", of(piece), piece, value)
+            told = ELEMENTS
         else:
-            noted = encode(value, f"the optimizer's state {key!r} of parameter {name(piece)}")
-        base.setdefault(name(piece), {})[key] = noted
-    method: dict[str, Any] = {}
-    for key, value in state.method_state.items():
-        if isinstance(value, Vector):
-            for piece, part in zip(layout.pieces, value.tensors, strict=True):
-                hold(f"method/{key}/{name(piece)}", piece, part)
-            method[key] = ELEMENTS
-        else:
-            method[key] = encode(value, f"the method's state {key!r}")
+            told = encode(value, f"the optimizer's state {key!r} of parameter {name}")
+        base.setdefault(name, {})[key] = told
+    families: dict[str, dict[str, Any]] = {}
+    for family in state.families.values():
+        noted = families[family.name] = {}
+        for key, value in family.state_dict().items():
+            if isinstance(value, Vector):
+                own = value.space.layout  # of some of the parameters, where the family is
+                for piece, part in zip(own.pieces, value.tensors, strict=True):
+                    parameter = own.parameters[piece.parameter]
+                    hold(f"{family.name}/{key}/{parameter.name}", parameter, piece, part)
+                noted[key] = ELEMENTS
+            else:
+                noted[key] = encode(value, f"{key!r} of the state of {family.name}")
     if backend.rank == 0:
         for key, buffer in persistent_buffers(backend.module).items():
             tensors[f"buffers/{key}"] = Held(buffer.numel(), [(0, keep(local(buffer).reshape(-1)))])
@@ -121,7 +128,7 @@ def take_snapshot(
     metadata = {
         "format": FORMAT, "step": step, "world": backend.world, "backend": backend.name,
         "parameters": {p.name: list(p.shape) for p in layout.parameters},
-        "base": base, "groups": encode_groups(backend), "method": method,
+        "base": base, "groups": encode_groups(backend), "families": families,
         "clock": {"samples": state.clock.samples, "steps": state.clock.steps},
         "extra": _as_json(extra),
     }  # fmt: skip

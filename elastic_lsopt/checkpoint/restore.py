@@ -1,4 +1,4 @@
-"""Put a checkpoint into a training state of any layout: weights, base state, method state, hyper-parameters, clock.
+"""Put a checkpoint into a training state of any layout: weights, base state, families, hyper-parameters, clock.
 
 The saved chunks are read straight into the tensors that training goes on with. Base state that the target has not
 made yet is made (a fresh Adam has none before its first step), also for a slot that is nothing but padding, because
@@ -19,6 +19,7 @@ from elastic_lsopt.backends.backend import Backend, local
 from elastic_lsopt.checkpoint.contents import (
     FORMAT,
     HOW_NOT_WHAT,
+    READS,
     Held,
     TrainingState,
     persistent_buffers,
@@ -27,6 +28,7 @@ from elastic_lsopt.checkpoint.contents import (
 from elastic_lsopt.checkpoint.json_values import ELEMENTS, decode, number
 from elastic_lsopt.checkpoint.safetensors_file import BY_NAME
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.layout import Piece
 from elastic_lsopt.space.vector import Vector
 
@@ -60,7 +62,7 @@ def restore(state: TrainingState, saved: Saved, fill: Fill, *, hyperparameters: 
         _want(wanted, backend, "weights/{}", piece, master)
     if backend.base is not None:
         _base(wanted, backend, saved)
-    _method(wanted, state, metadata["method"])
+    states = _families(wanted, state, metadata)
     buffers = {
         key: (buffer, local(buffer).reshape(-1))
         for name, buffer in persistent_buffers(backend.module).items()
@@ -80,6 +82,8 @@ def restore(state: TrainingState, saved: Saved, fill: Fill, *, hyperparameters: 
     if hyperparameters:
         for group, kept in zip(backend.param_groups, metadata["groups"], strict=True):
             group.update({k: decode(v, backend.device) for k, v in kept.items() if k not in HOW_NOT_WHAT})
+    for name, found in states.items():
+        state.families[name].load_state_dict(found)
     state.clock = replace(state.clock, samples=metadata["clock"]["samples"], steps=metadata["clock"]["steps"])
     if backend.separate_master and backend.layout.pieces:
         torch._foreach_copy_(list(backend.working), backend.masters)
@@ -88,8 +92,8 @@ def restore(state: TrainingState, saved: Saved, fill: Fill, *, hyperparameters: 
 
 def refuse_other_model(state: TrainingState, metadata: dict[str, Any], *, hyperparameters: bool) -> None:
     """Raise UserError, in one line, for a checkpoint that does not fit."""
-    if metadata["format"] != FORMAT:
-        raise UserError(f"the checkpoint has format {metadata['format']}; this version reads format {FORMAT}.")
+    if metadata["format"] not in READS:
+        raise UserError(f"the checkpoint has format {metadata['format']}; this version reads formats 1 to {FORMAT}.")
     mine = {p.name: list(p.shape) for p in state.backend.layout.parameters}
     theirs = metadata["parameters"]
     for name in [*mine, *theirs]:
@@ -170,15 +174,26 @@ def _one_of(values: list[Any], key: str, names: list[str]) -> Any:
     return values[0]
 
 
-def _method(wanted: dict[str, Held], state: TrainingState, saved: dict[str, Any]) -> None:
-    mine = state.method_state
-    for key in mine.keys() - saved.keys():
-        log.warning("the checkpoint has no method state %r (another method?); it starts anew.", key)
-    for key, value in saved.items():
-        if value != ELEMENTS:
-            mine[key] = decode(value, state.backend.device)
+def _families(wanted: dict[str, Held], state: TrainingState, metadata: dict[str, Any]) -> dict[str, State]:
+    """What each family of this state goes on from, its Vectors noted to be filled; one not saved begins anew."""
+    saved: dict[str, dict[str, Any]] = metadata.get("families") or {"method": metadata.get("method", {})}
+    out: dict[str, State] = {}
+    for name, family in state.families.items():
+        mine, found = family.state_dict(), saved.get(name)
+        if found is None:
+            log.warning("the checkpoint holds no %s; it begins anew.", name)
             continue
-        if not isinstance(mine.get(key), Vector):
-            mine[key] = state.space.zeros()
-        for piece, target in zip(state.backend.layout.pieces, mine[key].tensors, strict=True):
-            _want(wanted, state.backend, f"method/{key}/{{}}", piece, target)
+        for key in mine.keys() - found.keys():
+            log.warning("the checkpoint has no state %r of %s (another method?); it starts anew.", key, name)
+        out[name] = {key: decode(value, state.backend.device) for key, value in found.items() if value != ELEMENTS}
+        for key in (key for key, value in found.items() if value == ELEMENTS):
+            had = mine.get(key)
+            vector = out[name][key] = had if isinstance(had, Vector) else state.space.zeros()
+            layout = vector.space.layout
+            for piece, target in zip(layout.pieces, vector.tensors, strict=True):
+                parameter = layout.parameters[piece.parameter]
+                held = wanted.setdefault(f"{name}/{key}/{parameter.name}", Held(parameter.numel))
+                held.chunks.append((piece.offset, target))
+    for name in saved.keys() - state.families.keys():
+        log.warning("the checkpoint's %s is left aside: nothing here keeps it.", name)
+    return out

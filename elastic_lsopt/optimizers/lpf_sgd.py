@@ -20,8 +20,10 @@ import math
 from dataclasses import dataclass
 
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.optimizers.registry import State, register, require_count, require_number
+from elastic_lsopt.optimizers.registry import register
+from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
+from elastic_lsopt.registry import require_count, require_number
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 

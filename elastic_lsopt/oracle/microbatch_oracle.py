@@ -19,6 +19,7 @@ from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.oracle.loss import Loss, refuse_coupled_samples, samples
 from elastic_lsopt.oracle.microbatch import MicroBatch, as_microbatches, part_bounds, slots
 from elastic_lsopt.oracle.oracle import Oracle, Part
+from elastic_lsopt.oracle.report import Piggyback
 from elastic_lsopt.oracle.slot import Slot
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.noise import block_seed
@@ -43,11 +44,11 @@ class MicroBatchOracle(Oracle):
         clock: SampleClock,
         *,
         stop_requested: Callable[[], bool] | None = None,
-        signals: Callable[[], Sequence[float]] | None = None,
+        piggyback: Callable[[], Piggyback] | None = None,
         products: Mode = "auto",
         checked: bool = False,
     ) -> None:
-        super().__init__(space, backend, clock, stop_requested=stop_requested, signals=signals)
+        super().__init__(space, backend, clock, stop_requested=stop_requested, piggyback=piggyback)
         refuse_unknown(products)
         if backend.module is not None:
             refuse_coupled_samples(backend.module)

@@ -6,7 +6,7 @@
     total.gradient
 
 Every pass ends in one all-reduce of four numbers, (loss, sum of squares of the gradient, non-finite losses, stop
-requests), and of the runtime's `signals`, on which all ranks decide alike. There the host waits for the device, once
+requests), and of the runtime's `Piggyback`, on which all ranks decide alike. There the host waits for the device, once
 per pass: until then losses stay where they were computed.
 """
 
@@ -26,6 +26,7 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.curvature.compute_type import observed
 from elastic_lsopt.oracle.curvature.differences import Product
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
+from elastic_lsopt.oracle.report import Piggyback
 from elastic_lsopt.space.geometry import ParameterSpace, local_square
 from elastic_lsopt.space.upload import on_device
 from elastic_lsopt.space.vector import BorrowedGradient, Vector
@@ -66,8 +67,8 @@ class Part:
 class Oracle(ABC):
     """The global batch of one step as a function of the weights. All methods are collective.
 
-    `losses` holds the mean loss of each pass so far, `passes` their number, `signals` the sums over all ranks of the
-    numbers that the runtime gave at the last pass (as many on every rank).
+    `losses` holds the mean loss of each pass so far, `passes` their number, `piggyback` the sums over all ranks of what
+    the elastic runtime gave at the last pass (None: nothing).
     """
 
     def __init__(
@@ -77,15 +78,15 @@ class Oracle(ABC):
         clock: SampleClock,
         *,
         stop_requested: Callable[[], bool] | None = None,
-        signals: Callable[[], Sequence[float]] | None = None,
+        piggyback: Callable[[], Piggyback] | None = None,
     ) -> None:
         self.space, self.backend, self.clock = space, backend, clock
         self.losses: list[float] = []
         self.moves_buffers = False
         """Whether the first pass may move buffers (batch norm's statistics): it does in a step, and not in a probe."""
         self.stop = False
-        self.signals: tuple[float, ...] = ()
-        self._stop_requested, self._signals = stop_requested, signals
+        self.piggyback: Piggyback | None = None
+        self._stop_requested, self._own_piggyback = stop_requested, piggyback
         self._running: Pass | None = None
 
     @property
@@ -190,11 +191,12 @@ class Oracle(ABC):
         square = local_square(gradients) / self.backend.replicas
         asked = self._stop_requested is not None and self._stop_requested()
         own = [total.local_loss, square, total.nonfinite, asked]
-        values = on_device([*own, *(self._signals() if self._signals is not None else ())], self.backend.device)
-        loss, square, nonfinite, stop, *signals = self.backend.sum_world_(values).tolist()
+        riding = self._own_piggyback().numbers if self._own_piggyback is not None else []
+        values = on_device([*own, *riding], self.backend.device)
+        loss, square, nonfinite, stop, *rode = self.backend.sum_world_(values).tolist()
         self.losses.append(loss)
         self.stop = self.stop or stop > 0
-        self.signals = tuple(signals)
+        self.piggyback = Piggyback.of(rode) if rode else None
         if nonfinite or not math.isfinite(loss) or not math.isfinite(square):
             raise NonFinite(
                 f"step {self.step}, pass {self.passes}: loss {loss}, gradient norm {math.sqrt(abs(square))}"

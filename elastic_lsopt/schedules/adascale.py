@@ -17,15 +17,18 @@ reference batches a step and not r, so a decay comes at its sample and not later
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from elastic_lsopt.oracle.family import Family, Stateful
+from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 
-State = dict[str, Any]
-PREVIOUS, NORM, BATCH = "gain_previous", "gain_previous_square", "gain_previous_batch"
-VARIANCE, SQUARE, WEIGHT = "gain_variance", "gain_square", "gain_weight"
+GAIN = "gain"
+PREVIOUS, NORM, BATCH = "previous", "previous_square", "previous_batch"
+VARIANCE, SQUARE, WEIGHT = "variance", "square", "weight"
 
 
 @dataclass(frozen=True)
@@ -48,37 +51,27 @@ class Gain:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GainMonitor:
-    """A landscape method whose gradients are measured on their way to the base optimizer; itself a method.
+class GainMonitor(Stateful):
+    """Measures gradients on their way to the base optimizer; a state family, `Engine(…, keep=[GainMonitor(…)])`.
 
-    What it remembers is a Vector and numbers among the method's own state, so it is saved, mirrored and resharded as
-    they are. Cost: one `dot` a step (an all-reduce of a number; the norm is known). Memory: one Vector, 1/N a rank.
-    Raises ValueError for a horizon that is not > 0.
+    Cost: one `dot` per step (an all-reduce of a number; the norm is known). Memory: one Vector, 1/N per rank. Raises
+    ValueError for a horizon that is not > 0.
     """
 
-    method: Any
-    """The method that makes the gradient."""
     horizon_samples: float
     """Samples after which a measurement's weight has fallen to 1/e; about a thousand reference batches."""
+    name: str = GAIN
+    same_on_all_replicas: bool = False
 
     def __post_init__(self) -> None:
         if not self.horizon_samples > 0:
             raise ValueError(f"horizon_samples={self.horizon_samples} must be > 0.")
 
-    @property
-    def parts(self) -> int:
-        return self.method.parts
-
     def init(self, space: ParameterSpace) -> State:
         numbers = dict.fromkeys((NORM, VARIANCE, SQUARE, WEIGHT), 0.0)
-        return {**self.method.init(space), PREVIOUS: space.zeros(), BATCH: 0, **numbers}
+        return {PREVIOUS: space.zeros(), BATCH: 0, **numbers}
 
-    def gradient(self, space: ParameterSpace, oracle: Any, state: State) -> Vector:
-        gradient = self.method.gradient(space, oracle, state)
-        self.observe(space, gradient, oracle.samples, state)
-        return gradient
-
-    def observe(self, space: ParameterSpace, gradient: Vector, samples: int, state: State) -> None:
+    def before_step(self, space: ParameterSpace, gradient: Vector, samples: int, state: dict[str, Any]) -> None:
         """Count the gradient of a step on `samples` samples (collective); a non-finite one is passed over."""
         square = space.norm(gradient) ** 2
         if not math.isfinite(square):
@@ -93,8 +86,9 @@ class GainMonitor:
         state[NORM], state[BATCH] = square, samples
 
 
-def measured(state: State) -> Gain | None:
-    """The gain that a method's state holds; None before two steps, or where nothing is measured."""
+def measured(families: Mapping[str, Family]) -> Gain | None:
+    """The gain that an engine's families hold; None before two steps, or where nothing is measured."""
+    state: dict[str, Any] = dict(families[GAIN].state_dict()) if GAIN in families else {}
     weight = state.get(WEIGHT, 0.0)
     if not weight:
         return None

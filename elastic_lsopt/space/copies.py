@@ -16,7 +16,7 @@ from elastic_lsopt.space.layout import Shards
 
 
 class WeightCopies:
-    """The state of one model's copies on this rank. `resync` and, where something was deferred, `ready` are collective."""
+    """The state of one model's copies on this rank. `resync` is collective; so is `ready` after a deferred return."""
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards

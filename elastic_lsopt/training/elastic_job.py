@@ -11,7 +11,7 @@ from typing import NoReturn
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.agent.roles import fingerprint_of, serve, work
 from elastic_lsopt.elastic.worker.journal import Journal
-from elastic_lsopt.optimizers.registry import Method
+from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.plan import Policy
 from elastic_lsopt.schedules.adascale import GainMonitor
 from elastic_lsopt.training.console import Console
@@ -31,11 +31,11 @@ def run_worker(config: TrainConfig, method: Method) -> NoReturn:
     data, console = build_data(config), Console()  # once a process: a change of members reads no corpus again
 
     policy = Policy.of(config, parts=method.parts)
-    if policy.rule == "adascale":
-        method = GainMonitor(method=method, horizon_samples=GAIN_BATCHES * config.global_batch_size)
+    gain = GainMonitor(horizon_samples=GAIN_BATCHES * config.global_batch_size)
+    keep = [gain] if policy.rule == "adascale" else []
 
     def build(world: World) -> TrainingRun:
-        return TrainingRun(rehearsed(config) if world.rehearsal else config, method, data, world, console)
+        return TrainingRun(rehearsed(config) if world.rehearsal else config, method, data, world, console, keep)
 
     work(build, config.elastic, policy, Journal(Path(config.output_dir), console.say))
 

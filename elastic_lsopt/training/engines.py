@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from elastic_lsopt.backends.trainable import refuse_scalars
 from elastic_lsopt.config.deepspeed_json import check_job, read_deepspeed_json
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.optimizers.registry import Method
 from elastic_lsopt.oracle.default_loss import adds_router_loss, as_loss
+from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.loss import Loss, Unsplit, causal_lm_loss, classification_loss
+from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.models import apply_activation_checkpointing, blocks, build_model
 from elastic_lsopt.world import World
@@ -26,7 +27,9 @@ from elastic_lsopt.world import World
 log = logging.getLogger("elastic_lsopt")
 
 
-def build_engine(config: TrainConfig, method: Method, data: Data, world: World, total_samples: int) -> Engine:
+def build_engine(
+    config: TrainConfig, method: Method, data: Data, world: World, total_samples: int, keep: Sequence[Stateful] = ()
+) -> Engine:
     """The engine that the settings describe (collective).
 
     Each rank first builds the whole model in host memory; loading a model that is larger than that comes later.
@@ -39,7 +42,7 @@ def build_engine(config: TrainConfig, method: Method, data: Data, world: World, 
     if config.activation_checkpointing:
         apply_activation_checkpointing(model)
     loss, base = loss_of(config, model), _base(config, model)
-    options: dict[str, Any] = {"seed": config.seed, "total_samples": total_samples}
+    options: dict[str, Any] = {"seed": config.seed, "total_samples": total_samples, "keep": keep}
     if config.backend == "deepspeed":
         assert config.deepspeed is not None
         settings = read_deepspeed_json(config.deepspeed)

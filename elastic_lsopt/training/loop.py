@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any
 import torch.distributed as dist
 
 from elastic_lsopt.api.engine import Engine
-from elastic_lsopt.api.report import StepReport
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
 from elastic_lsopt.checkpoint.divergence import Streak, last_words, set_bad_aside
 from elastic_lsopt.checkpoint.folder import listing
@@ -30,8 +29,10 @@ from elastic_lsopt.elastic.worker.journal import Journal, Rewind
 from elastic_lsopt.elastic.worker.rates import Rates
 from elastic_lsopt.elastic.worker.same_data import Identity, refuse_other_data
 from elastic_lsopt.errors import Diverged, UserError
-from elastic_lsopt.optimizers.registry import Method
+from elastic_lsopt.oracle.family import Stateful
+from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.oracle.microbatch import MicroBatch
+from elastic_lsopt.oracle.report import StepReport
 from elastic_lsopt.schedules.learning_rate import LearningRate
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data, build_data
@@ -81,7 +82,10 @@ class TrainingRun:
     In an elastic job one is made for each generation, and filled from memory instead of by `resume`.
     """
 
-    def __init__(self, config: TrainConfig, method: Method, data: Data, world: World, console: Console) -> None:
+    def __init__(
+        self, config: TrainConfig, method: Method, data: Data, world: World, console: Console,
+        keep: Sequence[Stateful] = (),
+    ) -> None:  # fmt: skip
         self.config, self.data, self.world, self.console = config, data, world, console
         console.lead(world.is_first)
         report_loads(world.is_first and (world.plan is None or world.generation == 1))
@@ -90,7 +94,7 @@ class TrainingRun:
             refuse_other_data(dist.group.WORLD, data.identity)
         self.batch = config.global_batch_size if world.plan is None else world.plan.global_batch_size
         self.total_samples = _steps(config, len(data.train)) * config.global_batch_size
-        self.engine = build_engine(config, method, data, world, self.total_samples)
+        self.engine = build_engine(config, method, data, world, self.total_samples, keep)
         self.loader = StepLoader(
             data.train, lambda rows: _placed(data.collate(rows), world), global_batch_size=self.batch,
             microbatch_size=config.per_device_train_batch_size, seed=config.seed, rank=world.rank, world=world.size,

@@ -165,6 +165,7 @@ def build(
     loss_fn: Any = cross_entropy,
     zero: dict[str, Any] | None = None,
     bf16: bool = False,
+    keep: Sequence[Any] = (),
 ) -> lso.Engine:
     """An engine of that kind around `model` (which becomes the engine's own)."""
     make = optimizer(base) if isinstance(base, str) else base
@@ -175,15 +176,16 @@ def build(
             "bf16": {"enabled": bf16},
         }
         return lso.initialize(
-            model=model, config=config, method=method, base=make, loss_fn=loss_fn, total_samples=total_samples
-        )
+            model=model, config=config, method=method, base=make, loss_fn=loss_fn, total_samples=total_samples,
+            keep=keep,
+        )  # fmt: skip
     if kind == "ddp":
         model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     elif kind != "plain":
         model = sharded(kind, model, bf16)
     named = (model.module if kind == "ddp" else model).named_parameters()
     backend = backend_for(model, make([(n, p) for n, p in named if p.requires_grad]), max_grad_norm=clip)
-    return lso.Engine(backend, method, loss_fn=loss_fn, total_samples=total_samples)
+    return lso.Engine(backend, method, loss_fn=loss_fn, total_samples=total_samples, keep=keep)
 
 
 def sharded(kind: str, model: nn.Module, bf16: bool = False) -> nn.Module:

@@ -11,12 +11,12 @@ from tests.cases.engines import batches, build, close, mine, net
 
 def gain_of(kind: str) -> Any:
     """(variance, square, this rank's bytes of the Vector) after four steps."""
-    method: Any = GainMonitor(method=lso.registry.build("none"), horizon_samples=60.0)
-    engine = build(kind, net(), method, base="sgd", total_samples=84)
+    monitor = GainMonitor(horizon_samples=60.0)
+    engine = build(kind, net(), lso.Plain(), base="sgd", total_samples=84, keep=[monitor])
     for units in batches(4, 6, last=1):
         engine.train_batch(mine(units))
-    gain = measured(engine.method_state)
+    gain = measured(engine.families)
     assert gain is not None
-    held = engine.method_state["gain_previous"].local_bytes  # type: ignore[union-attr]
+    held = engine.families["gain"].state_dict()["previous"].local_bytes  # type: ignore[union-attr]
     close(engine)
     return gain.variance, gain.square, held

@@ -68,7 +68,7 @@ def slow_network(budget_versions: float, steps: int = 14, rows: int = 96) -> dic
     with slow_mirror, patch.object(torch, "empty", counted.empty):
         for step in range(1, steps + 1):
             engine.train_batch([torch.randn(2, rows)])
-            signals = torch.tensor(trail.signals())
+            signals = torch.tensor(trail.lags())
             dist.all_reduce(signals)
             if step > 1:
                 trail.heard(signals.tolist())

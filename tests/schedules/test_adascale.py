@@ -14,6 +14,7 @@ from torch import nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.backends.replicated import Replicated
+from elastic_lsopt.oracle.family import Kept
 from elastic_lsopt.schedules.adascale import Gain, GainMonitor, measured
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
@@ -51,16 +52,21 @@ def test_the_ends_of_the_gain() -> None:
     assert (Gain(32.0, 1.0).noise_scale, Gain(1.0, 0.0).noise_scale) == (32.0, math.inf)
 
 
+def found(state: Any) -> Gain | None:
+    """What is measured of an engine that keeps this state."""
+    return measured({"gain": Kept(GainMonitor(horizon_samples=1.0), state)})
+
+
 def test_it_is_the_plain_loop() -> None:
     rng, space = np.random.default_rng(0), space_of(7)
-    monitor = GainMonitor(method=lso.registry.build("none"), horizon_samples=100.0)
+    monitor = GainMonitor(horizon_samples=100.0)
     state = monitor.init(space)
-    assert measured(state) is None
+    assert found(state) is None
     variance = square = weight = 0.0
     before: tuple[np.ndarray, int] | None = None
     for batch in (8, 8, 32, 5, 16, 16):
         g = rng.standard_normal(7) + 1.0
-        monitor.observe(space, vector(space, g), batch, state)
+        monitor.before_step(space, vector(space, g), batch, state)
         if before is not None:
             last, last_batch = before
             keep = math.exp(-batch / 100.0)
@@ -68,7 +74,7 @@ def test_it_is_the_plain_loop() -> None:
             square = keep * square + (1 - keep) * np.sum(g * last)
             weight = keep * weight + 1 - keep
         before = g, batch
-    gain = measured(state)
+    gain = found(state)
     assert gain is not None
     assert (gain.variance, gain.square) == pytest.approx((variance / weight, square / weight))
 
@@ -82,52 +88,51 @@ def test_known_noise_on_a_quadratic(batches: tuple[int, int]) -> None:
     """
     n, rng = 200, np.random.default_rng(1)
     space, w = space_of(n), np.full(n, 2 / math.sqrt(n))
-    monitor = GainMonitor(method=lso.registry.build("none"), horizon_samples=1e7)
+    monitor = GainMonitor(horizon_samples=1e7)
     state = monitor.init(space)
     for step in range(5000):
         batch = batches[step % 2]
         g = w + math.sqrt(0.5 / batch) * rng.standard_normal(n)
-        monitor.observe(space, vector(space, g), batch, state)
-    gain = measured(state)
+        monitor.before_step(space, vector(space, g), batch, state)
+    gain = found(state)
     assert gain is not None
     assert gain.variance == pytest.approx(100.0, rel=0.01)
     assert gain.square == pytest.approx(4.0, rel=0.05)
     assert gain.ratio(25, 50) == pytest.approx(4 / 3, rel=0.02)
 
 
-def test_it_is_a_method_whose_state_is_vectors_and_numbers() -> None:
-    """The steps are those of the method inside; what it remembers is its Vector and numbers, on the engine's space."""
+def test_its_state_is_vectors_and_numbers() -> None:
+    """The steps are those of the method alone; what it remembers is its Vector and numbers, on the engine's space."""
     torch.manual_seed(0)
     x, y = torch.randn(8, 3), torch.randn(8, 1)
 
     def run(wrap: bool) -> Any:
         torch.manual_seed(1)
         model = nn.Linear(3, 1)
-        method = lso.SAM(rho=0.1)
-        monitored: Any = GainMonitor(method=method, horizon_samples=100.0) if wrap else method
+        keep = [GainMonitor(horizon_samples=100.0)] if wrap else []
         from elastic_lsopt.backends.detect import backend_for
 
         backend = backend_for(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        engine = lso.Engine(backend, monitored, loss_fn=lambda m, b: ((m(b[0]) - b[1]) ** 2).mean())
+        engine = lso.Engine(backend, lso.SAM(rho=0.1), loss_fn=lambda m, b: ((m(b[0]) - b[1]) ** 2).mean(), keep=keep)
         for _ in range(4):
             engine.train_batch([(x[:4], y[:4]), (x[4:], y[4:])])
         return engine
 
     plain, engine = run(False), run(True)
     assert all(torch.equal(a, b) for a, b in zip(plain.module.parameters(), engine.module.parameters(), strict=True))
-    assert {type(v) for v in engine.method_state.values()} == {Vector, float, int}
-    assert engine.method_state["gain_previous_batch"] == 8
-    gain = measured(engine.method_state)
+    state = engine.families["gain"].state_dict()
+    assert {type(v) for v in state.values()} == {Vector, float, int} and state["previous_batch"] == 8
+    gain = measured(engine.families)
     assert gain is not None and gain.square > 0
-    assert measured(plain.method_state) is None
+    assert measured(plain.families) is None
 
 
 def test_a_non_finite_gradient_is_passed_over_and_a_wrong_horizon_refused() -> None:
     space = space_of(2)
-    monitor = GainMonitor(method=None, horizon_samples=1.0)
-    state = GainMonitor(method=lso.registry.build("none"), horizon_samples=1.0).init(space)
+    monitor = GainMonitor(horizon_samples=1.0)
+    state = GainMonitor(horizon_samples=1.0).init(space)
     for values in ([1.0, 0.0], [math.nan, 0.0], [1.0, 0.0]):
-        monitor.observe(space, vector(space, np.array(values)), 4, state)
-    assert measured(state) == Gain(variance=0.0, square=1.0)
+        monitor.before_step(space, vector(space, np.array(values)), 4, state)
+    assert found(state) == Gain(variance=0.0, square=1.0)
     with pytest.raises(ValueError, match="horizon_samples=0"):
-        GainMonitor(method=None, horizon_samples=0)
+        GainMonitor(horizon_samples=0)

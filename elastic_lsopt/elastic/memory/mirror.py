@@ -7,8 +7,8 @@ and the numbers, under HSDP whatever the other replica has.
 [Note: who touches what] `push` hands a version to the one background thread, which alone uses the mirror's group: it
 posts receives into buffers that nobody else knows, sends slices of the version's own buffer, and waits (without the
 interpreter's lock). A version's buffer is read until `in_flight` is 0 again, and only then used for another step. A
-mirrored peer's version appears in `_wards`, under the lock, when its last byte is there, so a reader sees whole
-versions only. An error ends the thread's use of the group for good; it is kept, and raised at the next `push` or
+mirrored peer's version appears in `_mirrored_peers`, under the lock, when its last byte is there, so a reader sees
+whole versions only. An error ends the thread's use of the group for good; it is kept, and raised at the next `push` or
 `wait`. `close` gives a transfer under way CLOSE_S, then severs the sockets: a peer that is alive but has closed its own
 mirror would otherwise be waited for until the group's timeout. A thread that even that does not free is left alone; see
 exchange.py [Note: a message that was half read].

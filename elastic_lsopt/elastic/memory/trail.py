@@ -45,13 +45,13 @@ class Trail:
         if wait:
             self.mirror.wait(step, timeout_s=self._timeout_s)
 
-    def signals(self) -> list[float]:
-        """What this rank adds to a step's all-reduce: whether its mirror trails by more than 0, 1, … versions."""
+    def lags(self) -> tuple[float, ...]:
+        """Whether this rank's mirror trails by more than 0, 1, … versions: its share of `Piggyback.trailing`."""
         trail = len(self._pushed) - self._acknowledged()
-        return [float(trail > j) for j in range(MOST_LAGS)]
+        return tuple(float(trail > j) for j in range(MOST_LAGS))
 
     def heard(self, trailing: Sequence[float]) -> None:
-        """Commit what every mirror has acknowledged, by all ranks' signals."""
+        """Commit what every mirror has acknowledged, by all ranks' lags, summed."""
         trail = next((j for j, ranks in enumerate(trailing) if not ranks), len(trailing))
         if len(self._pushed) > trail:
             self._commit(self._pushed[-1 - trail])

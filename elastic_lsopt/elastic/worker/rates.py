@@ -5,7 +5,7 @@ from __future__ import annotations
 from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.errors import Unsupported
 from elastic_lsopt.plan import Plan
-from elastic_lsopt.schedules.adascale import WEIGHT, measured
+from elastic_lsopt.schedules.adascale import GAIN, measured
 from elastic_lsopt.schedules.batch_scaling import Hyperparameters
 
 
@@ -20,16 +20,16 @@ class Rates:
         self._engine, self._plan = engine, plan
         batch = plan.reference.global_batch_size
         self._own = [Hyperparameters.of_group(group, batch) for group in engine.param_groups]
-        if plan.rule == "adascale" and WEIGHT not in engine.method_state:
+        if plan.rule == "adascale" and GAIN not in engine.families:
             raise Unsupported(
                 "lr_rule=adascale needs a measured gain: give the engine "
-                "method=GainMonitor(method=…, horizon_samples=…) of elastic_lsopt.schedules.adascale."
+                "keep=[GainMonitor(horizon_samples=…)] of elastic_lsopt.schedules.adascale."
             )
 
     def set(self, share: float) -> float:
         """For the step that begins now; `share` of the peak rate is the schedule's. Returns the first group's rate."""
         engine = self._engine
-        plan = self._plan.with_gain(measured(engine.method_state))
+        plan = self._plan.with_gain(measured(engine.families))
         factors = plan.scaling(engine.clock)
         for group, own in zip(engine.param_groups, self._own, strict=True):
             factors.of(own, plan.global_batch_size).into_group(group, share)

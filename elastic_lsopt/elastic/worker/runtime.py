@@ -26,7 +26,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
@@ -56,6 +56,7 @@ from elastic_lsopt.elastic.worker.meeting import meet
 from elastic_lsopt.elastic.worker.same_data import SameData
 from elastic_lsopt.errors import PeerFailed, UserError
 from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.report import Piggyback
 from elastic_lsopt.plan import Plan, Policy, Worker, plan
 from elastic_lsopt.schedules.adascale import Gain, measured
 from elastic_lsopt.world import World, device_of
@@ -182,7 +183,7 @@ class Runtime:
         self._job = next((found["job"] for found in inventories if found["job"]), inventories[0]["anew"])
         run = self._run = self._build(replace(world, plan=self._plan, job=self._job))
         refuse_what_counts_steps_or_ranks(run.engine)
-        run.engine.signals = self._signals
+        run.engine.piggyback = self._piggyback
         run.engine.backend.transport.at_once = True
         self._same_data.check(group, run.data_identity)
         phases.end("build")
@@ -262,28 +263,26 @@ class Runtime:
         run = self._run
         assert run is not None and self._trail is not None and self._plan is not None
         step = run.engine.clock.steps + run.loader.undone_steps  # grows also where a rewind takes steps back
-        gain = measured(run.engine.method_state)
+        gain = measured(run.engine.families)
         extra = {
             "loader": run.loader.state_dict(), "plan": self._plan.to_json(),
             "gain": None if gain is None else [gain.variance, gain.square],
         }  # fmt: skip
         self._trail.keep(run.engine, step, extra, wait=wait)
 
-    def _signals(self) -> Sequence[float]:
-        """What rides on a step's all-reduce: whether I know of a newer generation; how far my mirror trails."""
+    def _piggyback(self) -> Piggyback:
         assert self._trail is not None
-        return [float(self._link.newest > self._number), *self._trail.signals()]
+        return Piggyback(float(self._link.newest > self._number), self._trail.lags())
 
     def _heard(self) -> bool:
         """Commit what every mirror has acknowledged (C); whether a change of members is due after this step."""
         assert self._run is not None and self._trail is not None
         report = self._run.engine.last_step
-        assert report is not None
-        pending, *trailing = report.signals
-        self._trail.heard(trailing)
+        assert report is not None and report.piggyback is not None
+        self._trail.heard(report.piggyback.trailing)
         if self._link.stop_requested:
             self._run.engine.request_stop()
-        return pending > 0
+        return report.piggyback.newer_generation > 0
 
     def _leave_together(self, run: Run, entered: Entered, group: dist.ProcessGroup) -> bool:
         """See [Note: a planned change]. False where it is not to be followed: this generation ends the job itself,

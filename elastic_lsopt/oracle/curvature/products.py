@@ -162,7 +162,7 @@ class Products:
         others = [*(p for p in module.parameters() if not p.requires_grad), *module.buffers()]
         written = [t._version for t in (*shards.masters, *shards.working, *shards.slot_keys, *others)]
         modes = [m.training for m in module.modules()]
-        stamp = (len(space.copies.perturbations), space.copies.edits, written, modes, _fingerprint(shards.masters))
+        stamp = (space.copies.perturbations, space.copies.edits, written, modes, _fingerprint(shards.masters))
         if self._all_agree(self._weights is not None and stamp == self._stamp):
             assert self._weights is not None
             return self._weights

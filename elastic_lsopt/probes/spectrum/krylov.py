@@ -99,7 +99,7 @@ class Krylov:
             elif self._coupling.any():
                 basis.project_out_(w, torch.cat([self._coupling, torch.zeros(1, dtype=torch.float64)]))
             self._matrix[m, :m] = self._coupling
-        beta = self._take_off(w, column)
+        beta = self._project_out(w, column)
         self._matrix[: m + 1, m] = column
         self._scale = max(self._scale, hypot(float(torch.linalg.vector_norm(column)), beta))
         self.invariant = beta <= torch.finfo(a.space.dtype).eps ** INVARIANT * self._scale
@@ -111,7 +111,7 @@ class Krylov:
             self._next = w.mul_(1 / beta)
         self._last = q
 
-    def _take_off(self, w: Vector, column: Tensor) -> float:
+    def _project_out(self, w: Vector, column: Tensor) -> float:
         """Take the basis off w and add its coefficients to `column`; the length that is left."""
         enough, left = 0.0, 0.0
         for passes in range(4):

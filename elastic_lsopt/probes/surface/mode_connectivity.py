@@ -78,7 +78,7 @@ def mode_connectivity(
     _refuse(curve, points, steps, learning_rate)
     training: list[float] = []
     with space.perturbation() as perturbation:
-        walk = _Walk(perturbation)
+        walk = _Walk(perturbation, space.weights)
         if curve == "bezier":
             bend = (start + end).mul_(0.5) if bend is None else bend.clone()
             failure = _train(oracle, walk, start, bend, end, training, steps, learning_rate, seed)
@@ -105,17 +105,17 @@ def mode_connectivity(
 class _Walk:
     """The weights set to whole points, exactly: w - w = 0, 0 + p = p, p - p = 0, where w + (p - w) would round."""
 
-    def __init__(self, perturbation: Perturbation) -> None:
-        self._excursion, self._here = perturbation, perturbation.space.weights.clone()
+    def __init__(self, perturbation: Perturbation, weights: Vector) -> None:
+        self._perturbation, self._here = perturbation, weights.clone()
 
     def to(self, weighted: list[tuple[float, Vector]]) -> None:
         """Set the weights to the sum of the weighted vectors."""
-        self._excursion.move(self._here, -1.0)
+        self._perturbation.move(self._here, -1.0)
         self._here.zero_()
         for weight, v in weighted:
             if weight:
                 self._here.add_(v, alpha=weight)
-        self._excursion.move(self._here)
+        self._perturbation.move(self._here)
 
 
 def _point(start: Vector, bend: Vector | None, end: Vector, t: float) -> list[tuple[float, Vector]]:

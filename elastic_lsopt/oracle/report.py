@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elastic_lsopt.space.perturbation import Fidelity
@@ -10,6 +11,26 @@ from elastic_lsopt.space.perturbation import Fidelity
 log = logging.getLogger("elastic_lsopt")
 FAITHFUL = 0.9
 """Cosine between requested and realised perturbation below which the run warns."""
+
+
+@dataclass(frozen=True)
+class Piggyback:
+    """What rides on a pass's all-reduce for the elastic runtime: a rank's own numbers, or their sums over the ranks."""
+
+    newer_generation: float = 0.0
+    """Ranks that know of a newer generation."""
+    trailing: tuple[float, ...] = ()
+    """Ranks whose mirrors trail by more than 0, 1, … versions of the state."""
+
+    @property
+    def numbers(self) -> list[float]:
+        return [self.newer_generation, *self.trailing]
+
+    @staticmethod
+    def of(numbers: Sequence[float]) -> Piggyback:
+        """What `numbers` were of, summed."""
+        newer, *trailing = numbers
+        return Piggyback(newer, tuple(trailing))
 
 
 @dataclass(frozen=True)
@@ -26,8 +47,8 @@ class StepReport:
     """A loss or gradient was not finite in some pass, so no rank changed anything but its clock."""
     stop: bool = False
     """Some rank asked to stop; all ranks see it after the same step."""
-    signals: tuple[float, ...] = ()
-    """Sums over all ranks of what the elastic runtime gave to the step's last pass."""
+    piggyback: Piggyback | None = None
+    """Sums over all ranks of what the elastic runtime gave to the step's last pass; None where it gave nothing."""
     samples_per_second: float | None = None
     """Of this rank's own forwards. Where a forward needs no other rank (plain, DDP), waiting is not in it."""
     fidelity: Fidelity | None = None

@@ -1,0 +1,97 @@
+"""State families: whatever survives a step, by the name under which it is saved, mirrored, moved and exported.
+
+    method          what the method remembers                 averages/ema    a mean of the weights
+    update          momenta of an update rule                 trajectory      points that the run has passed
+
+Checkpoint, mirror and reshard iterate over the families and know none by name. The key of a chunk is (family, name,
+parameter, offset), and the replica where the copies of replicas may differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from elastic_lsopt.oracle.method import Method, State
+from elastic_lsopt.oracle.report import StepReport
+from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.vector import Vector
+
+
+class Family(Protocol):
+    """As checkpoint and mirror see it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def same_on_all_replicas(self) -> bool:
+        """Whether one replica's copy may stand for another's."""
+        ...
+
+    def state_dict(self) -> State:
+        """Its Vectors, live (they are read and filled in place), and its numbers."""
+        ...
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from this state, whose Vectors become its own."""
+        ...
+
+
+class Stateful:
+    """What an author writes: how a family begins, and what it does around a step. The state is handed in each time.
+
+    `before_step` sees the gradient that the base is about to step with (valid until it returns, before clipping),
+    `after_step` the weights after the step; neither is called for a step that was skipped. Both may be collective.
+    """
+
+    name: str = ""
+    same_on_all_replicas: bool = False
+
+    def init(self, space: ParameterSpace) -> State:
+        """What it remembers before the first step."""
+        return {}
+
+    def before_step(self, space: ParameterSpace, gradient: Vector, samples: int, state: State) -> None:
+        """Called with the gradient of a step on `samples` samples."""
+
+    def after_step(self, space: ParameterSpace, report: StepReport, state: State) -> None:
+        """Called when the base has stepped."""
+
+
+@dataclass
+class Kept:
+    """A `Stateful` with its state on one space: a `Family`."""
+
+    kind: Stateful
+    state: State = field(default_factory=dict)
+
+    @staticmethod
+    def on(space: ParameterSpace, kind: Stateful) -> Kept:
+        return Kept(kind, kind.init(space))
+
+    @property
+    def name(self) -> str:
+        return self.kind.name
+
+    @property
+    def same_on_all_replicas(self) -> bool:
+        return self.kind.same_on_all_replicas
+
+    def state_dict(self) -> State:
+        return self.state
+
+    def load_state_dict(self, state: State) -> None:
+        self.state.update(state)
+
+
+@dataclass(frozen=True)
+class MethodFamily(Stateful):
+    """The method's own state, as a family."""
+
+    method: Method
+    name: str = "method"
+    same_on_all_replicas: bool = False
+
+    def init(self, space: ParameterSpace) -> State:
+        return self.method.init(space)

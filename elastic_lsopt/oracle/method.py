@@ -1,0 +1,29 @@
+"""What a method is, and all that an algorithm remembers from step to step."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from elastic_lsopt.oracle.oracle import Oracle
+from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.vector import Vector
+
+State = dict[str, Vector | float | int]
+"""Named Vectors and numbers: saved, mirrored and resharded by name."""
+
+
+class Method(Protocol):
+    """What gradient to step with; a frozen keyword-only dataclass whose fields are the hyper-parameters."""
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the global batch is cut (1: each pass sees all of it at one point)."""
+        ...
+
+    def init(self, space: ParameterSpace) -> State:
+        """What the method remembers before its first step."""
+        ...
+
+    def gradient(self, space: ParameterSpace, oracle: Oracle, state: State) -> Vector:
+        """The vector that the base steps with; may update `state` in place. The weights are back on return."""
+        ...
