@@ -44,6 +44,11 @@ class Registry:
 
         return note
 
+    @property
+    def known(self) -> dict[str, type]:
+        """What has been registered or asked for so far, by name."""
+        return dict(self._known)
+
     def names(self) -> list[str]:
         """All names, ours and third parties', in alphabetical order."""
         return sorted({*self._ours, *self._known, *(e.name for e in entry_points(group=self.group))})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
 
@@ -11,16 +12,18 @@ from torch import nn
 
 from elastic_lsopt.api.eval_mode import eval_mode
 from elastic_lsopt.api.step import LandscapeStep
+from elastic_lsopt.averages.average import FAMILY, Average
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.errors import StaleWeights, UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.default_loss import as_loss
-from elastic_lsopt.oracle.family import Family, Stateful
+from elastic_lsopt.oracle.family import Family, Kept, Stateful
 from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
 from elastic_lsopt.oracle.report import Piggyback, StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.vector import Vector
 
 
 class Engine:
@@ -150,6 +153,23 @@ class Engine:
         finally:
             self._inside = False
         return total / weight
+
+    @contextmanager
+    def averaged(self, name: str = "ema") -> Iterator[Vector]:
+        """Weights at the average of that name inside the block, back bit for bit after it (collective).
+
+        Raises UserError where the engine keeps no such average. Memory as `space.perturbed`.
+        """
+        kept = self.families.get(f"{FAMILY}{name}")
+        if not isinstance(kept, Kept) or not isinstance(kept.kind, Average):
+            known = [n.removeprefix(FAMILY) for n in self.families if n.startswith(FAMILY)]
+            raise UserError(
+                f"the engine keeps no average {name!r} (it keeps: {', '.join(known) or 'none'}); build it with "
+                f"keep=[lso.averages.build({name!r})]."
+            )
+        point = kept.kind.weights(self.space, kept.state)
+        with self.space.at(point):
+            yield point
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the method's state, and the clock. (Checkpoints for any world size: `lso.checkpoint`.)"""

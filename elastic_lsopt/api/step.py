@@ -17,7 +17,8 @@ from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.oracle.report import FAITHFUL, StepReport, log, warn_unfaithful
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.perturbation import Fidelity
-from elastic_lsopt.space.vector import Vector
+from elastic_lsopt.space.vector import BorrowedGradient, Vector
+from elastic_lsopt.updates.adapter import updates_of
 
 
 @dataclass
@@ -38,7 +39,10 @@ class LandscapeStep:
         self.space = ParameterSpace(self.backend, self.seed)
         self.families: dict[str, Family] = {}
         for kind in (MethodFamily(self.method), *self.kept):
-            self.add(Kept.on(self.space, kind))
+            self.add(Kept(kind, self.space))
+        self._update = updates_of(self.backend.base)
+        for family in self._update.bind(self.space, self.backend.parameters) if self._update is not None else ():
+            self.add(family)
         self._warned = self._looked = False
 
     @property
@@ -81,17 +85,11 @@ class LandscapeStep:
         for name, family in self.families.items():
             state = new.families[name].state_dict()
             for key, value in family.state_dict().items():
-                state[key] = self._carried(value, state.get(key), new) if isinstance(value, Vector) else value
+                state[key] = (
+                    _carried(value, state.get(key), new.families[name].space) if isinstance(value, Vector) else value
+                )
         self.space.retire()
         return new
-
-    def _carried(self, value: Vector, fresh: Vector | float | None, new: LandscapeStep) -> Vector:
-        carried = fresh if isinstance(fresh, Vector) else new.space.zeros()
-        kept = dict(zip(_chunks(value), value.tensors, strict=True))
-        for chunk, tensor in zip(_chunks(carried), carried.tensors, strict=True):
-            if (old := kept.get(chunk)) is not None:
-                tensor.copy_(old)
-        return carried
 
     @contextmanager
     def informing(self) -> Iterator[None]:
@@ -120,10 +118,12 @@ class LandscapeStep:
                     raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")
                 for kept in self._watching():
                     kept.kind.before_step(space, gradient, samples, kept.state)
+                if self._update is not None:
+                    self._update.take(self._clipped(gradient, norm))
                 self.backend.step(gradient, norm)
                 space.stepped()
         except NonFinite as error:
-            return self._skip(oracle, error)
+            return self._skip(oracle, samples, error)
         finally:
             space.fidelity.narrow = False
             self._looked = self._looked or space.fidelity.last is not None
@@ -131,6 +131,7 @@ class LandscapeStep:
             oracle.losses[0],
             oracle.passes,
             norm,
+            samples,
             False,
             oracle.stop,
             oracle.piggyback,
@@ -138,14 +139,21 @@ class LandscapeStep:
             self._faithful(space.fidelity.last),
         )
 
-    def _skip(self, oracle: Oracle, error: NonFinite) -> StepReport:
+    def _clipped(self, gradient: Vector, norm: float) -> Vector:
+        """The gradient that an update of ours may overwrite, in the precision of Vectors."""
+        borrowed = isinstance(gradient, BorrowedGradient) and all(t.dtype == self.space.dtype for t in gradient.tensors)
+        own = gradient if borrowed else gradient.clone()
+        limit = self.backend.max_grad_norm
+        return own.mul_(limit / (norm + 1e-6)) if limit and norm > limit else own
+
+    def _skip(self, oracle: Oracle, samples: int, error: NonFinite) -> StepReport:
         self.space.resync()
         self.space.end_borrowed()
         self.backend.clear_gradient()
         self.skipped_steps += 1
         log.warning("skipped a step on all ranks (%d so far): %s", self.skipped_steps, error)
         loss = oracle.losses[0] if oracle.losses else math.nan
-        return StepReport(loss, oracle.passes, math.nan, True, oracle.stop, oracle.piggyback)
+        return StepReport(loss, oracle.passes, math.nan, samples, True, oracle.stop, oracle.piggyback)
 
     def _faithful(self, fidelity: Fidelity | None) -> Fidelity | None:
         if fidelity is not None and fidelity.cosine < FAITHFUL and not self._warned:
@@ -179,7 +187,7 @@ class LandscapeStep:
             for key, value in saved.items():
                 if isinstance(value, list):
                     had = self.families[name].state_dict().get(key)
-                    state[key] = vector = had if isinstance(had, Vector) else self.space.empty()
+                    state[key] = vector = had if isinstance(had, Vector) else self.families[name].space.empty()
                     for mine, own in zip(vector.tensors, value, strict=True):
                         mine.copy_(own)
                 else:
@@ -188,6 +196,16 @@ class LandscapeStep:
         samples, steps = state_dict["clock"]
         self.clock = SampleClock(samples, steps, self.clock.total_samples)
         self.skipped_steps = state_dict["skipped_steps"]
+
+
+def _carried(value: Vector, fresh: Vector | float | None, space: ParameterSpace) -> Vector:
+    """`fresh` (zeros where there is none) with the elements of `value` that it has too."""
+    carried = fresh if isinstance(fresh, Vector) else space.zeros()
+    kept = dict(zip(_chunks(value), value.tensors, strict=True))
+    for chunk, tensor in zip(_chunks(carried), carried.tensors, strict=True):
+        if (old := kept.get(chunk)) is not None:
+            tensor.copy_(old)
+    return carried
 
 
 def _chunks(v: Vector) -> list[tuple[str, int, int]]:

@@ -6,7 +6,7 @@ A backend knows where the pieces are and how the framework makes its copies righ
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,11 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from elastic_lsopt.backends.base_trial import refuse_closure
+from elastic_lsopt.backends.dealt import Replicated, Sharded
 from elastic_lsopt.backends.gathering import Gathering
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
+from elastic_lsopt.space.dealing import Dealing
 from elastic_lsopt.space.layout import Piece
 from elastic_lsopt.space.vector import Vector
+from elastic_lsopt.updates.adapter import updates_of
 
 
 class Backend(GradientEngine):
@@ -28,8 +31,15 @@ class Backend(GradientEngine):
     name: str
     base: torch.optim.Optimizer | None
     transport: Transport
+    max_grad_norm: float | None = None
+    """The limit of the gradient's norm; 0 or None: none."""
     shard_group: dist.ProcessGroup | None = None
     """The ranks that together hold the vector once; None where every rank holds all of it."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The trained parameters as the base optimizer was given them, by name."""
 
     @property
     @abstractmethod
@@ -42,7 +52,7 @@ class Backend(GradientEngine):
 
     def refuse_base(self) -> None:
         """Raise UserError or Unsupported for a base optimizer that cannot step right on these pieces (collective)."""
-        if self.base is not None:
+        if self.base is not None and updates_of(self.base) is None:
             refuse_closure(self.base)
 
     @property
@@ -122,6 +132,13 @@ class Backend(GradientEngine):
     ) -> list[Tensor]:
         self.transport.refuse_cut()
         return self._gathering.reduce_scatter(wholes, wanted, dtype)
+
+    def dealing(self, parameters: Sequence[int], dtype: torch.dtype) -> Dealing:
+        self.transport.refuse_cut()
+        group, like = self.shard_group, torch.empty(0, dtype=dtype, device=self.device)
+        if group is not None and dist.get_world_size(group) > 1:
+            return Sharded(self.layout, self._gathering.everyones, parameters, group, like)
+        return Replicated(self.layout, parameters, self.replica_group, like)
 
     def sum_replicas(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
         self.transport.refuse_cut()

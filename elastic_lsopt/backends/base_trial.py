@@ -21,12 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.updates.torch_update import ELEMENT_WISE
 
-ELEMENT_WISE = frozenset({
-    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam,
-    torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.ASGD,
-})  # fmt: skip
-"""These very classes, no subclass of them."""
 STEPS = 8
 AGREE = 1e-4
 """How far two trials may end from each other, as a share of the way that they went; rounding is far below."""

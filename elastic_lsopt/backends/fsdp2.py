@@ -8,7 +8,7 @@ are written in place (a rebound `.data` is ignored too).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.errors import Unsupported
 from elastic_lsopt.space.layout import Layout, Parameter, Piece
 from elastic_lsopt.space.vector import Vector
+from elastic_lsopt.updates.adapter import updates_of
 
 
 class FSDP2(Backend):
@@ -87,7 +88,7 @@ class FSDP2(Backend):
 
     def refuse_base(self) -> None:
         super().refuse_base()
-        if self.base is None:
+        if self.base is None or updates_of(self.base) is not None:
             return
         first = self._parameters[0]
 
@@ -111,6 +112,10 @@ class FSDP2(Backend):
         """`fully_shard` gives a module a class of its own, made of FSDPModule and the user's."""
         kind = type(module)
         return next(c for c in kind.__mro__[1:] if c is not FSDPModule) if isinstance(module, FSDPModule) else kind
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        return {p.name: own for p, own in zip(self.layout.parameters, self._parameters, strict=True)}
 
     @property
     def slots(self) -> list[Tensor]:

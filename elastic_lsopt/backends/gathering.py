@@ -67,7 +67,7 @@ class Gathering:
         self._shards = shards if shards is not None and dist.get_world_size(shards) > 1 else None
         self._replicas = replicas if replicas is not None and dist.get_world_size(replicas) > 1 else None
         self._rank = dist.get_rank(self._shards) if self._shards is not None else 0
-        self._everyones = self._gather_pieces()
+        self.everyones = self._gather_pieces()
         self._batches: dict[tuple[int, ...], list[Batch]] = {}
 
     def _gather_pieces(self) -> list[list[tuple[int, int, int]]]:
@@ -110,7 +110,7 @@ class Gathering:
     def _batch(self, parameters: tuple[int, ...]) -> Batch:
         chosen = set(parameters)
         runs, lengths = [], []
-        for pieces in self._everyones:
+        for pieces in self.everyones:
             at, own = 0, []
             for parameter, offset, length in pieces:
                 if parameter in chosen:

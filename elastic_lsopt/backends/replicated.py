@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,10 @@ class Replicated(Backend):
         for name, p in named:
             if not p.is_contiguous():
                 raise Unsupported(f"parameter {name} is not contiguous; call .contiguous() on it before training.")
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        return {p.name: own for p, own in zip(self.layout.parameters, self._parameters, strict=True)}
 
     @property
     def slots(self) -> list[Tensor]:

@@ -32,7 +32,7 @@ from elastic_lsopt.space.vector import Vector
 FORMAT = 2
 READS = (1, 2)
 """Formats that a resume takes: the first held one family, the method's."""
-HOW_NOT_WHAT = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
+HOW_NOT_WHAT = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable", "update"})
 """Entries of a param group that say on what machine a step is computed, not what it computes: not saved."""
 
 

@@ -82,12 +82,16 @@ def restore(state: TrainingState, saved: Saved, fill: Fill, *, hyperparameters: 
     if hyperparameters:
         for group, kept in zip(backend.param_groups, metadata["groups"], strict=True):
             group.update({k: decode(v, backend.device) for k, v in kept.items() if k not in HOW_NOT_WHAT})
-    for name, found in states.items():
-        state.families[name].load_state_dict(found)
+    for name, family in state.families.items():
+        if name in states:
+            family.load_state_dict(states[name])
     state.clock = replace(state.clock, samples=metadata["clock"]["samples"], steps=metadata["clock"]["steps"])
     if backend.separate_master and backend.layout.pieces:
         torch._foreach_copy_(list(backend.working), backend.masters)
     state.space.resync()
+    for name, family in state.families.items():
+        if name not in states:
+            family.begin()
 
 
 def refuse_other_model(state: TrainingState, metadata: dict[str, Any], *, hyperparameters: bool) -> None:
@@ -181,14 +185,14 @@ def _families(wanted: dict[str, Held], state: TrainingState, metadata: dict[str,
     for name, family in state.families.items():
         mine, found = family.state_dict(), saved.get(name)
         if found is None:
-            log.warning("the checkpoint holds no %s; it begins anew.", name)
+            log.warning("the checkpoint holds no %s; it begins from the weights that were loaded.", name)
             continue
         for key in mine.keys() - found.keys():
             log.warning("the checkpoint has no state %r of %s (another method?); it starts anew.", key, name)
         out[name] = {key: decode(value, state.backend.device) for key, value in found.items() if value != ELEMENTS}
         for key in (key for key, value in found.items() if value == ELEMENTS):
             had = mine.get(key)
-            vector = out[name][key] = had if isinstance(had, Vector) else state.space.zeros()
+            vector = out[name][key] = had if isinstance(had, Vector) else family.space.zeros()
             layout = vector.space.layout
             for piece, target in zip(layout.pieces, vector.tensors, strict=True):
                 parameter = layout.parameters[piece.parameter]

@@ -9,7 +9,7 @@ parameter, offset), and the replica where the copies of replicas may differ.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from elastic_lsopt.oracle.method import Method, State
@@ -27,6 +27,15 @@ class Family(Protocol):
     @property
     def same_on_all_replicas(self) -> bool:
         """Whether one replica's copy may stand for another's."""
+        ...
+
+    @property
+    def space(self) -> ParameterSpace:
+        """That its Vectors belong to: of all parameters, or of some."""
+        ...
+
+    def begin(self) -> None:
+        """Begin anew from the weights as they are: a checkpoint that was loaded knows nothing of it."""
         ...
 
     def state_dict(self) -> State:
@@ -59,16 +68,13 @@ class Stateful:
         """Called when the base has stepped."""
 
 
-@dataclass
 class Kept:
     """A `Stateful` with its state on one space: a `Family`."""
 
-    kind: Stateful
-    state: State = field(default_factory=dict)
-
-    @staticmethod
-    def on(space: ParameterSpace, kind: Stateful) -> Kept:
-        return Kept(kind, kind.init(space))
+    def __init__(self, kind: Stateful, space: ParameterSpace) -> None:
+        self.kind, self.space = kind, space
+        self.state: State = {}
+        self.begin()
 
     @property
     def name(self) -> str:
@@ -77,6 +83,10 @@ class Kept:
     @property
     def same_on_all_replicas(self) -> bool:
         return self.kind.same_on_all_replicas
+
+    def begin(self) -> None:
+        self.state.clear()
+        self.state.update(self.kind.init(self.space))
 
     def state_dict(self) -> State:
         return self.state

@@ -43,6 +43,8 @@ class StepReport:
     """Gradients of the global batch that were taken."""
     gradient_norm: float
     """Global L2 norm of the gradient that the base stepped with, before clipping."""
+    samples: int
+    """Of the global batch."""
     skipped: bool
     """A loss or gradient was not finite in some pass, so no rank changed anything but its clock."""
     stop: bool = False

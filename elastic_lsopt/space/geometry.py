@@ -16,6 +16,7 @@ from elastic_lsopt.space.copies import WeightCopies
 from elastic_lsopt.space.direction import Direction, Noise
 from elastic_lsopt.space.layout import Layout, Shards
 from elastic_lsopt.space.perturbation import FidelityWatch, Perturbation
+from elastic_lsopt.space.restricted import RestrictedShards
 from elastic_lsopt.space.vector import BorrowedGradient, Scales, Vector
 
 
@@ -53,6 +54,14 @@ class ParameterSpace:
         """A vector of undefined values: one number an element, `layout.local_numel` of them on this rank."""
         flat = torch.empty(self.layout.local_numel, dtype=self.dtype, device=self.shards.device)
         return Vector(self, flat.split([piece.length for piece in self.layout.pieces]))
+
+    def restricted(self, chosen: Sequence[int]) -> ParameterSpace:
+        """The parameters of these numbers (in order) as a space of their own, on the same tensors."""
+        if len(chosen) == len(self.layout.parameters):
+            return self
+        space = ParameterSpace(RestrictedShards(self.shards, chosen), self.seed)
+        space.copies = self.copies
+        return space
 
     def zeros(self) -> Vector:
         return self.empty().zero_()
@@ -102,11 +111,16 @@ class ParameterSpace:
         return Scales(self._sum(local_square(a.tensors).reshape(1)).sqrt(), "model")
 
     def norm_per_parameter(self, a: Vector) -> Scales:
-        """The global L2 norm of each parameter; one all-reduce of one number a parameter."""
-        total = torch.zeros(len(self.layout.parameters), dtype=torch.float64, device=self.shards.device)
-        for piece, t in zip(self.layout.pieces, a.tensors, strict=True):
-            total[piece.parameter] += torch.linalg.vector_norm(t, dtype=torch.float64).square()
-        return Scales(self._sum(total).sqrt(), "parameter")
+        """The global L2 norm of each parameter; one all-reduce of one number per parameter."""
+        return self.norms_per_parameter(a)[0]
+
+    def norms_per_parameter(self, *vectors: Vector) -> list[Scales]:
+        """The same of several vectors, in one all-reduce."""
+        total = torch.zeros(len(vectors), len(self.layout.parameters), dtype=torch.float64, device=self.shards.device)
+        for own, a in zip(total, vectors, strict=True):
+            for piece, t in zip(self.layout.pieces, a.tensors, strict=True):
+                own[piece.parameter] += torch.linalg.vector_norm(t, dtype=torch.float64).square()
+        return [Scales(norms, "parameter") for norms in self._sum(total).sqrt()]
 
     def norm_per_row(self, a: Vector) -> Scales:
         """The global L2 norm of each row (a 1-D parameter is one row); one all-reduce of one number a row."""
@@ -136,6 +150,13 @@ class ParameterSpace:
         with self._perturbation(moves_once=True) as walk:
             walk.move(direction, scale)
             del direction  # this frame lives as long as the block: a vector that the caller drops is free at once
+            yield walk
+
+    @contextmanager
+    def at(self, point: Vector) -> Iterator[Perturbation]:
+        """Weights at `point` itself inside the block, back bit for bit on exit (collective). Memory as `perturbed`."""
+        with self._perturbation(moves_once=True) as walk:
+            walk.to(point)
             yield walk
 
     def perturbation(self) -> Perturbation:

@@ -20,6 +20,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from elastic_lsopt.space.dealing import Dealing
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -150,6 +152,13 @@ class Shards(ABC):
     @abstractmethod
     def sum_pieces_(self, values: Tensor) -> Tensor:
         """Sum in place over the ranks that together hold the vector once (its shard group)."""
+
+    @abstractmethod
+    def dealing(self, parameters: Sequence[int], dtype: torch.dtype) -> Dealing:
+        """These parameters (by number, in order) dealt whole, as `dtype`, over the ranks that share them.
+
+        Collective to make.
+        """
 
     @abstractmethod
     def base_state(self, key: str) -> Sequence[Tensor]:

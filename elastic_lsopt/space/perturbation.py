@@ -25,7 +25,7 @@ from elastic_lsopt.errors import NonFinite
 from elastic_lsopt.space.copies import WeightCopies
 from elastic_lsopt.space.direction import Direction, Noise
 from elastic_lsopt.space.layout import Layout, Shards, row_spans
-from elastic_lsopt.space.vector import Scales
+from elastic_lsopt.space.vector import Scales, Vector
 
 CHUNK = 1 << 20
 """Elements of the scratch through which a move in fp32 reaches narrower weights (4 MiB)."""
@@ -100,6 +100,22 @@ class Perturbation:
                 _add_piece(shards.layout, i, out, origin, direction, scale, keep_position=self._position is not None)
         if before is not None:
             self.fidelity = self._watch.last = _measure(shards, before, working, direction, scale)
+        self._moves += 1
+        self._copies.rewritten()
+        shards.refresh_gathered()
+
+    def to(self, point: Vector) -> None:
+        """Weights = point, rounded only where the working copy is narrower: w + (point - w) would round (collective).
+
+        `move` may follow, from there.
+        """
+        shards = self._shards
+        shards.drop_gathered()
+        working = list(shards.working)
+        with torch.no_grad():
+            torch._foreach_copy_(working, point.tensors)
+        if not self._moves_once and any(t.element_size() < 4 for t in working):
+            self._position = [t.clone() for t in point.tensors]
         self._moves += 1
         self._copies.rewritten()
         shards.refresh_gathered()

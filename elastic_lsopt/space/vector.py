@@ -64,9 +64,43 @@ class Vector:
             torch._foreach_add_(self.tensors, other * alpha)
         return self
 
-    def mul_(self, other: Vector | float) -> Vector:
-        """self *= other, element by element."""
-        torch._foreach_mul_(self.tensors, other.tensors if isinstance(other, Vector) else other)
+    def lerp_(self, other: Vector, weight: float) -> Vector:
+        """self += weight * (other - self)."""
+        mine, theirs = self.tensors, other.tensors
+        if all(a.dtype == b.dtype for a, b in zip(mine, theirs, strict=True)):
+            torch._foreach_lerp_(mine, theirs, weight)
+        else:
+            for a, b in zip(mine, theirs, strict=True):
+                a.lerp_(b.to(a.dtype), weight)
+        return self
+
+    def mul_(self, other: Vector | Scales | float) -> Vector:
+        """self *= other, element by element; Scales of the model or of each parameter."""
+        if isinstance(other, Scales):
+            for piece, t in zip(self.space.layout.pieces, self.tensors, strict=True):
+                t.mul_(other.of(piece.parameter).to(t.dtype))
+        else:
+            torch._foreach_mul_(self.tensors, other.tensors if isinstance(other, Vector) else other)
+        return self
+
+    def addcmul_(self, a: Vector, b: Vector, value: float = 1.0) -> Vector:
+        """self += value * a * b, element by element."""
+        torch._foreach_addcmul_(self.tensors, a.tensors, b.tensors, value)
+        return self
+
+    def div_(self, other: Vector) -> Vector:
+        """self /= other, element by element."""
+        torch._foreach_div_(self.tensors, other.tensors)
+        return self
+
+    def sqrt_(self) -> Vector:
+        torch._foreach_sqrt_(self.tensors)
+        return self
+
+    def add_each_(self, other: Vector, alphas: Sequence[float]) -> Vector:
+        """self += alpha * other, with an alpha for each parameter."""
+        for piece, t, o in zip(self.space.layout.pieces, self.tensors, other.tensors, strict=True):
+            t.add_(o, alpha=alphas[piece.parameter])
         return self
 
     def abs_(self) -> Vector:
@@ -129,6 +163,11 @@ class Scales:
 
     values: Tensor
     per: Literal["model", "parameter", "row"]
+
+    def of(self, parameter: int) -> Tensor:
+        """The number of one parameter, 0-d, on the device. Not for one a row."""
+        assert self.per != "row"
+        return self.values[0 if self.per == "model" else parameter]
 
     def __add__(self, number: float) -> Scales:
         return Scales(self.values + number, self.per)

@@ -54,7 +54,9 @@ def test_the_ends_of_the_gain() -> None:
 
 def found(state: Any) -> Gain | None:
     """What is measured of an engine that keeps this state."""
-    return measured({"gain": Kept(GainMonitor(horizon_samples=1.0), state)})
+    kept = Kept(GainMonitor(horizon_samples=1.0), space_of(2))
+    kept.load_state_dict(state)
+    return measured({"gain": kept})
 
 
 def test_it_is_the_plain_loop() -> None:

@@ -21,6 +21,7 @@ from elastic_lsopt.backends.zero.adapter import zero_backend
 from elastic_lsopt.backends.zero.tested import refuse_untested
 from elastic_lsopt.backends.zero.zero_backend import ZeroBackend, check_version
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.updates.adapter import updates_of
 
 # Set by the launchers whose environment DeepSpeed reads (the second by Open MPI).
 LAUNCHED = ("RANK", "OMPI_COMM_WORLD_SIZE")
@@ -81,6 +82,8 @@ def start_engine(model: nn.Module, base: Callable[[Any], torch.optim.Optimizer],
         optimizer = base(params)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UserError(f"base gave a {type(optimizer).__name__}; it takes parameters and gives a torch optimizer.")
+        if (update := updates_of(optimizer)) is not None:
+            update.steps_elsewhere = True  # DeepSpeed calls step() once while it starts, to make room for state
         return optimizer
 
     parameters: Any = [p for _, p in trainable(model.named_parameters())]

@@ -14,7 +14,7 @@ finds in its buffer and steps once.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -28,6 +28,7 @@ from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.errors import NonFinite, Unsupported, UserError
 from elastic_lsopt.space.layout import Layout, Parameter, Piece
 from elastic_lsopt.space.vector import Vector
+from elastic_lsopt.updates.adapter import updates_of
 
 VERSIONS = ("0.19.8",)
 # All that is read or written of DeepSpeed beyond its documented interface, by class. Nothing else may be used.
@@ -95,6 +96,8 @@ class ZeroBackend(Backend):
         self.compute_dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
         self._wrapper = engine.optimizer
         named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+        self._parameters = dict(named)
+        self.max_grad_norm = engine.gradient_clipping()
         self._number = {id(p): i for i, (_, p) in enumerate(named)}
         self._refuse_parameters(named)
         self.layout = Layout(
@@ -133,7 +136,7 @@ class ZeroBackend(Backend):
 
     def refuse_base(self) -> None:
         super().refuse_base()
-        if not self.flat:
+        if not self.flat or updates_of(self.base) is not None:
             return
         dims = [len(p.shape) for p in self.layout.parameters]
         if reason := reason_against_flat(self.base, dims, self.device):
@@ -146,6 +149,10 @@ class ZeroBackend(Backend):
     @property
     def base(self) -> torch.optim.Optimizer:  # type: ignore[override]
         return getattr(self._wrapper, "optimizer", self._wrapper)
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        return self._parameters
 
     @property
     def slots(self) -> list[Tensor]:

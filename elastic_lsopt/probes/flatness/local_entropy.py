@@ -26,7 +26,7 @@ from statistics import fmean, stdev
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.flatness.filter_norms import filter_norms
-from elastic_lsopt.probes.flatness.neighbourhood import Neighbourhood, in_sync, refuse_below_one, refuse_not_positive
+from elastic_lsopt.probes.flatness.neighbourhood import Neighbourhood, refuse_below_one, refuse_not_positive, resynced
 from elastic_lsopt.probes.spectrum.operator import FIRST_DRAW
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.precision import full_precision
@@ -97,7 +97,7 @@ def local_entropy_gradient(
     began = time.monotonic()
     p = filter_norms(space) if normalised else None
     away, mean = space.zeros(), space.zeros()  # w' - w and <w'> - w, in the coordinates of p
-    with in_sync(space), space.perturbation() as walk:
+    with resynced(space), space.perturbation() as walk:
         for i in range(steps):
             step = oracle.gradient().clone()
             if p is not None:

@@ -74,7 +74,7 @@ class Neighbourhood:
 
 
 @contextmanager
-def in_sync(space: ParameterSpace) -> Iterator[None]:
+def resynced(space: ParameterSpace) -> Iterator[None]:
     """Where all ranks raise NonFinite inside a perturbation, make the weights right before it goes on (collective)."""
     try:
         yield

@@ -29,7 +29,7 @@ import torch
 
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.oracle import Oracle
-from elastic_lsopt.probes.flatness.neighbourhood import in_sync, refuse_below_one, refuse_not_positive
+from elastic_lsopt.probes.flatness.neighbourhood import refuse_below_one, refuse_not_positive, resynced
 from elastic_lsopt.probes.spectrum.operator import FIRST_DRAW
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.precision import full_precision
@@ -75,7 +75,7 @@ def sam_sharpness(
     if starts < 0:
         raise UserError(f"starts={starts} must be >= 0.")
     ascent = _Ascent(space, oracle, rho, steps, norm, adaptive)
-    with in_sync(space):
+    with resynced(space):
         worst = [ascent.climb(None), *(ascent.climb(i) for i in range(starts))]
     worst = [x for x in worst if x is not None]
     if not worst:

@@ -1,0 +1,9 @@
+"""Averages by name: ours register themselves, a third party's come by entry points in group
+`elastic_lsopt.averages`."""
+
+from __future__ import annotations
+
+from elastic_lsopt.registry import Registry
+
+averages = Registry("average", group="elastic_lsopt.averages", ours={"ema": "elastic_lsopt.averages.ema"})
+register, names, get, build = averages.register, averages.names, averages.get, averages.build

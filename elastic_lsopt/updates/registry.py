@@ -1,0 +1,13 @@
+"""Update rules by name: ours register themselves, others come by entry points in group `elastic_lsopt.updates`."""
+
+from __future__ import annotations
+
+from elastic_lsopt.registry import Registry
+
+_HOME = "elastic_lsopt.updates"
+updates = Registry(
+    "update",
+    group="elastic_lsopt.updates",
+    ours={name: f"{_HOME}.{name}" for name in ("lamb", "lars", "muon")},
+)
+register, names, get, build = updates.register, updates.names, updates.get, updates.build

@@ -1,0 +1,109 @@
+"""Update rules of ours and averages, on every way to lay the weights out, against loops over whole parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import elastic_lsopt as lso
+from elastic_lsopt.averages.ema import EMA
+from elastic_lsopt.updates.adapter import UpdateOptimizer
+from elastic_lsopt.updates.muon import Muon
+from tests.cases import engines
+from tests.cases.laws import DTYPES, STEPS
+from tests.oracles import paper_loops, updates
+
+LARS = {"lr": 0.5, "momentum": 0.9, "trust": 0.1, "weight_decay": 1e-3}
+LAMB = {"lr": 0.02, "weight_decay": 0.01, "eps": 1e-6, "most": 1.0, "vectors": True}
+MUON, ADAMW = {"lr": 0.02, "weight_decay": 0.1}, {"lr": 1e-2, "weight_decay": 0.01}
+
+
+def is_matrix(p: Any) -> bool:
+    return len(getattr(p, "ds_shape", p.shape)) == 2
+
+
+def ours(update: str) -> Callable[[Any], UpdateOptimizer]:
+    """The base optimizer from parameters, or from (name, parameter) pairs."""
+
+    def make(given: Any) -> UpdateOptimizer:
+        params = [x[1] if isinstance(x, tuple) else x for x in given]
+        if update == "muon":
+            matrices, rest = [p for p in params if is_matrix(p)], [p for p in params if not is_matrix(p)]
+            groups = [{"params": matrices, "update": Muon(), **MUON}, {"params": rest, "update": "AdamW", **ADAMW}]
+            return UpdateOptimizer(groups, lr=0.0)
+        return UpdateOptimizer(params, update, **(LARS if update == "lars" else LAMB))
+
+    return make
+
+
+def theirs(update: str, model: torch.nn.Module) -> torch.optim.Optimizer:
+    params = [p for p in model.parameters() if p.requires_grad]
+    if update == "lars":
+        return updates.LARS(params, **LARS)
+    if update == "lamb":
+        return updates.LAMB(params, **LAMB)
+    matrices = torch.optim.Muon([p for p in params if is_matrix(p)], **MUON)
+    return updates.Both(matrices, torch.optim.AdamW([p for p in params if not is_matrix(p)], **ADAMW))
+
+
+def reference(
+    kind: str, update: str, *, method: str = "none", dtype: str = "fp32", clip: float = 0.0, units: int = 3,
+    last: int | None = None, bf16: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Law 1, and law 7: max |dw| after 6 steps from the loop over whole parameters; bytes held over the shard's."""
+    hyper = engines.HYPERPARAMETERS[method]
+    steps = engines.batches(STEPS, units, last=last, dtype=DTYPES[dtype])
+    plain = engines.net((), DTYPES[dtype])
+    model = copy.deepcopy(plain)
+    total = sum(len(x) for s in steps for x, _ in s)
+    wanted = paper_loops.run(plain, steps, theirs(update, plain), method, hyper, clip=clip)
+    engine = engines.build(
+        kind, model, lso.registry.build(method, **hyper), base=ours(update), clip=clip, total_samples=total, bf16=bf16
+    )
+    losses = [engine.train_batch(engines.mine(s)) for s in steps]
+    vectors = [v for f in engine.families.values() for v in f.state_dict().values() if not isinstance(v, int | float)]
+    own = sum(v.local_bytes for v in vectors)
+    out = {
+        "dw": engines.furthest(engine.space, plain), "dloss": max(abs(a - b) for a, b in zip(losses, wanted, strict=True)),
+        "vectors": own / (engine.space.weights.local_bytes or 1),
+    }  # fmt: skip
+    engines.close(engine)
+    return out
+
+
+def followed(kind: str, decay: float, last: int | None = None) -> dict[str, float]:
+    """The mean of the weights that a second model keeps, and the loss there and after; batches of two sizes."""
+    world = dist.get_world_size()
+    steps = engines.batches(4, world + 1, dtype=torch.float64) + engines.batches(2, 2 * world, dtype=torch.float64)
+    engine = engines.build(kind, engines.net((), torch.float64), lso.Plain(), keep=[EMA(decay=decay)])
+    points = [engines.whole(engine.space)]
+    points[0] = {n: t.clone() for n, t in points[0].items()}
+    for step in steps:
+        engine.train_batch(engines.mine(step))
+        points.append({n: t.clone() for n, t in engines.whole(engine.space).items()})
+    sizes = [sum(len(x) for x, _ in step) for step in steps]
+    wanted = {n: updates.ema([p[n] for p in points], sizes, decay) for n in points[0]}
+    held = [engines.mine(steps[0])]
+    before = engine.evaluate(held)
+    with engine.averaged("ema"):
+        found = engines.whole(engine.space) if kind.startswith(("plain", "ddp", "fsdp2")) else {}
+        inside = engine.evaluate(held)
+    there = engines.net((), torch.float64)
+    with torch.no_grad():
+        for n, p in there.named_parameters():
+            p.copy_(wanted[n])
+    loss = sum(float(paper_loops.cross_entropy(there, b)) * len(b[0]) for b in steps[0]) / sum(
+        len(b[0]) for b in steps[0]
+    )
+    mean = engine.families["averages/ema"].state_dict()["mean"]
+    out = {
+        "loss": abs(inside - loss), "back": abs(engine.evaluate(held) - before), "moved": abs(inside - before),
+        "mean": max(float((found[n] - wanted[n]).abs().max()) for n in found) if found else 0.0,
+        "bytes": mean.local_bytes / engine.space.weights.local_bytes if engine.space.layout.pieces else 1.0,  # type: ignore[union-attr]
+    }  # fmt: skip
+    engines.close(engine)
+    return out

@@ -1,0 +1,74 @@
+"""Update rules as loops over whole parameters, from the papers: what steps on shards must equal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+
+class LARS(torch.optim.Optimizer):
+    """You, Gitman, Ginsburg 2017, Algorithm 1; vectors take plain steps."""
+
+    def __init__(self, params: Any, lr: float, momentum: float, trust: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                w, g, decay = float(p.norm()), float(p.grad.norm()), group["weight_decay"]
+                ratio = group["trust"] * w / (g + decay * w) if p.dim() > 1 and w > 0 and g > 0 else 1.0
+                v = self.state[p].setdefault("v", torch.zeros_like(p))
+                v.mul_(group["momentum"]).add_(p.grad + decay * p, alpha=group["lr"] * ratio)
+                p.sub_(v)
+
+
+class LAMB(torch.optim.Optimizer):
+    """You et al. 2020, Algorithm 2, phi(z) = min(z, most)."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float, eps: float, most: float, vectors: bool) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "eps": eps, "most": most, "vectors": vectors})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        b1, b2 = 0.9, 0.999
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                s = self.state[p]
+                s.setdefault("m", torch.zeros_like(p))
+                s.setdefault("v", torch.zeros_like(p))
+                s["t"] = s.get("t", 0) + 1
+                s["m"] = b1 * s["m"] + (1 - b1) * p.grad
+                s["v"] = b2 * s["v"] + (1 - b2) * p.grad**2
+                r = s["m"] / (1 - b1 ** s["t"]) / ((s["v"] / (1 - b2 ** s["t"])).sqrt() + group["eps"])
+                r = r + group["weight_decay"] * p
+                w, length = min(float(p.norm()), group["most"]), float(r.norm())
+                adapts = (group["vectors"] or p.dim() > 1) and w > 0 and length > 0
+                p.sub_(r, alpha=group["lr"] * (w / length if adapts else 1.0))
+
+
+class Both(torch.optim.Optimizer):
+    """Two optimizers, each with parameters of its own, as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        super().__init__([p for part in parts for group in part.param_groups for p in group["params"]], {})
+        self.parts = parts
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+def ema(points: list[torch.Tensor], batches: list[int], decay: float) -> torch.Tensor:
+    """The mean after these weights; points[0] is where it begins, batches[i] the samples of step i."""
+    mean = points[0].double()
+    for w, batch in zip(points[1:], batches, strict=True):
+        rho = math.pow(decay, batch / batches[0])
+        mean = rho * mean + (1 - rho) * w.double()
+    return mean

@@ -1,0 +1,52 @@
+"""Law 1 of the update rules: steps on shards are those of a loop over whole parameters, under every method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+LIMIT = {"fp32": 1e-6, "fp64": 1e-12}
+FRAMEWORK = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4)]
+ZERO = [(f"zero{stage}", world) for stage in (0, 1, 2, 3) for world in (1, 2, 3)]
+VECTORS = {"lars": 1.0, "lamb": 2.0}
+
+
+def check(out: list[dict[str, float]], update: str, dtype: str) -> None:
+    for rank, r in enumerate(out):
+        assert r["dw"] <= LIMIT[dtype] and r["dloss"] <= LIMIT[dtype], f"rank {rank}: {r}"
+        assert update == "muon" or r["vectors"] == VECTORS[update], f"rank {rank}: {r}"
+
+
+@pytest.mark.parametrize("update", ["lars", "lamb", "muon"])
+@pytest.mark.parametrize("kind,world", FRAMEWORK)
+def test_in_fp64(ranks: Any, kind: str, world: int, update: str) -> None:
+    case = "tests.cases.updates:reference"
+    check(ranks(world).run(case, kind=kind, update=update, dtype="fp64", last=2, clip=0.5, units=5), update, "fp64")
+
+
+@pytest.mark.parametrize("update", ["lars", "lamb"])
+@pytest.mark.parametrize("kind,world", ZERO)
+def test_under_zero(ranks: Any, kind: str, world: int, update: str) -> None:
+    check(ranks(world).run("tests.cases.updates:reference", kind=kind, update=update, clip=0.5), update, "fp32")
+
+
+@pytest.mark.parametrize("kind", ["zero0", "zero1", "zero2", "zero3"])
+def test_muon_under_zero(ranks: Any, kind: str) -> None:
+    """One rank: the sums' order, which rounding to bf16 would show, is the loop's own."""
+    check(ranks(1).run("tests.cases.updates:reference", kind=kind, update="muon"), "muon", "fp32")
+
+
+@pytest.mark.parametrize("kind,world", [("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3)])
+def test_muon_on_dealt_matrices(ranks: Any, kind: str, world: int) -> None:
+    """A step is made of bf16 numbers, where the last bit of a gradient may show as 2^-9 of an element's step."""
+    for r in ranks(world).run("tests.cases.updates:reference", kind=kind, update="muon"):
+        assert r["dw"] < 6 * 0.02 * 2**-6, r
+
+
+@pytest.mark.parametrize("method", ["sam", "asam", "lpf_sgd"])
+@pytest.mark.parametrize("update", ["lars", "lamb", "muon"])
+@pytest.mark.parametrize("kind,world", [("ddp", 2), ("fsdp2", 2)])
+def test_under_a_method(ranks: Any, kind: str, world: int, update: str, method: str) -> None:
+    case = "tests.cases.updates:reference"
+    check(ranks(world).run(case, kind=kind, update=update, method=method, dtype="fp64", units=4), update, "fp64")
