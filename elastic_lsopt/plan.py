@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from elastic_lsopt.config.settings import TrainConfig, landscape_fields, lr_rule
+from elastic_lsopt.config.settings import ADAMS, TORCH_OPTIMS, TrainConfig, landscape_fields, lr_rule
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.microbatch import part_bounds
@@ -107,16 +107,17 @@ class Policy:
         elastic = config.elastic
         if elastic is None:
             raise ValueError("the job has no elastic block.")
-        adam = config.optim != "sgd"
+        adam = config.optim in ADAMS
+        own = config.optim_args if config.optim not in TORCH_OPTIMS else {}
         method = landscape_fields(config)[1]
         bounds = ("min_global_batch_size", "max_global_batch_size", "min_learning_rate", "max_learning_rate")
         return cls(
             reference=Hyperparameters(
                 global_batch_size=config.global_batch_size,
                 learning_rate=config.learning_rate,
-                betas=(config.adam_beta1, config.adam_beta2) if adam else None,
-                epsilon=config.adam_epsilon if adam else None,
-                momentum=None if adam else config.momentum,
+                betas=(config.adam_beta1, config.adam_beta2) if adam else own.get("betas"),
+                epsilon=config.adam_epsilon if adam else own.get("eps"),
+                momentum=config.momentum if config.optim == "sgd" else own.get("momentum"),
                 weight_decay=config.weight_decay,
                 rho=method.get("rho"),
                 gamma=method.get("gamma"),

@@ -160,6 +160,12 @@ class Engine:
 
         Raises UserError where the engine keeps no such average. Memory as `space.perturbed`.
         """
+        point = self.average(name)
+        with self.space.at(point):
+            yield point
+
+    def average(self, name: str = "ema") -> Vector:
+        """The average of that name, live: read it, never write it. Raises UserError where the engine keeps none."""
         kept = self.families.get(f"{FAMILY}{name}")
         if not isinstance(kept, Kept) or not isinstance(kept.kind, Average):
             known = [n.removeprefix(FAMILY) for n in self.families if n.startswith(FAMILY)]
@@ -167,9 +173,7 @@ class Engine:
                 f"the engine keeps no average {name!r} (it keeps: {', '.join(known) or 'none'}); build it with "
                 f"keep=[lso.averages.build({name!r})]."
             )
-        point = kept.kind.weights(self.space, kept.state)
-        with self.space.at(point):
-            yield point
+        return kept.kind.weights(self.space, kept.state)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the method's state, and the clock. (Checkpoints for any world size: `lso.checkpoint`.)"""

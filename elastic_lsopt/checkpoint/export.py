@@ -27,6 +27,7 @@ from elastic_lsopt.checkpoint.export_folder import publish, refusal
 from elastic_lsopt.checkpoint.folder import staging, sync, write_json
 from elastic_lsopt.checkpoint.safetensors_file import Head, write_tensors
 from elastic_lsopt.errors import Unsupported, UserError
+from elastic_lsopt.space.vector import Vector
 
 SHARD_BYTES = 5_000_000_000
 TIMEOUT = timedelta(hours=1)
@@ -42,12 +43,19 @@ class Entry:
 
 
 def export_huggingface(
-    backend: Backend, module: nn.Module, folder: str | Path, tokenizer: Any = None, *, shard_bytes: int = SHARD_BYTES
+    backend: Backend,
+    module: nn.Module,
+    folder: str | Path,
+    tokenizer: Any = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    weights: Vector | None = None,
 ) -> Path:
     """Write the module's weights, frozen parameters and buffers to `folder` (collective); returns the folder.
 
     A `transformers` model becomes a folder for `from_pretrained`, in the dtype of its config (else of its parameters),
-    in files of at most `shard_bytes`; `tokenizer` goes beside it. A plain module becomes model.safetensors and a note.
+    in files of at most `shard_bytes`; `tokenizer` goes beside it. `weights` are written in place of the trained weights
+    (an average of them). A plain module becomes model.safetensors and a note.
     An earlier export of that name is replaced, by its own manifest, and what else lies there stays. Raises UserError
     where the folder holds only something else or cannot be written, Unsupported for an adapter (merge it first), on all
     ranks.
@@ -60,7 +68,8 @@ def export_huggingface(
     try:
         _agree(folder, refusal(folder) if backend.rank == 0 else None, group)
         entries = _entries(backend, module)
-        stream = _stream(backend, module, entries, group)
+        points = backend.masters if weights is None else weights.tensors
+        stream = _stream(backend, module, entries, points, group)
         failure: str | None = None
         if backend.rank == 0:
             try:
@@ -170,12 +179,16 @@ def _describe(module: nn.Module, staged: Path, names: list[str]) -> None:
 
 
 def _stream(
-    backend: Backend, module: nn.Module, entries: list[Entry], group: dist.ProcessGroup | None
+    backend: Backend,
+    module: nn.Module,
+    entries: list[Entry],
+    points: Sequence[Tensor],
+    group: dist.ProcessGroup | None,
 ) -> Iterator[Tensor]:
     """The entries' tensors, whole, one at a time, on rank 0's host; on the other ranks nothing of use."""
     layout = backend.layout
     pieces = [(layout.parameters[p.parameter].name, p.offset, p.length) for p in layout.pieces]
-    mine = dict(zip(pieces, backend.masters, strict=True))
+    mine = dict(zip(pieces, points, strict=True))
     everyones = gather_json(group, pieces)
     sender: dict[str, dict[tuple[int, int], int]] = {p.name: {} for p in layout.parameters}
     for rank, held in enumerate(everyones):  # the lowest holder sends: rank 0 has no need to ask for what it holds

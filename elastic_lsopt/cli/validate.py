@@ -19,7 +19,7 @@ from torch import nn
 
 from elastic_lsopt.cli.job import Job, read_job
 from elastic_lsopt.config.deepspeed_json import read_deepspeed_json, zero_stage
-from elastic_lsopt.config.settings import BUILTIN_DATASETS, SettingError, TrainConfig, landscape_fields, lr_rule
+from elastic_lsopt.config.settings import ADAMS, BUILTIN_DATASETS, SettingError, TrainConfig, landscape_fields, lr_rule
 from elastic_lsopt.elastic.agent.open_files import too_few
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
@@ -184,6 +184,7 @@ def _memory_table(console: Console, config: TrainConfig, size: ModelSize, worlds
             method=landscape_fields(config)[0],
             gathered=size.gathered,
             replicas=config.fsdp_replicas,
+            averages=len(config.averages),
         )
         for world in worlds
     ]
@@ -227,7 +228,7 @@ def _plan_table(console: Console, config: TrainConfig, plans: Sequence[Plan]) ->
     elastic = config.elastic
     assert elastic is not None
     rule = f", lr_rule {lr_rule(config, elastic)}" if elastic.policy == "scale_batch" else ""
-    adam = config.optim != "sgd"
+    adam = config.optim in ADAMS
     table = _table(
         console,
         f"Elastic: {elastic.min_nodes} to {elastic.max_nodes} nodes, {elastic.policy}{rule}",
@@ -255,7 +256,7 @@ def _mirror_table(console: Console, config: TrainConfig, size: ModelSize, plans:
             stage=_stage(config),
             optim=config.optim,
             momentum=config.momentum,
-            vectors=int(elastic.policy == "scale_batch" and lr_rule(config, elastic) == "adascale"),
+            vectors=len(config.averages) + (elastic.policy == "scale_batch" and lr_rule(config, elastic) == "adascale"),
             copies=elastic.copies,
             replicas=config.fsdp_replicas,
             budget_bytes=elastic.mirror_gib * 2**30,

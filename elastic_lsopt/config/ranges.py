@@ -15,6 +15,8 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Name = Annotated[str, Field(min_length=1, strict=True)]
+IMPORT_PATH = r"^[\w.]+:\w+$"
+ImportPath = Annotated[str, Field(pattern=IMPORT_PATH, strict=True)]
 
 SETTINGS = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 BLOCK = ConfigDict(extra="forbid", use_attribute_docstrings=True)

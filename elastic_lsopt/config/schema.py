@@ -12,10 +12,15 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from elastic_lsopt.config.ranges import IMPORT_PATH
 from elastic_lsopt.config.settings import TrainConfig
 
 # Texts of a form, as one would write them.
-FORMS = {r"^[^:/\s]+:\d{1,5}$": "host:port", r"^etcd://[^:/\s]+:\d{1,5}$": "etcd://host:port"}
+FORMS = {
+    r"^[^:/\s]+:\d{1,5}$": "host:port",
+    r"^etcd://[^:/\s]+:\d{1,5}$": "etcd://host:port",
+    IMPORT_PATH: "package.module:Class",
+}
 SHIPPED = Path(__file__).with_name("schema.json")
 
 

@@ -19,9 +19,11 @@ from pydantic_core import ArgsKwargs
 
 from elastic_lsopt.config.elastic import ElasticConfig, Rule
 from elastic_lsopt.config.probes import read_probes
-from elastic_lsopt.config.ranges import SETTINGS, BelowOne, Count, Name, NotNegative, Positive, SettingError
+from elastic_lsopt.config.ranges import SETTINGS, BelowOne, Count, ImportPath, Name, NotNegative, Positive, SettingError
 
 LANDSCAPE_SCHEMA: dict[str, Any] = {"required": ["method"], "properties": {"method": {"type": "string"}}}
+
+ADAMS, TORCH_OPTIMS = ("adam", "adamw"), ("adam", "adamw", "sgd")
 
 # Data that comes with Python or with scikit-learn: names, never paths.
 BUILTIN_DATASETS = ("python-stdlib", "digits")
@@ -98,8 +100,17 @@ class TrainConfig:
     """Passes over the training samples, may be a fraction; exactly one of max_steps and num_train_epochs."""
 
     # The base optimizer and its schedule.
-    optim: Literal["adamw", "adam", "sgd"] = "adamw"
-    """The base optimizer, which steps with the gradient that the landscape method makes."""
+    optim: Literal["adamw", "adam", "sgd", "lamb", "lars", "muon"] | ImportPath = "adamw"
+    """The base optimizer, which steps with the gradient that the landscape method makes; or an update of your own."""
+    optim_args: dict[str, Any] = field(default_factory=dict)
+    """The own hyper-parameters of lamb, lars, muon or of an imported update, such as trust."""
+    param_groups: tuple[dict[str, Any], ...] = ()
+    """Parameters that are treated otherwise, the first that matches: {match: "*.weight", dims: 2, optim: muon,
+    learning_rate: 0.02, weight_decay: 0.1, optim_args: {…}}; what is not said, and the rest, is as for the job."""
+    averages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Means of the weights that are kept beside them, by name: {ema: {decay: 0.999}}."""
+    evaluate_average: Name | None = None
+    """The average at which the held-out loss is measured and the model exported; null: the weights themselves."""
     learning_rate: NotNegative = 5e-5
     """Peak learning rate; >= 0."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -129,13 +140,13 @@ class TrainConfig:
 
     probes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What is measured of the landscape on the way, by name: {every_steps: 100} or {every_samples: …}, `budget` (share
-    of the time, 0.1), `micro-batches` (4), `products` (auto), `measure` (the name), and the measure's own settings."""
+    of the time, 0.1), `units` (4), `products` (auto), `measure` (the name), and the measure's own settings."""
 
     # Evaluation, checkpoints, reports.
     eval_steps: Count | None = None
     """Optimizer steps between evaluations; null: only at the end."""
     eval_batches: Count | None = None
-    """Units of per_device_train_batch_size samples in an evaluation; null: all that is held out."""
+    """Micro-batches of per_device_train_batch_size samples in an evaluation; null: all that is held out."""
     save_steps: Count | None = None
     """Optimizer steps between checkpoints; null: only at the end."""
     save_total_limit: Count | None = None
@@ -184,7 +195,7 @@ def landscape_fields(config: TrainConfig) -> tuple[str, dict[str, Any]]:
 
 def lr_rule(config: TrainConfig, elastic: ElasticConfig) -> Rule:
     """The rule by which the rate follows the batch: the one that is named, else that of the optimizer's paper."""
-    return elastic.lr_rule or ("linear" if config.optim == "sgd" else "sqrt")
+    return elastic.lr_rule or ("linear" if config.optim in ("sgd", "lars") else "sqrt")
 
 
 def _conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
@@ -248,17 +259,55 @@ def _conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
             if getattr(c, key) != default:
                 yield key, f"{key} is for on_divergence rewind, but on_divergence=stop; remove the key."
 
-    if c.optim != "sgd" and c.momentum:
-        yield "momentum", f"momentum is for optim sgd, but optim={c.optim}; use adam_beta1 or remove the key."
-    if c.optim == "sgd":
+    optims = {c.optim, *(str(group.get("optim", c.optim)) for group in c.param_groups)}
+    if c.momentum and "sgd" not in optims:
+        instead = "use adam_beta1" if c.optim in ADAMS else "use optim_args"
+        yield "momentum", f"momentum is for optim sgd, but optim={c.optim}; {instead} or remove the key."
+    if not optims & {*ADAMS, "muon"}:  # what is no matrix goes to AdamW beside muon
         for key, default in (("adam_beta1", 0.9), ("adam_beta2", 0.999), ("adam_epsilon", 1e-8)):
             if getattr(c, key) != default:
-                yield key, f"{key} is for optim adam and adamw, but optim=sgd; remove the key."
+                yield key, f"{key} is for optim adam and adamw, but optim={c.optim}; remove the key."
+    if c.optim_args and c.optim in TORCH_OPTIMS:
+        yield (
+            "optim_args",
+            f"optim_args are for lamb, lars, muon or an import path, but optim={c.optim}; remove the key.",
+        )
+    if c.evaluate_average is not None and c.evaluate_average not in c.averages:
+        known = ", ".join(c.averages) or "none"
+        yield (
+            "evaluate_average",
+            f"evaluate_average={c.evaluate_average} is not kept (averages: {known}); add it: averages: "
+            f"{{{c.evaluate_average}: {{}}}}.",
+        )
+    yield from _group_conflicts(c)
     read_probes(c.probes)
     if not isinstance(c.landscape.get("method"), str):
         yield "landscape", "landscape needs `method`, a name such as none, sam, asam or lpf_sgd."
     if c.elastic is not None:
         yield from _elastic_conflicts(c, c.elastic)
+
+
+def _group_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
+    known = ("match", "dims", "optim", "learning_rate", "weight_decay", "optim_args")
+    for i, group in enumerate(c.param_groups):
+        key = f"param_groups[{i}]"
+        for name in group:
+            if name not in known:
+                yield "param_groups", f"{key} has no key {name!r}; it has: {', '.join(known)}."
+        match = group.get("match")
+        patterns = [match] if isinstance(match, str) else match
+        if not isinstance(patterns, list | tuple) or not patterns or not all(isinstance(p, str) for p in patterns):
+            yield (
+                "param_groups",
+                f"{key}.match={match!r} must be a pattern of names, such as '*.bias', or a list of them.",
+            )
+        dims = group.get("dims")
+        if dims is not None and (isinstance(dims, bool) or not isinstance(dims, int) or dims < 1):
+            yield "param_groups", f"{key}.dims={dims!r} must be an integer >= 1."
+        for name in ("learning_rate", "weight_decay"):
+            value = group.get(name, 0.0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                yield "param_groups", f"{key}.{name}={value!r} must be a number >= 0."
 
 
 def _elastic_conflicts(c: TrainConfig, e: ElasticConfig) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,18 @@ from torch import Tensor, nn
 
 from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.api.initialize import initialize
+from elastic_lsopt.averages import registry as averages
+from elastic_lsopt.averages.average import Average
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.backends.trainable import refuse_scalars
 from elastic_lsopt.config.deepspeed_json import check_job, read_deepspeed_json
-from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.default_loss import adds_router_loss, as_loss
 from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.loss import Loss, Unsplit, causal_lm_loss, classification_loss
 from elastic_lsopt.oracle.method import Method
+from elastic_lsopt.training.base_optimizer import base_of
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.models import apply_activation_checkpointing, blocks, build_model
 from elastic_lsopt.world import World
@@ -41,7 +44,8 @@ def build_engine(
         data.refuse_labels_beyond(model.config.num_labels)  # type: ignore[union-attr,arg-type]
     if config.activation_checkpointing:
         apply_activation_checkpointing(model)
-    loss, base = loss_of(config, model), _base(config, model)
+    loss, base = loss_of(config, model), base_of(config, model)
+    keep = [*keep, *averages_of(config)]
     options: dict[str, Any] = {"seed": config.seed, "total_samples": total_samples, "keep": keep}
     if config.backend == "deepspeed":
         assert config.deepspeed is not None
@@ -65,6 +69,19 @@ def build_engine(
     if config.bf16 and config.backend == "replicated":
         backend.compute_dtype = torch.bfloat16  # autocast rounds the weights in the forward
     return Engine(backend, method, loss_fn=loss, **options)
+
+
+def averages_of(config: TrainConfig) -> list[Average]:
+    """The averages that the settings name. Raises SettingError for one that is not known or does not take its
+    values."""
+    made = []
+    for name, given in config.averages.items():
+        own = dict(given)
+        try:
+            made.append(averages.build(own.pop("import", name), **own))
+        except UserError as error:
+            raise SettingError(f"averages.{name}", f"averages.{name}: {error}") from None
+    return made
 
 
 def built_on(config: TrainConfig, device: torch.device) -> torch.device:
@@ -103,30 +120,6 @@ def _shard(config: TrainConfig, model: nn.Module, world: World) -> None:
     for block in blocks(model):
         fully_shard(block, **options)
     fully_shard(model, **options)
-
-
-def _base(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.optim.Optimizer]:
-    """The base optimizer over given parameters; weight decay leaves vectors (biases, norm gains) alone, as usual."""
-    # By name and now: ZeRO-3 flattens the parameters before it asks for an optimizer, FSDP2 replaces them.
-    matrices = [name for name, p in model.named_parameters() if p.dim() > 1]
-
-    def build(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        given = [p for p in parameters if p.requires_grad]
-        named = dict(model.named_parameters())
-        decayed = {id(named[name]) for name in matrices}
-        groups = [
-            {"params": [p for p in given if id(p) in decayed], "weight_decay": config.weight_decay},
-            {"params": [p for p in given if id(p) not in decayed], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        if config.optim == "sgd":
-            return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
-        kind = torch.optim.AdamW if config.optim == "adamw" else torch.optim.Adam
-        return kind(
-            groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon
-        )
-
-    return build
 
 
 def as_weights_are(batch: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ class TrainingRun:
         self.stopped, self.eval_loss = False, None
         self._rate = LearningRate(peak=config.learning_rate, shape=config.lr_scheduler_type, warmup=config.warmup_ratio)
         self._rates = None if world.plan is None else Rates(self.engine, world.plan)
+        self._peaks = [group["lr"] for group in self.engine.param_groups]
         self._probing = (
             Probing(config, self.engine, data, world, plain_loss_of(config, self.engine.module))
             if config.probes
@@ -149,7 +150,7 @@ class TrainingRun:
             "batch": self.batch, "world": self.world.size, "seconds": time.monotonic() - start, **_told(report),
         }  # fmt: skip
         if len(self.data.eval) and (last or _due(step, config.eval_steps)):
-            row["eval_loss"] = self.eval_loss = evaluate(engine, self.data, config, self.world)
+            row["eval_loss"] = self.eval_loss = self._held_out_loss()
         if self._probing is not None and (probes := self._probing.after(before)):
             row["probes"] = probes
         if self._folder is not None:
@@ -161,6 +162,11 @@ class TrainingRun:
         self._save_due = self._save_due or last or self.stopped or _due(step, config.save_steps)
         self._save_or_diverge(step, last, row.get("eval_loss"))
         return row
+
+    def _held_out_loss(self) -> float:
+        name = self.config.evaluate_average
+        with nullcontext() if name is None else self.engine.averaged(name):
+            return evaluate(self.engine, self.data, self.config, self.world)
 
     def _save_or_diverge(self, step: int, last: bool, eval_loss: float | None) -> None:
         """Save what is due, but not while steps are skipped; see checkpoint/divergence.py (collective)."""
@@ -214,10 +220,10 @@ class TrainingRun:
         """The learning rate of the step that begins now, in every param group."""
         if self._rates is not None:
             return self._rates.set(self._rate.share(self.engine.clock) * self._lr_factor)
-        lr = self._rate.at(self.engine.clock) * self._lr_factor
-        for group in self.engine.param_groups:
-            group["lr"] = lr
-        return lr
+        share = self._rate.share(self.engine.clock) * self._lr_factor
+        for group, peak in zip(self.engine.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * share
+        return self.config.learning_rate * share
 
     def _save(self) -> None:
         assert self._checkpoints is not None

@@ -21,8 +21,9 @@ from math import ceil
 
 from elastic_lsopt.elastic.memory.budget import versions_within
 
-STATES = {"adamw": 2, "adam": 2}
-"""fp32 tensors of optimizer state a parameter; sgd: 1 with momentum, else 0."""
+STATES = {"adamw": 2, "adam": 2, "lamb": 2, "lars": 1, "muon": 1}
+"""fp32 tensors of optimizer state per parameter; sgd: 1 with momentum, else 0. (Beside muon AdamW's are not
+counted.)"""
 
 DIRECTIONS = {"asam": 1}
 """Vectors that a method holds while perturbed, beside the way back; LPF-SGD draws its noise in blocks."""
@@ -43,6 +44,7 @@ def memory_per_rank(
     method: str = "none",
     gathered: int = 0,
     replicas: int = 1,
+    averages: int = 0,
 ) -> dict[str, int]:
     """Bytes on each rank, by what they are for; the sum is the peak that the parameters cause.
 
@@ -69,6 +71,7 @@ def memory_per_rank(
         "gradient": working * (parameters if zero == 1 else share),
         "master weights": master,
         "optimizer state": 4 * states * share,
+        "averages of the weights": 4 * averages * share,
         "way back of a perturbation": way_back,
         "direction of the method": 4 * DIRECTIONS.get(method, 0) * share,
     }
@@ -90,10 +93,10 @@ def mirror_per_rank(
     """Most bytes of host memory on each rank of an elastic job: (own versions + mirrored peers' versions) x bytes of
     its state.
 
-    Its state is fp32: master weights, the optimizer's states, and the method's `vectors`. A rank holds the versions of
-    `copies` others, its mirrored peers, as far as fewer than copies + 1 ranks hold that part of the state anyway: none
-    where the weights are replicated. (Nodes are taken to have equally many ranks.) How many versions there are at most
-    follows from `budget_bytes`, elastic.mirror_gib: trail.py, [Note: the bound].
+    Its state is fp32: master weights, the optimizer's states, and `vectors` more: averages, the gain's. A rank holds
+    the versions of `copies` others, its mirrored peers, as far as fewer than copies + 1 ranks hold that part of the
+    state anyway: none where the weights are replicated. (Nodes are taken to have equally many ranks.) How many versions
+    there are at most follows from `budget_bytes`, elastic.mirror_gib: trail.py, [Note: the bound].
     """
     share = _share(parameters, backend, world, stage, replicas)
     state = 4 * share * (1 + STATES.get(optim, 1 if momentum else 0) + vectors) + METADATA_BYTES

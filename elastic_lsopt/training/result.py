@@ -52,7 +52,8 @@ def _export(config: TrainConfig, engine: Engine, data: Data, folder: Path, conso
     """Write the model; the line that says how to use it, None where it could not be written."""
     tokenizer = data.tokens.tokenizer if isinstance(data.tokens, FolderTokens) else None
     try:
-        export_huggingface(engine.backend, engine.module, folder, tokenizer)
+        mean = None if config.evaluate_average is None else engine.average(config.evaluate_average)
+        export_huggingface(engine.backend, engine.module, folder, tokenizer, weights=mean)
     except UserError as error:
         console.say(str(error))
         return None

@@ -68,7 +68,8 @@ def reference(
     vectors = [v for f in engine.families.values() for v in f.state_dict().values() if not isinstance(v, int | float)]
     own = sum(v.local_bytes for v in vectors)
     out = {
-        "dw": engines.furthest(engine.space, plain), "dloss": max(abs(a - b) for a, b in zip(losses, wanted, strict=True)),
+        "dw": engines.furthest(engine.space, plain),
+        "dloss": max(abs(a - b) for a, b in zip(losses, wanted, strict=True)),
         "vectors": own / (engine.space.weights.local_bytes or 1),
     }  # fmt: skip
     engines.close(engine)
