@@ -115,7 +115,11 @@ class Policy:
             reference=Hyperparameters(
                 global_batch_size=config.global_batch_size,
                 learning_rate=config.learning_rate,
-                betas=(config.adam_beta1, config.adam_beta2) if adam else own.get("betas"),
+                betas=(config.adam_beta1, config.adam_beta2)
+                if adam
+                else tuple(own["betas"])
+                if "betas" in own
+                else None,
                 epsilon=config.adam_epsilon if adam else own.get("eps"),
                 momentum=config.momentum if config.optim == "sgd" else own.get("momentum"),
                 weight_decay=config.weight_decay,

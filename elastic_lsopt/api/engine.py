@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from elastic_lsopt.api.eval_mode import eval_mode
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.averages.average import FAMILY, Average
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.errors import StaleWeights, UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.default_loss import as_loss
+from elastic_lsopt.oracle.eval_mode import eval_mode
 from elastic_lsopt.oracle.family import Family, Kept, Stateful
 from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.method import Method, State

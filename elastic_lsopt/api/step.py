@@ -187,7 +187,7 @@ class LandscapeStep:
             for key, value in saved.items():
                 if isinstance(value, list):
                     had = self.families[name].state_dict().get(key)
-                    state[key] = vector = had if isinstance(had, Vector) else self.families[name].space.empty()
+                    state[key] = vector = had if isinstance(had, Vector) else self.families[name].empty(key)
                     for mine, own in zip(vector.tensors, value, strict=True):
                         mine.copy_(own)
                 else:

@@ -15,9 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback
 
-from elastic_lsopt.api.eval_mode import eval_mode
 from elastic_lsopt.backends.detect import backend_for
-from elastic_lsopt.errors import NonFinite, UserError
+from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.curvature.products import Mode
 from elastic_lsopt.oracle.default_loss import as_loss
@@ -25,7 +24,8 @@ from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
 from elastic_lsopt.oracle.report import log
-from elastic_lsopt.probes.catalogue import ProbeContext, as_json, measure
+from elastic_lsopt.probes.catalogue import ProbeContext, measure
+from elastic_lsopt.probes.measurement import Measurement
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 
@@ -56,7 +56,7 @@ class ProbeCallback(TrainerCallback):
         self.measures, self.batches, self.every_steps = measures, list(batches), every_steps
         self.loss_fn, self.products = loss_fn, products
         self.results: list[dict[str, Any]] = []
-        self._checked_mode: Mode | None = None
+        self._mode: Mode | None = None
         """What the first checks have settled."""
         self._initial: Sequence[Tensor] | None = None
         """The weights at the start; None where no measure asks for them, or a run goes on whose start nobody knows."""
@@ -74,8 +74,7 @@ class ProbeCallback(TrainerCallback):
         base = more.get("optimizer")
         base = getattr(base, "optimizer", base)  # out of Accelerate's wrapper
         group = base.param_groups[0] if base is not None else {}
-        with eval_mode(model):
-            found = self._measured(model, base, state.global_step)
+        found = self._measured(model, base, state.global_step)
         for p in model.parameters():
             p.grad = None
         samples = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -90,40 +89,30 @@ class ProbeCallback(TrainerCallback):
     def _measured(self, model: nn.Module, base: Any, step: int) -> dict[str, Any]:
         backend = backend_for(model, base)
         group: Mapping[str, Any] = base.param_groups[0] if base is not None else {}
-        space = ParameterSpace(backend)
-        loss = as_loss(self.loss_fn, model)
-
-        def oracle(batches: Sequence[Any], *, checked: bool = False) -> MicroBatchOracle:
-            return MicroBatchOracle(
-                space,
-                backend,
-                loss,
-                batches,
-                SampleClock(steps=step),
-                products=self._checked_mode or self.products,
-                checked=checked,
-            )
-
-        together = oracle(self.batches, checked=self._checked_mode is None)
+        space, clock = ParameterSpace(backend), SampleClock(steps=step)
+        measuring = Measurement(space, backend, as_loss(self.loss_fn, model), products=self._mode or self.products)
+        together = measuring.oracle(self.batches, clock, checked=self._mode is None)
         adam = (tuple(group["betas"]), group["eps"], step) if "betas" in group else None
-        situation = ProbeContext(
+
+        def single(batch: Any) -> MicroBatchOracle:
+            return measuring.oracle([MicroBatch(0, batch, idle=backend.rank > 0)], clock, checked=False)
+
+        context = ProbeContext(
             space=space, oracle=together, samples=together.samples, learning_rate=group.get("lr"),
             momentum=group.get("momentum", 0.0), adam=adam,  # type: ignore[arg-type]
             initial=None if self._initial is None else Vector(space, self._initial),
-            batches=lambda: [oracle([MicroBatch(0, b, idle=backend.rank > 0)]) for b in self.batches],
+            batches=lambda: [single(batch) for batch in self.batches],
         )  # fmt: skip
         found = {}
         for name, settings in self.measures.items():
-            try:
-                found[name] = as_json(measure(name, settings).ask(situation, **settings))
-                if together.made_products:
-                    self._checked_mode = together.mode
-            except (UserError, NonFinite) as error:
-                if not space.in_sync:
-                    space.resync()
-                log.warning("measure %s gave nothing after step %d: %s", name, step, error)
-                found[name] = None
-        together.close_products()
+            with measuring.at_rest():
+                answer = measuring.take(name, settings, context)
+            if answer.reason is not None:
+                log.warning("measure %s gave nothing after step %d: %s", name, step, answer.reason)
+            elif together.made_products:
+                self._mode = together.mode
+            found[name] = answer.told
+        measuring.done_with(together)
         return found
 
 

@@ -192,7 +192,7 @@ def _families(wanted: dict[str, Held], state: TrainingState, metadata: dict[str,
         out[name] = {key: decode(value, state.backend.device) for key, value in found.items() if value != ELEMENTS}
         for key in (key for key, value in found.items() if value == ELEMENTS):
             had = mine.get(key)
-            vector = out[name][key] = had if isinstance(had, Vector) else family.space.zeros()
+            vector = out[name][key] = had if isinstance(had, Vector) else family.empty(key)
             layout = vector.space.layout
             for piece, target in zip(layout.pieces, vector.tensors, strict=True):
                 parameter = layout.parameters[piece.parameter]

@@ -38,6 +38,10 @@ class Family(Protocol):
         """Begin anew from the weights as they are: a checkpoint that was loaded knows nothing of it."""
         ...
 
+    def empty(self, key: str) -> Vector:
+        """Where a saved Vector of that name can be read to, if `state_dict` does not hold one."""
+        ...
+
     def state_dict(self) -> State:
         """Its Vectors, live (they are read and filled in place), and its numbers."""
         ...
@@ -87,6 +91,9 @@ class Kept:
     def begin(self) -> None:
         self.state.clear()
         self.state.update(self.kind.init(self.space))
+
+    def empty(self, key: str) -> Vector:
+        return self.space.zeros()
 
     def state_dict(self) -> State:
         return self.state

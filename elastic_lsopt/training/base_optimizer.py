@@ -68,7 +68,12 @@ def treatments(config: TrainConfig, dims: Mapping[str, int], not_for_muon: froze
             optim, own = "adamw", {}
         decay = said.get("weight_decay", config.weight_decay if count > 1 else 0.0)
         rate = said.get("learning_rate", config.learning_rate)
-        out[name] = Treatment(optim, tuple(sorted(own.items())), float(rate), float(decay))
+        out[name] = Treatment(
+            optim,
+            tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(own.items())),
+            float(rate),
+            float(decay),
+        )
     return out
 
 

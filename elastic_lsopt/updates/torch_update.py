@@ -40,6 +40,9 @@ class TorchFamily:
         groups = [{"params": [t]} for t in self._pieces]  # one per piece: param groups may differ in rate and decay
         self._optimizer = self._kind(groups, lr=0.0, **self._options) if groups else None
 
+    def empty(self, key: str) -> Vector:
+        return self.space.zeros()
+
     def step(self, gradient: Vector, rates: Rates, hyperparameters: Mapping[str, Any]) -> None:
         """Step on the pieces; no communication."""
         if self._optimizer is None:

@@ -16,7 +16,7 @@ observing, and the window's; communication: six all-reduces of at most one numbe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import atan2, inf, isfinite, nan
 
@@ -24,7 +24,8 @@ import torch
 
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.probes.trajectory.trajectory_pca import State, Window
+from elastic_lsopt.oracle.method import State
+from elastic_lsopt.probes.trajectory.trajectory_pca import Window
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
@@ -61,23 +62,41 @@ class Motion:
 class Trajectory:
     """Observes a run from the present weights on: `observe(clock)` after a step, as often as it is to be seen.
 
-    `window` > 0 keeps that many points for `trajectory_pca`, on `device`; `samples` are those seen so far.
+    `window` > 0 keeps that many points for `trajectory_pca`, on `device`; `samples` are those seen so far. It is a
+    state family (oracle/family.py): where an engine has it, it goes on after a resume and after a change of members.
+    `now` gives the samples at which it begins anew where a checkpoint knows nothing of it (default: `samples`).
     """
 
+    name = "trajectory"
+    same_on_all_replicas = False
+
     def __init__(
-        self, space: ParameterSpace, *, samples: int = 0, window: int = 0, device: torch.device | str | None = None
-    ) -> None:
+        self, space: ParameterSpace, *, samples: int = 0, window: int = 0, device: torch.device | str | None = None,
+        now: Callable[[], int] | None = None,
+    ) -> None:  # fmt: skip
         self.space = space
-        self.samples = samples
+        self._now = now if now is not None else lambda: samples
+        self._capacity, self._device = window, device
+        self.begin()
+
+    def begin(self) -> None:
+        """From the present weights on, as if nothing had been seen."""
+        self.samples = self._now()
         self.path_length = 0.0
-        self.window = Window(space, window, device) if window else None
-        self._start = space.weights.clone()
+        self.window = Window(self.space, self._capacity, self._device) if self._capacity else None
+        self._start = self.space.weights.clone()
         self._last = self._start.clone()
         self._mark: Vector | None = None
         self._update: Vector | None = None
         self._update_norm, self._middle = nan, nan
         if self.window is not None:
-            self.window.add(space.zeros(), samples)
+            self.window.add(self.space.zeros(), self.samples)
+
+    def empty(self, key: str) -> Vector:
+        """The window's vectors lie where the window does."""
+        device = self._device if key.startswith("window.") and self._device is not None else self.space.shards.device
+        pieces = self.space.layout.pieces
+        return Vector(self.space, [torch.zeros(p.length, dtype=self.space.dtype, device=device) for p in pieces])
 
     def mark(self) -> None:
         """Measure `distance_from_mark` from the present weights on (before the first call: from the start)."""

@@ -22,13 +22,11 @@ from dataclasses import dataclass
 import torch
 
 from elastic_lsopt.errors import NonFinite, UserError
+from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.vector import Vector
-
-State = dict[str, Vector | float | int]
-"""What a saved trajectory is made of, as a method's state."""
 
 
 class Window:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,10 +16,10 @@ from elastic_lsopt.checkpoint.checkpointer import Checkpointer
 from elastic_lsopt.checkpoint.folder import MANIFEST, listing, step_of
 from elastic_lsopt.config.load import load_config
 from elastic_lsopt.config.settings import TrainConfig
-from elastic_lsopt.errors import NonFinite, UserError
+from elastic_lsopt.errors import UserError
 from elastic_lsopt.optimizers.plain import Plain
-from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
-from elastic_lsopt.probes.catalogue import ProbeContext, as_json, measure
+from elastic_lsopt.probes.catalogue import ProbeContext, measure
+from elastic_lsopt.probes.measurement import Measurement
 from elastic_lsopt.space.vector import Vector
 from elastic_lsopt.training.datasets.samples import Data, build_data
 from elastic_lsopt.training.engines import build_engine, plain_loss_of
@@ -140,18 +139,12 @@ def _measured(
     engine.module.eval()
     other = _weights_of(question.other, question, engine, data, world) if question.other is not None else None
     units, single = fixed_microbatches(data, config, world, question.units)
-    loss, products = plain_loss_of(config, engine.module), question.products
-
-    def oracle(own: Sequence[Any], *, checked: bool) -> MicroBatchOracle:
-        return MicroBatchOracle(
-            engine.space, engine.backend, loss, own, engine.clock, products=products, checked=checked,  # type: ignore[arg-type]
-        )  # fmt: skip
-
-    together = oracle(units, checked=True)
-    situation = ProbeContext(
-        space=engine.space, oracle=together, samples=len(data.train),
-        batches=lambda: [oracle(single(i), checked=False) for i in range(question.units)], other=other,
-        initial=initial,
+    loss = plain_loss_of(config, engine.module)
+    measuring = Measurement(engine.space, engine.backend, loss, products=question.products)  # type: ignore[arg-type]
+    together = measuring.oracle(units, engine.clock)
+    context = ProbeContext(
+        space=engine.space, oracle=together, samples=len(data.train), other=other, initial=initial,
+        batches=lambda: [measuring.oracle(single(i), engine.clock, checked=False) for i in range(question.units)],
     )  # fmt: skip
     told: dict[str, Any] = {
         "model": str(checkpoint or question.model), "step": _step(checkpoint),
@@ -160,16 +153,14 @@ def _measured(
         "failed": {},
     }  # fmt: skip
     for name, settings in question.measures.items():
-        begin = time.monotonic()
-        try:
-            told["probes"][name] = as_json(measure(name, settings).ask(situation, **settings))
-        except (UserError, NonFinite) as error:
-            if not engine.space.in_sync:
-                engine.space.resync()
-            told["probes"][name], told["failed"][name] = None, str(error)
-        say(f"{name}: {time.monotonic() - begin:.1f} s")
+        with measuring.at_rest():
+            answer = measuring.take(name, settings, context)
+        told["probes"][name] = answer.told
+        if answer.reason is not None:
+            told["failed"][name] = answer.reason
+        say(f"{name}: {answer.seconds:.1f} s")
         world.on_first(lambda: None if folder is None else _write(folder, told))
-    together.close_products()
+    measuring.done_with(together)
     return told
 
 

@@ -14,16 +14,15 @@ from typing import Any
 import torch
 
 from elastic_lsopt.api.engine import Engine
-from elastic_lsopt.api.eval_mode import eval_mode
 from elastic_lsopt.config.probes import TRAJECTORY, ProbeConfig, read_probes
 from elastic_lsopt.config.ranges import SettingError
-from elastic_lsopt.config.settings import TrainConfig
-from elastic_lsopt.errors import NonFinite, UserError
-from elastic_lsopt.oracle.curvature.products import Mode
+from elastic_lsopt.config.settings import ADAMS, TrainConfig
+from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.loss import Loss, Unsplit
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
-from elastic_lsopt.probes.catalogue import MEASURES, ProbeContext, as_json, measure
+from elastic_lsopt.probes.catalogue import MEASURES, ProbeContext, measure
+from elastic_lsopt.probes.measurement import Measurement
 from elastic_lsopt.probes.spectrum.lanczos import lanczos
 from elastic_lsopt.probes.trajectory.trajectory import Motion, Trajectory
 from elastic_lsopt.training.datasets.samples import Data
@@ -61,16 +60,15 @@ def check_probes(block: Mapping[str, Any]) -> dict[str, ProbeConfig]:
 class Probing:
     """The probes of one engine (all collective). Each is measured with the model in eval mode.
 
-    A measure that cannot be taken (UserError, NonFinite) says so once in the log, is null in the metrics, and ends
-    nothing. A kernel's own RuntimeError is not told from a dead peer's, and ends the step as one would.
+    A measure that cannot be taken says so once in the log, is null in the metrics, and ends nothing.
     """
 
     def __init__(self, config: TrainConfig, engine: Engine, data: Data, world: World, loss: Loss | Unsplit) -> None:
         self.probes = check_probes(config.probes)
-        self._config, self._engine, self._data, self._world, self._loss = config, engine, data, world, loss
+        self._config, self._engine, self._data, self._world = config, engine, data, world
+        self._measuring = Measurement(engine.space, engine.backend, loss)
         self._began, self._spent = time.monotonic(), dict.fromkeys(self.probes, 0.0)
         self._warned: set[str] = set()
-        self._settled: dict[str, Mode] = {}
         # Before a checkpoint or a peer's memory fills the engine: what the settings build, at any world size, is where
         # this training began, also in a process that comes later.
         self._initial = engine.space.weights.clone() if any(map(self._from_start, self.probes)) else None
@@ -78,7 +76,11 @@ class Probing:
         for probe in self.probes.values():
             if probe.measure == TRAJECTORY:
                 window = probe.settings.get("window", WINDOW)
-                self._trajectory = Trajectory(engine.space, samples=engine.clock.samples, window=window, device="cpu")
+                self._trajectory = Trajectory(
+                    engine.space, samples=engine.clock.samples, window=window, device="cpu",
+                    now=lambda: engine.clock.samples,
+                )  # fmt: skip
+                engine.add(self._trajectory)
 
     def _from_start(self, name: str) -> bool:
         found = MEASURES.get(self.probes[name].measure or name)
@@ -91,8 +93,7 @@ class Probing:
         for name, probe in self.probes.items():
             if probe.due(before, (clock.steps, clock.samples)) and self._affordable(name, probe):
                 begin = time.monotonic()
-                with eval_mode(self._engine.module):
-                    out[name] = self._measured(name, probe)
+                out[name] = self._measured(name, probe)
                 self._spent[name] += time.monotonic() - begin
         return out
 
@@ -107,73 +108,49 @@ class Probing:
         return not left_out
 
     def _measured(self, name: str, probe: ProbeConfig) -> Any:
-        engine = self._engine
+        with self._measuring.at_rest():
+            answer = self._measuring.asked(lambda: self._asked(name, probe))
+        if answer.reason is not None and name not in self._warned:
+            self._warned.add(name)
+            self._say(f"probe {name} gave nothing after step {self._engine.clock.steps}: {answer.reason}")
+        return answer.told
+
+    def _asked(self, name: str, probe: ProbeConfig) -> Any:
+        clock = self._engine.clock
+        if self._trajectory is not None and probe.measure == TRAJECTORY and not probe.settings.get("align", 0):
+            return self._trajectory.observe(clock)
+        context = self._context(name, probe)
         try:
             if self._trajectory is not None and probe.measure == TRAJECTORY:
-                return as_json(self._observed(self._trajectory, name, probe))
-            situation = self._situation(name, probe)
-            try:
-                return as_json(measure(probe.measure or name, probe.settings).ask(situation, **probe.settings))
-            finally:
-                self._close(name, situation.oracle)
-        except (UserError, NonFinite) as error:  # decided by sums over all ranks, so all ranks are here
-            if not engine.space.in_sync:
-                engine.space.resync()
-            if name not in self._warned:
-                self._warned.add(name)
-                self._say(f"probe {name} gave nothing after step {engine.clock.steps}: {error}")
-            return None
+                return self._aligned(self._trajectory, context, probe.settings["align"])
+            return measure(probe.measure or name, probe.settings).ask(context, **probe.settings)
         finally:
-            engine.space.end_borrowed()
-            engine.backend.clear_gradient()
+            self._measuring.done_with(context.oracle, name)
 
-    def _observed(self, trajectory: Trajectory, name: str, probe: ProbeConfig) -> Motion:
-        """The motion since the last time; with `align`, beside the sharpest directions where the weights are now."""
-        k = probe.settings.get("align", 0)
-        if not k:
-            return trajectory.observe(self._engine.clock)
-        situation = self._situation(name, probe)
-        space, oracle = situation.space, situation.oracle
-        try:
-            top = lanczos(space, oracle, k=k, vectors=True).vectors
-            gradient = oracle.gradient().clone()
-        finally:
-            self._close(name, oracle)
+    def _aligned(self, trajectory: Trajectory, context: ProbeContext, k: int) -> Motion:
+        """The motion since the last time, beside the sharpest directions where the weights are now."""
+        top = lanczos(context.space, context.oracle, k=k, vectors=True).vectors
+        gradient = context.oracle.gradient().clone()
         return trajectory.observe(self._engine.clock, gradient=gradient, eigenvectors=top)
 
-    def _close(self, name: str, oracle: MicroBatchOracle) -> None:
-        """Free the graph; keep what the checks have settled, for they run once a probe."""
-        if oracle.made_products:
-            self._settled[name] = oracle.mode
-        oracle.close_products()
-
-    def _situation(self, name: str, probe: ProbeConfig) -> ProbeContext:
-        engine, config = self._engine, self._config
-        units, single = fixed_microbatches(self._data, config, self._world, probe.units)
+    def _context(self, name: str, probe: ProbeConfig) -> ProbeContext:
+        engine, config, measuring = self._engine, self._config, self._measuring
+        together, single = fixed_microbatches(self._data, config, self._world, probe.units)
         group: dict[str, Any] = next(iter(engine.param_groups), {})
         adam = None
-        if config.optim != "sgd":
+        if config.optim in ADAMS:
             adam = ((config.adam_beta1, config.adam_beta2), config.adam_epsilon, max(engine.clock.steps, 1))
+
+        def oracle(own: Sequence[MicroBatch], *, checked: bool) -> MicroBatchOracle:
+            return measuring.oracle(own, engine.clock, purpose=name, products=probe.products, checked=checked)
+
         return ProbeContext(
-            space=engine.space,
-            oracle=self._oracle(units, name, probe, checked=name not in self._settled),
-            batches=lambda: [self._oracle(single(i), name, probe, checked=False) for i in range(probe.units)],
+            space=engine.space, oracle=oracle(together, checked=True),
+            batches=lambda: [oracle(single(i), checked=False) for i in range(probe.units)],
             samples=len(self._data.train), learning_rate=group.get("lr"), momentum=config.momentum, adam=adam,
             initial=self._initial,
             window=self._trajectory.window if self._trajectory is not None else None,
         )  # fmt: skip
-
-    def _oracle(self, units: Sequence[MicroBatch], name: str, probe: ProbeConfig, *, checked: bool) -> MicroBatchOracle:
-        engine = self._engine
-        return MicroBatchOracle(
-            engine.space,
-            engine.backend,
-            self._loss,
-            units,
-            engine.clock,
-            products=self._settled.get(name, probe.products),
-            checked=checked,
-        )
 
     def _say(self, line: str) -> None:
         if self._world.is_first:
@@ -183,7 +160,7 @@ class Probing:
 def fixed_microbatches(
     data: Data, config: TrainConfig, world: World, count: int
 ) -> tuple[list[MicroBatch], Callable[[int], list[MicroBatch]]]:
-    """This rank's units of `count` in all, and the i-th of them as a batch of its own (which rank 0 runs).
+    """This rank's micro-batches of `count` in all, and the i-th of them as a batch of its own (which rank 0 runs).
 
     The same training samples, drawn by the seed, at any world size. Raises UserError where there are fewer samples.
     """
