@@ -6,15 +6,15 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from elastic_lsopt.oracle.whole_parameters import WholeParameters
 from elastic_lsopt.space.layout import Shards
 from elastic_lsopt.space.vector import Vector
 
 
-class GradientEngine(Shards):
-    """The backend as the oracle sees it."""
+class GradientEngine(Shards, WholeParameters):
+    """The backend as the oracle sees it: shards, whole parameters, and the passes that fill a gradient buffer."""
 
     module: nn.Module | None
     """The user's own module, for checks (None where only its parameters are known)."""
@@ -62,38 +62,6 @@ class GradientEngine(Shards):
     @abstractmethod
     def install(self, vector: Vector) -> None:
         """Make `vector` the gradient that the base optimizer will step with."""
-
-    # -- whole parameters, for products with the curvature ---------------------------------------------------------
-
-    @abstractmethod
-    def all_gather(self, pieces: Sequence[Tensor], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-        """Each wanted parameter in full, from this rank's 1-D pieces of them (collective); may be views of them."""
-
-    @abstractmethod
-    def reduce_scatter(
-        self, wholes: Sequence[Tensor | None], wanted: Sequence[int], dtype: torch.dtype
-    ) -> list[Tensor]:
-        """This rank's 1-D pieces of the sum of `wholes` over its shard group (collective); None stands for zeros."""
-
-    @abstractmethod
-    def sum_replicas(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The pieces' sums over the ranks that hold the same ones (collective)."""
-
-    @abstractmethod
-    def own(self, wanted: Sequence[int]) -> list[int]:
-        """The places, in `layout.pieces`, of this rank's pieces of these parameters."""
-
-    @abstractmethod
-    def plain_class(self, module: nn.Module) -> type[nn.Module]:
-        """The user's own class of a module that the framework may have given another."""
-
-    @abstractmethod
-    def full_shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """The shape of a module's parameter when it is whole."""
-
-    @abstractmethod
-    def full_parameter(self, parameter: Tensor) -> Tensor:
-        """A module's parameter that is not trained, whole on this rank (collective where it is sharded)."""
 
     @abstractmethod
     def sum_world_(self, values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,11 @@ from elastic_lsopt.api.attach import attach
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.config.study import StudyConfig
 from elastic_lsopt.oracle.loss import classification_loss
-from elastic_lsopt.probes.catalogue import ProbeContext
+from elastic_lsopt.probes.catalogue import ProbeContext, headline
+from elastic_lsopt.probes.measurement import Measurement
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 from elastic_lsopt.study.grid import Cell
-from elastic_lsopt.study.measures import number
 from elastic_lsopt.training.datasets.samples import build_data
 
 BRANCHES, FIRST_BRANCH = 4, 1 << 32
@@ -160,16 +160,19 @@ def measure(model: nn.Module, train: Samples, start: list[Tensor], task: Task) -
         space=space, oracle=oracle, batches=lambda: [oracle], samples=len(train.labels), initial=_vector(space, start),
         branches=branches,
     )  # fmt: skip
+    measuring = Measurement(space, oracle.backend, classification_loss())
     values: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
     seconds: dict[str, float] = {}
     for name in task.measures:
         began = time.monotonic()
         try:
-            value = number(name, minimum)
+            with measuring.at_rest():
+                answer = measuring.take(name, {}, minimum)
+            value = nan if answer.reason is not None else headline(answer.told)
             values[name] = value if isfinite(value) else None
             if values[name] is None:
-                reasons[name] = f"it is {value}"
+                reasons[name] = answer.reason or f"it is {value}"
         except Exception as error:  # one measure's failure is that measure's
             values[name], reasons[name] = None, " ".join(f"{type(error).__name__}: {error}".split())
         seconds[name] = round(time.monotonic() - began, 3)

@@ -10,7 +10,7 @@ from elastic_lsopt.config.ranges import SettingError
 from elastic_lsopt.config.spelling import did_you_mean
 from elastic_lsopt.config.study import StudyConfig
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.probes.catalogue import MEASURES, ProbeContext, as_json, headline, measure
+from elastic_lsopt.probes.catalogue import MEASURES, measure
 from elastic_lsopt.probes.presets import STUDIED
 
 KNOWN = ("initial", "branches")
@@ -29,8 +29,3 @@ def chosen(config: StudyConfig) -> tuple[str, ...]:
         except UserError as error:
             raise SettingError("measures", str(error)) from None
     return config.measures or STUDIED
-
-
-def number(name: str, situation: ProbeContext) -> float:
-    """The measure's one number there."""
-    return headline(as_json(MEASURES[name].ask(situation)))
