@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import elastic_lsopt as lso
 from benchmarks.models import SIZES, beside, engine, units
 from benchmarks.workers import on_ranks
-from elastic_lsopt.training.models import blocks
+from elastic_lsopt.training.building.models import blocks
 
 CASES = (
     # backend, bf16: the forward's weights are then a copy of their own

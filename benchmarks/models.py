@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.oracle.loss import Loss, causal_lm_loss
-from elastic_lsopt.training.models import blocks
+from elastic_lsopt.training.building.models import blocks
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
 LOSS = causal_lm_loss()  # also what an engine takes for this model by itself

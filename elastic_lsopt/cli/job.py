@@ -32,7 +32,7 @@ def read_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     config = file.config()
     with file.located():
         if config.probes:
-            from elastic_lsopt.training.probing.probing import check_probes
+            from elastic_lsopt.training.probing.during_training import check_probes
 
             check_probes(config.probes)
         return Job(file=file, config=config, method=_method(config))

@@ -41,7 +41,7 @@ def arguments_of(parser: argparse.ArgumentParser) -> None:
 
 def probe(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     """Run the measurement; returns the exit code. Raises UserError for wrong input, before a worker starts."""
-    from elastic_lsopt.training.probing.probe_model import Question, settings_of
+    from elastic_lsopt.training.probing.finished_model import Question, settings_of
     from elastic_lsopt.training.processes import launched, start_workers
 
     for name in ("units", "batch_size", "block_size", "workers"):
@@ -80,8 +80,8 @@ def _measures(names: str, settings: Sequence[str]) -> dict[str, dict[str, Any]]:
 def _one_rank(question: Any) -> int:
     from elastic_lsopt.cli.train import leave, say_failure
     from elastic_lsopt.training.console import Console
-    from elastic_lsopt.training.probing.probe_folder import drawn_by
-    from elastic_lsopt.training.probing.probe_model import RESULTS, answer
+    from elastic_lsopt.training.probing.answer_folder import drawn_by
+    from elastic_lsopt.training.probing.finished_model import RESULTS, answer
     from elastic_lsopt.training.processes import join
     from elastic_lsopt.training.quiet import report_loads, silence_libraries
 

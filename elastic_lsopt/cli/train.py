@@ -26,7 +26,7 @@ def train(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = Fals
 
     Without `trust` settings in a run's folder that name code are refused: a run's folder may be somebody else's.
     """
-    from elastic_lsopt.training.imported_model import of_a_run, refuse_untrusted
+    from elastic_lsopt.training.building.imported_model import of_a_run, refuse_untrusted
     from elastic_lsopt.training.processes import launched, start_workers
 
     try:

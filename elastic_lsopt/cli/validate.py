@@ -25,7 +25,7 @@ from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.microbatch import microbatches_of_rank, part_bounds, slots, unit_sizes
 from elastic_lsopt.plan import Plan, Policy, Worker, plan
-from elastic_lsopt.training.imported_model import foreign_code
+from elastic_lsopt.training.building.imported_model import foreign_code
 from elastic_lsopt.training.memory import memory_per_rank, mirror_per_rank
 
 WORLDS = (1, 2, 4, 8)
@@ -155,7 +155,7 @@ class ModelSize:
 
 
 def _model_size(config: TrainConfig) -> ModelSize:
-    from elastic_lsopt.training.models import blocks, build_model  # transformers: seconds to import
+    from elastic_lsopt.training.building.models import blocks, build_model  # transformers: seconds to import
 
     model = build_model(config, device="meta")
     parameters = _elements(model)

@@ -11,7 +11,7 @@ from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.oracle.oracle import Oracle, Part
-from elastic_lsopt.oracle.slot import replayed
+from elastic_lsopt.oracle.replay.slot import replayed
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.noise import block_seed
 

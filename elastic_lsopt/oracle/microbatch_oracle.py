@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.oracle.buffers import still_buffers
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.curvature.curvature_checks import check_products
 from elastic_lsopt.oracle.curvature.differences import Product
 from elastic_lsopt.oracle.curvature.products import Mode, Products, refuse_unknown
-from elastic_lsopt.oracle.forward_time import ForwardTime
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.oracle.loss import Loss, refuse_coupled_samples, samples
 from elastic_lsopt.oracle.microbatch import MicroBatch, as_microbatches, part_bounds, slots
 from elastic_lsopt.oracle.oracle import Oracle, Part
+from elastic_lsopt.oracle.replay.buffers import still_buffers
+from elastic_lsopt.oracle.replay.forward_time import ForwardTime
+from elastic_lsopt.oracle.replay.slot import Slot
 from elastic_lsopt.oracle.report import Piggyback
-from elastic_lsopt.oracle.slot import Slot
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.noise import block_seed
 from elastic_lsopt.space.upload import on_device

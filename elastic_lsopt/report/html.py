@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 
 from elastic_lsopt.report.answers import failures, heading, keys, summary
+from elastic_lsopt.report.pictures.draw_study import ranking
 from elastic_lsopt.report.run import Run, number
 from elastic_lsopt.report.sections import CAVEAT, Section
-from elastic_lsopt.report.study import ranking
 from elastic_lsopt.report.table import final_values
 
 STYLE = """

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastic_lsopt.report.loss_curve import draw_loss
-from elastic_lsopt.report.members import draw_members
-from elastic_lsopt.report.over_training import draw_measures, draw_noise, draw_spent
+from elastic_lsopt.report.pictures.draw_loss_curve import draw_loss
+from elastic_lsopt.report.pictures.draw_members import draw_members
+from elastic_lsopt.report.pictures.draw_over_training import draw_measures, draw_noise, draw_spent
+from elastic_lsopt.report.pictures.draw_spectrum import draw_density, draw_eigenvalues
+from elastic_lsopt.report.pictures.draw_study import draw_ranking, draw_scatter
+from elastic_lsopt.report.pictures.draw_surface import draw_connectivity, draw_surface
+from elastic_lsopt.report.pictures.draw_trajectory import draw_alignment, draw_motion, draw_ratios
+from elastic_lsopt.report.pictures.style import plain
 from elastic_lsopt.report.run import EIGENVALUES, Run
-from elastic_lsopt.report.spectrum import draw_density, draw_eigenvalues
-from elastic_lsopt.report.study import draw_ranking, draw_scatter
-from elastic_lsopt.report.style import plain
-from elastic_lsopt.report.surface import draw_connectivity, draw_surface
-from elastic_lsopt.report.trajectory import draw_alignment, draw_motion, draw_ratios
 
 CAVEAT = (
     "Sharpness is a diagnostic, not a score. For transformers, and for much modern training, sharpness often does not "

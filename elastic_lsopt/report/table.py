@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from elastic_lsopt.report.measures import Measure, measure
+from elastic_lsopt.report.pictures.draw_spectrum import ritz_values
 from elastic_lsopt.report.run import EIGENVALUES, Reading, Run
-from elastic_lsopt.report.spectrum import ritz_values
 
 COSTS = ("products", "passes", "gradients", "forwards")
 NO_RESULTS = (

@@ -34,10 +34,10 @@ from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.report import StepReport
 from elastic_lsopt.schedules.learning_rate import LearningRate
+from elastic_lsopt.training.building.engines import build_engine, plain_loss_of
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data, build_data
-from elastic_lsopt.training.engines import build_engine, plain_loss_of
-from elastic_lsopt.training.probing.probing import Probing
+from elastic_lsopt.training.probing.during_training import Probing
 from elastic_lsopt.training.quiet import report_loads
 from elastic_lsopt.training.result import finish, say_unsaved
 from elastic_lsopt.training.run_folder import CHECKPOINTS, RunFolder, unwritable

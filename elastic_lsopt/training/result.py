@@ -12,8 +12,8 @@ from elastic_lsopt.checkpoint.folder import listing
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.worker.journal import read_journal
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.report.loss_curve import draw_loss
-from elastic_lsopt.report.members import draw_members
+from elastic_lsopt.report.pictures.draw_loss_curve import draw_loss
+from elastic_lsopt.report.pictures.draw_members import draw_members
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.datasets.tokens import FolderTokens

@@ -13,7 +13,7 @@ from elastic_lsopt.cli.job import read_job
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import build_data
 from elastic_lsopt.training.loop import TrainingRun
-from elastic_lsopt.training.probing.probing import fixed_microbatches
+from elastic_lsopt.training.probing.during_training import fixed_microbatches
 from tests.cases import engines
 from tests.cases.jobs import this_world
 from tests.cases.products import ConstantTanh

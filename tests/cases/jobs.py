@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from elastic_lsopt.cli.job import read_job
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.training.building.engines import build_engine
+from elastic_lsopt.training.building.models import build_model
 from elastic_lsopt.training.datasets.samples import build_data
-from elastic_lsopt.training.engines import build_engine
 from elastic_lsopt.training.loop import evaluate, train
-from elastic_lsopt.training.models import build_model
 from elastic_lsopt.world import World
 
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import elastic_lsopt as lso
 from elastic_lsopt.oracle.loss import classification_loss
-from elastic_lsopt.oracle.slot import replayed
+from elastic_lsopt.oracle.replay.slot import replayed
 from elastic_lsopt.space.noise import block_seed
 from tests.cases import engines
 from tests.cases.contract import dtype_of, gathered, plain_values, vector_of

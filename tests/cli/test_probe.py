@@ -58,8 +58,8 @@ def test_the_saved_model_is_the_checkpoint(trained: Path) -> None:
 
     from transformers import AutoModelForCausalLM
 
-    from elastic_lsopt.training.probing.probe_model import Question, settings_of
-    from elastic_lsopt.training.probing.probing import fixed_microbatches
+    from elastic_lsopt.training.probing.during_training import fixed_microbatches
+    from elastic_lsopt.training.probing.finished_model import Question, settings_of
     from elastic_lsopt.training.processes import World
 
     question = Question(

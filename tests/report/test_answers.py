@@ -16,7 +16,7 @@ DENSITY = "no spectral density in this run"
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elastic_lsopt.report.style.DPI", 20)
+    monkeypatch.setattr("elastic_lsopt.report.pictures.style.DPI", 20)
 
 
 def answer(run: Path, name: str, told: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic_lsopt.report.loss_curve import draw_loss, smoothed
+from elastic_lsopt.report.pictures.draw_loss_curve import draw_loss, smoothed
 
 pytestmark = pytest.mark.fast
 

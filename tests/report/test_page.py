@@ -185,7 +185,7 @@ def test_a_picture_that_the_run_has_no_longer_goes(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # a script that the font lacks is boxes, not an error
 def test_hostile_names_are_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elastic_lsopt.report.style.DPI", 20)
+    monkeypatch.setattr("elastic_lsopt.report.pictures.style.DPI", 20)
     rows = steps(40, 20, parameters=[HOSTILE, f"layers.{HOSTILE}.weight", "漢字.weight"])
     for row in rows:
         if "probes" in row:
@@ -212,7 +212,7 @@ def _spoiled(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
 @pytest.mark.parametrize("turn", [0, *(pytest.param(t, marks=pytest.mark.full) for t in range(5, len(WRONG), 5))])
 def test_values_that_are_none_break_nothing(tmp_path: Path, turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each field of every probe is null, NaN or of a wrong kind, at the first reading or at the last."""
-    monkeypatch.setattr("elastic_lsopt.report.style.DPI", 20)  # what is drawn counts here, not how fine
+    monkeypatch.setattr("elastic_lsopt.report.pictures.style.DPI", 20)  # what is drawn counts here, not how fine
     rows = steps(4, 2, parameters=["a", "b"])
     ways = [*_spoiled(rows[-1]["probes"])]
     assert len(ways) > 80
@@ -234,7 +234,7 @@ def test_values_that_are_none_break_nothing(tmp_path: Path, turn: int, monkeypat
 
 
 def test_every_number_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elastic_lsopt.report.style.DPI", 20)
+    monkeypatch.setattr("elastic_lsopt.report.pictures.style.DPI", 20)
 
     def nulls(value: Any) -> Any:
         if isinstance(value, dict):
@@ -293,7 +293,7 @@ def test_a_config_that_cannot_be_read_renames_nothing(tmp_path: Path, text: str)
 
 
 def test_a_step_without_its_samples_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elastic_lsopt.report.style.DPI", 20)
+    monkeypatch.setattr("elastic_lsopt.report.pictures.style.DPI", 20)
     rows = steps(4, 2, parameters=["a"])
     rows[1].pop("samples")
     rows[2]["samples"] = None

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic_lsopt.report import over_training, spectrum, surface, trajectory
-from elastic_lsopt.report import study as study_pictures
+from elastic_lsopt.report.pictures import draw_over_training as over_training
+from elastic_lsopt.report.pictures import draw_spectrum as spectrum
+from elastic_lsopt.report.pictures import draw_study as study_pictures
+from elastic_lsopt.report.pictures import draw_surface as surface
+from elastic_lsopt.report.pictures import draw_trajectory as trajectory
+from elastic_lsopt.report.pictures.style import plain
 from elastic_lsopt.report.run import Run
-from elastic_lsopt.report.style import plain
 from tests.report import synthetic
 from tests.report.synthetic import OUTLIERS, SIZE, plane, steps, study
 

@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoConfig
 
 from elastic_lsopt.config.settings import SettingError, TrainConfig
+from elastic_lsopt.training.building.models import build_model
 from elastic_lsopt.training.datasets.samples import Data, build_data
-from elastic_lsopt.training.models import build_model
 
 pytestmark = pytest.mark.fast
 BERT: dict[str, Any] = {

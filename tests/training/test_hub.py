@@ -11,10 +11,10 @@ import pytest
 from huggingface_hub import constants
 
 from elastic_lsopt.config.settings import SettingError, TrainConfig
-from elastic_lsopt.training import hub
+from elastic_lsopt.training.building import hub
+from elastic_lsopt.training.building.models import build_model
 from elastic_lsopt.training.datasets.corpus import documents
 from elastic_lsopt.training.datasets.tokens import tokens_of
-from elastic_lsopt.training.models import build_model
 
 
 @pytest.fixture(autouse=True)

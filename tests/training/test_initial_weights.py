@@ -14,7 +14,7 @@ from elastic_lsopt.cli.job import read_job
 from elastic_lsopt.report.run import Run
 from elastic_lsopt.report.sections import SECTIONS
 from elastic_lsopt.report.write import how_to_get
-from elastic_lsopt.training.models import build_model
+from elastic_lsopt.training.building.models import build_model
 from tests import jobs
 from tests.jobs import rows, write_job
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from elastic_lsopt.config.settings import TrainConfig
-from elastic_lsopt.training.engines import loss_of, plain_loss_of
-from elastic_lsopt.training.models import build_model
+from elastic_lsopt.training.building.engines import loss_of, plain_loss_of
+from elastic_lsopt.training.building.models import build_model
 
 MIXTRAL: dict[str, Any] = {
     "model_type": "mixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.training.models import apply_activation_checkpointing, blocks, build_model
+from elastic_lsopt.training.building.models import apply_activation_checkpointing, blocks, build_model
 
 pytestmark = pytest.mark.fast
 LLAMA = {"model_type": "llama", "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}

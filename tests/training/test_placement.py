@@ -16,8 +16,8 @@ from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.worker.runtime import Runtime
 from elastic_lsopt.plan import Policy
 from elastic_lsopt.training import elastic_job
-from elastic_lsopt.training.engines import _shard, built_on
-from elastic_lsopt.training.models import build_model
+from elastic_lsopt.training.building.engines import _shard, built_on
+from elastic_lsopt.training.building.models import build_model
 from elastic_lsopt.world import World
 
 GPU = torch.device("cuda", 1)

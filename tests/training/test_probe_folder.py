@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import elastic_lsopt as lso
-from elastic_lsopt.training.probing.probe_folder import answers_folder, claimed, drawn_by
+from elastic_lsopt.training.probing.answer_folder import answers_folder, claimed, drawn_by
 
 pytestmark = pytest.mark.fast
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from elastic_lsopt.config.settings import SettingError
 from elastic_lsopt.config.spelling import did_you_mean
-from elastic_lsopt.training.hub import local_only
+from elastic_lsopt.training.building.hub import local_only
 
 STDLIB = "python-stdlib"
 # Not the library's own code: tests, two programs that ship with it, tables that a program wrote, other packages.

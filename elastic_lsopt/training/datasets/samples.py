@@ -23,9 +23,9 @@ from torch import Tensor
 
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.elastic.worker.same_data import Identity, digest_of
+from elastic_lsopt.training.building.models import class_names
 from elastic_lsopt.training.datasets.corpus import Document, bigram_entropy, documents, held_out
 from elastic_lsopt.training.datasets.tokens import Tokens, tokens_of
-from elastic_lsopt.training.models import class_names
 
 Batch = dict[str, Tensor]
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_lsopt.config.settings import SettingError, TrainConfig
-from elastic_lsopt.training.hub import local_only
+from elastic_lsopt.training.building.hub import local_only
 
 END_OF_DOCUMENT = 256
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elastic_lsopt.report.run import EIGENVALUES, LARGEST, Reading, Run, finite, number, numbers
-from elastic_lsopt.report.style import (
+from elastic_lsopt.report.pictures.style import (
     BLUE,
     CYCLE,
     GREEN,
@@ -23,6 +22,7 @@ from elastic_lsopt.report.style import (
     save,
     tidy,
 )
+from elastic_lsopt.report.run import EIGENVALUES, LARGEST, Reading, Run, finite, number, numbers
 
 Array = NDArray[np.float64]
 BROADENING = 0.01

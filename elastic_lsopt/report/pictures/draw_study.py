@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_lsopt.report.measures import measure
+from elastic_lsopt.report.pictures.style import BLUE, GREY, RED, canvas, plain, save, short, tidy
 from elastic_lsopt.report.run import Run, finite, number, numbers
-from elastic_lsopt.report.style import BLUE, GREY, RED, canvas, plain, save, short, tidy
 
 COLUMNS = 4
 SPREAD = 30.0

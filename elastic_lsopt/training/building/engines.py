@@ -22,9 +22,9 @@ from elastic_lsopt.oracle.default_loss import adds_router_loss, as_loss
 from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.loss import Loss, Unsplit, causal_lm_loss, classification_loss
 from elastic_lsopt.oracle.method import Method
-from elastic_lsopt.training.base_optimizer import base_of
+from elastic_lsopt.training.building.base_optimizer import base_of
+from elastic_lsopt.training.building.models import apply_activation_checkpointing, blocks, build_model
 from elastic_lsopt.training.datasets.samples import Data
-from elastic_lsopt.training.models import apply_activation_checkpointing, blocks, build_model
 from elastic_lsopt.world import World
 
 log = logging.getLogger("elastic_lsopt")

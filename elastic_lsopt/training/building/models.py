@@ -25,10 +25,10 @@ from torch.utils.checkpoint import checkpoint
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.config.spelling import did_you_mean
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.oracle.slot import replayed
+from elastic_lsopt.oracle.replay.slot import replayed
+from elastic_lsopt.training.building.hub import local_only
+from elastic_lsopt.training.building.imported_model import imported
 from elastic_lsopt.training.datasets.tokens import ByteTokens, tokens_of
-from elastic_lsopt.training.hub import local_only
-from elastic_lsopt.training.imported_model import imported
 
 _SAFE = {"trust_remote_code": False}
 """No remote code (and no pickled weights): both would run what the folder's author wrote."""

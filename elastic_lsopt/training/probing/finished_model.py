@@ -21,11 +21,11 @@ from elastic_lsopt.optimizers.plain import Plain
 from elastic_lsopt.probes.catalogue import ProbeContext, measure
 from elastic_lsopt.probes.measurement import Measurement
 from elastic_lsopt.space.vector import Vector
+from elastic_lsopt.training.building.engines import build_engine, plain_loss_of
+from elastic_lsopt.training.building.imported_model import refuse_untrusted
 from elastic_lsopt.training.datasets.samples import Data, build_data
-from elastic_lsopt.training.engines import build_engine, plain_loss_of
-from elastic_lsopt.training.imported_model import refuse_untrusted
-from elastic_lsopt.training.probing.probe_folder import answers_folder, claimed, run_of, unwritable
-from elastic_lsopt.training.probing.probing import fixed_microbatches
+from elastic_lsopt.training.probing.answer_folder import answers_folder, claimed, run_of, unwritable
+from elastic_lsopt.training.probing.during_training import fixed_microbatches
 from elastic_lsopt.training.run_folder import CHECKPOINTS, CONFIG
 from elastic_lsopt.world import World
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from elastic_lsopt.report.pictures.style import BLUE, MAP, RED, canvas, plain, save, tidy
 from elastic_lsopt.report.run import Reading, Run, finite, numbers
-from elastic_lsopt.report.style import BLUE, MAP, RED, canvas, plain, save, tidy
 
 Array = NDArray[np.float64]
 UNITS = {

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_lsopt.report.measures import SPECIAL, measure
-from elastic_lsopt.report.run import Reading, Run, finite, number
-from elastic_lsopt.report.style import (
+from elastic_lsopt.report.pictures.style import (
     BLUE,
     GREEN,
     GREY,
@@ -21,6 +20,7 @@ from elastic_lsopt.report.style import (
     short,
     tidy,
 )
+from elastic_lsopt.report.run import Reading, Run, finite, number
 
 COLUMNS = 3
 Point = tuple[float, float, float]

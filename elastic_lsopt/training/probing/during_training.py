@@ -25,8 +25,8 @@ from elastic_lsopt.probes.catalogue import MEASURES, ProbeContext, measure
 from elastic_lsopt.probes.measurement import Measurement
 from elastic_lsopt.probes.spectrum.lanczos import lanczos
 from elastic_lsopt.probes.trajectory.trajectory import Motion, Trajectory
+from elastic_lsopt.training.building.engines import as_weights_are
 from elastic_lsopt.training.datasets.samples import Data
-from elastic_lsopt.training.engines import as_weights_are
 from elastic_lsopt.world import World
 
 log = logging.getLogger("elastic_lsopt")

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic_lsopt.report.run import Reading, Run, finite, number, numbers
-from elastic_lsopt.report.style import (
+from elastic_lsopt.report.pictures.style import (
     BLUE,
     CYCLE,
     GREY,
@@ -25,6 +24,7 @@ from elastic_lsopt.report.style import (
     save,
     tidy,
 )
+from elastic_lsopt.report.run import Reading, Run, finite, number, numbers
 
 MOST_ROWS = 48
 """Rows of the heat map; more parameters are taken together by module."""
