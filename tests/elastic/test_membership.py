@@ -27,6 +27,7 @@ from elastic_lsopt.elastic.membership.record import (
     Tick,
     WorkerReady,
 )
+from elastic_lsopt.elastic.membership.state import State
 from elastic_lsopt.elastic.membership.table import Table
 from elastic_lsopt.errors import UserError
 from tests.elastic.model import Place, World, begin
@@ -219,6 +220,26 @@ def test_a_stranger_is_refused_and_disturbs_nobody(other: dict[str, Any], named:
     refusal = next(e.record for e in answers if isinstance(e, Publish))
     ended, left = membership.advance(state, Heard((refusal,)), 1.0)
     assert ended.ended and named in str(left)
+
+
+def test_a_refusal_is_for_the_agent_that_asked() -> None:
+    """Not for one of its name that comes after it, mended: a letter may still lie there for its predecessor."""
+    world = begin(2, rules())
+    host, wrong = world.place("a"), rules(fingerprint={"code": "2"})
+    assert host.state is not None
+
+    def asks(agent: State) -> Record:
+        _, effects = membership.advance(agent, Tick(), 0.0)
+        return next(e.record for e in effects if isinstance(e, Publish))
+
+    before = membership.newcomer("x", "x", wrong, "a", incarnation=7)
+    _, answers = membership.advance(host.state, Heard((asks(before),)), host.clock_s)
+    refusal = next(e.record for e in answers if isinstance(e, Publish))
+    after = membership.newcomer("x", "x", rules(), "a", incarnation=8)
+    for agent, ends in ((before, True), (after, False)):
+        asked, _ = membership.advance(agent, Tick(), 0.0)
+        heard, _ = membership.advance(asked, Heard((refusal,)), 0.1)
+        assert heard.ended is ends
 
 
 @pytest.mark.parametrize("one_dies", [False, True])

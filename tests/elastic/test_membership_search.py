@@ -69,11 +69,11 @@ full = pytest.mark.full
         (formed, 3, each_round, Left(depth=7, failures=1)),
         (formed, 4, each_round, Left(depth=4, failures=1)),
         pytest.param(formed, 2, each_read, Left(depth=12, failures=2, ticks=6), marks=full),
-        pytest.param(host_lost, 3, each_read, Left(depth=8, failures=2, ticks=2), marks=full),
-        pytest.param(proposed, 4, each_read, Left(depth=7, failures=2, ticks=1), marks=full),
+        pytest.param(host_lost, 3, each_read, Left(depth=7, failures=2, ticks=2), marks=full),
+        pytest.param(proposed, 4, each_read, Left(depth=6, failures=2, ticks=1), marks=full),
         pytest.param(formed, 2, each_round, Left(depth=9, failures=2, losses=4), marks=full),
-        pytest.param(formed, 3, each_round, Left(depth=9, failures=2, losses=2), marks=full),
-        pytest.param(formed, 4, each_round, Left(depth=8, failures=2, losses=1), marks=full),
+        pytest.param(formed, 3, each_round, Left(depth=7, failures=2, losses=2), marks=full),
+        pytest.param(formed, 4, each_round, Left(depth=7, failures=2, losses=1), marks=full),
     ],
 )
 @pytest.mark.timeout(3600)

@@ -95,7 +95,7 @@ class Agent:
         mailbox, first = find_the_job(node, self._mailbox)
         if first is None:
             return mailbox, membership.found(node.name, mailbox.address, node.rules)
-        return mailbox, membership.newcomer(node.name, mailbox.address, node.rules, first)
+        return mailbox, membership.newcomer(node.name, mailbox.address, node.rules, first, time.time_ns() // 10**6)
 
     def _mailbox(self, address: str) -> Mailbox:
         inbox = Inbox(self.node.name, self.node.secret, self._events.put, self._hear)

@@ -72,12 +72,13 @@ def found(name: str, address: str, rules: Rules) -> State:
     )
 
 
-def newcomer(name: str, address: str, rules: Rules, host_address: str) -> State:
+def newcomer(name: str, address: str, rules: Rules, host_address: str, incarnation: int = 0) -> State:
     """An agent that wants to join the job whose host, or any member, has its store at `host_address`.
 
-    A name belongs to one agent: two at a time must not share it.
+    A name belongs to one agent: two at a time must not share it. One after another may; `incarnation` grows from each
+    to the next, so that nobody takes the old one's letters for the new one's, and a refusal ends whom it was for.
     """
-    return State(rules, name, address, join_address=host_address)
+    return State(rules, name, address, join_address=host_address, incarnation=incarnation)
 
 
 def restarted(remembered: Remembered, address: str, rules: Rules, now: float) -> State:

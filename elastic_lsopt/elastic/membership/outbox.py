@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from itertools import islice
 from typing import Any
 
@@ -69,6 +69,12 @@ class Outbox:
         record = self._record(to[0][0] if len(to) == 1 else "", answer, **more)
         self._set(heartbeats=self.s.heartbeats + 1)
         self.effects.append(Publish(tuple(to), record))
+
+    def _refuse(self, record: Record, refusal: str) -> None:
+        """Tell an agent that it may not join; the echo says which of its name is meant."""
+        answer = replace(self._record(record.name, True, refusal=refusal), echo=record.heartbeat)
+        self._set(heartbeats=self.s.heartbeats + 1)
+        self.effects.append(Publish(((record.name, self.s.address),), answer))
 
     def _publish_to_each(self, peers: Mapping[str, Peer]) -> None:
         """Answers to those who know my generation, to each its own echo; all the rest is made once."""

@@ -158,10 +158,10 @@ class Turn(Leader):
         s = self.s
         known = s.peers.get(record.name)
         if s.vote is None and record.refusal:
-            return self._leave(record.refusal)
+            return self._leave(record.refusal) if record.echo and record.echo.incarnation == s.incarnation else None
         if refusal := self._refusal(record):
             if not record.answer and s.vote is not None:
-                self._publish([(record.name, s.address)], answer=True, refusal=refusal)
+                self._refuse(record, refusal)
                 self.effects.append(Note(f"refused {record.name}: {refusal}"))
             return None
         if record.name == s.name or (known and record.heartbeat[:2] <= known.record.heartbeat[:2]):
