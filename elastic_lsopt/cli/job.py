@@ -1,12 +1,13 @@
 """A job as the command line reads it: the file, the settings and the method, each error with its file and line."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from elastic_lsopt.config.import_paths import import_paths
 from elastic_lsopt.config.load import ConfigFile
 from elastic_lsopt.config.settings import SettingError, TrainConfig, landscape_fields
 from elastic_lsopt.config.spelling import did_you_mean
@@ -23,29 +24,35 @@ class Job:
     method: Any
 
 
-def read_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+def read_job(path: str | Path, overrides: Sequence[str] = (), *, imports: bool = True) -> Job:
     """Read and check everything that needs neither the data nor the model.
 
-    Raises UserError, one line with the place, for whatever is wrong.
+    Without `imports` no code that the file names is run: what it is of is not checked, and its method is `none`. Raises
+    UserError, one line with the place, for whatever is wrong.
     """
     file = ConfigFile.read(path, overrides)
     config = file.config()
+    code = () if imports else {key.split(".")[0] for key, _ in import_paths(config)}
     with file.located():
-        if config.probes:
+        if config.probes and "probes" not in code:
             from elastic_lsopt.training.probing.during_training import check_probes
 
             check_probes(config.probes)
-        return Job(file=file, config=config, method=_method(config))
+        method = registry.build("none") if "landscape" in code else _method(config)
+        return Job(file=file, config=config, method=method)
 
 
 def _method(config: TrainConfig) -> Any:
     """The method, its fields checked one by one so that the message can name the line."""
     name, given = landscape_fields(config)
     try:
-        known = get_type_hints(registry.get(name))
+        found = registry.get(name)
     except UserError as error:
-        raise SettingError("landscape.method", str(error)) from None
-    fields = {key: known[key] for key in registry.get(name).__dataclass_fields__}
+        raise SettingError("landscape", str(error)) from None
+    if not is_dataclass(found) or not callable(getattr(found, "gradient", None)):
+        raise SettingError("landscape.import", f"{name} is no method: a dataclass with init and gradient.")
+    known = get_type_hints(found)
+    fields = {key: known[key] for key in found.__dataclass_fields__}
     for key, value in given.items():
         if key not in fields:
             raise SettingError(f"landscape.{key}", f"method {name!r} has no field {key!r}{did_you_mean(key, fields)}")

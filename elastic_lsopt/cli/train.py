@@ -30,11 +30,11 @@ def train(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = Fals
     from elastic_lsopt.training.processes import launched, start_workers
 
     try:
-        job = read_job(path, overrides)
+        trusted = trust or not of_a_run(Path(path))
+        job = read_job(path, overrides, imports=trusted)
         with job.file.located():
             check_paths(job.config)
-        if of_a_run(Path(path)):
-            refuse_untrusted(job.config, Path(path), trust=trust)
+        refuse_untrusted(job.config, Path(path), trust=trusted)
     except UserError:
         if launched() and os.environ.get("LOCAL_RANK", "0") != "0":
             return 2  # a neighbour reads the same file, and says it
@@ -49,7 +49,7 @@ def train(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = Fals
 
 def agent(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = False) -> int:
     """Be this node's agent; returns the exit code. Raises UserError for a file without an elastic block."""
-    if read_job(path, overrides).config.elastic is None:
+    if read_job(path, overrides, imports=False).config.elastic is None:
         raise UserError(f"{path} has no elastic block, so there is nothing for an agent to do; add one, or use train.")
     return train(path, overrides, trust=trust)
 

@@ -29,6 +29,11 @@ from elastic_lsopt.training.building.imported_model import foreign_code
 from elastic_lsopt.training.memory import memory_per_rank, mirror_per_rank
 
 WORLDS = (1, 2, 4, 8)
+UNKNOWN = {
+    "model": "the model's size, and memory, are", "landscape": "the method's parts (1 is taken) are",
+    "probes": "its settings are",
+}  # fmt: skip
+"""What a table lacks where code of the user's was not run."""
 MOST_SHOWN = 64
 """Ranks of the largest world whose plan is shown."""
 
@@ -39,18 +44,19 @@ def validate(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = F
     `trust` lets it import the code that the file names as its model. Raises UserError, one line with the place, for
     whatever is wrong.
     """
-    job = read_job(path, overrides)
+    job = read_job(path, overrides, imports=trust)
     with job.file.located():
         check_paths(job.config)
         cut = _cut(job)
         plans = _plans(job)
-        code = None if trust else foreign_code(job.config)
-        size = _model_size(job.config) if code is None else None
+        code = {} if trust else foreign_code(job.config)
+        size = _model_size(job.config) if "model.import" not in code else None
     worlds = sorted({*WORLDS, job.config.workers})
     console = Console(soft_wrap=True, highlight=False)
     parameters = f"{size.parameters:,} trainable parameters, " if size is not None else ""
     console.print(f"{path}: {job.config.task}, {parameters}backend {_backend(job.config)}")
-    console.print(f"{job.method!r}: {(type(job.method).__doc__ or '').strip().splitlines()[0]}", markup=False)
+    if not any(key.startswith("landscape") for key in code):
+        console.print(f"{job.method!r}: {(type(job.method).__doc__ or '').strip().splitlines()[0]}", markup=False)
     console.print(_batch_table(console, job.config, cut, worlds))
     if size is not None:
         console.print(_memory_table(console, job.config, size, worlds))
@@ -64,9 +70,10 @@ def validate(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = F
         most = job.config.elastic.max_nodes * job.config.workers
         if wrong := too_few(most, limit, deepspeed=job.config.deepspeed is not None):
             console.print(f"{job.config.elastic.max_nodes} nodes of {job.config.workers} workers: {wrong}")
-    if code is not None:
-        console.print(f"{code} was not imported, so the model's size is not known: --trust runs it, and shows memory.")
-    else:
+    for key, named in code.items():
+        unknown = UNKNOWN.get(key.partition(".")[0], "what it takes is")
+        console.print(f"{named} was not imported, so {unknown} not known: --trust runs it.", markup=False)
+    if size is not None:
         console.print("Activations, communication buckets and the framework are not counted; * = workers of this file.")
     console.print(f"{path} is right.")
     return 0

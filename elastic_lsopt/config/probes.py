@@ -4,6 +4,8 @@
       top_eigenvalues: {every_steps: 100, k: 3}
       trace_of_the_first_layer: {measure: trace, every_samples: 20000, parameters: "model.layers.0.*", samples: 20}
 
+      mine: {import: "my_probes:rank_of_a_layer", every_steps: 10, layer: 3}
+
 Keys that are not named here are the measure's own settings. Who knows the measures checks their names and the keys'.
 """
 
@@ -28,7 +30,7 @@ class ProbeConfig:
     """One probe of a job. Exactly one of `every_steps` and `every_samples`."""
 
     measure: Name | None = None
-    """The measure; null: the probe's own name."""
+    """The measure, or the import path of a probe of your own; null: the probe's own name."""
     every_steps: Count | None = None
     """Optimizer steps between two measurements."""
     every_samples: Count | None = None
@@ -60,6 +62,9 @@ def read_probes(block: Mapping[str, Any]) -> dict[str, ProbeConfig]:
 def _probe(key: str, name: str, given: Any) -> ProbeConfig:
     if not isinstance(given, Mapping):
         raise SettingError(key, f"{key}={given!r} must be a mapping, such as {{every_steps: 100}}.")
+    if "import" in given and "measure" in given:
+        raise SettingError(f"{key}.import", f"{key} needs one of measure and import.")
+    given = {"measure" if k == "import" else k: v for k, v in given.items()}
     own = {k: v for k, v in given.items() if k in OWN}
     settings = {k: v for k, v in given.items() if k not in OWN}
     if (own.get("every_steps") is None) == (own.get("every_samples") is None):

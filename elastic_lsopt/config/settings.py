@@ -19,9 +19,22 @@ from pydantic_core import ArgsKwargs
 
 from elastic_lsopt.config.elastic import ElasticConfig, Rule
 from elastic_lsopt.config.probes import read_probes
-from elastic_lsopt.config.ranges import SETTINGS, BelowOne, Count, ImportPath, Name, NotNegative, Positive, SettingError
+from elastic_lsopt.config.ranges import (
+    IMPORT_PATH,
+    SETTINGS,
+    BelowOne,
+    Count,
+    ImportPath,
+    Name,
+    NotNegative,
+    Positive,
+    SettingError,
+)
 
-LANDSCAPE_SCHEMA: dict[str, Any] = {"required": ["method"], "properties": {"method": {"type": "string"}}}
+LANDSCAPE_SCHEMA: dict[str, Any] = {
+    "properties": {"method": {"type": "string"}, "import": {"type": "string", "pattern": IMPORT_PATH}},
+    "oneOf": [{"required": ["method"]}, {"required": ["import"]}],
+}
 
 ADAMS, TORCH_OPTIMS = ("adam", "adamw"), ("adam", "adamw", "sgd")
 
@@ -132,7 +145,8 @@ class TrainConfig:
     landscape: Annotated[dict[str, Any], Field(json_schema_extra=LANDSCAPE_SCHEMA)] = field(
         default_factory=lambda: {"method": "none"}
     )
-    """The landscape method (none, sam, asam, lpf_sgd or a registered name) and its own fields."""
+    """The landscape method (none, sam, asam, lpf_sgd, a registered name, or import: a class of your own) and its
+    fields."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of weights, sample order, dropout and noise; the world size has no part in any of them."""
     elastic: ElasticConfig | None = None
@@ -188,9 +202,9 @@ class TrainConfig:
 
 
 def landscape_fields(config: TrainConfig) -> tuple[str, dict[str, Any]]:
-    """The name of the landscape method, and the fields that its dataclass takes."""
+    """The name or import path of the landscape method, and the fields that its dataclass takes."""
     own = dict(config.landscape)
-    return own.pop("method"), own
+    return own.pop("method") if "method" in own else own.pop("import"), own
 
 
 def lr_rule(config: TrainConfig, elastic: ElasticConfig) -> Rule:
@@ -281,8 +295,11 @@ def _conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         )
     yield from _group_conflicts(c)
     read_probes(c.probes)
-    if not isinstance(c.landscape.get("method"), str):
-        yield "landscape", "landscape needs `method`, a name such as none, sam, asam or lpf_sgd."
+    if ("method" in c.landscape) == ("import" in c.landscape) or not isinstance(landscape_fields(c)[0], str):
+        yield (
+            "landscape",
+            "landscape needs `method`, a name such as none, sam, asam or lpf_sgd, or `import`: 'package.module:Class'.",
+        )
     if c.elastic is not None:
         yield from _elastic_conflicts(c, c.elastic)
 

@@ -15,6 +15,8 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
 from statistics import fmean, stdev
 from typing import Any
 
@@ -279,6 +281,33 @@ def _preset(of: str, chosen: Mapping[str, Any]) -> Measure:
 
 
 MEASURES |= {name: _preset(*preset) for name, preset in PRESETS.items()}
+GROUP = "elastic_lsopt.probes"
+"""The entry points by which a package announces probes of its own."""
+
+
+def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: make a probe known under `name`: `probe(space, oracle, *, setting=default, …)`, whose settings are its
+    keyword-only arguments. Raises ValueError for a name that is taken."""
+
+    def note(function: Callable[..., Any]) -> Callable[..., Any]:
+        if name in MEASURES:
+            raise ValueError(f"measure name {name!r} is taken; choose another.")
+        MEASURES[name] = _probe(function)
+        return function
+
+    return note
+
+
+def _theirs(name: str) -> Measure | None:
+    """A measure that is none of ours: at an import path "module:function", or announced by an installed package."""
+    paths = [name] if ":" in name else [entry.value for entry in entry_points(group=GROUP, name=name)]
+    for path in paths:
+        module, _, attribute = path.partition(":")
+        try:
+            return _probe(getattr(import_module(module), attribute))
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"measure {name!r} does not load: {error}.") from error
+    return None
 
 
 def measure(name: str, settings: Mapping[str, Any], known: Collection[str] = tuple(NEEDS)) -> Measure:
@@ -286,6 +315,8 @@ def measure(name: str, settings: Mapping[str, Any], known: Collection[str] = tup
 
     Raises UserError, with the nearest name, for an unknown one or an unknown setting, and for one that needs more.
     """
+    if name not in MEASURES and (found := _theirs(name)) is not None:
+        MEASURES[name] = found
     if name not in MEASURES:
         there = {name: found for name, found in MEASURES.items() if found.needs is None or found.needs in known}
         raise UserError(f"unknown measure {name!r}{_nearest(name, there)}")

@@ -66,7 +66,9 @@ def test_validate_imports_nothing_unless_it_is_told_to(
     path = job(tmp_path / "job.yaml", what)
     assert main(["validate", path]) == 0
     said = capsys.readouterr().out
-    assert f"{what} was not imported, so the model's size is not known: --trust" in said and not ran.exists()
+    assert (
+        f"{what} was not imported, so the model's size, and memory, are not known: --trust" in said and not ran.exists()
+    )
     assert "A step: 8 samples" in said and "Memory a rank" not in said and said.endswith("is right.\n")
 
     assert main(["validate", path, "--trust"]) == 0

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from elastic_lsopt.config.import_paths import import_paths
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.errors import UserError
 
@@ -24,10 +25,9 @@ RUNS_OWN = ("checkpoints", "metrics.jsonl")
 """What a run leaves beside its settings."""
 
 
-def foreign_code(config: TrainConfig) -> str | None:
-    """The import path that the settings name, unless it is one of this package's own models."""
-    path = None if config.model is None else config.model.get("import")
-    return None if path is None or path.partition(":")[0] == OWN else path
+def foreign_code(config: TrainConfig) -> dict[str, str]:
+    """The import paths that the settings name, by key, but for this package's own models."""
+    return {key: path for key, path in import_paths(config) if path.partition(":")[0] != OWN}
 
 
 def of_a_run(file: Path) -> bool:
@@ -37,10 +37,10 @@ def of_a_run(file: Path) -> bool:
 
 def refuse_untrusted(config: TrainConfig, file: Path, *, trust: bool) -> None:
     """Raise UserError where the settings that a run has left in `file` name code, unless `trust`."""
-    if not trust and (path := foreign_code(config)) is not None:
+    for key, path in foreign_code(config).items() if not trust else ():
         raise UserError(
-            f"{file} is the settings of a run, and its model is code: {path!r}. Whoever wrote that folder chose it; "
-            "look at it, and give --trust to run it."
+            f"{file} is the settings of a run, and {key} is code: {path!r}. Whoever wrote that folder chose it; look "
+            "at it, and give --trust to run it."
         )
 
 
