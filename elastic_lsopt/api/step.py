@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastic_lsopt.backends.backend import Backend
@@ -14,9 +14,10 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.family import Family, Kept, MethodFamily, Stateful
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.oracle import Oracle
-from elastic_lsopt.oracle.report import FAITHFUL, StepReport, log, warn_unfaithful
+from elastic_lsopt.oracle.report import FAITHFUL, Piggyback, StepReport, log, warn_unfaithful
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.perturbation import Fidelity
+from elastic_lsopt.space.upload import on_device
 from elastic_lsopt.space.vector import BorrowedGradient, Vector
 from elastic_lsopt.updates.adapter import updates_of
 
@@ -65,11 +66,24 @@ class LandscapeStep:
         oracle.moves_buffers = True
         report = self._take(oracle, samples)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
+        if self.backend.replicas > 1:
+            report, samples = self._of_the_job(report)
         self.clock = self.clock.advanced(samples)
         if not report.skipped:
             for kept in self._watching():
                 kept.kind.after_step(self.space, report, kept.state)
         return report
+
+    def _of_the_job(self, report: StepReport) -> tuple[StepReport, int]:
+        """The report with what all replicas have to say, and the samples that all of them have used.
+
+        One all-reduce per step. A pass has summed them over its replica, whose first rank speaks for it.
+        """
+        riding = report.piggyback.numbers if report.piggyback is not None else []
+        speaks = float(self.backend.rank == 0)
+        own = [speaks * value for value in (report.samples, report.stop, *riding)]
+        used, stop, *rode = self.backend.sum_job_(on_device(own, self.backend.device)).tolist()
+        return replace(report, stop=stop > 0, piggyback=Piggyback.of(rode) if rode else None), int(used)
 
     def _watching(self) -> list[Kept]:
         return [family for family in self.families.values() if isinstance(family, Kept)]

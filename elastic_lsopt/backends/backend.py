@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from elastic_lsopt.backends.base_trial import refuse_closure
 from elastic_lsopt.backends.dealt import Replicated, Sharded
 from elastic_lsopt.backends.gathering import Gathering
+from elastic_lsopt.backends.groups import Group, Groups, present
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.space.dealing import Dealing
@@ -35,6 +36,23 @@ class Backend(GradientEngine):
     """The limit of the gradient's norm; 0 or None: none."""
     shard_group: dist.ProcessGroup | None = None
     """The ranks that together hold the vector once; None where every rank holds all of it."""
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The job and the replica that this process was in when the backend was made."""
+        return present()
+
+    @property
+    def replica(self) -> int:
+        return self.groups.number
+
+    @property
+    def replicas(self) -> int:
+        return self.groups.replicas
+
+    @cached_property
+    def _shard(self) -> Group:
+        return Group.of(self.shard_group)
 
     @property
     @abstractmethod
@@ -75,16 +93,16 @@ class Backend(GradientEngine):
         return [slots[p.slot].view(-1)[p.start : p.start + p.length] for p in self.layout.pieces]
 
     def sum_pieces_(self, values: Tensor) -> Tensor:
-        if self.shard_group is not None and dist.get_world_size(self.shard_group) > 1:
-            self.transport.refuse_cut()
-            dist.all_reduce(values, group=self.shard_group)
-        return values
+        self.transport.refuse_cut()
+        return self._shard.sum_(values)
 
-    def sum_world_(self, values: Tensor) -> Tensor:
-        if self.world > 1:
-            self.transport.refuse_cut()
-            dist.all_reduce(values)
-        return values
+    def sum_replica_(self, values: Tensor) -> Tensor:
+        self.transport.refuse_cut()
+        return self.groups.replica.sum_(values)
+
+    def sum_job_(self, values: Tensor) -> Tensor:
+        self.transport.refuse_cut()
+        return self.groups.job.sum_(values)
 
     # -- the base optimizer's state ----------------------------------------------------------------------------
 
@@ -116,12 +134,12 @@ class Backend(GradientEngine):
 
     @cached_property
     def _gathering(self) -> Gathering:
-        return Gathering(self.layout, self.device, self.shard_group, self.replica_group)
+        return Gathering(self.layout, self.device, self.shard_group, self.holders_group)
 
     @property
-    def replica_group(self) -> dist.ProcessGroup | None:
+    def holders_group(self) -> dist.ProcessGroup | None:
         """The ranks that hold the same pieces as this one; None where there are none."""
-        return dist.group.WORLD if self.shard_group is None and self.world > 1 else None
+        return self.groups.replica.handle if self.shard_group is None else None
 
     def all_gather(self, pieces: Sequence[Tensor], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         self.transport.refuse_cut()
@@ -135,14 +153,14 @@ class Backend(GradientEngine):
 
     def dealing(self, parameters: Sequence[int], dtype: torch.dtype) -> Dealing:
         self.transport.refuse_cut()
-        group, like = self.shard_group, torch.empty(0, dtype=dtype, device=self.device)
-        if group is not None and dist.get_world_size(group) > 1:
-            return Sharded(self.layout, self._gathering.everyones, parameters, group, like)
-        return Replicated(self.layout, parameters, self.replica_group, like)
+        like = torch.empty(0, dtype=dtype, device=self.device)
+        if self._shard.handle is not None:
+            return Sharded(self.layout, self._gathering.everyones, parameters, self._shard.handle, like)
+        return Replicated(self.layout, parameters, self.holders_group, like)
 
-    def sum_replicas(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+    def sum_holders(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
         self.transport.refuse_cut()
-        return self._gathering.sum_replicas(pieces)
+        return self._gathering.sum_holders(pieces)
 
     def own(self, wanted: Sequence[int]) -> list[int]:
         return self._gathering.own(wanted)

@@ -70,8 +70,8 @@ class FSDP2(Backend):
                 "not supported; use a mesh of all ranks, (shard) or (replicate, shard)."
             )
         self.shard_group = mesh.get_group(mesh.ndim - 1)
-        self.replicas = self.world // dist.get_world_size(self.shard_group)
-        self._replica_group = mesh.get_group(0) if mesh.ndim == 2 else None
+        self.holders = self.world // dist.get_world_size(self.shard_group)
+        self._holders_group = mesh.get_group(0) if mesh.ndim == 2 else None
         self.device = local(self._parameters[0]).device
         self.compute_dtype = self._compute_dtype()
         pieces = []
@@ -96,8 +96,8 @@ class FSDP2(Backend):
             placements = first.placements if whole.dim() else [Replicate()] * first.device_mesh.ndim
             return distribute_tensor(whole, first.device_mesh, placements, src_data_rank=None)
 
-        shards = self.world // self.replicas
-        if reason := reason_against_rows(self.base, shards, self.device, cut, local, self.sum_world_):
+        shards = self.world // self.holders
+        if reason := reason_against_rows(self.base, shards, self.device, cut, local, self.sum_replica_):
             raise Unsupported(
                 f"base {type(self.base).__name__} needs whole parameters and FSDP2 gives it sharded rows: {reason}; "
                 "let it compute with the DTensors themselves (p.norm(), never p.to_local().norm()), or use one that "
@@ -105,8 +105,8 @@ class FSDP2(Backend):
             )
 
     @property
-    def replica_group(self) -> dist.ProcessGroup | None:
-        return self._replica_group
+    def holders_group(self) -> dist.ProcessGroup | None:
+        return self._holders_group
 
     def plain_class(self, module: nn.Module) -> type[nn.Module]:
         """`fully_shard` gives a module a class of its own, made of FSDPModule and the user's."""

@@ -2,7 +2,7 @@
 
     whole(pieces, wanted)      each wanted parameter, complete on every rank (AllGather over the shard group)
     cut(wholes, wanted)        this rank's pieces of the sum over the shard group (ReduceScatter)
-    sum_replicas(pieces)       their sum over the ranks that hold the same pieces
+    sum_holders(pieces)       their sum over the ranks that hold the same pieces
 
 `whole` and `cut` are each other's transpose, so a product with a sharded vector is: whole, any local linear map, cut,
 and the replicas' sum once at the end: replicas may take different ways through a model until then.
@@ -52,7 +52,7 @@ class Batch:
 class Gathering:
     """The way between pieces and whole parameters of one layout (collective to make: three numbers a piece).
 
-    `shards` is the group that together holds the vector once, `replicas` the group of those that hold equal pieces;
+    `shards` is the group that together holds the vector once, `holders` the group of those that hold equal pieces;
     None: this rank alone.
     """
 
@@ -61,11 +61,11 @@ class Gathering:
         layout: Layout,
         device: torch.device,
         shards: dist.ProcessGroup | None,
-        replicas: dist.ProcessGroup | None,
+        holders: dist.ProcessGroup | None,
     ) -> None:
         self.layout, self.device = layout, device
         self._shards = shards if shards is not None and dist.get_world_size(shards) > 1 else None
-        self._replicas = replicas if replicas is not None and dist.get_world_size(replicas) > 1 else None
+        self._holders = holders if holders is not None and dist.get_world_size(holders) > 1 else None
         self._rank = dist.get_rank(self._shards) if self._shards is not None else 0
         self.everyones = self._gather_pieces()
         self._batches: dict[tuple[int, ...], list[Batch]] = {}
@@ -212,14 +212,14 @@ class Gathering:
         dist.reduce_scatter_tensor(received, send.view(-1), group=self._shards)
         return [received[run.start : run.start + run.length] for run in own]
 
-    def sum_replicas(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+    def sum_holders(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
         """The pieces' sums over the ranks that hold the same ones (collective); small pieces travel together."""
-        if self._replicas is None:
+        if self._holders is None:
             return pieces
         small = [t for t in pieces if t.numel() < LARGE]
         together = torch.cat(small) if small else torch.empty(0, device=self.device)
         if small:
-            dist.all_reduce(together, group=self._replicas)
+            dist.all_reduce(together, group=self._holders)
         parts = iter(together.split([t.numel() for t in small]))
         out = []
         for t in pieces:
@@ -227,5 +227,5 @@ class Gathering:
                 out.append(next(parts))
                 continue
             out.append(t.clone())
-            dist.all_reduce(out[-1], group=self._replicas)
+            dist.all_reduce(out[-1], group=self._holders)
         return out

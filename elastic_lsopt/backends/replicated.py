@@ -50,7 +50,7 @@ class Replicated(Backend):
                 f"a plain module on {self.world} ranks: nothing averages its gradients; wrap it in "
                 "DistributedDataParallel or fully_shard, or use DeepSpeed."
             )
-        self.replicas = self.world
+        self.holders = self.world
         self.device = self._parameters[0].device
         self.compute_dtype = self._parameters[0].dtype
         self.layout = Layout(

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elastic_lsopt.backends.ending import end_well
+from elastic_lsopt.backends.groups import present
 from elastic_lsopt.backends.signed_store import server_of
 from elastic_lsopt.errors import PeerFailed
 
@@ -46,8 +47,8 @@ class Transport:
         self._failures = 0
         self._reported: BaseException | None = None
         self._group: dist.ProcessGroupGloo | None = None
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        replica = present().replica
+        self.rank, self.world = replica.rank, replica.size
         self._ports: set[int] = set()
         Transport._made += 1
         if self.world > 1:

@@ -24,11 +24,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 from elastic_lsopt.backends.agreement import gather_json, one_line, together
+from elastic_lsopt.backends.groups import present
 from elastic_lsopt.checkpoint import folder as folders
-from elastic_lsopt.checkpoint.contents import Held, Snapshot, TrainingState, chunk_of, take_snapshot
+from elastic_lsopt.checkpoint.contents import Held, Keys, Snapshot, TrainingState, chunk_of, take_snapshot
 from elastic_lsopt.checkpoint.planner import Chunk, share_out
 from elastic_lsopt.checkpoint.restore import refuse_other_model, restore
 from elastic_lsopt.checkpoint.storage import Json, SafetensorsReader, contents_of, write_share
@@ -90,10 +89,10 @@ class Checkpointer:
             raise UserError(f"save_total_limit={save_total_limit} must be >= 1 (or null: keep all checkpoints).")
         self.folder, self.save_total_limit, self._may_commit = Path(folder), save_total_limit, may_commit
         self._writer = writer
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self._job = present().job
+        self.rank, self.world = self._job.rank, self._job.size
         # A group of its own: the background write's collectives must never meet those of the training step.
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.world > 1 else None
+        self._group = self._job.again("checkpoint", TIMEOUT)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[SaveReport] | None = None
         self._report: SaveReport | None = None
@@ -161,9 +160,8 @@ class Checkpointer:
         """Wait for the last save and end the background thread and its group."""
         self.wait()
         self._thread.shutdown()
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-            self._group = None
+        self._job.end(self._group)
+        self._group = None
 
     def abandon(self) -> None:
         """Let go of a save that may be under way, whose peers may be dead. No communication; not for use after."""
@@ -173,9 +171,12 @@ class Checkpointer:
         """The pieces that this rank writes: replicas of a piece share the work."""
         layout = state.backend.layout
         if self._mine is None or self._mine[0] is not layout:
-            own = [chunk_of(state.backend, piece) for piece in layout.pieces]
+            suffix = Keys.of(state.backend).suffix  # replicas share no work: each has weights of its own
+            chunks = [chunk_of(state.backend, piece) for piece in layout.pieces]
+            own = [(f"{name}{suffix}", at, length) for name, at, length in chunks]
             held = [[(name, at, length) for name, at, length in theirs] for theirs in self._everyones(own)]
-            self._mine = layout, share_out(held)[self.rank]
+            mine = share_out(held)[self.rank]
+            self._mine = layout, {(name.removesuffix(suffix), at, length) for name, at, length in mine}
         return self._mine[1]
 
     def _write(self, snapshot: Snapshot, path: Path, step: int, start: float, prune: bool) -> SaveReport:

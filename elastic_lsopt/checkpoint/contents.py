@@ -6,7 +6,8 @@
     buffers/<name>                   the module's persistent buffers, rank 0's
     rng/<rank>/cpu, rng/<rank>/gpu   the state of torch's random generators
 
-Each is a flat tensor, written as the chunks that the ranks hold. Numbers (`step`, lr, betas, the clock, the user's own
+With several replicas `weights@1`, `base@1` … are replica 1's, but for a family that is the same on all of them. Each is
+a flat tensor, written as the chunks that the ranks hold. Numbers (`step`, lr, betas, the clock, the user's own
 JSON) are `facts`. Frozen parameters are not saved: they come with the model.
 """
 
@@ -65,6 +66,29 @@ class Snapshot:
     metadata: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Keys:
+    """How keys of tensors begin: replicas that drift must not be taken for copies of each other."""
+
+    weights: str
+    base: str
+    buffers: str
+    suffix: str
+
+    @staticmethod
+    def of(backend: Backend) -> Keys:
+        """This replica's; with one replica there is nothing to tell apart."""
+        return Keys.numbered(backend.replica if backend.replicas > 1 else None)
+
+    @staticmethod
+    def numbered(replica: int | None) -> Keys:
+        suffix = "" if replica is None else f"@{replica}"
+        return Keys(f"weights{suffix}", f"base{suffix}", f"buffers{suffix}", suffix)
+
+    def family(self, family: Family) -> str:
+        return family.name if family.same_on_all_replicas else f"{family.name}{self.suffix}"
+
+
 def chunk_of(backend: Backend, piece: Piece) -> tuple[str, int, int]:
     """A piece as any rank knows it: (parameter, offset, length)."""
     return backend.layout.parameters[piece.parameter].name, piece.offset, piece.length
@@ -87,6 +111,8 @@ def take_snapshot(
     keep: Callable[[Tensor], Tensor] = _to_host if copy else _live
     layout, tensors = backend.layout, dict[str, Held]()
 
+    prefix = Keys.of(backend)
+
     def hold(key: str, parameter: Parameter, piece: Piece, value: Tensor) -> None:
         if (parameter.name, piece.offset, piece.length) in mine:
             tensors.setdefault(key, Held(parameter.numel)).chunks.append((piece.offset, keep(value)))
@@ -95,13 +121,13 @@ def take_snapshot(
         return layout.parameters[piece.parameter]
 
     for piece, weights in zip(layout.pieces, backend.masters, strict=True):
-        hold(f"weights/{of(piece).name}", of(piece), piece, weights)
+        hold(f"{prefix.weights}/{of(piece).name}", of(piece), piece, weights)
     base: dict[str, dict[str, Any]] = {}
     _refuse_state_elsewhere(backend)
     for piece, key, value in backend.base_states() if backend.base is not None else ():
         name = of(piece).name
         if isinstance(value, Tensor) and value.dim() and value.numel() == piece.length:
-            hold(f"base/{name}/{key}", of(piece), piece, value)
+            hold(f"{prefix.base}/{name}/{key}", of(piece), piece, value)
             told = ELEMENTS
         else:
             told = encode(value, f"the optimizer's state {key!r} of parameter {name}")
@@ -109,24 +135,26 @@ def take_snapshot(
     families: dict[str, dict[str, Any]] = {}
     for family in state.families.values():
         noted = families[family.name] = {}
+        own_key, others = prefix.family(family), family.same_on_all_replicas and backend.replica > 0
         for key, value in family.state_dict().items():
             if isinstance(value, Vector):
                 own = value.space.layout  # of some of the parameters, where the family is
-                for piece, part in zip(own.pieces, value.tensors, strict=True):
+                for piece, part in zip(own.pieces, value.tensors, strict=True) if not others else ():
                     parameter = own.parameters[piece.parameter]
-                    hold(f"{family.name}/{key}/{parameter.name}", parameter, piece, part)
+                    hold(f"{own_key}/{key}/{parameter.name}", parameter, piece, part)
                 noted[key] = ELEMENTS
             else:
                 noted[key] = encode(value, f"{key!r} of the state of {family.name}")
     if backend.rank == 0:
         for key, buffer in persistent_buffers(backend.module).items():
-            tensors[f"buffers/{key}"] = Held(buffer.numel(), [(0, keep(local(buffer).reshape(-1)))])
+            tensors[f"{prefix.buffers}/{key}"] = Held(buffer.numel(), [(0, keep(local(buffer).reshape(-1)))])
     for key, generator in random_states(backend).items():
         tensors[key] = Held(generator.numel(), [(0, generator)])
     if copy and backend.device.type == "cuda":
         torch.cuda.current_stream(backend.device).synchronize()  # once, for all that `_to_host` has asked for
     metadata = {
-        "format": FORMAT, "step": step, "world": backend.world, "backend": backend.name,
+        "format": FORMAT, "step": step, "world": backend.groups.job.size, "backend": backend.name,
+        "replica": backend.replica, "replicas": backend.replicas,
         "parameters": {p.name: list(p.shape) for p in layout.parameters},
         "base": base, "groups": encode_groups(backend), "families": families,
         "clock": {"samples": state.clock.samples, "steps": state.clock.steps},
@@ -172,9 +200,10 @@ def persistent_buffers(module: nn.Module | None) -> dict[str, Tensor]:
 
 def random_states(backend: Backend) -> dict[str, Tensor]:
     """This rank's generators: bytes on the host, by key."""
-    out = {f"rng/{backend.rank}/cpu": torch.get_rng_state()}
+    rank = backend.groups.job.rank
+    out = {f"rng/{rank}/cpu": torch.get_rng_state()}
     if backend.device.type == "cuda":
-        out[f"rng/{backend.rank}/gpu"] = torch.cuda.get_rng_state(backend.device)
+        out[f"rng/{rank}/gpu"] = torch.cuda.get_rng_state(backend.device)
     return out
 
 
@@ -200,17 +229,39 @@ def _as_json(extra: dict[str, Any]) -> dict[str, Any]:
     return extra
 
 
-def merge_metadata(metadata: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One account of all ranks': what each knows of the base's state, rank 0's for the rest.
+OF_A_REPLICA = ("base", "groups", "families", "clock")
+"""What of the metadata may differ between replicas."""
 
-    Raises Unsupported where ranks hold different numbers for one parameter: no other world size could go on from them.
+
+def merge_metadata(metadata: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One account of all ranks': what each knows of the base's state, rank 0's for the rest, and that of each replica.
+
+    Raises Unsupported where ranks of a replica hold different numbers for one parameter: no other world size could go
+    on from them.
     """
-    base: dict[str, dict[str, Any]] = {}
+    told: dict[int, dict[str, Any]] = {}
     for rank, own in enumerate(metadata):
+        mine = told.setdefault(own["replica"], {**{key: own[key] for key in OF_A_REPLICA}, "base": {}})
         for name, state in own["base"].items():
-            if json.dumps(base.setdefault(name, state)) != json.dumps(state):
+            if json.dumps(mine["base"].setdefault(name, state)) != json.dumps(state):
                 raise Unsupported(
-                    f"the optimizer's state of parameter {name} differs between ranks ({base[name]} and on rank {rank} "
-                    f"{state}); numbers must be the same on all ranks to be saved."
+                    f"the optimizer's state of parameter {name} differs between ranks ({mine['base'][name]} and on "
+                    f"rank {rank} {state}); numbers must be the same on all ranks to be saved."
                 )
-    return {**metadata[0], "base": base}
+    return {**metadata[0], **told[metadata[0]["replica"]], "of_replica": [told[number] for number in sorted(told)]}
+
+
+def metadata_for(backend: Backend, metadata: dict[str, Any]) -> tuple[Keys, dict[str, Any]]:
+    """How the keys of this replica's part of a saved state begin, and its metadata.
+
+    From one replica all can begin. Raises UserError for another number of replicas.
+    """
+    saved = metadata.get("replicas", 1)
+    if saved == 1:
+        return Keys.numbered(None), metadata
+    if saved != backend.replicas:
+        raise UserError(
+            f"the checkpoint is of {saved} replicas that have drifted apart, this job has {backend.replicas}; start as "
+            "many."
+        )
+    return Keys.numbered(backend.replica), {**metadata, **metadata["of_replica"][backend.replica]}

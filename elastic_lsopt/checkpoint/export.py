@@ -64,7 +64,7 @@ def export_huggingface(
     if hasattr(module, "peft_config"):
         raise Unsupported("exporting a PEFT adapter is not supported; call merge_and_unload() and export its result.")
     backend.drop_gathered()  # FSDP2 hides the shards of a gathered group
-    group = dist.new_group(backend="gloo", timeout=TIMEOUT) if backend.world > 1 else None
+    group = backend.groups.replica.again("export", TIMEOUT)
     try:
         _agree(folder, refusal(folder) if backend.rank == 0 else None, group)
         entries = _entries(backend, module)

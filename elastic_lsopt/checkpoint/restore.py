@@ -21,7 +21,9 @@ from elastic_lsopt.checkpoint.contents import (
     HOW_NOT_WHAT,
     READS,
     Held,
+    Keys,
     TrainingState,
+    metadata_for,
     persistent_buffers,
     random_states,
 )
@@ -55,21 +57,22 @@ def restore(state: TrainingState, saved: Saved, fill: Fill, *, hyperparameters: 
     the param groups' entries (learning rate, betas …) are taken too. Raises UserError, before anything has changed,
     for a checkpoint of another model or another number of param groups.
     """
-    backend, metadata = state.backend, saved.metadata
+    backend = state.backend
+    keys, metadata = metadata_for(backend, saved.metadata)
     refuse_other_model(state, metadata, hyperparameters=hyperparameters)
     wanted: dict[str, Held] = {}
     for piece, master in zip(backend.layout.pieces, backend.masters, strict=True):
-        _want(wanted, backend, "weights/{}", piece, master)
+        _want(wanted, backend, f"{keys.weights}/{{}}", piece, master)
     if backend.base is not None:
-        _base(wanted, backend, saved)
-    states = _families(wanted, state, metadata)
+        _base(wanted, backend, saved, keys, metadata["base"])
+    states = _families(wanted, state, keys, metadata)
     buffers = {
         key: (buffer, local(buffer).reshape(-1))
         for name, buffer in persistent_buffers(backend.module).items()
-        if (key := f"buffers/{name}") in saved.tensors
+        if (key := f"{keys.buffers}/{name}") in saved.tensors
     }
     wanted |= {key: Held(flat.numel(), [(0, flat)]) for key, (_, flat) in buffers.items()}
-    generators = random_states(backend) if metadata["world"] == backend.world else {}
+    generators = random_states(backend) if metadata["world"] == backend.groups.job.size else {}
     generators = {key: g for key, g in generators.items() if key in saved.tensors}
     wanted |= {key: Held(g.numel(), [(0, g)]) for key, g in generators.items()}
 
@@ -122,9 +125,8 @@ def _want(wanted: dict[str, Held], backend: Backend, key: str, piece: Piece, tar
     held.chunks.append((piece.offset, target))
 
 
-def _base(wanted: dict[str, Held], backend: Backend, saved: Saved) -> None:
+def _base(wanted: dict[str, Held], backend: Backend, saved: Saved, keys: Keys, base: dict[str, dict[str, Any]]) -> None:
     """Make the base optimizer's state slot by slot, numbers at once, and note which tensors are to be filled."""
-    base: dict[str, dict[str, Any]] = saved.metadata["base"]
     anyones = max(base.values(), key=len, default={})
     for slot in range(len(backend.slot_keys)):
         pieces = [p for p in backend.layout.pieces if p.slot == slot]
@@ -139,12 +141,12 @@ def _base(wanted: dict[str, Held], backend: Backend, saved: Saved) -> None:
             if all(v != ELEMENTS for v in values):
                 state[key] = decode(_one_of(values, key, list(names.values())), backend.device)
                 continue
-            flat = _elements(state, key, key_tensor, _dtype(saved, names.values(), key, key_tensor))
+            flat = _elements(state, key, key_tensor, _dtype(saved, keys, names.values(), key, key_tensor))
             for p in pieces:
                 view = flat[p.start : p.start + p.length]
                 value = base.get(names[p], {}).get(key)
                 if value == ELEMENTS:
-                    _want(wanted, backend, f"base/{{}}/{key}", p, view)
+                    _want(wanted, backend, f"{keys.base}/{{}}/{key}", p, view)
                 else:  # a parameter without dimensions keeps its moment as a number, one that never had a gradient none
                     view.fill_(number(value))
 
@@ -158,11 +160,11 @@ def _elements(state: dict[str, Any], key: str, like: Tensor, dtype: torch.dtype)
     return flat.zero_()
 
 
-def _dtype(saved: Saved, names: Any, key: str, like: Tensor) -> torch.dtype:
+def _dtype(saved: Saved, keys: Keys, names: Any, key: str, like: Tensor) -> torch.dtype:
     """State in the weights' precision follows the weights here (bf16 to fp32); other state keeps its own."""
     for name in names:
-        if (tensor := saved.tensors.get(f"base/{name}/{key}")) is not None:
-            same = tensor["dtype"] == saved.tensors[f"weights/{name}"]["dtype"]
+        if (tensor := saved.tensors.get(f"{keys.base}/{name}/{key}")) is not None:
+            same = tensor["dtype"] == saved.tensors[f"{keys.weights}/{name}"]["dtype"]
             return like.dtype if same else BY_NAME[tensor["dtype"]]
     return like.dtype
 
@@ -178,7 +180,7 @@ def _one_of(values: list[Any], key: str, names: list[str]) -> Any:
     return values[0]
 
 
-def _families(wanted: dict[str, Held], state: TrainingState, metadata: dict[str, Any]) -> dict[str, State]:
+def _families(wanted: dict[str, Held], state: TrainingState, keys: Keys, metadata: dict[str, Any]) -> dict[str, State]:
     """What each family of this state goes on from, its Vectors noted to be filled; one not saved begins anew."""
     saved: dict[str, dict[str, Any]] = metadata.get("families") or {"method": metadata.get("method", {})}
     out: dict[str, State] = {}
@@ -196,7 +198,7 @@ def _families(wanted: dict[str, Held], state: TrainingState, metadata: dict[str,
             layout = vector.space.layout
             for piece, target in zip(layout.pieces, vector.tensors, strict=True):
                 parameter = layout.parameters[piece.parameter]
-                held = wanted.setdefault(f"{name}/{key}/{parameter.name}", Held(parameter.numel))
+                held = wanted.setdefault(f"{keys.family(family)}/{key}/{parameter.name}", Held(parameter.numel))
                 held.chunks.append((piece.offset, target))
     for name in saved.keys() - state.families.keys():
         log.warning("the checkpoint's %s is left aside: nothing here keeps it.", name)

@@ -20,13 +20,24 @@ class GradientEngine(Shards, WholeParameters):
     """The user's own module, for checks (None where only its parameters are known)."""
     rank: int
     world: int
-    replicas: int
+    """This rank's number and the number of ranks in its replica: those that train one copy of the model in step."""
+    holders: int
     """How many ranks hold each piece: the sum of local squares over the world counts it so often."""
     observed: bool = False
     """A forward has told in what type it computes (`compute_type.py`)."""
 
     outermost: Sequence[nn.Module] = ()
     """The modules around `module` whose forwards a pass may run too; none: there is only that one."""
+
+    @property
+    def replica(self) -> int:
+        """This replica's number."""
+        return 0
+
+    @property
+    def replicas(self) -> int:
+        """The number of replicas in the job."""
+        return 1
 
     @property
     def roots(self) -> Sequence[nn.Module]:
@@ -49,7 +60,7 @@ class GradientEngine(Shards, WholeParameters):
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`, averaged over the world, to the buffer."""
+        """Add the gradient of `loss`, averaged over the replica, to the buffer."""
 
     @abstractmethod
     def clear_gradient(self) -> None:
@@ -64,5 +75,9 @@ class GradientEngine(Shards, WholeParameters):
         """Make `vector` the gradient that the base optimizer will step with."""
 
     @abstractmethod
-    def sum_world_(self, values: Tensor) -> Tensor:
+    def sum_replica_(self, values: Tensor) -> Tensor:
+        """Sum in place over the ranks of the replica (fp64, on `device`)."""
+
+    @abstractmethod
+    def sum_job_(self, values: Tensor) -> Tensor:
         """Sum in place over all ranks of the job (fp64, on `device`)."""

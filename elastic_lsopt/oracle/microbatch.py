@@ -14,7 +14,7 @@ otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic_lsopt.errors import UserError
@@ -22,11 +22,20 @@ from elastic_lsopt.errors import UserError
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of this rank: `index` is its place in the step's global order, `batch` what the loss takes."""
+    """One micro-batch of this rank: `index` is its number in the job's step, `batch` what the loss takes.
+
+    Where the job has several replicas, `place` is its number among those of this rank's replica (None: the index).
+    """
 
     index: int
     batch: Any
     idle: bool = False
+    place: int | None = None
+
+    @property
+    def at(self) -> int:
+        """By which it is dealt to a rank of the replica and to a part."""
+        return self.index if self.place is None else self.place
 
 
 def unit_sizes(global_batch_size: int, microbatch_size: int) -> tuple[int, ...]:
@@ -69,6 +78,16 @@ def slots(bounds: tuple[int, int], rank: int, world: int) -> list[int | None]:
     return [*mine, *([None] * (most - len(mine)))]
 
 
-def as_microbatches(microbatches: Sequence[Any], rank: int, world: int) -> list[MicroBatch]:
-    """Give a rank's plain list of micro-batches its global indices: the j-th of rank r is micro-batch j * world + r."""
-    return [m if isinstance(m, MicroBatch) else MicroBatch(j * world + rank, m) for j, m in enumerate(microbatches)]
+def as_microbatches(
+    microbatches: Sequence[Any], rank: int, world: int, replica: int = 0, replicas: int = 1
+) -> list[MicroBatch]:
+    """Give a rank's list of micro-batches their numbers: the j-th of rank r is at j * world + r in its replica.
+
+    A plain batch gets an index of its own in the job, of which other replicas make no use.
+    """
+    out = []
+    for j, given in enumerate(microbatches):
+        at = j * world + rank
+        m = given if isinstance(given, MicroBatch) else MicroBatch(at * replicas + replica, given)
+        out.append(replace(m, place=at) if replicas > 1 and m.place is None and not m.idle else m)
+    return out

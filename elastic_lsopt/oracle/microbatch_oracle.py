@@ -53,8 +53,9 @@ class MicroBatchOracle(Oracle):
         if backend.module is not None:
             refuse_coupled_samples(backend.module)
         self._loss = loss
-        microbatches = as_microbatches(microbatches, backend.rank, backend.world)
-        self._microbatches = {u.index: u for u in microbatches if not u.idle}
+        microbatches = as_microbatches(microbatches, backend.rank, backend.world, backend.replica, backend.replicas)
+        self._microbatches = {u.at: u for u in microbatches if not u.idle}
+        """By their places in the replica."""
         self._stand_in = microbatches[0].batch if microbatches else None
         self._weights: dict[int, float] = {}
         self._time = ForwardTime(backend.device)
@@ -113,7 +114,7 @@ class MicroBatchOracle(Oracle):
     def _agree(self, microbatches: Sequence[MicroBatch]) -> None:
         """All ranks learn the total weight, the number of micro-batches, and whether a rank has nothing to run."""
         world, rank = self.backend.world, self.backend.rank
-        given = [u.index for u in microbatches if not u.idle]
+        given = [u.at for u in microbatches if not u.idle]
         counts = [
             self._loss.count(u.batch) for u in self._microbatches.values()
         ]  # on a GPU not read yet: that would wait
@@ -125,7 +126,7 @@ class MicroBatchOracle(Oracle):
             len(given) - len(self._microbatches),
             *(max(self._microbatches, default=-1) + 1 if r == rank else 0 for r in range(world)),
         ]
-        sums = self.backend.sum_world_(on_device(own, self.backend.device))
+        sums = self.backend.sum_replica_(on_device(own, self.backend.device))
         both = torch.cat([sums, on_device(counts, self.backend.device)]).tolist()
         total, number, empty, misplaced, twice, *ends = both[: len(own)]
         self._weights = dict(zip(self._microbatches, both[len(own) :], strict=True))
@@ -155,12 +156,12 @@ class MicroBatchOracle(Oracle):
         Only where every rank holds all weights: there no forward waits for another rank. One all-reduce of a number a
         micro-batch.
         """
-        if self.backend.replicas < self.backend.world:
+        if self.backend.holders < self.backend.world:
             return False
         held = torch.zeros(self._count + 1, dtype=torch.float64, device=self.backend.device)
         for index in self._microbatches:
             held[index if index >= 0 else self._count] += 1
-        *microbatches, below = self.backend.sum_world_(held).tolist()
+        *microbatches, below = self.backend.sum_replica_(held).tolist()
         return not below and all(ranks == 1 for ranks in microbatches)
 
     def _slots(self, bounds: tuple[int, int]) -> list[int | None]:
@@ -212,7 +213,7 @@ class MicroBatchOracle(Oracle):
                 found = value(slot)
                 if slot.share:
                     local = local + _exact(found) * slot.share
-        return self.backend.sum_world_(on_device([local], self.backend.device)).item()
+        return self.backend.sum_replica_(on_device([local], self.backend.device)).item()
 
     def _share(self, index: int | None) -> float:
         """A slot's share of the total weight; 0 for an idle one and for a micro-batch whose labels are all masked."""

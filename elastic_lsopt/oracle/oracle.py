@@ -188,12 +188,12 @@ class Oracle(ABC):
 
     def _close(self, total: Pass) -> None:
         gradients = self.backend.gradients()
-        square = local_square(gradients) / self.backend.replicas
+        square = local_square(gradients) / self.backend.holders
         asked = self._stop_requested is not None and self._stop_requested()
         own = [total.local_loss, square, total.nonfinite, asked]
         riding = self._own_piggyback().numbers if self._own_piggyback is not None else []
         values = on_device([*own, *riding], self.backend.device)
-        loss, square, nonfinite, stop, *rode = self.backend.sum_world_(values).tolist()
+        loss, square, nonfinite, stop, *rode = self.backend.sum_replica_(values).tolist()
         self.losses.append(loss)
         self.stop = self.stop or stop > 0
         self.piggyback = Piggyback.of(rode) if rode else None

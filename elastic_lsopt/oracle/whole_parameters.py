@@ -26,7 +26,7 @@ class WholeParameters(ABC):
         """This rank's 1-D pieces of the sum of `wholes` over its shard group (collective); None stands for zeros."""
 
     @abstractmethod
-    def sum_replicas(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+    def sum_holders(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
         """The pieces' sums over the ranks that hold the same ones (collective)."""
 
     @abstractmethod

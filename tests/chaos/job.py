@@ -174,7 +174,7 @@ def arm(folder: Path, engine: lso.Engine, world: World) -> None:
 
     engine.module.register_forward_pre_hook(forward)
     engine.module.last.register_full_backward_hook(lambda *_: at(folder, "backward"))
-    before(engine.backend, "sum_world_", lambda: at(folder, "all-reduce"))
+    before(engine.backend, "sum_replica_", lambda: at(folder, "all-reduce"))
 
 
 def arm_runtime(folder: Path) -> None:

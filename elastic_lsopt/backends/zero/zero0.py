@@ -20,7 +20,7 @@ class Zero0(ZeroBackend):
     def __init__(self, engine: Any) -> None:
         self._masters = getattr(engine.optimizer, "fp32_groups", None)
         super().__init__(engine)
-        self.shard_group, self.replicas = None, self.world
+        self.shard_group, self.holders = None, self.world
 
     @property
     def separate_master(self) -> bool:

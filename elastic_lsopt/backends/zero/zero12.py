@@ -64,7 +64,7 @@ class FlatZero(ZeroBackend):
                 # See [Note: cutting the transport]: DeepSpeed's groups are gone.
                 flat.detach().copy_(torch.cat(self.transport.gather(own)))
             elif self.world > 1:
-                dist.all_gather_into_tensor(flat.detach(), own)
+                dist.all_gather_into_tensor(flat.detach(), own, group=self.shard_group)
 
     def repair(self) -> None:
         super().repair()

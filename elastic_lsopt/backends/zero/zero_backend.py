@@ -19,7 +19,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from elastic_lsopt.backends.backend import Backend
@@ -90,8 +89,8 @@ class ZeroBackend(Backend):
         self.module = engine.module
         self.transport = Transport()
         self.rank, self.world = self.transport.rank, self.transport.world
-        self.replicas = 1
-        self.shard_group = dist.group.WORLD
+        self.holders = 1
+        self.shard_group = self.groups.replica.handle
         self.device = engine.device
         self.compute_dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
         self._wrapper = engine.optimizer

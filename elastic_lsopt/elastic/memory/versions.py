@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_lsopt.checkpoint.contents import TrainingState, chunk_of, take_snapshot
+from elastic_lsopt.checkpoint.contents import Keys, TrainingState, chunk_of, take_snapshot
 from elastic_lsopt.checkpoint.safetensors_file import ALIGNMENT, BY_NAME, DTYPES
 from elastic_lsopt.elastic.memory.download import Download
 
@@ -168,11 +168,14 @@ class HostVersions:
             for key, held in snapshot.tensors.items()
             for offset, tensor in held.chunks
         }
-        index = self._index_of(source, f"{METADATA}{backend.rank}", len(text))
+        index = self._index_of(source, f"{METADATA}{backend.groups.job.rank}", len(text))
         buffer = self._buffer(index.bytes, pinned=backend.device.type == "cuda")
         # Before the ranks have told each other, at least all weights must be there, and what was there a step ago.
-        whole = {f"weights/{p.name}": p.numel for p in backend.layout.parameters} | self._shared() | index.numels
-        version = Version(generation, step, backend.rank, backend.world, self._node, index, buffer, whole)
+        weights = Keys.of(backend).weights
+        whole = {f"{weights}/{p.name}": p.numel for p in backend.layout.parameters} | self._shared() | index.numels
+        version = Version(
+            generation, step, backend.groups.job.rank, backend.groups.job.size, self._node, index, buffer, whole
+        )
         *chunks, metadata = index.chunks
         version.bytes_of(metadata).numpy()[:] = memoryview(text.ljust(metadata[2]))
         on_host = [c for c in chunks if source[c][0].device.type == "cpu"]

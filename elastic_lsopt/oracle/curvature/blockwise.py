@@ -45,7 +45,7 @@ class Blockwise(Weights):
 
     @property
     def communicates(self) -> bool:
-        return self.backend.replicas < self.backend.world
+        return self.backend.holders < self.backend.world
 
     def __init__(self, space: ParameterSpace, skeleton: Skeleton, *, twice: bool) -> None:
         super().__init__(space, skeleton, twice=twice)
@@ -69,7 +69,7 @@ class Blockwise(Weights):
         ]
         out = self.space.empty()
         with torch.no_grad():
-            torch._foreach_copy_(out.tensors, list(self.backend.sum_replicas(mine)))
+            torch._foreach_copy_(out.tensors, list(self.backend.sum_holders(mine)))
         return out
 
     def close(self) -> None:

@@ -207,7 +207,7 @@ class Products:
 
     def _all_agree(self, mine: bool) -> bool:
         vote = torch.tensor([float(not mine)], dtype=torch.float64, device=self.backend.device)
-        return not self.backend.sum_world_(vote).item()
+        return not self.backend.sum_replica_(vote).item()
 
     def _running(self, weights: Weights) -> list[Slot]:
         """The forwards to run: idle ones only where the others would wait for them."""
@@ -307,7 +307,7 @@ class Products:
                 value = changed.value(self.loss, weights.model, self.backend.device)
                 if slot.share:
                     local = local + value.double() * slot.share
-        return self.backend.sum_world_(on_device([local], self.backend.device)).item()
+        return self.backend.sum_replica_(on_device([local], self.backend.device)).item()
 
     def _parts_at(self, weights: Weights, direction: Vector | None, scale: float) -> Parts:
         """This rank's share of dL/dw at w + scale * direction."""

@@ -107,7 +107,7 @@ class Gathered(Weights):
     def collect(self, parts: Sequence[Tensor | None]) -> Vector:
         out = self.space.empty()
         with torch.no_grad():
-            mine = self.backend.sum_replicas(self.backend.reduce_scatter(parts, self._all, self.dtype))
+            mine = self.backend.sum_holders(self.backend.reduce_scatter(parts, self._all, self.dtype))
             torch._foreach_copy_(out.tensors, list(mine))
         return out
 

@@ -101,7 +101,7 @@ class Probing:
         """See [Note: one clock for all ranks]."""
         over = self._spent[name] > probe.budget * (time.monotonic() - self._began)
         vote = torch.tensor([float(over and self._world.is_first)], dtype=torch.float64, device=self._world.device)
-        left_out = self._engine.backend.sum_world_(vote).item() > 0
+        left_out = self._engine.backend.sum_replica_(vote).item() > 0
         if left_out and name not in self._warned:
             self._warned.add(name)
             self._say(f"probe {name} takes more than {probe.budget:.0%} of the time: it is measured less often.")
