@@ -1,0 +1,38 @@
+"""Replicas inside a job: each is bit for bit a job of its own on its micro-batches; what is the job's is the job's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KINDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+SIZES = ([1, 1], [2, 1], [2, 2])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replica_is_a_job_of_its_own(ranks: Any, kind: str, sizes: list[int]) -> None:
+    world = sum(sizes)
+    for rank, r in enumerate(ranks(world).run("tests.cases.replicas:beside", kind=kind, sizes=sizes)):
+        assert r["same"] and all(r["losses"]), (rank, r)
+        assert r["samples"] == 4 * 4 * 2 * world and r["skipped"] == 0 and "stopped at" not in r, (rank, r)
+        assert r["job"] == [rank, world] and r["replica"][1] == sizes[r["replica"][0]], (rank, r)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2"])
+def test_a_step_is_skipped_in_its_replica_alone(ranks: Any, kind: str) -> None:
+    for r in ranks(3).run("tests.cases.replicas:beside", kind=kind, sizes=[2, 1], bad=True):
+        assert r["skipped"] == (r["replica"][0] == 0) and r["same"] and all(r["losses"]), r
+
+
+@pytest.mark.parametrize("sizes", [[1, 1], [2, 1]], ids=str)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_a_bit_of_difference_is_found_again(ranks: Any, tmp_path: Path, kind: str, sizes: list[int]) -> None:
+    """Law 8, of each family that there is."""
+    out = ranks(sum(sizes)).run("tests.cases.replicas:kept_apart", kind=kind, sizes=sizes, path=str(tmp_path))
+    for r in out:
+        assert len(r["same"]) >= 4 and all(r["same"].values()), r
+    if sizes == [1, 1]:
+        assert out[0]["first"] != out[1]["first"]
