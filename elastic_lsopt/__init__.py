@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from elastic_lsopt.api.initialize import initialize
     from elastic_lsopt.api.landscape_optimizer import LandscapeOptimizer
     from elastic_lsopt.api.trainer_callback import ProbeCallback
+    from elastic_lsopt.averages import registry as averages
+    from elastic_lsopt.averages.average import Average
+    from elastic_lsopt.averages.ema import EMA
+    from elastic_lsopt.checkpoint.save import load, save
     from elastic_lsopt.errors import (
         NonFinite,
         PeerFailed,
@@ -32,55 +36,90 @@ if TYPE_CHECKING:
     from elastic_lsopt.oracle.loss import Loss
     from elastic_lsopt.oracle.microbatch import MicroBatch
     from elastic_lsopt.oracle.report import StepReport
+    from elastic_lsopt.space.vector import Scales
+    from elastic_lsopt.updates import registry as updates
+    from elastic_lsopt.updates.adapter import UpdateOptimizer
+    from elastic_lsopt.updates.lamb import LAMB
+    from elastic_lsopt.updates.lars import LARS
+    from elastic_lsopt.updates.muon import Muon
+    from elastic_lsopt.updates.update import Update
 
 __version__ = "0.1.0"
 __all__ = [
     "ASAM",
+    "EMA",
+    "LAMB",
+    "LARS",
     "LPFSGD",
     "SAM",
+    "Average",
     "Engine",
     "LandscapeOptimizer",
     "Loss",
     "MicroBatch",
+    "Muon",
     "NonFinite",
     "PeerFailed",
     "Plain",
     "ProbeCallback",
+    "Scales",
     "StaleGeneration",
     "StaleGradient",
     "StaleWeights",
     "StepReport",
     "Unsupported",
+    "Update",
+    "UpdateOptimizer",
     "UserError",
     "attach",
+    "averages",
     "elastic",
     "initialize",
+    "load",
     "probes",
     "registry",
+    "save",
+    "updates",
 ]
 
 _HOMES = {
     "ASAM": "optimizers.asam",
-    "LPFSGD": "optimizers.lpf_sgd",
-    "SAM": "optimizers.sam",
+    "Average": "averages.average",
+    "EMA": "averages.ema",
     "Engine": "api.engine",
+    "LAMB": "updates.lamb",
+    "LARS": "updates.lars",
+    "LPFSGD": "optimizers.lpf_sgd",
     "LandscapeOptimizer": "api.landscape_optimizer",
     "Loss": "oracle.loss",
     "MicroBatch": "oracle.microbatch",
+    "Muon": "updates.muon",
     "NonFinite": "errors",
     "PeerFailed": "errors",
     "Plain": "optimizers.plain",
     "ProbeCallback": "api.trainer_callback",
+    "SAM": "optimizers.sam",
+    "Scales": "space.vector",
     "StaleGeneration": "errors",
     "StaleGradient": "errors",
     "StaleWeights": "errors",
     "StepReport": "oracle.report",
     "Unsupported": "errors",
+    "Update": "updates.update",
+    "UpdateOptimizer": "updates.adapter",
     "UserError": "errors",
     "attach": "api.attach",
     "initialize": "api.initialize",
+    "load": "checkpoint.save",
+    "save": "checkpoint.save",
 }
-_MODULES = {"elastic": "elastic", "probes": "probes", "registry": "optimizers.registry"}
+_MODULES = {
+    "averages": "averages.registry",
+    "elastic": "elastic",
+    "probes": "probes",
+    "registry": "optimizers.registry",
+    "updates": "updates.registry",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,9 @@ from torch import nn
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.averages.average import FAMILY, Average
 from elastic_lsopt.backends.backend import Backend
+from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import StaleWeights, UserError
+from elastic_lsopt.optimizers.plain import Plain
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.default_loss import as_loss
 from elastic_lsopt.oracle.eval_mode import eval_mode
@@ -55,6 +57,27 @@ class Engine:
         self._trained = [p.requires_grad for p in backend.module.parameters()]
         self.last_step: StepReport | None = None
         backend.module.register_forward_pre_hook(self._refuse_stale_forward, prepend=True)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module | Any,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        method: Method | None = None,
+        loss_fn: Loss | LossFunction | None = None,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+        total_samples: int | None = None,
+        keep: Sequence[Stateful] = (),
+    ) -> Engine:
+        """The engine of a model as it is wrapped: plain, DDP, `fully_shard`, or a DeepSpeed engine (collective).
+
+        `optimizer` is the base (a DeepSpeed engine brings its own), `method` the landscape method (None: none).
+        """
+        backend = backend_for(model, optimizer, max_grad_norm=max_grad_norm)
+        chosen = Plain() if method is None else method
+        return cls(backend, chosen, loss_fn=loss_fn, seed=seed, total_samples=total_samples, keep=keep)
 
     @property
     def module(self) -> nn.Module:

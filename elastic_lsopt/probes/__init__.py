@@ -1,5 +1,6 @@
 """Probes: what the landscape around the weights looks like. One measure a file, named as in its paper."""
 
+from elastic_lsopt.probes.catalogue import register
 from elastic_lsopt.probes.flatness.effective_dimension import effective_dimension
 from elastic_lsopt.probes.flatness.epsilon_sharpness import epsilon_sharpness
 from elastic_lsopt.probes.flatness.filter_normalisation import filter_normalised
@@ -56,6 +57,7 @@ __all__ = [
     "power_iteration",
     "preconditioned",
     "project",
+    "register",
     "sam_sharpness",
     "shannon_entropy",
     "spectral_density",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -101,7 +102,7 @@ def beside(kind: str, sizes: Sequence[int], bad: bool = False) -> dict[str, Any]
             engines.close(engine)
             tear_down(engine)
     (losses, together_weights), (alone_losses, alone_weights) = runs
-    out["losses"] = [a == b or (a != a and b != b) for a, b in zip(losses, alone_losses, strict=True)]
+    out["losses"] = [a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(losses, alone_losses, strict=True)]
     out["same"] = all(torch.equal(together_weights[n], alone_weights[n]) for n in alone_weights)
     return out
 
