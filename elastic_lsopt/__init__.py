@@ -9,13 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elastic_lsopt import elastic, probes
+    from elastic_lsopt import averages, elastic, probes, updates
     from elastic_lsopt.api.attach import attach
     from elastic_lsopt.api.engine import Engine
     from elastic_lsopt.api.initialize import initialize
     from elastic_lsopt.api.landscape_optimizer import LandscapeOptimizer
     from elastic_lsopt.api.trainer_callback import ProbeCallback
-    from elastic_lsopt.averages import registry as averages
     from elastic_lsopt.averages.average import Average
     from elastic_lsopt.averages.ema import EMA
     from elastic_lsopt.checkpoint.save import load, save
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from elastic_lsopt.oracle.microbatch import MicroBatch
     from elastic_lsopt.oracle.report import StepReport
     from elastic_lsopt.space.vector import Scales
-    from elastic_lsopt.updates import registry as updates
     from elastic_lsopt.updates.adapter import UpdateOptimizer
     from elastic_lsopt.updates.lamb import LAMB
     from elastic_lsopt.updates.lars import LARS
@@ -114,11 +112,11 @@ _HOMES = {
     "save": "checkpoint.save",
 }
 _MODULES = {
-    "averages": "averages.registry",
+    "averages": "averages",
     "elastic": "elastic",
     "probes": "probes",
     "registry": "optimizers.registry",
-    "updates": "updates.registry",
+    "updates": "updates",
 }
 
 

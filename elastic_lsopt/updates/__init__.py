@@ -1,0 +1,5 @@
+"""Updates: one paper a file, and their registry."""
+
+from elastic_lsopt.updates.registry import build, get, names, register
+
+__all__ = ["build", "get", "names", "register"]
