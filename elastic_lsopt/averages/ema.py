@@ -18,9 +18,9 @@ from typing import Any
 
 from elastic_lsopt.averages.average import FAMILY, Average
 from elastic_lsopt.averages.registry import register
+from elastic_lsopt.by_name import require_share
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.report import StepReport
-from elastic_lsopt.registry import require_share
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 

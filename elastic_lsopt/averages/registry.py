@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from elastic_lsopt.registry import Registry
+from elastic_lsopt.by_name import Registry
 
 averages = Registry("average", group="elastic_lsopt.averages", ours={"ema": "elastic_lsopt.averages.ema"})
 register, names, get, build = averages.register, averages.names, averages.get, averages.build

@@ -19,11 +19,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from elastic_lsopt.by_name import require_count, require_number
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.optimizers.registry import register
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
-from elastic_lsopt.registry import require_count, require_number
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_lsopt.registry import Registry
+from elastic_lsopt.by_name import Registry
 
 _HOME = "elastic_lsopt.optimizers"
 methods = Registry(

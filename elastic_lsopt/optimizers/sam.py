@@ -19,10 +19,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from elastic_lsopt.by_name import require, require_count, require_number
 from elastic_lsopt.optimizers.registry import register
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
-from elastic_lsopt.registry import require, require_count, require_number
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Scales, Vector
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from elastic_lsopt.by_name import require, require_number
 from elastic_lsopt.oracle.method import State
-from elastic_lsopt.registry import require, require_number
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Scales, Vector
 from elastic_lsopt.updates.registry import register

@@ -21,9 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from elastic_lsopt.by_name import require, require_count, require_share
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.method import State
-from elastic_lsopt.registry import require, require_count, require_share
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 from elastic_lsopt.updates.registry import register
