@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.errors import NonFinite, PeerFailed, UserError
 from elastic_lsopt.oracle.clock import SampleClock
@@ -97,11 +99,14 @@ class LandscapeStep:
         new = LandscapeStep(backend, self.method, self.seed, self.clock, self.skipped_steps, kept=self.kept)
         new._warned, new._looked = self._warned, self._looked
         for name, family in self.families.items():
-            state = new.families[name].state_dict()
-            for key, value in family.state_dict().items():
-                state[key] = (
-                    _carried(value, state.get(key), new.families[name].space) if isinstance(value, Vector) else value
-                )
+            mine = new.families[name]
+            fresh = mine.state_dict()
+            mine.load_state_dict(
+                {
+                    key: _carried(value, fresh.get(key), mine.space) if isinstance(value, Vector) else value
+                    for key, value in family.state_dict().items()
+                }
+            )
         self.space.retire()
         return new
 
@@ -133,6 +138,8 @@ class LandscapeStep:
                 for kept in self._watching():
                     kept.kind.before_step(space, gradient, samples, kept.state)
                 if self._update is not None:
+                    if norm**2 > torch.finfo(torch.float32).max:  # DeepSpeed would leave out its part of the step
+                        raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")
                     self._update.take(self._clipped(gradient, norm))
                 self.backend.step(gradient, norm)
                 space.stepped()

@@ -54,12 +54,16 @@ class UpdateOptimizer(torch.optim.Optimizer):
         self._bound: list[tuple[Kept | TorchFamily, list[int]]] = []
         self.steps_elsewhere = False
         """A framework calls `step()` after `take()`; see the note above."""
+        self._options = tuple(options)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "update": update, **options})
-        for number, group in enumerate(self.param_groups):
-            group["update"] = rule = resolved(group["update"], {k: group[k] for k in options})
-            if isinstance(rule, Update) and is_dataclass(rule):
-                group |= {f.name: getattr(rule, f.name) for f in fields(rule)}
-            self._by_id |= {id(p): number for p in group["params"]}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["update"] = rule = resolved(group["update"], {k: group[k] for k in self._options})
+        if isinstance(rule, Update) and is_dataclass(rule):
+            group.update({f.name: getattr(rule, f.name) for f in fields(rule)})
+        self._by_id.update({id(p): len(self.param_groups) - 1 for p in group["params"]})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """What a framework calls after `take`. Raises UserError where nobody takes."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.method import State
@@ -36,23 +37,37 @@ class TorchFamily:
         self.begin()
 
     def begin(self) -> None:
-        self._pieces = self.space.weights.tensors
-        groups = [{"params": [t]} for t in self._pieces]  # one per piece: param groups may differ in rate and decay
-        self._optimizer = self._kind(groups, lr=0.0, **self._options) if groups else None
+        self._pieces: list[Tensor] = []
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._follow()
+
+    def _follow(self) -> None:
+        """Step on the pieces where they are now: a framework may have moved them to other storage."""
+        now = self.space.weights.tensors
+        if [t.data_ptr() for t in now] == [t.data_ptr() for t in self._pieces]:
+            return
+        had = [self._optimizer.state[t] for t in self._pieces] if self._optimizer is not None else []
+        self._pieces = now
+        # One param group per piece: parameters may differ in rate and decay.
+        self._optimizer = self._kind([{"params": [t]} for t in now], lr=0.0, **self._options) if now else None
+        for t, state in zip(now, had, strict=False):
+            assert self._optimizer is not None
+            self._optimizer.state[t] = state
 
     def empty(self, key: str) -> Vector:
         return self.space.zeros()
 
     def step(self, gradient: Vector, rates: Rates, hyperparameters: Mapping[str, Any]) -> None:
         """Step on the pieces; no communication."""
+        self._follow()
         if self._optimizer is None:
             return
         layout = self.space.layout
         for piece, group, t, g in zip(
             layout.pieces, self._optimizer.param_groups, self._pieces, gradient.tensors, strict=True
         ):
-            group |= {k: v for k, v in hyperparameters.items() if k in group and k != "params"}
-            group |= {"lr": rates.lr[piece.parameter], "weight_decay": rates.weight_decay[piece.parameter]}
+            group.update({k: v for k, v in hyperparameters.items() if k in group and k != "params"})
+            group.update(lr=rates.lr[piece.parameter], weight_decay=rates.weight_decay[piece.parameter])
             t.grad = g
         self._optimizer.step()
         for t in self._pieces:
@@ -62,16 +77,16 @@ class TorchFamily:
         by_key: dict[str, list[Any]] = {}
         for t in self._pieces:
             for key, value in (self._optimizer.state[t] if self._optimizer is not None else {}).items():
-                by_key.setdefault(key, []).append(value)
+                if value is not None:
+                    by_key.setdefault(key, []).append(value)
         return {
             key: Vector(self.space, values) if values[0].dim() else float(values[0]) for key, values in by_key.items()
         }
 
     def load_state_dict(self, state: State) -> None:
-        assert self._optimizer is not None or not self._pieces
         for i, t in enumerate(self._pieces):
-            mine = {
+            assert self._optimizer is not None
+            self._optimizer.state[t] = {
                 key: value.tensors[i] if isinstance(value, Vector) else torch.tensor(float(value))
                 for key, value in state.items()
             }
-            self._optimizer.state[t] = mine  # type: ignore[union-attr]
