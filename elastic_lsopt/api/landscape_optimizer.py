@@ -82,7 +82,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
     # -- what it shares with the base --------------------------------------------------------------------------
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.base.param_groups
 
     @param_groups.setter
@@ -90,7 +90,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.base.state
 
     @state.setter
@@ -144,7 +144,8 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         backward pass outside of step() has left, and for a GradScaler's call.
         """
         if hasattr(self, "grad_scale"):  # GradScaler's sign that it calls
-            del self.grad_scale, self.found_inf
+            for name in ("grad_scale", "found_inf"):
+                delattr(self, name)
             raise UserError(FP16)
         if closure is None and not self.state and all(float(g.get("lr", 1.0)) == 0.0 for g in self.param_groups):
             # torch.distributed.checkpoint makes a fresh optimizer's state so: zero gradients, learning rates of zero.

@@ -261,7 +261,7 @@ class Checkpointer:
         return LoadReport(path, metadata["step"], state.clock, metadata["extra"], metadata["world"] == self.world)
 
     def _newest(self) -> Path | None:
-        candidates = self._first_listing(self.folder)
+        candidates, reason = self._first_listing(self.folder), None
         for path in candidates:
             if (reason := self._damage(path)) is None:
                 return path

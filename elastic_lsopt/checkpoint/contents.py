@@ -47,7 +47,10 @@ class TrainingState(Protocol):
     @property
     def families(self) -> Mapping[str, Family]: ...
 
-    clock: SampleClock
+    @property
+    def clock(self) -> SampleClock: ...
+    @clock.setter
+    def clock(self, clock: SampleClock) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,7 @@ def export_huggingface(
             pass
         _agree(folder, failure, group)
     finally:
-        if group is not None:
-            dist.destroy_process_group(group)
+        backend.groups.replica.end(group)
     return folder
 
 
@@ -158,8 +157,8 @@ def _describe(module: nn.Module, staged: Path, names: list[str]) -> None:
     """config.json for `from_pretrained`; for a plain module a note."""
     # fully_shard has put a class of its own before the user's
     kind = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
-    config = getattr(module, "config", None)
-    if not hasattr(config, "save_pretrained"):
+    config: Any = getattr(module, "config", None)
+    if config is None or not hasattr(config, "save_pretrained"):
         (staged / NOTE).write_text(
             f"Weights of {kind.__module__}.{kind.__qualname__}, named as in its state_dict:\n\n"
             "    from safetensors.torch import load_file\n"
@@ -171,8 +170,9 @@ def _describe(module: nn.Module, staged: Path, names: list[str]) -> None:
     if getattr(config, "dtype", None) is None:
         config.dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
     config.save_pretrained(staged)
-    if getattr(module, "generation_config", None) is not None:
-        module.generation_config.save_pretrained(staged)
+    generation: Any = getattr(module, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(staged)
 
 
 # -- from the ranks to rank 0 ------------------------------------------------------------------------------------------

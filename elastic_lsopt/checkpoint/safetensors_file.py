@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def write_tensors(path: Path, heads: Sequence[Head], tensors: Iterable[Tensor]) 
     Tensors may lie on any device and are taken one at a time, so an iterator that makes them keeps memory low.
     Raises OSError where the disk is full; the file is then incomplete.
     """
-    at, table = 0, {"__metadata__": {"format": "pt"}}
+    at, table = 0, dict[str, dict[str, Any]]({"__metadata__": {"format": "pt"}})
     for head in heads:
         table[head.name] = {
             "dtype": DTYPES[head.dtype], "shape": list(head.shape), "data_offsets": [at, at + head.bytes],
@@ -70,7 +71,7 @@ def write_tensors(path: Path, heads: Sequence[Head], tensors: Iterable[Tensor]) 
             out.write(part)
         for head, tensor in zip(heads, tensors, strict=True):
             assert tensor.dtype == head.dtype and tensor.numel() == prod(head.shape), head
-            data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
             digest.update(data)
             out.write(data)
         out.flush()

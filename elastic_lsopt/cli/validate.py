@@ -84,7 +84,7 @@ def check_paths(config: TrainConfig) -> None:
     for key in ("model_name_or_path", "tokenizer_name_or_path"):
         named = getattr(config, key)
         looks_like_path = named is not None and (named[0] in "./~" or named.count("/") > 1)
-        if looks_like_path and not Path(named).expanduser().exists():
+        if named is not None and looks_like_path and not Path(named).expanduser().exists():
             raise SettingError(key, f"{key}={named} does not exist; give a folder or a name in the local cache.")
     data = Path(config.dataset)
     looks_like_path = data.suffix or config.dataset.startswith((".", "/", "~"))

@@ -56,7 +56,7 @@ class SampleOrder:
         if asked.size and asked.min() < 0:
             raise ValueError(f"position {asked.min()} must be >= 0.")
         epoch, index = np.divmod(asked.reshape(-1).astype(np.uint64), np.uint64(self.samples))
-        key = _mix(_mix(np.uint64([self.seed])) + epoch * np.uint64(_STRIDE))
+        key = _mix(_mix(np.array([self.seed], dtype=np.uint64)) + epoch * np.uint64(_STRIDE))
         index = self._permute(index, key)
         while len(outside := np.flatnonzero(index >= self.samples)):
             index[outside] = self._permute(index[outside], key[outside])

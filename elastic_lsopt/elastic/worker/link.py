@@ -57,7 +57,9 @@ class Entered:
 
     @classmethod
     def from_json(cls, told: dict[str, Any]) -> Entered:
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k in cls.__annotations__}
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k in cls.__annotations__
+        }
         return cls(**values)
 
 

@@ -191,10 +191,10 @@ def _document(name: str, place: str, record: Mapping[str, Any], text_field: str,
 
 
 def _on_disk(path: Path) -> Any:
-    import datasets
+    from datasets import load_from_disk  # pyright: ignore[reportAttributeAccessIssue]
 
     try:
-        table = datasets.load_from_disk(str(path))
+        table = load_from_disk(str(path))
     except Exception as error:  # pyarrow, json and OS errors, by what is broken
         raise SettingError("dataset", f"dataset={str(path)!r} is broken: {error}".splitlines()[0]) from None
     return _train_split(str(path), table)
@@ -205,10 +205,10 @@ def _by_name(source: str) -> Any:
     if Path(source).suffix in (*_TEXT, ".jsonl", ".json") or source[0] in "./~" or source.count("/") > 1:
         raise SettingError("dataset", f"dataset={source!r} does not exist; give a file, a folder or {STDLIB!r}.")
     local_only("dataset", source, "datasets")
-    import datasets
+    from datasets import load_dataset  # pyright: ignore[reportAttributeAccessIssue]
 
     try:
-        return _train_split(source, datasets.load_dataset(source))
+        return _train_split(source, load_dataset(source))
     except SettingError:
         raise
     except Exception as error:  # not found, no network, a broken cache

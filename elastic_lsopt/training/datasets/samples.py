@@ -242,7 +242,7 @@ def _sequence_classification(config: TrainConfig, tokens: Tokens) -> Data:
     )  # fmt: skip
 
 
-def _classes(given: list[int | str | None], field: str, *known: tuple[str, ...]) -> tuple[tuple[str, ...], list[int]]:
+def _classes(given: list[Any], field: str, *known: tuple[str, ...]) -> tuple[tuple[str, ...], list[int]]:
     """Integers are labels already, 0 … largest. Names are numbered as in the first of `known` that has them all (the
     model's own first: its head would have to learn another order), else in alphabetical order.
     """
@@ -260,7 +260,7 @@ def _classes(given: list[int | str | None], field: str, *known: tuple[str, ...])
 def _digits(config: TrainConfig) -> Data:
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     x, labels = (digits.data / 16).astype(np.float32), digits.target.astype(np.int64)  # pixels are 0 … 16
     out = held_out([f"#{i}" for i in range(len(x))], config.eval_fraction)
     return Data(
