@@ -144,10 +144,10 @@ def test_the_public_surface() -> None:
     """Adding a name is a decision; taking one away breaks users."""
     assert sorted(lso.__all__) == sorted(
         [
-            "ASAM", "LPFSGD", "SAM", "Engine", "LandscapeOptimizer", "Loss", "MicroBatch", "NonFinite", "PeerFailed", 
-            "Plain", "ProbeCallback",
-            "StaleGeneration", "StaleGradient", "StaleWeights", "StepReport", "Unsupported", "UserError", "attach",
-            "elastic", "initialize", "probes", "registry",
+            "ASAM", "Average", "EMA", "Engine", "LAMB", "LARS", "LPFSGD", "LandscapeOptimizer", "Loss", "MicroBatch",
+            "Muon", "NonFinite", "PeerFailed", "Plain", "ProbeCallback", "SAM", "Scales", "StaleGeneration",
+            "StaleGradient", "StaleWeights", "StepReport", "Unsupported", "Update", "UpdateOptimizer", "UserError",
+            "attach", "averages", "elastic", "initialize", "load", "probes", "registry", "save", "updates",
         ]
     )  # fmt: skip
     assert all(hasattr(lso, name) for name in lso.__all__)
