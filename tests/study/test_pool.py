@@ -30,7 +30,7 @@ def behave(task: str) -> tuple[str, int, int]:
         os._exit(3)
     if kind == "nothing left":
         raise MemoryError
-    time.sleep(float(number or 0))
+    time.sleep(float(number if kind == "sleep" else 0))
     return task, os.getpid(), torch.get_num_threads()
 
 
@@ -49,17 +49,18 @@ def test_each_task_has_a_process_of_one_thread_and_as_many_run_as_there_are_work
 
 
 def test_failures_are_told_and_harm_no_other():
-    tasks = ["raise", "die", "good", "leave", "hang", "fine"]
-    found = outcomes(tasks, timeout_s=20.0)
+    """What hangs comes after the others: by then all is imported, so that its limit says nothing of the machine."""
+    found = outcomes(["raise", "die", "good", "leave", "fine"], timeout_s=170.0)
+    found |= outcomes(["hang", "beside it"], timeout_s=10.0)
     assert {task: o.failure for task, o in found.items()} == {
         "raise": "ValueError: no such luck",
         "die": "its process was killed by SIGKILL",
         "leave": "its process ended with code 3",
-        "hang": "it took longer than timeout_s=20",
-        "good": None, "fine": None,
+        "hang": "it took longer than timeout_s=10",
+        "good": None, "fine": None, "beside it": None,
     }  # fmt: skip
     assert found["good"].result[0] == "good"
-    assert 20 <= found["hang"].seconds < 60
+    assert 10 <= found["hang"].seconds < 50
 
 
 def test_no_process_is_left_when_the_caller_stops():
