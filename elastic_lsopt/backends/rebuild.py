@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import debug
 
 from elastic_lsopt.backends.backend import Backend
+from elastic_lsopt.backends.fabric import Fabric
 from elastic_lsopt.space.geometry import ParameterSpace
 
 
@@ -31,13 +32,13 @@ class Built(Protocol):
     def space(self) -> ParameterSpace: ...
 
 
-def form_group(backend: str, store: dist.Store, rank: int, world: int, timeout: timedelta) -> None:
+def form_group(fabric: Fabric, store: dist.Store, rank: int, world: int, timeout: timedelta) -> None:
     """The default process group of a generation (collective); `store` is one that no other group has used.
 
     The launcher's variables follow: ZeRO-3 refuses a group whose size is not that of WORLD_SIZE.
     """
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    fabric.form(store, rank, world, timeout)
 
 
 def tear_down(engine: Built | None) -> None:

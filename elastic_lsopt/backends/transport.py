@@ -11,11 +11,7 @@ the job ends (or, under the elastic runtime, re-forms).
 
 from __future__ import annotations
 
-import os
-import socket
 import time
-from collections.abc import Collection
-from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -23,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elastic_lsopt.backends.ending import end_well
+from elastic_lsopt.backends.fabric import fabric_for
+from elastic_lsopt.backends.fabric.sockets import sockets
 from elastic_lsopt.backends.groups import present
 from elastic_lsopt.backends.signed_store import server_of
 from elastic_lsopt.errors import PeerFailed
@@ -53,7 +51,7 @@ class Transport:
         Transport._made += 1
         if self.world > 1:
             end_well()
-            mine = sorted({local for _, local, _, listens in _sockets() if listens})
+            mine = sorted({local for _, local, _, listens in sockets() if listens})
             heads = _gather([Transport._made, len(mine)])
             # a newcomer has made fewer than a survivor: all go on from the largest number
             Transport._made = max(made for made, _ in heads)
@@ -106,7 +104,8 @@ class Transport:
         self.cut = True
         if self.world > 1:
             master = server_of(dist.distributed_c10d._get_default_store())
-            shut_down(self._ports, keep=master.port if isinstance(master, dist.TCPStore) else -1)
+            kind = "cuda" if "cuda:" in dist.get_backend_config() else "cpu"
+            fabric_for(kind).cut(self._ports, keep=master.port if isinstance(master, dist.TCPStore) else -1)
 
     def first_failure(self) -> str | None:
         """What another rank reported of the newest failure, if any: 'rank 1 raised ValueError: …'."""
@@ -148,38 +147,3 @@ def _gather(own: list[int]) -> list[list[int]]:
     out = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(out, mine)
     return [numbers.tolist() for numbers in out]
-
-
-def _sockets() -> list[tuple[int, int, int | None, bool]]:
-    """(file descriptor, local port, remote port or None, whether it listens) of this process's TCP sockets.
-
-    The kernel's table of connections (/proc/net/tcp) would cost milliseconds: it is read through all of the machine's.
-    """
-    found = []
-    for fd in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # its owner may have closed it meanwhile
-            if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
-                with socket.socket(fileno=os.dup(int(fd))) as copy:
-                    if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM:
-                        listens = bool(copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-                        found.append((int(fd), copy.getsockname()[1], _remote_port(copy), listens))
-    return found
-
-
-def _remote_port(connection: socket.socket) -> int | None:
-    try:
-        return connection.getpeername()[1]
-    except OSError:
-        return None
-
-
-def shut_down(ports: Collection[int], *, keep: int = -1) -> None:
-    """Shut down this process's connections that start or end at one of the ports, but for those of port `keep`.
-
-    From any thread: whatever waits on one of them, a collective or a store's answer, raises at once.
-    """
-    for fd, local, remote, _ in _sockets():
-        if remote is not None and keep not in (local, remote) and (local in ports or remote in ports):
-            # its owner may have closed it meanwhile
-            with suppress(OSError), socket.socket(fileno=os.dup(fd)) as copy:
-                copy.shutdown(socket.SHUT_RDWR)

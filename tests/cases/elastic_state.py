@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import elastic_lsopt as lso
 from elastic_lsopt.backends.agreement import gather_json
+from elastic_lsopt.backends.fabric import Gloo
 from elastic_lsopt.backends.rebuild import form_group, tear_down
 from elastic_lsopt.elastic.memory.mirror import Mirror
 from elastic_lsopt.elastic.memory.reshard import choose, inventory, reshard
@@ -41,7 +42,7 @@ def reforming() -> Iterator[Any]:
         if me not in members:
             return False
         place = dist.PrefixStore(f"formed/{_formed['groups']}", store)
-        form_group("gloo", place, list(members).index(me), len(members), timedelta(seconds=30))
+        form_group(Gloo(), place, list(members).index(me), len(members), timedelta(seconds=30))
         return True
 
     tear_down(None)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import elastic_lsopt as lso
 from elastic_lsopt.averages.ema import EMA
+from elastic_lsopt.backends.fabric import Gloo
 from elastic_lsopt.backends.groups import Groups, form_replicas
 from elastic_lsopt.backends.rebuild import form_group, tear_down
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
@@ -40,7 +41,7 @@ def away() -> Iterator[Any]:
     finally:
         if dist.is_initialized():
             tear_down(None)
-        form_group("gloo", fresh(), me, world, timedelta(seconds=30))
+        form_group(Gloo(), fresh(), me, world, timedelta(seconds=30))
 
 
 def place_of(rank: int, sizes: Sequence[int]) -> tuple[int, int]:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.backends.agreement import gather_json
+from elastic_lsopt.backends.fabric import fabric_for
 from elastic_lsopt.backends.rebuild import form_group, tear_down
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.config.elastic import ElasticConfig
@@ -150,10 +151,7 @@ class LiveGeneration:
         )
         store = meet(unsigned, rank, size, bytes.fromhex(entered.secret), look_up=self._refuse_outdated)
         device = device_of(local)
-        form_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store, rank, size,
-            timedelta(seconds=FORM_TIMEOUT_S),
-        )  # fmt: skip
+        form_group(fabric_for(device.type), store, rank, size, timedelta(seconds=FORM_TIMEOUT_S))
         self.ties.talk_by(Transport())
         default = dist.distributed_c10d._get_default_group()
         dist.distributed_c10d._set_pg_timeout(life.timeout, default)

@@ -29,6 +29,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from elastic_lsopt.backends.fabric import Gloo
 from elastic_lsopt.backends.rebuild import form_group, tear_down
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.membership.generation import FINISHED
@@ -121,7 +122,7 @@ class Runtime:
         says ready: the others wait for nothing of that. On the CPU: alone, a worker would hold the whole model, and
         its place on the node, so its GPU, is known with its first generation only."""
         os.environ["LOCAL_RANK"] = "0"
-        form_group("gloo", dist.HashStore(), 0, 1, timedelta(seconds=FORM_TIMEOUT_S))
+        form_group(Gloo(), dist.HashStore(), 0, 1, timedelta(seconds=FORM_TIMEOUT_S))
         policy = replace(self._life.policy, max_accumulation=None)  # which is of the real world, not of this one
         alone = plan([Worker(0, "", None)], policy, SampleClock(), before=None, gain=None)
         run = self._life.build(World(0, 1, torch.device("cpu"), dist.HashStore(), 0, alone, rehearsal=True))

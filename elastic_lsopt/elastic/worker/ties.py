@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 
-from elastic_lsopt.backends.transport import Transport, shut_down
+from elastic_lsopt.backends.fabric.sockets import shut_down
+from elastic_lsopt.backends.transport import Transport
 
 
 class Ties:
