@@ -86,7 +86,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         return self.base.param_groups
 
     @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.base.param_groups = groups
 
     @property
@@ -94,7 +94,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         return self.base.state
 
     @state.setter
-    def state(self, state: Any) -> None:
+    def state(self, state: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.base.state = state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -54,7 +54,8 @@ class ProbeCallback(TrainerCallback):
         for name, settings in measures.items():
             measure(name, settings, ("learning_rate", "initial"))
         self.measures, self.batches, self.every_steps = measures, list(batches), every_steps
-        self.loss_fn, self.products = loss_fn, products
+        self.loss_fn = loss_fn
+        self.products: Mode = products
         self.results: list[dict[str, Any]] = []
         self._mode: Mode | None = None
         """What the first checks have settled."""

@@ -1,9 +1,9 @@
 """Who is together with whom: every sum, average and dealing of micro-batches names one of these.
 
     job       all ranks of this generation: order of samples, indices of micro-batches, checkpoints, journal, stop
-    signals replica   the ranks that train one copy of the model in step: gradients, losses, counts, steps that are
-    skipped shard     the ranks of a replica that together hold the vector once; of a backend, which knows where its
-    pieces are
+              signals
+    replica   the ranks that train one copy of the model in step: gradients, losses, counts, steps that are skipped
+    shard     the ranks of a replica that together hold the vector once; of a backend, which knows where its pieces are
 
 [Note: the default group is the replica's] torch's default process group of a process is its replica's, and RANK and
 WORLD_SIZE say its place there. So DDP, FSDP2 and DeepSpeed, which take the default group for the world, need to know
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -55,7 +56,7 @@ class Group:
             dist.all_reduce(values, group=self.handle)
             return values
         on_host = values.cpu()
-        self.handle.allreduce([on_host]).wait()
+        dist.all_reduce(on_host, group=self.handle)
         return values.copy_(on_host) if values.device.type != "cpu" else values
 
     def again(self, name: str, timeout: timedelta) -> dist.ProcessGroup | None:
@@ -115,4 +116,7 @@ def form_replicas(store: dist.Store, rank: int, sizes: Sequence[int], timeout: t
 
 def gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
     """A gloo group that torch's registry does not know (collective)."""
-    return dist.ProcessGroupGloo(store, rank, size, timeout)
+    group = dist.ProcessGroup(store, rank, size)
+    backend = dist.ProcessGroupGloo(store, rank, size, timeout)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    return group

@@ -133,10 +133,10 @@ def _base(wanted: dict[str, Held], backend: Backend, saved: Saved, keys: Keys, b
         names = {p: backend.layout.parameters[p.parameter].name for p in pieces}
         state, key_tensor = backend.state_of(Piece(0, 0, 0, slot, 0))
         found = [base[n] for n in names.values() if n in base] if pieces else [anyones]
-        keys = {key: None for values in found for key in values}
-        for gone in [k for k in state if k not in keys]:
+        slot_keys = {key: None for values in found for key in values}
+        for gone in [k for k in state if k not in slot_keys]:
             del state[gone]
-        for key in keys:
+        for key in slot_keys:
             values = [v[key] for v in found if key in v]
             if all(v != ELEMENTS for v in values):
                 state[key] = decode(_one_of(values, key, list(names.values())), backend.device)

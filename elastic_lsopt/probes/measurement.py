@@ -44,7 +44,8 @@ class Measurement:
     def __init__(
         self, space: ParameterSpace, backend: GradientEngine, loss: Loss | Unsplit | Any, *, products: Mode = "auto"
     ) -> None:
-        self.space, self._backend, self._loss, self._products = space, backend, loss, products
+        self.space, self._backend, self._loss = space, backend, loss
+        self._products: Mode = products
         self._settled: dict[str, Mode] = {}
         """By purpose, how products are made since the checks of its first oracle."""
 

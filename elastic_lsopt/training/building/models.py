@@ -178,7 +178,7 @@ def _from_scratch(
         **labels,
     }
     aliases = shape.attribute_map  # GPT-2 calls hidden_size n_embd, and takes either
-    hidden, heads = (keys.get(k, keys.get(aliases.get(k))) for k in ("hidden_size", "num_attention_heads"))
+    hidden, heads = (keys.get(k, keys.get(aliases.get(k, k))) for k in ("hidden_size", "num_attention_heads"))
     default = {name: p.default for name, p in inspect.signature(shape.__init__).parameters.items()}
     if "intermediate_size" in own and isinstance(hidden, int):
         # Gated blocks have three matrices where others have two: 8/3 instead of 4 keeps the parameters.
