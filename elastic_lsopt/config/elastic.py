@@ -87,6 +87,9 @@ class ElasticConfig:
     preemption_notice_file: Name | None = None
     """A file whose appearance announces that this node will be taken: it is drained."""
 
+    event_log: Flag = False
+    """Write all that comes to this node's agent to elastic/<node>.events, from which its life can be played again."""
+
     # Workers that die while their node lives.
     respawn: Flag = True
     """Start a died worker again on its living node."""

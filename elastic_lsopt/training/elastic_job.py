@@ -19,7 +19,14 @@ from elastic_lsopt.training.datasets.samples import build_data
 from elastic_lsopt.training.loop import TrainingRun
 from elastic_lsopt.world import World, on_gpu
 
-PER_NODE = ("workers", "output_dir", "elastic.address", "elastic.preemption_notice_file", "elastic.secret_file")
+PER_NODE = (
+    "workers",
+    "output_dir",
+    "elastic.address",
+    "elastic.preemption_notice_file",
+    "elastic.secret_file",
+    "elastic.event_log",
+)
 """Settings in which nodes may differ."""
 GAIN_BATCHES = 1000
 """Batches over which AdaScale's gain is smoothed."""

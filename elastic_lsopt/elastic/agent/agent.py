@@ -28,20 +28,21 @@ from pathlib import Path
 from typing import Any
 
 from elastic_lsopt.backends.signed_store import derived
+from elastic_lsopt.elastic.agent.event_file import EventFile
 from elastic_lsopt.elastic.agent.lease_clock import lease_now
 from elastic_lsopt.elastic.agent.mail.inbox import Inbox, Opened
 from elastic_lsopt.elastic.agent.mail.letter import Letter
 from elastic_lsopt.elastic.agent.mail.mailbox import MANY, REST_S, Mailbox
-from elastic_lsopt.elastic.agent.node import Node, find_the_job, new_life
+from elastic_lsopt.elastic.agent.node import Node, begin, new_life
 from elastic_lsopt.elastic.agent.status import STATUS, say_status
 from elastic_lsopt.elastic.agent.vote_disk import VoteDisk
 from elastic_lsopt.elastic.agent.witness import Witness
 from elastic_lsopt.elastic.agent.worker_process import WorkerProcess
 from elastic_lsopt.elastic.membership import machine as membership
 from elastic_lsopt.elastic.membership import record
+from elastic_lsopt.elastic.membership.event_log import Entry
 from elastic_lsopt.elastic.membership.generation import FINISHED, Generation
 from elastic_lsopt.elastic.worker import manifest
-from elastic_lsopt.errors import UserError
 
 log = logging.getLogger("elastic_lsopt")
 TICK_S = 0.05
@@ -79,23 +80,9 @@ class Agent:
         self._witness = None if witness is None else Witness(witness, node.rules.job, node.secret)
         self._leave_by, self._status_due = float("inf"), 0.0
         self._disk = VoteDisk(node.folder)
-        self.mailbox, self._state = self._begin()
+        self._log = EventFile(node.folder.events if node.settings.event_log else None)
+        self.mailbox, self._state = begin(node, self._mailbox, self._log)
         node.folder.announce(self.mailbox.address)
-
-    def _begin(self) -> tuple[Mailbox, membership.State]:
-        """This node's store, and the state from which it starts: founder, newcomer, or the member that it was."""
-        node, kept = self.node, self.node.folder.remembered()
-        if kept is not None:
-            remembered = record.Remembered.from_json(kept)
-            own = remembered.generation.member.get(node.name)
-            if own is not None:
-                with suppress(UserError):  # the others know this address; where another has it now, join anew
-                    mailbox = self._mailbox(own.address)
-                    return mailbox, membership.restarted(remembered, mailbox.address, node.rules, lease_now())
-        mailbox, first = find_the_job(node, self._mailbox)
-        if first is None:
-            return mailbox, membership.found(node.name, mailbox.address, node.rules)
-        return mailbox, membership.newcomer(node.name, mailbox.address, node.rules, first, time.time_ns() // 10**6)
 
     def _mailbox(self, address: str) -> Mailbox:
         inbox = Inbox(self.node.name, self.node.secret, self._events.put, self._hear)
@@ -140,15 +127,18 @@ class Agent:
 
     def _advance(self, event: record.Event) -> None:
         before, now = self._state, lease_now()
-        self._state, effects = membership.advance(before, event, now, may_vote=self._disk.may_vote(now))
+        may_vote = self._disk.may_vote(now)
+        self._state, effects = membership.advance(before, event, now, may_vote=may_vote)
         for done, effect in enumerate(effects):
             if isinstance(effect, record.Persist) and not self._disk.write(effect.remembered, now):
+                may_vote = False
                 self._state, instead = membership.advance(before, event, now, may_vote=False)
                 for other in instead:
                     if other not in effects[:done]:  # workers that were killed already
                         self._carry_out(other)
-                return
+                break
             self._carry_out(effect)
+        self._log.add(Entry(now, event, may_vote))
 
     def _carry_out(self, effect: record.Effect) -> None:
         match effect:

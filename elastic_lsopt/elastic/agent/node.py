@@ -5,14 +5,19 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from elastic_lsopt.config.elastic import ElasticConfig
+from elastic_lsopt.elastic.agent.event_file import EventFile
+from elastic_lsopt.elastic.agent.lease_clock import lease_now
 from elastic_lsopt.elastic.agent.mail.mailbox import Mailbox, reachable
 from elastic_lsopt.elastic.agent.mail.signing import Refused
 from elastic_lsopt.elastic.agent.node_folder import NodeFolder
 from elastic_lsopt.elastic.agent.status import status_at
-from elastic_lsopt.elastic.membership import record
+from elastic_lsopt.elastic.membership import machine
+from elastic_lsopt.elastic.membership.record import Remembered, Rules
+from elastic_lsopt.elastic.membership.state import State
 from elastic_lsopt.errors import UserError
 
 RETRY_S = 0.2
@@ -32,7 +37,7 @@ class Node:
     """What an agent is told at its start."""
 
     folder: NodeFolder
-    rules: record.Rules
+    rules: Rules
     settings: ElasticConfig
     secret: bytes
     endpoint: str | None
@@ -49,6 +54,27 @@ class Node:
     @property
     def name(self) -> str:
         return self.folder.name
+
+
+def begin(node: Node, listen: Callable[[str], Mailbox], events: EventFile) -> tuple[Mailbox, State]:
+    """This node's mailbox, and the state from which it starts: founder, newcomer, or the member that it was."""
+    remembered, now_s = node.folder.remembered(), lease_now()
+    kept = None if remembered is None else Remembered.from_json(remembered)
+    own = None if kept is None else kept.generation.member.get(node.name)
+    if kept is not None and own is not None:
+        with suppress(UserError):  # the others know this address; where another has it now, join anew
+            mailbox = listen(own.address)
+            state = machine.restarted(kept, mailbox.address, node.rules, now_s)
+            events.begin(state, kept, now_s)
+            return mailbox, state
+    mailbox, first = find_the_job(node, listen)
+    if first is None:
+        state = machine.found(node.name, mailbox.address, node.rules)
+    else:
+        incarnation = time.time_ns() // 10**6  # a later life of this name has a later one
+        state = machine.newcomer(node.name, mailbox.address, node.rules, first, incarnation)
+    events.begin(state, None, now_s)
+    return mailbox, state
 
 
 def find_the_job(node: Node, listen: Callable[[str], Mailbox]) -> tuple[Mailbox, str | None]:

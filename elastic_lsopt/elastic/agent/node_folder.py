@@ -3,6 +3,7 @@
 elastic/secret              the job's secret, where none was given
 elastic/<node>.json         what this node has voted for and last knows (membership.Remembered)
 elastic/<node>.address      where its store listens
+elastic/<node>.events       all that came to it, where `elastic.event_log` asks for that
 elastic/<node>.lock         held while the agent lives
 """
 
@@ -51,6 +52,11 @@ class NodeFolder:
                 ) from None
             return name, lock
         raise AssertionError
+
+    @property
+    def events(self) -> Path:
+        """Where this node's events are logged."""
+        return self.path / f"{self.name}.events"
 
     def remember(self, value: dict[str, Any]) -> None:
         """On disk, whole, when this returns: a vote that was given must not be forgotten in a crash.

@@ -4,12 +4,15 @@
     {"now_s": 12.5, "event": "Heard", "records": [ … ]}        what happened, by the agent's own clock
 
 The machine is pure, so the same beginning and the same events give the same states and effects: a fault that a job has
-met on a cluster is looked at on a desk, event by event.
+met on a cluster is looked at on a desk, event by event:
+
+    python -m elastic_lsopt.elastic.membership.event_log run/elastic/host-1.events
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +22,7 @@ from pydantic import TypeAdapter
 
 from elastic_lsopt.elastic.membership import machine
 from elastic_lsopt.elastic.membership.record import Effect, Event, Remembered, Rules
+from elastic_lsopt.elastic.membership.role import role_of
 from elastic_lsopt.elastic.membership.state import State
 
 KINDS = {kind.__name__: kind for kind in get_args(Event)}
@@ -73,8 +77,40 @@ def begun(line: str) -> State:
     return machine.newcomer(name, address, rules, told["joins"], told["incarnation"])
 
 
+def lives(lines: Iterable[str]) -> Iterator[tuple[Entry, State, tuple[Effect, ...]]]:
+    """As `replay`, of a whole file: each beginning starts a life. Raises ValueError for a line that is neither."""
+    state: State | None = None
+    for line in lines:
+        if line.startswith('{"began"'):
+            state = begun(line)
+        elif state is None:
+            raise ValueError(f"{line[:80]!r} comes before any beginning.")
+        else:
+            for entry, after, effects in replay(state, [Entry.of_line(line)]):
+                yield entry, after, effects
+                state = after
+
+
 def replay(state: State, entries: Iterable[Entry]) -> Iterator[tuple[Entry, State, tuple[Effect, ...]]]:
     """Each event with the state after it and its effects."""
     for entry in entries:
         state, effects = machine.advance(state, entry.event, entry.now_s, may_vote=entry.may_vote)
         yield entry, state, effects
+
+
+def main(path: str) -> None:
+    """Print what each event made of the agent: its role and generation, and the effects."""
+    with open(path, encoding="utf-8") as file:
+        for entry, state, effects in lives(file):
+            role = type(role_of(state)).__name__.lower()
+            place = f" of generation {state.number}" if state.number >= 0 else ""
+            print(f"{entry.now_s:.3f} {type(entry.event).__name__} -> {role}{place}")
+            for effect in effects:
+                print(f"    {effect}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1])
+    except (IndexError, OSError, ValueError) as error:
+        sys.exit(f"event_log: {error or 'name the file of events'}; an agent with elastic.event_log writes one.")
