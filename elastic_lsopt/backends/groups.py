@@ -56,7 +56,7 @@ class Group:
             dist.all_reduce(values, group=self.handle)
             return values
         on_host = values.cpu()
-        dist.all_reduce(on_host, group=self.handle)
+        self.handle.allreduce([on_host]).wait()  # dist.all_reduce hides its error: torch has not registered it
         return values.copy_(on_host) if values.device.type != "cpu" else values
 
     def again(self, name: str, timeout: timedelta) -> dist.ProcessGroup | None:

@@ -83,7 +83,7 @@ def beside(kind: str, sizes: Sequence[int], bad: bool = False) -> dict[str, Any]
             else:
                 groups = None
                 form_group(
-                    "gloo", dist.PrefixStore(f"alone/{number}", store), own, sizes[number], timedelta(seconds=30)
+                    Gloo(), dist.PrefixStore(f"alone/{number}", store), own, sizes[number], timedelta(seconds=30)
                 )
             engine, losses = build(kind), []
             for i, step in enumerate(steps):
