@@ -90,10 +90,16 @@ _formed: Groups | None = None
 
 def present() -> Groups:
     """The groups of this process as they are now: torch's default group alone, unless several replicas were formed."""
-    default = Group.default()
-    if _formed is not None and _formed.replica == default:
+    if _formed is not None:
         return _formed
+    default = Group.default()
     return Groups(default, default)
+
+
+def forget() -> None:
+    """Torch's default group ends, and with it what was formed around it: a replica of one rank would not see that."""
+    global _formed  # noqa: PLW0603
+    _formed = None
 
 
 def form_replicas(store: dist.Store, rank: int, sizes: Sequence[int], timeout: timedelta) -> Groups:

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch.distributed as dist
 from torch.distributed.tensor import debug
 
+from elastic_lsopt.backends import groups
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.fabric import Fabric
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -55,6 +56,7 @@ def tear_down(engine: Built | None) -> None:
         vars(engine).clear()
     if zero is not None:
         zero.forget_groups()
+    groups.forget()
     if dist.is_initialized():
         dist.destroy_process_group()
     debug._clear_sharding_prop_cache()  # placements that it remembers name the groups of the old mesh
