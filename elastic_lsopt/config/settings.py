@@ -117,7 +117,7 @@ class TrainConfig:
     """The base optimizer, which steps with the gradient that the landscape method makes; or an update of your own."""
     optim_args: dict[str, Any] = field(default_factory=dict)
     """The own hyper-parameters of lamb, lars, muon or of an imported update, such as trust."""
-    param_groups: tuple[dict[str, Any], ...] = ()
+    param_groups: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
     """Parameters that are treated otherwise, the first that matches: {match: "*.weight", dims: 2, optim: muon,
     learning_rate: 0.02, weight_decay: 0.1, optim_args: {…}}; what is not said, and the rest, is as for the job."""
     averages: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -51,7 +51,7 @@ def test_the_schema_refuses_what_we_refuse(wrong):
         ("max_steps", "an integer >= 1 or null"),
         ("bf16", "true or false"),
         ("fsdp_reshard_after_forward", "true or false or an integer >= 1"),
-        ("optim", "one of adamw, adam, sgd"),
+        ("optim", "one of adamw, adam, sgd, lamb, lars, muon or package.module:Class"),
         ("report_to", "a list of 'tensorboard'"),
         ("deepspeed", "a non-empty string or a mapping or null"),
         ("elastic", "a mapping or null"),

@@ -1,4 +1,4 @@
-"""The oracle's contract: exact weighted means, idle slots, skipped steps, leases, parts, the stop flag."""
+"""The oracle's contract: exact weighted means, idle slots, skipped steps, borrowed gradients, parts, the stop flag."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_a_loss_that_is_not_finite(ranks: Any, kind: str, world: int, method: st
 
 
 @pytest.mark.parametrize("kind,world", fast_or_not([("ddp", 1), *FRAMEWORK]))
-def test_leases(ranks: Any, kind: str, world: int) -> None:
-    for r in ranks(world).run("tests.cases.oracle_contract:leases", kind=kind):
+def test_borrowed_gradients(ranks: Any, kind: str, world: int) -> None:
+    for r in ranks(world).run("tests.cases.oracle_contract:borrowed_gradients", kind=kind):
         stale = {"another_pass", "another_oracle", "install", "step", "own_step"}
         assert r == {**dict.fromkeys(stale, "StaleGradient"), "loss": "same", "own_install": "same"}
 
@@ -71,7 +71,7 @@ SAYS = {
     "other_cut": "RuntimeError: part 1 of 3 ran where part 1 was due",
     "outside": "RuntimeError: part.backward() runs inside",
     "early": "RuntimeError: the gradient is there when",
-    "twice_in_one_rank": "UserError: 1 unit(s)",
+    "twice_in_one_rank": "UserError: 1 micro-batch(s)",
     "at_the_wrong_rank": "UserError: 2 rank(s) got a unit that is another's",
     "nothing to do": "UserError: 1 of ",
     "too many parts": "UserError: a step of 6 unit(s) cannot be cut into 7 part(s)",
