@@ -22,7 +22,7 @@ from tests.warm import Popen, is_server
 WORDS = ["alpha", "beta", "gamma", "delta", "loss", "sharp", "flat", "node", "rank", "shard"]
 BIN = Path(sys.executable).parent
 LIMIT_S = 180.0
-TINY = "tests.cases.job_models:TinyLM"
+TINY = "tests.cases.elastic.job_models:TinyLM"
 
 SETTINGS: dict[str, Any] = {
     "model": {"import": TINY}, "block_size": 16, "eval_fraction": 0.1, "backend": "fsdp2", "workers": 2,
@@ -73,8 +73,8 @@ def command(launcher: str, job: Path, *overrides: str, world: int = 2) -> list[s
 
 
 def in_ranks(ranks: Callable[[int], Ranks], world: int, case: str, **arguments: Any) -> list[Any]:
-    """Each rank's result of a function in tests/cases/jobs.py, in processes that are there already."""
-    return ranks(world).run(f"tests.cases.jobs:{case}", timeout_s=LIMIT_S, **arguments)
+    """Each rank's result of a function in tests/cases/elastic/jobs.py, in processes that are there already."""
+    return ranks(world).run(f"tests.cases.elastic.jobs:{case}", timeout_s=LIMIT_S, **arguments)
 
 
 class Started:

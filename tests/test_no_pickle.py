@@ -62,4 +62,4 @@ def test_and_such_a_call_would_be_found(source: str) -> None:
 
 
 def test_ranks_save_resume_and_export_without_a_pickle(ranks: Any, tmp_path: Path) -> None:
-    assert ranks(2).run("tests.cases.no_pickle:checkpoint_and_export", path=str(tmp_path)) == [[], []]
+    assert ranks(2).run("tests.cases.checkpoints.no_pickle:checkpoint_and_export", path=str(tmp_path)) == [[], []]

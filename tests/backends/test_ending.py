@@ -25,7 +25,7 @@ main.command(["validate", "no.yaml"])
 def test_scripts_over_gloo_end_with_zero() -> None:
     """Without the wait at the interpreter's end about one exit in five is an abort (134)."""
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.cases.exits", str(PAIRS)], cwd=ROOT, env=rank_environment(), text=True,
+        [sys.executable, "-m", "tests.cases.elastic.exits", str(PAIRS)], cwd=ROOT, env=rank_environment(), text=True,
         capture_output=True, timeout=170, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]

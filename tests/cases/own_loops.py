@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
 from tests.cases import engines
-from tests.cases.faces import bare, wrapped
+from tests.cases.api import bare, wrapped
 from tests.oracles import paper_loops
 
 STEPS, EACH = 3, 2

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-CASES = "tests.cases.checkpoint:"
+CASES = "tests.cases.checkpoints.checkpoint:"
 
 
 def furthest(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:

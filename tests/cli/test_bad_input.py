@@ -99,7 +99,10 @@ def test_a_folder_that_rank_0_alone_cannot_make(folder: Path) -> None:
             r": block_size=16 is beyond the model's max_position_embeddings=8",
         ),
         ({"block_size": 9999}, r":\d+: the held-out part of dataset=.* block_size=9999; lower block_size"),
-        ({"model": {"import": "tests.cases.job_models:TinyML"}}, r":\d+: model\.import=.*TinyML.* cannot be imported"),
+        (
+            {"model": {"import": "tests.cases.elastic.job_models:TinyML"}},
+            r":\d+: model\.import=.*TinyML.* cannot be imported",
+        ),
         ({"model": {"import": TINY, "args": {"width": 4, "hight": 3}}}, r":\d+: model\.args do not fit .*hight"),
         ({"max_steps": None, "num_train_epochs": 0.001}, r"num_train_epochs=0\.001 of 951 samples is less than one"),
     ],
@@ -107,7 +110,7 @@ def test_a_folder_that_rank_0_alone_cannot_make(folder: Path) -> None:
 def test_refused_by_the_ranks(ranks: Any, folder: Path, changes: dict[str, Any], expected: str) -> None:
     """As the ranks raise it; that the command line says it once, is tested above."""
     job = write_job(folder / "ranks.yaml", **changes)
-    for said in ranks(2).run("tests.cases.jobs:refused", path=str(job), timeout_s=150):
+    for said in ranks(2).run("tests.cases.elastic.jobs:refused", path=str(job), timeout_s=150):
         assert re.search(expected, said), said
         assert "\n" not in said
 
@@ -131,7 +134,7 @@ def test_a_model_that_raises_on_one_rank(folder: Path, launcher: str) -> None:
 def eight(folder: Path, ranks: Any) -> Path:
     """The run folder of a whole job."""
     job = write_job(folder / "eight.yaml")
-    ranks(1).run("tests.cases.jobs:job", path=str(job), timeout_s=150)
+    ranks(1).run("tests.cases.elastic.jobs:job", path=str(job), timeout_s=150)
     return folder / "eight"
 
 

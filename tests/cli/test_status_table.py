@@ -15,7 +15,7 @@ from rich.console import Console
 from elastic_lsopt.cli.status import table
 from elastic_lsopt.elastic.agent import agent as agent_module
 from elastic_lsopt.elastic.agent.agent import Agent
-from tests.elastic.plain_agent import entered, node, pump
+from tests.elastic.agent.plain_agent import entered, node, pump
 
 pytestmark = pytest.mark.fast
 

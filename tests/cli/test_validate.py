@@ -145,7 +145,7 @@ def test_replica_groups_leave_out_the_worlds_that_they_cannot_divide(capsys):
         ("landscape.rho='0.1'", "rho='0.1' must be a valid number"),
         ("landscape.radius=ball", "radius='ball' must be 'model', 'parameter' or 'row'"),
         ("landscape.method=samm", "unknown method 'samm'; did you mean 'sam'?"),
-        ("landscape={method: lpf_sgd}", "a step of 4 unit(s) cannot be cut into 8 part(s)"),
+        ("landscape={method: lpf_sgd}", "a step of 4 micro-batch(es) cannot be cut into 8 part(s)"),
         ("dataset=./no.txt", "dataset=./no.txt does not exist"),
         ("resume_from_checkpoint=runs/no", "resume_from_checkpoint=runs/no does not exist"),
         ("output_dir=/dev/null/runs", "output_dir=/dev/null/runs: /dev/null is not a folder"),

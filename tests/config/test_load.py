@@ -74,7 +74,10 @@ def test_a_wrong_value_names_line_value_and_range(write):
     path = write(LEAST.replace("10", "many"))
     assert refusal(path) == f"{path}:6: max_steps='many' must be an integer >= 1 or null."
     path = write(f"{LEAST}optim: lion\n")
-    assert refusal(path) == f"{path}:7: optim='lion' must be one of adamw, adam, sgd, lamb, lars, muon or package.module:Class."
+    assert (
+        refusal(path)
+        == f"{path}:7: optim='lion' must be one of adamw, adam, sgd, lamb, lars, muon or package.module:Class."
+    )
     path = write(f"{LEAST}report_to:\n- tensorboard\n- wandb\n")
     assert refusal(path).startswith(f"{path}:7: report_to=['tensorboard', 'wandb'] must be a list of")
 

@@ -20,7 +20,7 @@ from coverage import CoverageData, CoveragePlugin
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = f"{os.sep}tests{os.sep}"
 CASES = f"{TESTS}cases{os.sep}"
-MODULE = r"(tests\.cases\.\w+|benchmarks\.\w+)"
+MODULE = r"(tests\.cases(?:\.\w+)+|benchmarks\.\w+)"
 CASE, OF_ONE_MODULE = re.compile(rf'"{MODULE}:(\w+)"'), re.compile(rf'^CASES = "{MODULE}:"$', re.M)
 
 
@@ -32,7 +32,8 @@ class WhoAsks(CoveragePlugin):
         if name.startswith("test_") and TESTS in path:
             return f"tests/{path.rpartition(TESTS)[2]}::{name}"
         if CASES in path and frame.f_back is not None and CASES not in frame.f_back.f_code.co_filename:
-            return f"tests.cases.{Path(path).stem}:{name}"
+            module = path.rpartition(CASES)[2].removesuffix(".py").replace(os.sep, ".")
+            return f"tests.cases.{module}:{name}"
         if name == "main" and path.endswith(os.path.join("elastic_lsopt", "cli", "main.py")):
             return os.environ.get("PYTEST_CURRENT_TEST", "").partition("[")[0].partition(" ")[0] or None
         return None

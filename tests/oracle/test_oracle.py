@@ -74,7 +74,7 @@ SAYS = {
     "twice_in_one_rank": "UserError: 1 micro-batch(s)",
     "at_the_wrong_rank": "UserError: 2 rank(s) got a unit that is another's",
     "nothing to do": "UserError: 1 of ",
-    "too many parts": "UserError: a step of 6 unit(s) cannot be cut into 7 part(s)",
+    "too many parts": "UserError: a step of 6 micro-batch(es) cannot be cut into 7 part(s)",
     "no weight": "UserError: the total weight of the global batch is 0.0",
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tests.cases import engines
-from tests.cases.products import plain_products
+from tests.cases.probes.products import plain_products
 from tests.laws.cover import daily, joined
 
 
@@ -54,7 +54,7 @@ def fast_or_not(cases: list[tuple[str, int]]) -> list[Any]:
 def test_exact_in_fp64(ranks: Any, kind: str, world: int) -> None:
     """Fewer units than ranks and more; 11 and 13 rows, one row, so that some ranks hold no piece of a parameter."""
     for units in (2, 5) if world > 2 else (5,):
-        for r in ranks(world).run("tests.cases.products:products", kind=kind, dtype="fp64", units=units):
+        for r in ranks(world).run("tests.cases.probes.products:products", kind=kind, dtype="fp64", units=units):
             assert max(r.values()) < 1e-11, r
 
 
@@ -67,7 +67,7 @@ def test_exact_in_fp64(ranks: Any, kind: str, world: int) -> None:
     ids=joined,
 )
 def test_odd_parameters(ranks: Any, kind: str, world: int, extra: list[str]) -> None:
-    for r in ranks(world).run("tests.cases.products:products", kind=kind, dtype="fp64", extra=extra):
+    for r in ranks(world).run("tests.cases.probes.products:products", kind=kind, dtype="fp64", extra=extra):
         assert max(r.values()) < 1e-11, r
 
 
@@ -79,7 +79,7 @@ def test_odd_parameters(ranks: Any, kind: str, world: int, extra: list[str]) -> 
 def test_a_transformer(ranks: Any, kind: str, world: int, extra: list[str]) -> None:
     """Layers in a list, attention, arguments by keyword, a head that is the embedding."""
     arguments = {"kind": kind, "dtype": "fp64", "model": "transformer", "extra": extra, "units": 4}
-    for r in ranks(world).run("tests.cases.products:products", **arguments):
+    for r in ranks(world).run("tests.cases.probes.products:products", **arguments):
         assert max(r.values()) < 1e-11, r
 
 
@@ -89,14 +89,14 @@ def test_a_transformer(ranks: Any, kind: str, world: int, extra: list[str]) -> N
     ids=joined,
 )
 def test_exact_under_zero(ranks: Any, kind: str, world: int, extra: list[str]) -> None:
-    for r in ranks(world).run("tests.cases.products:products", kind=kind, extra=extra, units=4):
+    for r in ranks(world).run("tests.cases.probes.products:products", kind=kind, extra=extra, units=4):
         assert max(r.values()) < 1e-5, r
 
 
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])
 def test_a_transformer_under_zero(ranks: Any, kind: str) -> None:
     arguments = {"kind": kind, "model": "transformer", "extra": ["tied"], "units": 3}
-    for r in ranks(2).run("tests.cases.products:products", **arguments):
+    for r in ranks(2).run("tests.cases.probes.products:products", **arguments):
         assert max(r.values()) < 1e-5, r
 
 
@@ -108,32 +108,32 @@ def test_a_transformer_under_zero(ranks: Any, kind: str) -> None:
     ],
 )  # fmt: skip
 def test_exact_in_fp32(ranks: Any, kind: str, world: int) -> None:
-    for r in ranks(world).run("tests.cases.products:products", kind=kind):
+    for r in ranks(world).run("tests.cases.probes.products:products", kind=kind):
         assert max(r.values()) < 1e-5, r
 
 
 @pytest.mark.parametrize("kind,world", [("plain", 1), ("fsdp2", 2), ("zero3", 2)])
 def test_differences(ranks: Any, kind: str, world: int) -> None:
-    for r in ranks(world).run("tests.cases.products:products", kind=kind, modes=["differences"]):
+    for r in ranks(world).run("tests.cases.probes.products:products", kind=kind, modes=["differences"]):
         assert max(r["differences H"], r["differences H again"]) < 2e-3, r
 
 
 @pytest.mark.parametrize("kind,world", [("plain", 1), ("fsdp2", 2), ("zero2", 2)])
 def test_at_displaced_weights(ranks: Any, kind: str, world: int) -> None:
-    for r in ranks(world).run("tests.cases.products:products", kind=kind, perturbed=True):
+    for r in ranks(world).run("tests.cases.probes.products:products", kind=kind, perturbed=True):
         assert max(r.values()) < 1e-5, r
 
 
 @pytest.mark.parametrize("kind,world", [("fsdp2", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)])
 def test_an_engine_in_bf16(ranks: Any, kind: str, world: int) -> None:
     """Products are taken in fp32 at the masters: as exact as without bf16."""
-    for r in ranks(world).run("tests.cases.products:products", kind=kind, bf16=True):
+    for r in ranks(world).run("tests.cases.probes.products:products", kind=kind, bf16=True):
         assert max(r.values()) < (1e-5 if kind == "fsdp2" else 0.02), r  # ZeRO's masters begin as rounded weights
 
 
 @pytest.mark.parametrize("kind,world", [("plain", 1), ("fsdp2", 2), ("zero1", 2), ("zero3", 2)])
 def test_a_kept_graph_follows_the_weights(ranks: Any, kind: str, world: int) -> None:
-    for r in ranks(world).run("tests.cases.products:follows_the_weights", kind=kind):
+    for r in ranks(world).run("tests.cases.probes.products:follows_the_weights", kind=kind):
         assert r["came back"] == 1.0 and r["again"] < 1e-6 * r["size"], r
         assert min(r["perturbed"], r["stepped"]) > 1e-2 * r["size"] and r["stepped, apart"] < 1e-6 * r["size"], r
 
@@ -155,12 +155,12 @@ SAYS = {
 @pytest.mark.parametrize("what", SAYS)
 @pytest.mark.parametrize("kind,world", [("plain", 1), ("fsdp2", 2)])
 def test_checks(ranks: Any, kind: str, world: int, what: str) -> None:
-    for r in ranks(world).run("tests.cases.products:refusals", kind=kind, what=what):
+    for r in ranks(world).run("tests.cases.probes.products:refusals", kind=kind, what=what):
         assert r["said"].startswith(SAYS[what]) and "\n" not in r["said"], r
 
 
 def test_what_a_hostile_reader_found(ranks: Any) -> None:
-    [r] = ranks(1).run("tests.cases.products:found_by_a_hostile_reader", kind="plain")
+    [r] = ranks(1).run("tests.cases.probes.products:found_by_a_hostile_reader", kind="plain")
     assert r["refused each time"] == ["UserError: the loss is not a mean: it gr"] * 2, r
     for when in ("at first", "after .data", "after eval()", "after a fused step"):
         assert r[when] < 1e-5, (when, r)
@@ -170,19 +170,19 @@ def test_what_a_hostile_reader_found(ranks: Any) -> None:
 
 
 def test_unequal_units_under_ddp(ranks: Any) -> None:
-    for r in ranks(2).run("tests.cases.products:unequal_units_blockwise"):
+    for r in ranks(2).run("tests.cases.probes.products:unequal_units_blockwise"):
         assert r["blockwise"] == pytest.approx(r["kept"], rel=1e-5), r
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_no_rank_holds_more_than_a_block(ranks: Any, world: int) -> None:
     """Eight equal blocks: weights and a direction of one are 0.25 of the model; all at once they would be 2."""
-    for r in ranks(world).run("tests.cases.products:bytes_blockwise"):
+    for r in ranks(world).run("tests.cases.probes.products:bytes_blockwise"):
         assert max(r["blockwise"], r["blockwise again"]) < 0.3, r
         assert r["rebuilt"] > 1.9, r
 
 
 @pytest.mark.parametrize("kind,world", [("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3), ("zero3", 2)])
 def test_a_vector_is_sharded(ranks: Any, kind: str, world: int) -> None:
-    for r in ranks(world).run("tests.cases.products:extra_bytes", kind=kind):
+    for r in ranks(world).run("tests.cases.probes.products:extra_bytes", kind=kind):
         assert r == {"vector": pytest.approx(1 / world), "basis of 5": pytest.approx(5 / world)}

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import elastic_lsopt as lso
 from elastic_lsopt.space.basis import BLOCK, SPAN, Basis
 from elastic_lsopt.space.geometry import ParameterSpace
-from tests.cases.spectra import flat, vector
+from tests.cases.probes.spectra import flat, vector
 
 pytestmark = pytest.mark.fast
 

@@ -21,11 +21,11 @@ def measured(ranks: Any, folder: Path, kind: str, steps: int = 1, **model: Any) 
     world, where = KINDS[kind]
     job = write_job(
         folder / f"{kind}.yaml", task="classification", dataset="digits", block_size=None, bf16=True, max_steps=200,
-        model={"import": "tests.cases.bf16_checks:Network", "args": model}, eval_steps=None, save_steps=None,
+        model={"import": "tests.cases.probes.bf16_checks:Network", "args": model}, eval_steps=None, save_steps=None,
         per_device_train_batch_size=16, global_batch_size=64, landscape={"method": "none"}, warmup_ratio=0.0,
         probes={"lambda_max": {"every_steps": steps, "tolerance": 1e-4, "budget": 1.0}}, **where,
     )  # fmt: skip
-    return ranks(world).run("tests.cases.bf16_checks:measured", path=str(job), steps=steps)[0]
+    return ranks(world).run("tests.cases.probes.bf16_checks:measured", path=str(job), steps=steps)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

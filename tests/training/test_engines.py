@@ -41,7 +41,7 @@ def test_bfloat16_is_near(run: Run, folder: Path, whole: Path, name: str) -> Non
 
 
 def test_checkpointed_activations_change_nothing_with_dropout(run: Run, folder: Path, whole: Path) -> None:
-    model = {"import": "tests.cases.job_models:TinyLM", "args": {"dropout": 0.3}}
+    model = {"import": "tests.cases.elastic.job_models:TinyLM", "args": {"dropout": 0.3}}
     run(2, write_job(folder / "dropout.yaml", model=model))
     run(2, write_job(folder / "recomputed.yaml", model=model, activation_checkpointing=True))
     assert losses(folder / "recomputed") == pytest.approx(losses(folder / "dropout"), rel=1e-6)

@@ -1,0 +1,134 @@
+"""Ranks with other data are refused before the first step, in one line that names them and what differs."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from elastic_lsopt.data.shards import ShardStream
+from elastic_lsopt.elastic.worker.same_data import difference, digest_of, identity_of
+from elastic_lsopt.training.datasets.samples import Data, LabelledTexts, TokenBlocks
+from tests.jobs import corpus, write_job
+
+fast = pytest.mark.fast
+
+
+def identity(part: Any, held_out: Any) -> Any:
+    return Data(train=part, eval=held_out, collate=list, classes=("a", "b")).identity
+
+
+@fast
+def test_the_digest_sees_every_byte_and_the_shape() -> None:
+    tokens = np.arange(600, dtype=np.uint16)
+    digests = {digest_of(tokens), digest_of(tokens.reshape(2, 300)), digest_of(tokens.astype(np.int32))}
+    for i in (0, 300, 599):
+        other = tokens.copy()
+        other[i] += 1
+        digests.add(digest_of(other))
+    assert len(digests) == 6 and digest_of(tokens) == digest_of(tokens.copy())
+
+
+@fast
+def test_a_jobs_data_is_compared_whole() -> None:
+    """One token of one block, one label, the held-out part."""
+    blocks = np.arange(60, dtype=np.uint16)
+    other = blocks.copy()
+    other[17] = 0
+    pairs = [(blocks, blocks), (other, blocks), (blocks, other), (blocks[:54], blocks)]
+    alone = [identity(TokenBlocks(part, 6), TokenBlocks(held_out, 6)) for part, held_out in pairs]
+    assert len({str(i) for i in alone}) == 4
+    texts = [np.arange(3), np.arange(5)]
+    labelled = [identity(LabelledTexts(texts, labels), LabelledTexts([], [])) for labels in ([0, 1], [1, 1])]
+    assert labelled[0] != labelled[1]
+
+
+class Images:
+    """A user's own data set: whatever it gives for a number."""
+
+    def __init__(self, sample: Any, length: int = 100) -> None:
+        self.sample, self.length = sample, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> Any:
+        return self.sample(i)
+
+
+KINDS: dict[str, Any] = {
+    "tensors": lambda i: (torch.full((2, 3), float(i)), i % 3),
+    "bf16": lambda i: torch.full((), float(i), dtype=torch.bfloat16),
+    "a dict of arrays and words": lambda i: {"x": np.full(3, i), "words": [f"sample {i}", None]},
+    "augmented": lambda i: i + torch.rand(()) + random.random(),
+}
+
+
+@fast
+@pytest.mark.parametrize("name", KINDS)
+def test_a_users_data_set(name: str) -> None:
+    sample, state = KINDS[name], torch.get_rng_state()
+    first = identity_of(Images(sample))
+    assert first == identity_of(Images(sample)) and first["digest of samples"] is not None
+    assert torch.equal(state, torch.get_rng_state())
+    assert first != identity_of(Images(sample, 101)) and first != identity_of(Images(lambda i: sample(i + 1)))
+
+
+@fast
+def test_what_has_no_bytes_or_draws_by_itself_is_compared_by_length_alone() -> None:
+    own = np.random.default_rng(0)
+    for sample in (lambda i: object(), lambda i: own.random()):
+        alone = identity_of(Images(sample))
+        assert alone == {"samples": 100, "digest of samples": None}
+        assert difference([alone, {"samples": 100, "digest of samples": "ab"}]) == ([], "")
+        assert difference([alone, identity_of(Images(sample, 99))])[0] == [1]
+
+
+@fast
+def test_streams_are_told_apart_by_their_shards() -> None:
+    streams = [ShardStream(names, iter) for names in (["a", "b"], ["a", "c"], ["a", "b", "c"])]
+    assert difference([identity_of(s) for s in streams])[0] == [1, 2]
+
+
+@fast
+def test_the_line_names_the_ranks_and_what_differs() -> None:
+    whole, other = {"samples": 24, "digest": "ab"}, {"samples": 23, "digest": "cd"}
+    assert difference([whole, whole, whole]) == ([], "")
+    odd, said = difference([whole, other, whole, other])
+    assert odd == [1, 3]
+    assert "data of ranks 1, 3 is not that of rank 0 (samples: 23 there, 24 on rank 0)" in said and "\n" not in said
+    odd, said = difference([whole, other, other], reference=2)
+    assert odd == [0] and "rank 0 is not that of rank 2 (samples: 24 there, 23 on rank 2)" in said
+
+
+@pytest.mark.parametrize("change", ["a document less", "one letter"])
+def test_a_plain_job_is_refused_on_every_rank(ranks: Any, tmp_path: Path, change: str) -> None:
+    """A file of a node's own: of another length, or of the same length and other content."""
+    one, two = corpus(tmp_path / "one"), corpus(tmp_path / "two")
+    document = two / "d03.txt"
+    if change == "one letter":
+        document.write_text("X" + document.read_text()[1:])
+    else:
+        document.unlink()
+    job = write_job(tmp_path / "run.yaml", dataset=str(one))
+    said = ranks(2).run("tests.cases.elastic.same_data:job", path=str(job), datasets=[str(one), str(two)])
+    expected = "digest of the training part: " if change == "one letter" else "training samples: "
+    assert said[0] == said[1] and f"data of rank 1 is not that of rank 0 ({expected}" in said[0], said
+    assert "\n" not in said[0] and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_in_an_elastic_job_the_newcomer_is_refused_and_the_others_go_on(ranks: Any) -> None:
+    """A job with two other lengths does not begin; one that has begun goes on with those who hold its data."""
+    generations = [[5, 5, 4], [-5, -5, -5], [5, -4, 5], [5, -5, -4], [5, 5, -5]]
+    heard = ranks(3).run("tests.cases.elastic.same_data:joined", lengths=generations)
+    first = "UserError: the training data of rank 2 is not that of rank 0 (samples: 4 there, 5 on rank 0)"
+    assert all(h[0].startswith(first) for h in heard), heard
+    assert [h[1] for h in heard] == ["agreed"] * 3
+    kinds = [[h[g].partition(":")[0] for h in heard] for g in (2, 3, 4)]
+    assert kinds == [["PeerFailed", "UserError", "PeerFailed"], ["PeerFailed", "PeerFailed", "UserError"],
+                     ["agreed"] * 3]  # fmt: skip
+    assert "data of rank 1 is not that of rank 0" in heard[0][2]
