@@ -19,7 +19,8 @@ WAITING = {
     "tests/cli/elastic/test_elastic_hang.py": 55, "tests/test_examples.py": 50, "tests/cli/test_status.py": 45,
     "tests/study/test_pool.py": 45, "tests/chaos/test_chaos.py": 35, "tests/cli/elastic/test_elastic_hsdp.py": 30,
     "tests/elastic/worker/test_last_step.py": 25, "tests/cli/elastic/test_elastic_speeds.py": 25,
-    "tests/chaos/test_witness_job.py": 25, "tests/test_ranks.py": 25, "tests/cli/elastic/test_elastic_scale_batch.py": 20,
+    "tests/chaos/test_witness_job.py": 25, "tests/test_ranks.py": 25,
+    "tests/cli/elastic/test_elastic_scale_batch.py": 20,
     "tests/elastic/worker/test_elastic_loop.py": 10, "tests/cli/elastic/test_elastic_other_data.py": 10,
     "tests/data/test_order.py": 5,
 }  # fmt: skip
@@ -27,7 +28,8 @@ WAITING = {
 LONG = {
     "tests/backends/test_zero.py": 155, "tests/oracle/test_products.py": 115, "tests/benchmarks/test_benchmarks.py": 95,
     "tests/study/test_run.py": 80, "tests/cli/test_probe.py": 70, "tests/elastic/memory/test_reshard.py": 65,
-    "tests/cli/test_train.py": 65, "tests/report/test_page.py": 60, "tests/elastic/membership/test_membership_search.py": 55,
+    "tests/cli/test_train.py": 65, "tests/report/test_page.py": 60,
+    "tests/elastic/membership/test_membership_search.py": 55,
     "tests/cli/test_launchers.py": 55, "tests/space/test_noise.py": 55, "tests/data/test_loader.py": 55,
     "tests/probes/spectrum/test_lanczos.py": 55, "tests/cli/test_probes_in_a_job.py": 50,
     "tests/probes/flatness/test_flatness_ranks.py": 45, "tests/checkpoint/test_resume.py": 45,

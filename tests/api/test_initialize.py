@@ -32,7 +32,7 @@ def test_the_json_says_all(ranks: Any, tmp_path: Path) -> None:
     }
     path = tmp_path / "zero2.json"
     path.write_text(json.dumps(config))
-    assert ranks(2).run("tests.cases.zero.zero_initialize:file_equals_arguments", path=str(path)) == [0.0, 0.0]
+    assert ranks(2).run("tests.cases.zero.initialize:file_equals_arguments", path=str(path)) == [0.0, 0.0]
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -104,7 +104,7 @@ def test_a_base_that_does_not_suit(ranks: Any) -> None:
         ("nothing_to_train", "no trainable parameter"),
         ("json_value", "DeepSpeed refuses the JSON: reduce_bucket_size=-5: Input should be greater than 0"),
     ):
-        [said] = ranks(1).run("tests.cases.zero.zero_initialize:mistake", what=what)
+        [said] = ranks(1).run("tests.cases.zero.initialize:mistake", what=what)
         assert words in said
 
 

@@ -83,14 +83,14 @@ def test_buckets_sub_groups_and_persistence(ranks: Any, stage: int, zero: dict[s
 @pytest.mark.parametrize("stage", STAGES)
 def test_param_groups_and_their_learning_rates(ranks: Any, stage: int) -> None:
     for dw in ranks(2).run(
-        "tests.cases.zero.zero:groups", stage=stage, zero={"sub_group_size": 50} if stage == 3 else {}
+        "tests.cases.zero.steps:groups", stage=stage, zero={"sub_group_size": 50} if stage == 3 else {}
     ):
         assert dw <= 1e-6
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_parameter_unused_in_a_step_stays_where_it_is(ranks: Any, stage: int) -> None:
-    for dw in ranks(2).run("tests.cases.zero.zero:stale_gradient", stage=stage):
+    for dw in ranks(2).run("tests.cases.zero.steps:stale_gradient", stage=stage):
         assert dw <= 1e-6
 
 
@@ -98,7 +98,7 @@ def test_a_parameter_unused_in_a_step_stays_where_it_is(ranks: Any, stage: int) 
     "stage,bf16,sums", [*((s, False, None) for s in STAGES), *((s, True, "fp32") for s in (1, 2, 3))]
 )
 def test_an_installed_vector_is_clipped_and_stepped_with(ranks: Any, stage: int, bf16: bool, sums: str | None) -> None:
-    for error in ranks(3).run("tests.cases.zero.zero:installed", stage=stage, bf16=bf16, sums=sums):
+    for error in ranks(3).run("tests.cases.zero.steps:installed", stage=stage, bf16=bf16, sums=sums):
         assert error <= 1e-4
 
 
@@ -114,7 +114,7 @@ def test_an_installed_vector_is_clipped_and_stepped_with(ranks: Any, stage: int,
 )
 def test_bf16_is_as_near_as_the_base(ranks: Any, stage: int, sums: str | None) -> None:
     base, sam = (
-        ranks(2).run("tests.cases.zero.zero:bf16_distance", stage=stage, method=m, sums=sums)[0]
+        ranks(2).run("tests.cases.zero.steps:bf16_distance", stage=stage, method=m, sums=sums)[0]
         for m in ("none", "sam")
     )
     assert 0 < base < 3e-4
@@ -165,9 +165,9 @@ def test_displacements_return_on_any_layout_of_stage_3(ranks: Any, zero: dict[st
 
 @pytest.mark.parametrize("stage,zero", [(0, {}), (1, {}), (2, {}), *((3, z) for z in PIECEMEAL)], ids=str)
 def test_the_forward_follows_the_weights(ranks: Any, stage: int, zero: dict[str, Any]) -> None:
-    for apart in ranks(2).run("tests.cases.zero.zero:forward_follows", stage=stage, zero=zero):
+    for apart in ranks(2).run("tests.cases.zero.steps:forward_follows", stage=stage, zero=zero):
         assert max(apart) <= 1e-6
-    for apart in ranks(2).run("tests.cases.zero.zero:forward_follows", stage=stage, zero=zero, bf16=True):
+    for apart in ranks(2).run("tests.cases.zero.steps:forward_follows", stage=stage, zero=zero, bf16=True):
         assert max(apart) == 0
 
 
@@ -178,9 +178,7 @@ BACK = {"local": True, "refused": True, "settled": True}
 @pytest.mark.parametrize("stage", STAGES)
 def test_all_ranks_raise_in_the_displaced_pass_and_training_goes_on(ranks: Any, stage: int, where: str) -> None:
     small = {"reduce_bucket_size": 20}  # so that some gradients are reduced already
-    first, second = ranks(2).run(
-        "tests.cases.zero.zero_failures:raised", stage=stage, where=where, ranks=None, zero=small
-    )
+    first, second = ranks(2).run("tests.cases.zero.failures:raised", stage=stage, where=where, ranks=None, zero=small)
     assert first == second
     assert first == {"error": "ValueError: on purpose", "goes_on": "0.8100", **BACK}
 
@@ -194,7 +192,7 @@ def test_one_rank_raises_in_the_displaced_pass(stage: int, where: str, bf16: boo
     zero = {"stage3_param_persistence_threshold": 12} if stage == 3 else {}
     try:
         first, second = group.run(
-            "tests.cases.zero.zero_failures:raised", stage=stage, where=where, ranks=[0], bf16=bf16, zero=zero
+            "tests.cases.zero.failures:raised", stage=stage, where=where, ranks=[0], bf16=bf16, zero=zero
         )
     finally:
         group.stop()
@@ -205,7 +203,7 @@ def test_one_rank_raises_in_the_displaced_pass(stage: int, where: str, bf16: boo
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_that_is_not_finite_is_skipped_by_all(ranks: Any, stage: int) -> None:
-    assert ranks(2).run("tests.cases.zero.zero_failures:non_finite", stage=stage) == [{"skipped": 1, "same": True}] * 2
+    assert ranks(2).run("tests.cases.zero.failures:non_finite", stage=stage) == [{"skipped": 1, "same": True}] * 2
 
 
 # -- the contract of the space ---------------------------------------------------------------------------------------
@@ -216,16 +214,16 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(ranks: Any, stage: int) -> 
 def test_lengths_and_angles(ranks: Any, stage: int, world: int) -> None:
     """With NaN in the padding of weights and gradients; three ranks share a parameter of one element."""
     for bf16 in (False, True):
-        ranks(world).run("tests.cases.zero.zero:geometry", stage=stage, bf16=bf16)
+        ranks(world).run("tests.cases.zero.steps:geometry", stage=stage, bf16=bf16)
     if stage == 3:
         for zero in PIECEMEAL:
-            ranks(world).run("tests.cases.zero.zero:geometry", stage=stage, zero=zero)
+            ranks(world).run("tests.cases.zero.steps:geometry", stage=stage, zero=zero)
 
 
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("stage", STAGES)
 def test_noise_is_the_parameters(ranks: Any, stage: int, world: int) -> None:
-    ranks(world).run("tests.cases.zero.zero:noise", stage=stage, zero={"sub_group_size": 50} if stage == 3 else {})
+    ranks(world).run("tests.cases.zero.steps:noise", stage=stage, zero={"sub_group_size": 50} if stage == 3 else {})
 
 
 # -- law 7: memory ---------------------------------------------------------------------------------------------------
@@ -243,7 +241,7 @@ def test_noise_is_the_parameters(ranks: Any, stage: int, world: int) -> None:
     ],
 )
 def test_what_sam_holds_beyond_the_base(ranks: Any, stage: int, bf16: bool, sums: str | None, masters: int) -> None:
-    for r in ranks(2).run("tests.cases.zero.zero:memory", stage=stage, bf16=bf16, sums=sums):
+    for r in ranks(2).run("tests.cases.zero.steps:memory", stage=stage, bf16=bf16, sums=sums):
         assert r["masters"] == masters
 
 
@@ -251,17 +249,17 @@ def test_what_sam_holds_beyond_the_base(ranks: Any, stage: int, bf16: bool, sums
     "stage,bf16,sums", [(1, False, None), (1, True, "fp32"), (2, False, None), (2, True, "fp32"), (3, False, None)]
 )
 def test_the_gradient_is_lent_from_deepspeeds_buffer(ranks: Any, stage: int, bf16: bool, sums: str | None) -> None:
-    assert ranks(2).run("tests.cases.zero.zero:lease_is_deepspeeds", stage=stage, bf16=bf16, sums=sums) == [True, True]
+    assert ranks(2).run("tests.cases.zero.steps:lease_is_deepspeeds", stage=stage, bf16=bf16, sums=sums) == [True, True]
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_stage_3_never_has_the_whole_model_on_a_device(ranks: Any, bf16: bool) -> None:
     wanted = {"whole": 0, "buffer": "torch.float32"}
-    assert ranks(2).run("tests.cases.zero.zero_shards:moved_whole", bf16=bf16) == [wanted] * 2
+    assert ranks(2).run("tests.cases.zero.shards:moved_whole", bf16=bf16) == [wanted] * 2
 
 
 def test_a_model_on_the_meta_device_is_refused_before_it_is_cut(ranks: Any) -> None:
-    [said] = ranks(1).run("tests.cases.zero.zero_shards:refused_on_meta")
+    [said] = ranks(1).run("tests.cases.zero.shards:refused_on_meta")
     assert said.startswith("parameter first.weight is on the meta device"), said
 
 
@@ -270,9 +268,9 @@ def test_a_model_on_the_meta_device_is_refused_before_it_is_cut(ranks: Any) -> N
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_counters_learning_rate_and_evaluation(ranks: Any, stage: int) -> None:
-    for r in ranks(2).run("tests.cases.zero.zero:bookkeeping", stage=stage):
+    for r in ranks(2).run("tests.cases.zero.steps:bookkeeping", stage=stage):
         assert r == {"evaluated": True, "still": 0.0, "counts": [3, 3, 0], "boundary": None, "momentum": True}
-    assert ranks(2).run("tests.cases.zero.zero:same_with_evaluation", stage=stage) == [True, True]
+    assert ranks(2).run("tests.cases.zero.steps:same_with_evaluation", stage=stage) == [True, True]
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
@@ -308,7 +306,7 @@ OTHER_OPTIONS: list[dict[str, Any]] = [
     "config", [*({"zero_optimization": {"stage": s, **o}} for s, o in ZERO_OPTIONS), *OTHER_OPTIONS], ids=str
 )
 def test_what_is_not_tested_is_refused(ranks: Any, config: dict[str, Any]) -> None:
-    [said] = ranks(1).run("tests.cases.zero.zero_refusals:refused", config=config)
+    [said] = ranks(1).run("tests.cases.zero.refusals:refused", config=config)
     blocks = [config, *(b for b in config.values() if isinstance(b, dict))]
     assert said.split(":")[0] in ("Unsupported", "SettingError"), said
     assert any(str(key) in said for block in blocks for key in block), said
@@ -317,7 +315,7 @@ def test_what_is_not_tested_is_refused(ranks: Any, config: dict[str, Any]) -> No
 
 def test_a_parameter_without_dimensions_is_refused(ranks: Any) -> None:
     """DeepSpeed 0.19.8 fails on it somewhere in its first broadcast."""
-    [said] = ranks(1).run("tests.cases.zero.zero_refusals:refused_scalar")
+    [said] = ranks(1).run("tests.cases.zero.refusals:refused_scalar")
     assert said.startswith("UserError: parameter temperature has no dimensions, which DeepSpeed does not take"), said
 
 
@@ -330,14 +328,14 @@ def test_an_engine_of_the_users_own(ranks: Any) -> None:
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2"),
         ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}, **untested}, "round_robin_gradients"),
     ):
-        for said in ranks(2).run("tests.cases.zero.zero_refusals:refused_engine", config=config):
+        for said in ranks(2).run("tests.cases.zero.refusals:refused_engine", config=config):
             assert wanted in said
 
 
 def test_another_deepspeed_is_refused(ranks: Any) -> None:
-    [said] = ranks(1).run("tests.cases.zero.zero_refusals:refused_version", version="0.18.2")
+    [said] = ranks(1).run("tests.cases.zero.refusals:refused_version", version="0.18.2")
     assert said.startswith("Unsupported: DeepSpeed 0.18.2 was found") and "0.19.8" in said
-    [said] = ranks(1).run("tests.cases.zero.zero_refusals:refused_insides", name="an_attribute")
+    [said] = ranks(1).run("tests.cases.zero.refusals:refused_insides", name="an_attribute")
     assert said.startswith("Unsupported: DeepSpeed 0.19.8: DeepSpeedZeroOptimizer has no an_attribute")
 
 

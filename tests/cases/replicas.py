@@ -19,7 +19,7 @@ from elastic_lsopt.backends.groups import Groups, form_replicas
 from elastic_lsopt.backends.rebuild import form_group, tear_down
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
 from tests.cases import engines
-from tests.cases.checkpoints.checkpoint import Remembering
+from tests.cases.checkpoints.round_trip import Remembering
 
 STEPS = 4
 _made = {"stores": 0}

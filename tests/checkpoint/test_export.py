@@ -11,7 +11,7 @@ import torch
 from elastic_lsopt.checkpoint.export import Entry, cut
 from elastic_lsopt.checkpoint.safetensors_file import Head
 
-CASES = "tests.cases.checkpoints.checkpoint_export:"
+CASES = "tests.cases.checkpoints.export:"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from elastic_lsopt import checkpoint
 from elastic_lsopt.backends.replicated import Replicated
 from tests.ranks import RankFailure
 
-CASES = "tests.cases.checkpoints.checkpoint_failures:"
+CASES = "tests.cases.checkpoints.failures:"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-CASES = "tests.cases.checkpoints.checkpoint:"
+CASES = "tests.cases.checkpoints.round_trip:"
 
 
 def furthest(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:

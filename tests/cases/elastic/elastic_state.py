@@ -23,8 +23,8 @@ from elastic_lsopt.elastic.memory.mirror import Mirror
 from elastic_lsopt.elastic.memory.reshard import choose, inventory, reshard
 from elastic_lsopt.elastic.memory.versions import HostVersions
 from tests.cases import engines
-from tests.cases.checkpoints.checkpoint import Remembering
-from tests.cases.checkpoints.checkpoint import _whole as whole_vector
+from tests.cases.checkpoints.round_trip import Remembering
+from tests.cases.checkpoints.round_trip import _whole as whole_vector
 
 STEPS, UNITS = 9, 5
 _formed = {"groups": 0}

@@ -8,7 +8,6 @@ import torch
 
 import elastic_lsopt as lso
 from tests.cases import engines
-from tests.cases.zero import zero
 from tests.oracles.paper_loops import cross_entropy
 
 

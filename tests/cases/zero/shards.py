@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import elastic_lsopt as lso
-from tests.cases.zero import zero
 
 
 class Buffered(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import elastic_lsopt as lso
 from tests.cases import engines
-from tests.cases.zero.zero import start
+from tests.cases.zero.steps import start
 
 
 class Broken(nn.Module):
