@@ -16,7 +16,7 @@ def file_equals_arguments(path: str) -> float:
     runs: list[dict[str, Any]] = []
     for engine in (
         lso.initialize(model=engines.net(), config=path, loss_fn=cross_entropy),
-        zero.start(2, lso.SAM(rho=0.3), clip=0.5),
+        steps.start(2, lso.SAM(rho=0.3), clip=0.5),
     ):
         for units in engines.batches(3, 3):
             engine.train_batch(engines.mine(units))

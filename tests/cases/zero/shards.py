@@ -27,7 +27,7 @@ def refused_on_meta() -> str:
     with torch.device("meta"):
         model = Buffered()
     try:
-        zero.start(3, model=model)
+        steps.start(3, model=model)
     except lso.UserError as error:
         return str(error)
     return "accepted"
@@ -44,7 +44,7 @@ def moved_whole(bf16: bool) -> dict[str, Any]:
 
     nn.Module.to = watched  # type: ignore[method-assign]
     try:
-        engine = zero.start(3, model=Buffered(), bf16=bf16, zero={"stage3_param_persistence_threshold": 0})
+        engine = steps.start(3, model=Buffered(), bf16=bf16, zero={"stage3_param_persistence_threshold": 0})
     finally:
         nn.Module.to = move  # type: ignore[method-assign]
     return {"whole": max(seen, default=0), "buffer": str(engine.module.scale.dtype)}
