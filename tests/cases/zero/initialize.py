@@ -8,6 +8,7 @@ import torch
 
 import elastic_lsopt as lso
 from tests.cases import engines
+from tests.cases.zero import steps
 from tests.oracles.paper_loops import cross_entropy
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import elastic_lsopt as lso
+from tests.cases.zero import steps
 
 
 class Buffered(nn.Module):
