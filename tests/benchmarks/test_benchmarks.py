@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import curvature, curvature_spectra, imports, membership_simulation, one_process, run
+from benchmarks import imports, membership_simulation, one_process, run
 from benchmarks.chaos_table import chaos_table
+from benchmarks.curvature import products as curvature
+from benchmarks.curvature import spectra as curvature_spectra
 from benchmarks.models import TOY
 from benchmarks.targets import Target, rows
 from benchmarks.timing import ratio_of
@@ -55,7 +57,7 @@ def test_products() -> None:
 @fast
 def test_products_under_fsdp2_count_what_they_exchange(ranks: Callable[[int], Ranks]) -> None:
     # Kept: the vector is gathered, the product reduced. Blockwise: weights and vector are gathered more than once.
-    figures = ranks(2).run("benchmarks.curvature:compare_sharded", size="toy")[0]
+    figures = ranks(2).run("benchmarks.curvature.products:compare_sharded", size="toy")[0]
     assert figures["product_kept_fsdp2_bytes_of_model"] == pytest.approx(2.0, abs=0.01)  # and a few votes
     assert figures["product_blockwise_fsdp2_bytes_of_model"] > 2
     assert figures["product_kept_fsdp2_of_gradient"] > 0
@@ -83,7 +85,7 @@ def test_memory_of_vectors_is_split() -> None:
     """On groups of its own: what other tests have freed in a rank's heap would hide the peak of a toy."""
     measured = []
     for group in (Ranks(1), Ranks(2)):
-        measured.append(group.run("benchmarks.curvature_memory:measure", size="toy")[0])
+        measured.append(group.run("benchmarks.curvature.memory:measure", size="toy")[0])
         group.stop()
     one, two = measured
     assert two["vector_tensor_bytes"] / one["vector_tensor_bytes"] == pytest.approx(0.5, abs=0.01)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import elastic_agent
+from benchmarks.elastic import agent as elastic_agent
 
 
 def test_records_are_counted() -> None:

@@ -20,7 +20,7 @@ from coverage import CoverageData, CoveragePlugin
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = f"{os.sep}tests{os.sep}"
 CASES = f"{TESTS}cases{os.sep}"
-MODULE = r"(tests\.cases(?:\.\w+)+|benchmarks\.\w+)"
+MODULE = r"(tests\.cases(?:\.\w+)+|benchmarks(?:\.\w+)+)"
 CASE, OF_ONE_MODULE = re.compile(rf'"{MODULE}:(\w+)"'), re.compile(rf'^CASES = "{MODULE}:"$', re.M)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.curvature_model import CRITERION, Batch, mean_loss
+from benchmarks.curvature.model import CRITERION, Batch, mean_loss
 
 Pairs = tuple[list[float], list[Tensor]]
 """Eigenvalues and flat eigenvectors of length 1."""

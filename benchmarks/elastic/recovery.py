@@ -2,7 +2,7 @@
 
 Three nodes on this machine, one worker each. Times are the workers' own notes of their finished steps against the
 moment at which this process sent the signal: nothing is taken from the runtime's own account but the phases. torchrun's
-settings are those of reference/elastic.md, section 2b, the fastest that were found.
+settings are the fastest that were found.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Nodes:
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> subprocess.Popen[bytes]:
-        job = ["-m", "benchmarks.elastic_job", str(self.folder / "settings.json")]
+        job = ["-m", "benchmarks.elastic.job", str(self.folder / "settings.json")]
         endpoint = f"--rdzv-endpoint=127.0.0.1:{self.port}"
         launcher = ["-m", "torch.distributed.run", *TUNED, endpoint, "--rdzv-id=bench"] if self.stock else []
         environment = {

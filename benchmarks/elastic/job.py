@@ -1,4 +1,4 @@
-"""The job of the elastic benchmarks, `python -m benchmarks.elastic_job SETTINGS.json`: elastic, or stock by torchrun.
+"""The job of the elastic benchmarks, `python -m benchmarks.elastic.job SETTINGS.json`: elastic, or stock by torchrun.
 
 The same model, optimizer and data either way: two linear layers of `width`, AdamW, FSDP2 or ZeRO. Each worker notes a
 finished step with the time of day. The stock job saves with torch.distributed.checkpoint every ten steps and resumes

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 import elastic_lsopt as lso
-from benchmarks.curvature_model import LOSS, SHAPES, own_batch, trained
-from benchmarks.curvature_peers import (
+from benchmarks.curvature.model import LOSS, SHAPES, own_batch, trained
+from benchmarks.curvature.peers import (
     Pairs,
     density_by_eigenthings,
     fewest_steps,
@@ -153,5 +153,5 @@ def run() -> dict[str, object]:
     size = "gpu" if torch.cuda.is_available() else "cpu"
     figures: dict[str, object] = {"size": size}
     for case in ("top", "density"):
-        figures |= on_ranks(f"benchmarks.curvature_spectra:{case}", processes=1, size=size)
+        figures |= on_ranks(f"benchmarks.curvature.spectra:{case}", processes=1, size=size)
     return figures

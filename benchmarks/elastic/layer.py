@@ -14,8 +14,8 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.elastic import Nodes, Row
-from benchmarks.elastic_job import BLOCK
+from benchmarks.elastic.job import BLOCK
+from benchmarks.elastic.recovery import Nodes, Row
 
 WIDTH, UNIT, BATCH = 185_000, 96, 192
 STEPS = 160

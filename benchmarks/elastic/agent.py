@@ -83,7 +83,7 @@ def measure(agents: int, count: int) -> dict[str, float]:
             )
         )  # fmt: skip
         leader.lead(agents, count)
-        others = [sys.executable, "-m", "benchmarks.elastic_agent", leader.mailbox.address, str(agents), str(count)]
+        others = [sys.executable, "-m", "benchmarks.elastic.agent", leader.mailbox.address, str(agents), str(count)]
         with subprocess.Popen(others) as playing:
             leader.main()
             playing.kill()

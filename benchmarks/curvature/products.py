@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 import elastic_lsopt as lso
-from benchmarks.curvature_model import LOSS, SHAPES, mean_loss, own_batch, sharded, trained
-from benchmarks.curvature_peers import products as peers_products
+from benchmarks.curvature.model import LOSS, SHAPES, mean_loss, own_batch, sharded, trained
+from benchmarks.curvature.peers import products as peers_products
 from benchmarks.timing import ratio_of, rounds
 from benchmarks.workers import on_ranks, world
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -109,5 +109,5 @@ def exchanged(work: Callable[[], object]) -> int:
 def run() -> dict[str, object]:
     """One process, then two (or as many as there are GPUs), each with one thread."""
     size = "gpu" if torch.cuda.is_available() else "cpu"
-    figures = {"size": size} | on_ranks("benchmarks.curvature:compare", processes=1, size=size)
-    return figures | (on_ranks("benchmarks.curvature:compare_sharded", size=size) if world() > 1 else {})
+    figures = {"size": size} | on_ranks("benchmarks.curvature.products:compare", processes=1, size=size)
+    return figures | (on_ranks("benchmarks.curvature.products:compare_sharded", size=size) if world() > 1 else {})

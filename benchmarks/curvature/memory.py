@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import elastic_lsopt as lso
-from benchmarks.curvature_model import Batch, mean_loss
+from benchmarks.curvature.model import Batch, mean_loss
 from benchmarks.models import device
 from benchmarks.workers import on_ranks, world
 from elastic_lsopt.space.basis import Basis
@@ -133,7 +133,7 @@ def run() -> dict[str, object]:
     if size == "gpu" and world() < 2:
         return {"size": size}
     with patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536"):
-        one, two = (on_ranks("benchmarks.curvature_memory:measure", processes=n, size=size) for n in (1, 2))
+        one, two = (on_ranks("benchmarks.curvature.memory:measure", processes=n, size=size) for n in (1, 2))
     figures: dict[str, object] = {"size": size, "model_bytes": one["model"]}
     for name in ("blockwise_peak", "vector_bytes", "vector_tensor_bytes", "at_rest"):
         figures[f"{name}_world2_of_world1"] = two[name] / one[name]
