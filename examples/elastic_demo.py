@@ -26,7 +26,7 @@ import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.cli.status import ask, table
 from elastic_lsopt.data.loader import StepLoader
-from elastic_lsopt.elastic.agent.mail.signing import job_secret
+from elastic_lsopt.elastic.mail.signing import job_secret
 from elastic_lsopt.elastic.worker.journal import Change, read_journal
 from elastic_lsopt.errors import UserError
 

@@ -20,11 +20,11 @@ from typing import Any
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.agent.agent import Agent
 from elastic_lsopt.elastic.agent.lease_clock import lease_now
-from elastic_lsopt.elastic.agent.mail.inbox import Opened
-from elastic_lsopt.elastic.agent.mail.letter import Letter
-from elastic_lsopt.elastic.agent.mail.mailbox import connect
 from elastic_lsopt.elastic.agent.node import Node
 from elastic_lsopt.elastic.agent.node_folder import NodeFolder
+from elastic_lsopt.elastic.mail.inbox import Opened
+from elastic_lsopt.elastic.mail.letter import Letter
+from elastic_lsopt.elastic.mail.mailbox import connect
 from elastic_lsopt.elastic.membership.generation import Change, Generation, Member
 from elastic_lsopt.elastic.membership.quorum import Ballot, Vote
 from elastic_lsopt.elastic.membership.record import Heartbeat, Record, Rules

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from elastic_lsopt.checkpoint.ownership import owner_of
-from elastic_lsopt.elastic.agent.mail.signing import Refused, job_secret
 from elastic_lsopt.elastic.agent.node_folder import addresses
 from elastic_lsopt.elastic.agent.status import status_at
+from elastic_lsopt.elastic.mail.signing import Refused, job_secret
 from elastic_lsopt.elastic.worker.journal import read_journal, read_rewinds
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.training.run_state import read_state

@@ -20,7 +20,7 @@ from torch import nn
 from elastic_lsopt.cli.job import Job, read_job
 from elastic_lsopt.config.deepspeed_json import read_deepspeed_json, zero_stage
 from elastic_lsopt.config.settings import ADAMS, BUILTIN_DATASETS, SettingError, TrainConfig, landscape_fields, lr_rule
-from elastic_lsopt.elastic.agent.open_files import too_few
+from elastic_lsopt.elastic.worker.open_files import too_few
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.microbatch import microbatches_of_rank, part_bounds, slots, unit_sizes

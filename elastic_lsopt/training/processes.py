@@ -22,7 +22,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from elastic_lsopt.elastic.agent.mail.signing import SECRET_VARIABLE
+from elastic_lsopt.elastic.mail.signing import SECRET_VARIABLE
 from elastic_lsopt.elastic.worker.meeting import meet
 from elastic_lsopt.world import World, on_gpu
 

@@ -42,7 +42,7 @@ draw = random.Random(3)
 
 TALK = """
 import sys, time
-from elastic_lsopt.elastic.agent.mail.mailbox import Mailbox, reachable
+from elastic_lsopt.elastic.mail.mailbox import Mailbox, reachable
 me, address, other = sys.argv[1:]
 while me == "n2" and not reachable(other):
     time.sleep(0.1)

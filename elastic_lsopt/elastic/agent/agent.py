@@ -30,14 +30,14 @@ from typing import Any
 from elastic_lsopt.backends.signed_store import derived
 from elastic_lsopt.elastic.agent.event_file import EventFile
 from elastic_lsopt.elastic.agent.lease_clock import lease_now
-from elastic_lsopt.elastic.agent.mail.inbox import Inbox, Opened
-from elastic_lsopt.elastic.agent.mail.letter import Letter
-from elastic_lsopt.elastic.agent.mail.mailbox import MANY, REST_S, Mailbox
 from elastic_lsopt.elastic.agent.node import Node, begin, new_life
 from elastic_lsopt.elastic.agent.status import STATUS, say_status
 from elastic_lsopt.elastic.agent.vote_disk import VoteDisk
 from elastic_lsopt.elastic.agent.witness import Witness
 from elastic_lsopt.elastic.agent.worker_process import WorkerProcess
+from elastic_lsopt.elastic.mail.inbox import Inbox, Opened
+from elastic_lsopt.elastic.mail.letter import Letter
+from elastic_lsopt.elastic.mail.mailbox import MANY, REST_S, Mailbox
 from elastic_lsopt.elastic.membership import machine as membership
 from elastic_lsopt.elastic.membership import record
 from elastic_lsopt.elastic.membership.event_log import Entry

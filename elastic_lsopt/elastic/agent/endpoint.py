@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 
-from elastic_lsopt.elastic.agent.mail.mailbox import HERE
+from elastic_lsopt.elastic.mail.mailbox import HERE
 from elastic_lsopt.errors import UserError
 
 ENDPOINT, JOB = "ELASTIC_LSOPT_ENDPOINT", "ELASTIC_LSOPT_JOB"

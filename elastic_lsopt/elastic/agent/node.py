@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.agent.event_file import EventFile
 from elastic_lsopt.elastic.agent.lease_clock import lease_now
-from elastic_lsopt.elastic.agent.mail.mailbox import Mailbox, reachable
-from elastic_lsopt.elastic.agent.mail.signing import Refused
 from elastic_lsopt.elastic.agent.node_folder import NodeFolder
 from elastic_lsopt.elastic.agent.status import status_at
+from elastic_lsopt.elastic.mail.mailbox import Mailbox, reachable
+from elastic_lsopt.elastic.mail.signing import Refused
 from elastic_lsopt.elastic.membership import machine
 from elastic_lsopt.elastic.membership.record import Remembered, Rules
 from elastic_lsopt.elastic.membership.state import State

@@ -16,7 +16,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 
 from elastic_lsopt.elastic.agent.endpoint import ENDPOINT, JOB
-from elastic_lsopt.elastic.agent.mail.mailbox import HERE, host_store
+from elastic_lsopt.elastic.mail.mailbox import HERE, host_store
 
 
 class PrivateRendezvous(RendezvousHandler):

@@ -21,14 +21,14 @@ from elastic_lsopt.backends.ending import leave
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.agent.agent import Agent
 from elastic_lsopt.elastic.agent.endpoint import ENDPOINT, JOB, endpoint_by_mpi
-from elastic_lsopt.elastic.agent.mail.mailbox import HERE, silence_torch
-from elastic_lsopt.elastic.agent.mail.signing import job_secret
 from elastic_lsopt.elastic.agent.node import Node
 from elastic_lsopt.elastic.agent.node_folder import NodeFolder
-from elastic_lsopt.elastic.agent.open_files import make_room, too_few
+from elastic_lsopt.elastic.mail.mailbox import HERE, silence_torch
+from elastic_lsopt.elastic.mail.signing import job_secret
 from elastic_lsopt.elastic.membership.machine import Rules
 from elastic_lsopt.elastic.worker.journal import Journal
 from elastic_lsopt.elastic.worker.link import WorkerLink, is_worker
+from elastic_lsopt.elastic.worker.open_files import make_room, too_few
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.plan import Policy
 from elastic_lsopt.schedules.batch_scaling import Hyperparameters

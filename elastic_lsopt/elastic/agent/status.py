@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from elastic_lsopt.elastic.agent.mail.mailbox import connect
-from elastic_lsopt.elastic.agent.mail.signing import Refused, refuse_skew, seal, unseal
+from elastic_lsopt.elastic.mail.mailbox import connect
+from elastic_lsopt.elastic.mail.signing import Refused, refuse_skew, seal, unseal
 
 STATUS = "status"
 ANSWER = timedelta(seconds=2)

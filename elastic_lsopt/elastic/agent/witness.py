@@ -12,7 +12,7 @@ import urllib.request
 from typing import Any
 from urllib.parse import urlsplit
 
-from elastic_lsopt.elastic.agent.mail.signing import Refused, sign, verified
+from elastic_lsopt.elastic.mail.signing import Refused, sign, verified
 from elastic_lsopt.elastic.membership.quorum import Ask, WitnessVote
 from elastic_lsopt.errors import UserError
 

@@ -33,8 +33,7 @@ from elastic_lsopt.backends.fabric import fabric_for
 from elastic_lsopt.backends.rebuild import form_group, tear_down
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.config.elastic import ElasticConfig
-from elastic_lsopt.elastic.agent.mail.mailbox import connect, split_address
-from elastic_lsopt.elastic.agent.open_files import refuse_too_few
+from elastic_lsopt.elastic.mail.mailbox import connect, split_address
 from elastic_lsopt.elastic.memory.mirror import Mirror
 from elastic_lsopt.elastic.memory.reshard import Chosen, choose, inventory, reshard
 from elastic_lsopt.elastic.memory.trail import Trail
@@ -43,6 +42,7 @@ from elastic_lsopt.elastic.worker.job import Run, refuse_what_counts_steps_or_ra
 from elastic_lsopt.elastic.worker.journal import Change, Journal, Phases
 from elastic_lsopt.elastic.worker.link import Entered, WorkerLink
 from elastic_lsopt.elastic.worker.meeting import meet
+from elastic_lsopt.elastic.worker.open_files import refuse_too_few
 from elastic_lsopt.elastic.worker.same_data import SameData
 from elastic_lsopt.elastic.worker.ties import Ties
 from elastic_lsopt.errors import PeerFailed, UserError

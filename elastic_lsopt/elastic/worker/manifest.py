@@ -6,7 +6,7 @@ from contextlib import suppress
 from datetime import timedelta
 
 from elastic_lsopt.backends.signed_store import SignedStore, derived
-from elastic_lsopt.elastic.agent.mail.mailbox import connect
+from elastic_lsopt.elastic.mail.mailbox import connect
 
 TIMEOUT = timedelta(seconds=5)
 

@@ -18,8 +18,8 @@ import torch
 
 import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
-from elastic_lsopt.elastic.agent.mail.mailbox import LONGEST_BYTES, connect, reachable
-from elastic_lsopt.elastic.agent.mail.signing import sign
+from elastic_lsopt.elastic.mail.mailbox import LONGEST_BYTES, connect, reachable
+from elastic_lsopt.elastic.mail.signing import sign
 from elastic_lsopt.elastic.worker.job import refuse_what_counts_steps_or_ranks
 from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import BIN, TINY, Started, in_ranks, losses, rows, write_job

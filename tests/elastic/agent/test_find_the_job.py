@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_lsopt.elastic.agent.mail.mailbox import ANSWER_S, CONNECT_S, Mailbox
 from elastic_lsopt.elastic.agent.node import find_the_job
+from elastic_lsopt.elastic.mail.mailbox import ANSWER_S, CONNECT_S, Mailbox
 from elastic_lsopt.errors import UserError
 from tests.elastic.agent.plain_agent import node
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_lsopt.elastic.agent.mail.mailbox import reachable
 from elastic_lsopt.elastic.agent.witness import Witness
+from elastic_lsopt.elastic.mail.mailbox import reachable
 from elastic_lsopt.elastic.membership.generation import Change
 from elastic_lsopt.elastic.membership.quorum import Ask, Ballot
 from elastic_lsopt.errors import UserError

@@ -11,8 +11,8 @@ from contextlib import suppress
 
 import pytest
 
-from elastic_lsopt.elastic.agent.mail.bounded_store import BoundedStore, resident_bytes
-from elastic_lsopt.elastic.agent.mail.mailbox import Mailbox, connect, listen
+from elastic_lsopt.elastic.mail.bounded_store import BoundedStore, resident_bytes
+from elastic_lsopt.elastic.mail.mailbox import Mailbox, connect, listen
 from tests.ranks import rank_environment
 from tests.warm import Popen
 
@@ -29,7 +29,7 @@ def bounded() -> Iterator[tuple[BoundedStore, str]]:
 
 STRANGER = """
 import sys
-from elastic_lsopt.elastic.agent.mail.mailbox import connect
+from elastic_lsopt.elastic.mail.mailbox import connect
 address, how, mib = sys.argv[1], sys.argv[2], int(sys.argv[3])
 value, sent, client = bytes(4 * 2**20), 0, connect(address)
 while sent < mib * 2**20:

@@ -10,8 +10,8 @@ import logging
 import threading
 from collections.abc import Callable
 
-from elastic_lsopt.elastic.agent.mail.letter import opened
-from elastic_lsopt.elastic.agent.mail.signing import Refused
+from elastic_lsopt.elastic.mail.letter import opened
+from elastic_lsopt.elastic.mail.signing import Refused
 from elastic_lsopt.elastic.membership.record import Record
 
 log = logging.getLogger("elastic_lsopt")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.elastic.agent.open_files import GROUPS, files_of_a_rank, too_few
+from elastic_lsopt.elastic.worker.open_files import GROUPS, files_of_a_rank, too_few
 
 
 @pytest.mark.fast
@@ -31,7 +31,7 @@ def test_a_thousand_files_are_too_few_for_three_hundred_ranks() -> None:
 def test_the_limit_is_raised_as_far_as_it_may_and_then_it_is_refused() -> None:
     program = (
         "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 400))\n"
-        "from elastic_lsopt.elastic.agent.open_files import refuse_too_few\n"
+        "from elastic_lsopt.elastic.worker.open_files import refuse_too_few\n"
         "refuse_too_few(80); print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
         "try: refuse_too_few(84)\n"
         "except Exception as error: print(type(error).__name__, error)\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_lsopt.elastic.agent.mail.signing import MAX_SKEW_S, Refused, job_secret, sign, verified
+from elastic_lsopt.elastic.mail.signing import MAX_SKEW_S, Refused, job_secret, sign, verified
 from elastic_lsopt.errors import UserError
 
 pytestmark = pytest.mark.fast

@@ -13,7 +13,7 @@ import time
 from functools import cached_property
 from typing import Any
 
-from elastic_lsopt.elastic.agent.mail.signing import Refused, refuse_skew, seal, unseal
+from elastic_lsopt.elastic.mail.signing import Refused, refuse_skew, seal, unseal
 from elastic_lsopt.elastic.membership.record import Record
 
 

@@ -36,8 +36,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from elastic_lsopt.elastic.agent.mail.bounded_store import BoundedStore
-from elastic_lsopt.elastic.agent.mail.letter import Letter
+from elastic_lsopt.elastic.mail.bounded_store import BoundedStore
+from elastic_lsopt.elastic.mail.letter import Letter
 from elastic_lsopt.errors import UserError
 
 HERE = "127.0.0.1"

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.elastic.agent.mail.inbox import MOST_UNREAD_BYTES, Inbox
-from elastic_lsopt.elastic.agent.mail.letter import Letter, opened
-from elastic_lsopt.elastic.agent.mail.mailbox import UNREAD, Mailbox, connect
-from elastic_lsopt.elastic.agent.mail.signing import MAX_SKEW_S, Refused
 from elastic_lsopt.elastic.agent.status import read_status, say_status
+from elastic_lsopt.elastic.mail.inbox import MOST_UNREAD_BYTES, Inbox
+from elastic_lsopt.elastic.mail.letter import Letter, opened
+from elastic_lsopt.elastic.mail.mailbox import UNREAD, Mailbox, connect
+from elastic_lsopt.elastic.mail.signing import MAX_SKEW_S, Refused
 from elastic_lsopt.elastic.membership import turn
 from elastic_lsopt.elastic.membership.generation import Change, Member
 from elastic_lsopt.elastic.membership.quorum import Accepted, Ask, Ballot, Vote
