@@ -9,9 +9,12 @@ INSTALLED := $(VENV)/.installed
 .DEFAULT_GOAL := help
 LANES ?= 4
 ALL_RESULTS ?= benchmarks/results/test-all.jsonl
+GPU_PYTHON ?= python3
+GPU_TESTS := tests/gpu tests/space/test_noise.py tests/space/test_basis.py tests/api/test_synchronisations.py \
+	tests/elastic/memory/test_download.py tests/training/building/test_placement.py
 CHAOS_EVENTS ?= 200
 CHAOS_RESULTS ?= benchmarks/results/chaos.jsonl
-.PHONY: manifest help install quickstart elastic-quickstart test test-fast test-all chaos lint format study bench bench-elastic schema clean
+.PHONY: manifest help install quickstart elastic-quickstart test test-fast test-all chaos lint format study bench bench-elastic test-gpu bench-gpu gpu-wheels test-next-torch schema clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +72,20 @@ bench: $(INSTALLED)  ## measure against the peers; writes benchmarks/results
 
 bench-elastic: $(INSTALLED)  ## seconds from a kill or a join to the next step, beside stock torchrun
 	$(BIN)/python -m benchmarks.run elastic elastic_layer membership_simulation
+
+test-gpu:  ## laws and contracts on a CUDA device, by the Python that is there: about 8 minutes
+	TESTS_ON=$${TESTS_ON:-cuda} $(GPU_PYTHON) -m pytest -n 4 -m gpu $(GPU_TESTS)
+
+bench-gpu:  ## steps, noise, products and host versions on a CUDA device; writes benchmarks/results
+	$(GPU_PYTHON) -m benchmarks.run device noise
+
+gpu-wheels:  ## what a machine with torch >= 2.11 for CUDA and no network lacks, for Python 3.12: the folder wheels
+	launch/gpu_wheels wheels
+
+test-next-torch:  ## the fabric's newest path, in an environment of its own: torch 2.14 with CUDA is 5.6 GB
+	test -x .venv-next/bin/python || $(PYTHON) -m venv .venv-next
+	.venv-next/bin/python -m pip install --quiet "torch>=2.14" && .venv-next/bin/python -m pip install --quiet -e '.[test]'
+	.venv-next/bin/python -m pytest tests/backends/test_fabric.py tests/elastic/memory/test_reshard.py -m "not full"
 
 schema: $(INSTALLED)  ## write the JSON schema of a job's YAML
 	$(BIN)/python -m elastic_lsopt.config.schema

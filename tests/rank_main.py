@@ -23,7 +23,11 @@ def main() -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if os.environ.get("TESTS_ON") == "cuda":
+        torch.cuda.set_device(0)  # of two ranks, too: NCCL takes one a device, so they talk by gloo
+        dist.init_process_group("cpu:gloo,cuda:nccl" if os.environ["WORLD_SIZE"] == "1" else "gloo")
+    else:
+        dist.init_process_group("gloo")
     for line in sys.stdin:
         order = json.loads(line)
         module, function = order["case"].split(":")

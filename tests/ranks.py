@@ -39,22 +39,22 @@ def free_port() -> int:
 
 
 def rank_environment(**more: str) -> dict[str, str]:
-    """The environment of a rank: one thread each, no accelerator but the CPU, this checkout on the path. LOCAL_SIZE is
-    for DeepSpeed, which else asks a program for the number of sockets, 24 times an engine."""
+    """The environment of a rank: one thread each, no accelerator but what TESTS_ON names, this checkout on the path.
+    LOCAL_SIZE is for DeepSpeed, which else asks a program for the number of sockets, 24 times an engine."""
     env = {
         k: v
         for k, v in os.environ.items()
         if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     }
     return {
-        **env, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT),
+        **env, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": os.environ.get("TESTS_ON", "cpu"), "PYTHONPATH": str(ROOT),
         "TOKENIZERS_PARALLELISM": "false", "LOCAL_SIZE": "1",
         "PYTHONFAULTHANDLER": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR", **more,
     }  # fmt: skip
 
 
 class Ranks:
-    """`world` processes in one gloo group. `run("tests.cases.x:function", …)` calls it on every rank."""
+    """`world` processes in one group. `run("tests.cases.x:function", …)` calls it on every rank."""
 
     def __init__(self, world: int) -> None:
         self.world = world

@@ -71,13 +71,15 @@ def gathered(space: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     for i, p in enumerate(layout.parameters):
         starts[i] = total
         total += p.numel
-    lowest, highest = torch.full((total,), torch.inf).double(), torch.full((total,), -torch.inf).double()
+    lowest = torch.full((total,), torch.inf, dtype=torch.float64, device=engines.DEVICE)
+    highest = -lowest
     for piece, t in zip(layout.pieces, tensors, strict=True):
         at = starts[piece.parameter] + piece.offset
         lowest[at : at + piece.length] = highest[at : at + piece.length] = t.detach().double()
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     assert torch.equal(lowest, highest), "ranks differ, or no rank holds some element"
+    lowest = lowest.cpu()
     return {p.name: lowest[starts[i] : starts[i] + p.numel].reshape(p.shape) for i, p in enumerate(layout.parameters)}
 
 
@@ -87,7 +89,7 @@ def off(ours: float, wanted: float) -> float:
 
 def furthest(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     assert set(ours) == set(wanted), set(ours) ^ set(wanted)
-    return max(float((ours[n].double() - wanted[n].double()).abs().max()) for n in wanted)
+    return max(float((ours[n].double().cpu() - wanted[n].double().cpu()).abs().max()) for n in wanted)
 
 
 def geometry(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) -> dict[str, Any]:
@@ -110,8 +112,8 @@ def geometry(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) 
         "numel": space.layout.numel == sum(t.numel() for t in a.values()),
         "dot": off(space.dot(va, vb), dot),
         "norm": off(space.norm(va), math.sqrt(square)),
-        "per_parameter": float((space.norm_per_parameter(va).values / per_parameter - 1).abs().max()),
-        "per_row": float((space.norm_per_row(va).values / per_row - 1).abs().max()),
+        "per_parameter": float((space.norm_per_parameter(va).values.cpu() / per_parameter - 1).abs().max()),
+        "per_row": float((space.norm_per_row(va).values.cpu() / per_row - 1).abs().max()),
         "linear": furthest(
             gathered(space, (2.0 * va - vb * va + -vb).tensors),
             {n: 2 * t - b[n].double() * t - b[n].double() for n, t in wide.items()},
@@ -149,8 +151,9 @@ def moves(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) -> 
     for n in order:
         by_row[n] = 0.01 * (count + torch.arange(rows_of(d[n]).shape[0]).double())
         count += len(by_row[n])
-    parameter_scales = Scales(torch.tensor(list(by_parameter.values()), dtype=torch.float64), "parameter")
-    row_scales = Scales(torch.cat(list(by_row.values())), "row")
+    per_parameter = torch.tensor(list(by_parameter.values()), dtype=torch.float64, device=space.shards.device)
+    parameter_scales = Scales(per_parameter, "parameter")
+    row_scales = Scales(torch.cat(list(by_row.values())).to(space.shards.device), "row")
 
     def scaled(direction: dict[str, Tensor], scale: Any) -> dict[str, Tensor]:
         out = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
 from tests.oracles.paper_loops import cross_entropy
 
+DEVICE = torch.device(os.environ.get("TESTS_ON", "cpu"))
+"""Where models and batches are; `make test-gpu` says cuda."""
 FRAMEWORK = ("plain", "ddp", "fsdp2", "fsdp2-kept", "hsdp")
 ZERO = ("zero0", "zero1", "zero2", "zero3")
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
@@ -111,19 +114,20 @@ class Transformer(nn.Module):
 
 def transformer(extra: Sequence[str] = (), dtype: torch.dtype = torch.float32, seed: int = 0) -> Transformer:
     torch.manual_seed(seed)
-    return Transformer(extra).to(dtype)
+    return Transformer(extra).to(DEVICE, dtype)
 
 
 def token_batches(units: int, *, size: int = 2, last: int | None = None, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     """One global batch of `units` micro-batches of sequences of 5 tokens, and a class for each token."""
     torch.manual_seed(seed)
     sizes = [size] * (units - 1) + [last or size]
-    return [(torch.randint(0, CLASSES + 4, (n, 5)), torch.randint(0, CLASSES + 4, (n, 5))) for n in sizes]
+    tokens = [(torch.randint(0, CLASSES + 4, (n, 5)), torch.randint(0, CLASSES + 4, (n, 5))) for n in sizes]
+    return [(x.to(DEVICE), y.to(DEVICE)) for x, y in tokens]
 
 
 def net(extra: Sequence[str] = (), dtype: torch.dtype = torch.float32, seed: int = 0) -> Net:
     torch.manual_seed(seed)
-    return Net(extra).to(dtype)
+    return Net(extra).to(DEVICE, dtype)
 
 
 def batches(
@@ -133,7 +137,8 @@ def batches(
     torch.manual_seed(seed)
     sizes = [size] * (units - 1) + [last or size]
     return [
-        [(torch.randn(n, FEATURES).to(dtype), torch.randint(0, CLASSES, (n,))) for n in sizes] for _ in range(steps)
+        [(torch.randn(n, FEATURES).to(DEVICE, dtype), torch.randint(0, CLASSES, (n,)).to(DEVICE)) for n in sizes]
+        for _ in range(steps)
     ]
 
 
@@ -195,9 +200,9 @@ def sharded(kind: str, model: nn.Module, bf16: bool = False) -> nn.Module:
     world = dist.get_world_size()
     if kind == "hsdp":
         replicas = 2 if world % 2 == 0 else 1
-        mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(DEVICE.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
     else:
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
+        mesh = init_device_mesh(DEVICE.type, (world,), mesh_dim_names=("shard",))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": kind != "fsdp2-kept"}
     if bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -211,8 +216,8 @@ def sharded(kind: str, model: nn.Module, bf16: bool = False) -> nn.Module:
 def whole(space: Any) -> dict[str, Tensor]:
     """Every trainable parameter, whole, on every rank: gathered from the masters by offset."""
     layout = space.layout
-    out = {p.name: torch.zeros(p.numel, dtype=space.dtype) for p in layout.parameters}
-    seen = {p.name: torch.zeros(p.numel, dtype=space.dtype) for p in layout.parameters}
+    out = {p.name: torch.zeros(p.numel, dtype=space.dtype, device=DEVICE) for p in layout.parameters}
+    seen = {name: torch.zeros_like(t) for name, t in out.items()}
     for piece, t in zip(layout.pieces, space.weights.tensors, strict=True):
         name = layout.parameters[piece.parameter].name
         out[name][piece.offset : piece.offset + piece.length] = t.to(space.dtype)

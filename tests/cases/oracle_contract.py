@@ -46,7 +46,8 @@ def masked_units(units: int, dtype: torch.dtype, *, empty: int | None = None) ->
         x = torch.randn(2 + u, engines.FEATURES).to(dtype)
         y = torch.randint(0, engines.CLASSES, (2 + u,))
         y[(torch.arange(2 + u) + u) % 3 == 0] = MASKED
-        out.append((x, torch.full_like(y, MASKED) if u == empty else y))
+        y = torch.full_like(y, MASKED) if u == empty else y
+        out.append((x.to(engines.DEVICE), y.to(engines.DEVICE)))
     return out
 
 

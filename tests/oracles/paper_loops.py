@@ -124,7 +124,7 @@ def lpf_sgd(
         first, end = len(units) * m // parts, len(units) * (m + 1) // parts
         e = {}
         for n, p in trained(model).items():
-            z = torch.empty(p.numel(), dtype=p.dtype)
+            z = torch.empty(p.numel(), dtype=p.dtype, device=p.device)
             fill_normal_(z, seed=block_seed(seed, step, m), name=n, offset=0)
             rows = p.detach().reshape(p.shape[0], -1) if p.dim() > 1 else p.detach().reshape(1, -1)
             std = gamma_t * torch.stack([r.norm() for r in rows])

@@ -135,7 +135,7 @@ def transfer(path: str, kind: str, base: str = "adamw") -> dict[str, Any]:
 
 def _whole(space: Any, tensors: list[torch.Tensor]) -> dict[str, list[float]]:
     """A vector by parameter name, gathered by offset in this file's own way."""
-    out = {p.name: torch.zeros(p.numel, dtype=torch.float64) for p in space.layout.parameters}
+    out = {p.name: torch.zeros(p.numel, dtype=torch.float64, device=engines.DEVICE) for p in space.layout.parameters}
     count = {name: torch.zeros_like(t) for name, t in out.items()}
     for piece, t in zip(space.layout.pieces, tensors, strict=True):
         name = space.layout.parameters[piece.parameter].name

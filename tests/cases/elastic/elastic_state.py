@@ -108,7 +108,9 @@ def _state(engine: lso.Engine) -> dict[str, Any]:
     everyones = gather_json(dist.distributed_c10d._get_default_group(), sorted(keys))
     for key in sorted({key for keys in everyones for key in keys}):
         found = {id(piece): value for piece, name, value in engine.backend.base_states() if name == key}
-        tensors[key] = [found.get(id(p), torch.zeros(p.length)) for p in space.layout.pieces]  # none without gradient
+        tensors[key] = [
+            found.get(id(p), torch.zeros(p.length, device=engines.DEVICE)) for p in space.layout.pieces
+        ]  # none without gradient
     return {
         **{name: whole_vector(space, parts) for name, parts in tensors.items()},
         "calls": engine.method_state["calls"], "clock": [engine.clock.samples, engine.clock.steps],

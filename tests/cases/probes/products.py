@@ -56,7 +56,8 @@ def products(
     out: dict[str, float] = {}
     names = [n for n, p in plain.named_parameters() if p.requires_grad]
     directions = [
-        {n: plain_values(p.shape, n, k) for n, p in plain.named_parameters() if p.requires_grad} for k in (1, 2)
+        {n: plain_values(p.shape, n, k).to(engines.DEVICE) for n, p in plain.named_parameters() if p.requires_grad}
+        for k in (1, 2)
     ]
     if perturbed:
         with torch.no_grad():
@@ -84,7 +85,7 @@ def _distances(
     def apart(ours: Any, wanted: Tensor) -> float:
         whole = gathered(space, ours.tensors)
         flat = torch.cat([whole[n].reshape(-1) for n in names])
-        return float((flat - wanted).norm() / wanted.norm())
+        return float((flat - wanted.cpu()).norm() / wanted.norm())
 
     hv = oracle.hvp(v)
     out = {f"{mode} H": apart(hv, Hv), f"{mode} H again": apart(oracle.hvp(v), Hv)}
@@ -105,7 +106,7 @@ def plain_products(
     total = sum(batch[1].numel() for batch in units)
     Hv, Gv = torch.zeros_like(v), torch.zeros_like(v)
     for index, (x, y) in enumerate(units):
-        seeded = replayed(block_seed(seed, "dropout", 0, index), torch.device("cpu"))
+        seeded = replayed(block_seed(seed, "dropout", 0, index), engines.DEVICE)
         with seeded, sdpa_kernel(SDPBackend.MATH):
             z = plain(x).flatten(0, -2)
         loss = nn.functional.cross_entropy(z, y.flatten(), reduction="sum") / total
@@ -120,7 +121,7 @@ def plain_products(
 
 def flat_gradient(y: Tensor, parameters: Sequence[Tensor], **options: Any) -> Tensor:
     if not y.requires_grad:
-        return torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
+        return torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=y.device)
     grads = torch.autograd.grad(y, parameters, allow_unused=True, **options)
     return torch.cat(
         [
