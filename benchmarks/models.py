@@ -3,6 +3,7 @@
     TOY     a few thousand parameters: the tests, so that no benchmark rots
     CPU     10.2M parameters, 2,048 tokens a unit
     GPU     368M parameters in bf16, 8,192 tokens a unit
+    LARGE   1.04B parameters in bf16, 8,192 tokens a unit
 
 Every comparison puts two engines on one backend (`beside`): the same weights, the same memory, another method.
 """
@@ -10,6 +11,7 @@ Every comparison puts two engines on one backend (`beside`): the same weights, t
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,8 @@ class Size:
 TOY = Size(16, 1, 32, 2, 32, 8, 2, pairs=2)
 CPU = Size(384, 4, 1024, 6, 4096, 256, 8)
 GPU = Size(1024, 24, 2736, 16, 32_000, 1024, 8, bf16=True, pairs=25)
-SIZES = {"toy": TOY, "cpu": CPU, "gpu": GPU}
+LARGE = Size(2048, 18, 5504, 16, 32_000, 1024, 8, bf16=True, pairs=9)
+SIZES = {"toy": TOY, "cpu": CPU, "gpu": GPU, "large": LARGE}
 
 
 def llama(size: Size) -> nn.Module:
@@ -77,12 +80,12 @@ def momentum(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
 
 
-def engine(kind: str, size: Size, method: Any) -> lso.Engine:
+def engine(kind: str, size: Size, method: Any, *, base: Any = momentum, keep: Sequence[Any] = ()) -> lso.Engine:
     """An engine of that kind: plain, ddp, fsdp2 (a group a block), zero1, zero2 or zero3 (the ready configs)."""
     model = llama(size)
     if kind.startswith("zero"):
         config = json.loads((CONFIGS / f"{kind}.json").read_text()) | {"bf16": {"enabled": size.bf16}}
-        return lso.initialize(model=model, config=config, method=method, base=momentum, loss_fn=LOSS)
+        return lso.initialize(model=model, config=config, method=method, base=base, loss_fn=LOSS, keep=keep)
     loss = LOSS
     if kind == "fsdp2":
         _shard(model, size)
@@ -90,7 +93,7 @@ def engine(kind: str, size: Size, method: Any) -> lso.Engine:
         loss = _autocast(size)
         if kind == "ddp":
             model = nn.parallel.DistributedDataParallel(model)
-    return lso.Engine(backend_for(model, momentum(model.parameters())), method, loss_fn=loss)
+    return lso.Engine(backend_for(model, base(model.parameters())), method, loss_fn=loss, keep=keep)
 
 
 def beside(other: lso.Engine, method: Any) -> lso.Engine:

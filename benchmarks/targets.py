@@ -71,6 +71,10 @@ TARGETS = (
         Target("membership_simulation", f"{change}_store_operations_per_worker_of_10000_over_100", at_most=1.1)
         for change in ("join", "worker_death", "node_silence", "host_death")
     ),
+    *(Target("updates", f"{name}_zero2_step_of_adamw", at_most=1.10) for name in ("lars", "lamb")),
+    Target("updates", "muon_own_step_of_torch_on_one", at_most=0.65),  # 1/N + 0.15 on two ranks
+    Target("updates", "ema_zero2_step_of_base", at_most=1.02),
+    Target("updates", "ema_zero2_bytes_of_fp32_shard", at_most=1.0001),
     Target("imports", "import_beyond_torch_s", at_most=0.3),
     *(Target("imports", f"help{c and '_' + c}_beyond_python_s", at_most=0.3) for c in COMMANDS),
     Target("noise", "cpu_fill_speed_of_randn", at_least=0.5),

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elastic_lsopt.backends.ending import end_well
-from elastic_lsopt.backends.fabric import fabric_for
+from elastic_lsopt.backends.fabric import Fabric, fabric_for
 from elastic_lsopt.backends.fabric.sockets import sockets
 from elastic_lsopt.backends.groups import present
 from elastic_lsopt.backends.signed_store import server_of
@@ -59,6 +59,11 @@ class Transport:
             everyones = _gather([*mine, *[0] * (longest - len(mine))])
             self._ports = {port for ports in everyones for port in ports if port}
         self._prefix = f"elastic_lsopt/{Transport._made}"
+
+    @property
+    def fabric(self) -> Fabric:
+        """The library by which the default group talks."""
+        return fabric_for("cuda" if "cuda:" in dist.get_backend_config() else "cpu")
 
     @property
     def settle_group(self) -> dist.ProcessGroupGloo | None:
@@ -104,8 +109,7 @@ class Transport:
         self.cut = True
         if self.world > 1:
             master = server_of(dist.distributed_c10d._get_default_store())
-            kind = "cuda" if "cuda:" in dist.get_backend_config() else "cpu"
-            fabric_for(kind).cut(self._ports, keep=master.port if isinstance(master, dist.TCPStore) else -1)
+            self.fabric.cut(self._ports, keep=master.port if isinstance(master, dist.TCPStore) else -1)
 
     def first_failure(self) -> str | None:
         """What another rank reported of the newest failure, if any: 'rank 1 raised ValueError: …'."""

@@ -54,6 +54,24 @@ def test_products() -> None:
 
 
 @pytest.mark.long
+def test_updates_and_an_average(ranks: Callable[[int], Ranks]) -> None:
+    figures = ranks(2).run("benchmarks.updates:steps", kind="zero2", size="toy")[0]
+    assert all(figures[f"{name}_zero2_step_of_adamw"] > 0 for name in ("lars", "lamb", "muon"))
+    figures = ranks(2).run("benchmarks.updates:ema", kind="zero2", size="toy")[0]
+    assert figures["ema_zero2_bytes_of_fp32_shard"] == pytest.approx(1.0, abs=0.01)
+    assert ranks(2).run("benchmarks.updates:muons_own_step", size="toy")[0]["muon_own_step_of_torch_on_one"] > 0
+
+
+@pytest.mark.long
+def test_on_a_device(ranks: Callable[[int], Ranks]) -> None:
+    for part, figure in (
+        ("methods", "toy_sam_of_two_base_steps"), ("updates", "toy_muon_step_of_adamw"),
+        ("versions", "toy_captured_step_of_step"), ("curvature", "toy_product_of_gradient"),
+    ):  # fmt: skip
+        assert ranks(1).run(f"benchmarks.device:{part}", size="toy")[0][figure] > 0, part
+
+
+@pytest.mark.long
 @fast
 def test_products_under_fsdp2_count_what_they_exchange(ranks: Callable[[int], Ranks]) -> None:
     # Kept: the vector is gathered, the product reduced. Blockwise: weights and vector are gathered more than once.

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,35 +11,14 @@ import torch.distributed as dist
 
 import elastic_lsopt as lso
 from elastic_lsopt.backends.agreement import gather_json
-from elastic_lsopt.backends.fabric import Fabric, fabric_for
-from elastic_lsopt.backends.rebuild import form_group, tear_down
+from elastic_lsopt.backends.fabric import fabric_for
+from elastic_lsopt.backends.rebuild import tear_down
 from elastic_lsopt.elastic.memory.reshard import choose, inventory, reshard
 from elastic_lsopt.elastic.memory.versions import HostVersions
 from tests.cases import engines
+from tests.cases.reforming import reforming
 
 STEPS = 6
-
-
-@contextmanager
-def forming() -> Iterator[Any]:
-    """`form()` makes a group of this rank alone by the device's own fabric, in place of the harness's; then back."""
-    store, count = dist.distributed_c10d._get_default_store(), 0
-
-    def form() -> Fabric:
-        nonlocal count
-        count += 1
-        fabric = fabric_for(engines.DEVICE.type)
-        place = dist.PrefixStore(f"device/{time.monotonic_ns()}/{count}", store)
-        form_group(fabric, place, 0, 1, timedelta(seconds=30))
-        return fabric
-
-    tear_down(None)
-    try:
-        yield form
-    finally:
-        if dist.is_initialized():
-            tear_down(None)
-        form()
 
 
 def allocated() -> int:
@@ -56,10 +32,11 @@ def allocated() -> int:
 def broken_and_formed(times: int) -> dict[str, Any]:
     """A group is formed, used, cut from another thread, and dropped, `times` times in one process."""
     left, seconds, alive = [], [], 0
-    with forming() as form:
+    fabric = fabric_for(engines.DEVICE.type)
+    with reforming() as form:
         for _ in range(times):
             begin = time.monotonic()
-            fabric = form()
+            form([0])
             engine = engines.build("fsdp2", engines.net(), lso.SAM(rho=0.3))
             engine.train_batch(engines.mine(engines.batches(1, 2)[0]))
             cut = threading.Thread(target=fabric.cut, args=((), 0))
@@ -79,15 +56,15 @@ def back_from_the_host(kind: str) -> dict[str, Any]:
     def train(engine: lso.Engine, first: int, last: int) -> list[float]:
         return [engine.train_batch(engines.mine(s)) for s in engines.batches(STEPS, 3)[first:last]]
 
-    with forming() as form:
-        form()
+    with reforming() as form:
+        form([0])
         engine = engines.build(kind, engines.net(), lso.SAM(rho=0.3), base="adamw")
         train(engine, 0, 3)
         versions.take(engine, generation=1, step=3, extra={})
         versions.commit(1, 3)
         wanted = train(engine, 3, STEPS), [t.cpu() for t in engine.space.weights.tensors]
         tear_down(engine)
-        form()
+        form([0])
         group = dist.distributed_c10d._get_default_group()
         engine = engines.build(kind, engines.net(seed=7), lso.SAM(rho=0.3), base="adamw")
         found = gather_json(group, inventory(versions))

@@ -1,10 +1,9 @@
 """What the runtime needs of a communication library.
 
-form       the default process group of a generation
-again      the same ranks in a group of their own, on the host
-cut        from any thread: this process's collectives raise at once, and its peers' by that
-error      what the library says went wrong
-give_up    nothing of the group is left to this process
+form     the default process group of a generation
+group    the same ranks in a group of their own, on the host
+cut      from any thread: this process's collectives raise at once, and its peers' by that
+error    what the library says went wrong
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Fabric(ABC):
     def cut(self, ports: Collection[int], keep: int) -> None:
         """Break every collective that this process waits in, or will; connections of port `keep` stay. Any thread."""
 
-    def again(self, timeout: timedelta) -> dist.ProcessGroup:
+    def group(self, timeout: timedelta) -> dist.ProcessGroup:
         """All ranks once more, in a gloo group (collective)."""
         group = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(group, dist.ProcessGroup)
@@ -38,8 +37,3 @@ class Fabric(ABC):
     def error(self) -> str:
         """The library's own word on what broke; "" where it keeps none."""
         return ""
-
-    def give_up(self) -> None:
-        """Let go of every group. No communication, also after a cut."""
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.backends.agreement import gather_json
-from elastic_lsopt.backends.fabric import fabric_for
+from elastic_lsopt.backends.fabric import Fabric, fabric_for
 from elastic_lsopt.backends.rebuild import form_group, tear_down
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.config.elastic import ElasticConfig
@@ -96,6 +96,7 @@ class Formed:
     """A rank of a group; `group` talks on the host, whatever the device is."""
 
     world: World
+    fabric: Fabric
     group: dist.ProcessGroup
 
 
@@ -151,13 +152,14 @@ class LiveGeneration:
         )
         store = meet(unsigned, rank, size, bytes.fromhex(entered.secret), look_up=self._refuse_outdated)
         device = device_of(local)
-        form_group(fabric_for(device.type), store, rank, size, timedelta(seconds=FORM_TIMEOUT_S))
+        fabric = fabric_for(device.type)
+        form_group(fabric, store, rank, size, timedelta(seconds=FORM_TIMEOUT_S))
         self.ties.talk_by(Transport())
         default = dist.distributed_c10d._get_default_group()
         dist.distributed_c10d._set_pg_timeout(life.timeout, default)
-        group = default if device.type == "cpu" else gloo_group(life.timeout)
+        group = default if device.type == "cpu" else fabric.group(life.timeout)
         fence = partial(self._may_commit, entered.number) if rank == 0 else None
-        return Formed(World(rank, size, device, store, entered.number, may_commit=fence), group)
+        return Formed(World(rank, size, device, store, entered.number, may_commit=fence), fabric, group)
 
     def agree(self, formed: Formed) -> Agreed:
         """Raises Interrupted where this world is too small for the batch: it waits for further workers."""
@@ -208,9 +210,8 @@ class LiveGeneration:
     def mirror(self, formed: Formed, agreed: Agreed, run: Run) -> Trail:
         """This state's first version, which every mirror has before anyone steps."""
         life, entered, world = self.life, self.entered, formed.world
-        mirror = Mirror(
-            gloo_group(life.timeout), world.rank, world.size, entered.nodes, life.settings.copies, self.ties.cut
-        )
+        group = formed.fabric.group(life.timeout)
+        mirror = Mirror(group, world.rank, world.size, entered.nodes, life.settings.copies, self.ties.cut)
         self._undo.callback(self._keep_mirrored, mirror)
         trail = Trail(
             life.versions, mirror, generation=entered.number, budget_bytes=life.settings.mirror_gib * 2**30,
@@ -340,13 +341,6 @@ def keep(run: Run, trail: Trail, plan: Plan, *, wait: bool) -> None:
         "gain": None if gain is None else [gain.variance, gain.square],
     }  # fmt: skip
     trail.keep(run.engine, step, extra, wait=wait)
-
-
-def gloo_group(timeout: timedelta) -> dist.ProcessGroup:
-    """All ranks once more, in a group of their own on the host (collective)."""
-    group = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
 
 
 def told(plan: Plan) -> dict[str, Any]:

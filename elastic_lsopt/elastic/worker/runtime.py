@@ -84,8 +84,10 @@ class Runtime:
                 self._life.unexplained += not entered.gone
                 if not is_peers(error, severed=ties.severed) or self._life.unexplained > UNEXPLAINED:
                     raise
+                said = ties.library_error()
                 ties.sever()
-                self._link.tell("broken", generation=self._number, error=one_line(error))
+                whole = f"{one_line(error)} ({said})" if said else one_line(error)
+                self._link.tell("broken", generation=self._number, error=whole)
             phases = Phases(_since=ties.broken_since or time.monotonic())
             phases.end("detect")
             generation.drop()

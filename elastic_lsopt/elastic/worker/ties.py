@@ -33,6 +33,10 @@ class Ties:
         """Whether the group's sockets were cut here."""
         return self._transport is not None and self._transport.cut
 
+    def library_error(self) -> str:
+        """What the communication library says went wrong, where it keeps a word of its own; before a cut."""
+        return "" if self._transport is None or self.severed else self._transport.fabric.error()
+
     def cut(self) -> bool:
         """Whether this generation is over by force."""
         return self.broken_since is not None

@@ -7,9 +7,7 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,41 +15,16 @@ import torch.distributed as dist
 
 import elastic_lsopt as lso
 from elastic_lsopt.backends.agreement import gather_json
-from elastic_lsopt.backends.fabric import Gloo
-from elastic_lsopt.backends.rebuild import form_group, tear_down
+from elastic_lsopt.backends.rebuild import tear_down
 from elastic_lsopt.elastic.memory.mirror import Mirror
 from elastic_lsopt.elastic.memory.reshard import choose, inventory, reshard
 from elastic_lsopt.elastic.memory.versions import HostVersions
 from tests.cases import engines
 from tests.cases.checkpoints.round_trip import Remembering
 from tests.cases.checkpoints.round_trip import _whole as whole_vector
+from tests.cases.reforming import reforming
 
 STEPS, UNITS = 9, 5
-_formed = {"groups": 0}
-
-
-@contextmanager
-def reforming() -> Iterator[Any]:
-    """`form(members)` in place of the harness's group: the members' ranks are their places in the list; then back."""
-    store = dist.distributed_c10d._get_default_store()
-    me, world = dist.get_rank(), dist.get_world_size()
-
-    def form(members: Sequence[int]) -> bool:
-        """Whether this process is one of the new group's."""
-        _formed["groups"] += 1
-        if me not in members:
-            return False
-        place = dist.PrefixStore(f"formed/{_formed['groups']}", store)
-        form_group(Gloo(), place, list(members).index(me), len(members), timedelta(seconds=30))
-        return True
-
-    tear_down(None)
-    try:
-        yield form
-    finally:
-        if dist.is_initialized():
-            tear_down(None)
-        form(range(world))
 
 
 def train(engine: lso.Engine, first: int, last: int, dtype: torch.dtype = torch.float32) -> list[float]:
