@@ -95,9 +95,9 @@ class BoundedStore:
                 continue
             with self._lock:
                 self._store = None  # its thread ends, and its memory goes
+                ctypes.CDLL(None).malloc_trim(0)
+                before = resident_bytes()  # of no store: what the next one is sent meanwhile would count as ours
                 self._store = self._made()
-            ctypes.CDLL(None).malloc_trim(0)
-            before = resident_bytes()
             self.made_anew += 1
             if self.made_anew == 1:  # a stranger does not fill the log either
                 log.warning(

@@ -49,8 +49,11 @@ def test_what_a_stranger_sends_is_not_kept(bounded: tuple[BoundedStore, str], ho
     while stranger.poll() is None:
         most = max(most, resident_bytes() - before)
         time.sleep(0.005)
-    print(f"{store.made_anew} stores; at most {most / MIB:.0f} MiB, {(resident_bytes() - before) / MIB:.0f} in the end")
     assert stranger.returncode == 0 and store.made_anew >= 1
+    end = time.monotonic() + 20  # the newest store may hold too much until it is looked at
+    while resident_bytes() - before >= 64 * MIB and time.monotonic() < end:
+        time.sleep(0.05)
+    print(f"{store.made_anew} stores; at most {most / MIB:.0f} MiB, {(resident_bytes() - before) / MIB:.0f} in the end")
     assert resident_bytes() - before < 64 * MIB, "what the stranger sent is still there"
     assert most < 128 * MIB, f"grew by {most / MIB:.0f} of 256 MiB"
 
