@@ -20,6 +20,7 @@ from tests.oracles import paper_loops, updates
 LARS = {"lr": 0.5, "momentum": 0.9, "trust": 0.1, "weight_decay": 1e-3}
 LAMB = {"lr": 0.02, "weight_decay": 0.01, "eps": 1e-6, "most": 1.0, "vectors": True}
 MUON, ADAMW = {"lr": 0.02, "weight_decay": 0.1}, {"lr": 1e-2, "weight_decay": 0.01}
+UPDATES = ("lars", "lamb", "muon")
 
 
 def is_matrix(p: Any) -> bool:

@@ -27,6 +27,8 @@ SAME = [
     ("plain", 1, "adamw"), ("ddp", 2, "drifting"), ("fsdp2", 2, "adamw"), ("fsdp2", 3, "momentum"),
     ("hsdp", 2, "drifting"), ("zero1", 2, "drifting"), ("zero2", 2, "momentum"),
     ("zero3+small", 3, "adamw"), ("zero3", 2, "adamw"),
+    ("plain", 1, "lars"), ("ddp", 2, "lamb"), ("fsdp2", 3, "muon"), ("zero2", 2, "lars"), ("zero2", 3, "muon"),
+    ("zero3", 2, "lamb"), ("zero3+small", 2, "muon"),
 ]  # fmt: skip
 
 
@@ -40,10 +42,13 @@ FRAMEWORK = [
     (("plain", 1), ("fsdp2", 3), "adamw"), (("fsdp2", 3), ("ddp", 2), "adamw"), (("ddp", 2), ("hsdp", 2), "drifting"),
     (("hsdp", 2), ("fsdp2", 3), "adamw"), (("fsdp2", 3), ("fsdp2", 2), "drifting"),
     (("fsdp2", 2), ("plain", 1), "adamw"), (("plain+scalar", 1), ("ddp+scalar", 2), "adamw"),
+    (("fsdp2", 3), ("ddp", 2), "lamb"), (("ddp", 2), ("fsdp2", 3), "lars"), (("hsdp", 2), ("fsdp2", 3), "muon"),
 ]  # fmt: skip
 ZERO = [
-    (("zero3", 2), ("fsdp2", 3)), (("fsdp2", 3), ("zero3", 2)), (("zero1", 3), ("zero2", 2)),
-    (("zero2", 2), ("zero3+small", 3)), (("zero3", 2), ("plain", 1)), (("ddp", 2), ("zero1", 2)),
+    (("zero3", 2), ("fsdp2", 3), "momentum"), (("fsdp2", 3), ("zero3", 2), "momentum"),
+    (("zero1", 3), ("zero2", 2), "momentum"), (("zero2", 2), ("zero3+small", 3), "momentum"),
+    (("zero3", 2), ("plain", 1), "momentum"), (("ddp", 2), ("zero1", 2), "momentum"),
+    (("zero3", 2), ("zero2", 3), "lars"), (("zero2", 3), ("fsdp2", 2), "lars"),
 ]  # fmt: skip
 
 
@@ -53,9 +58,11 @@ def test_another_layout_goes_on_in_fp64(ranks: Any, tmp_path: Path, saved: Any, 
     assert law_4(ranks, tmp_path, saved, loaded, base=base, dtype="fp64") <= 1e-11
 
 
-@pytest.mark.parametrize(("saved", "loaded"), ZERO)
-def test_another_stage_goes_on_within_rounding(ranks: Any, tmp_path: Path, saved: Any, loaded: Any) -> None:
-    assert law_4(ranks, tmp_path, saved, loaded, base="momentum") <= 1e-6
+@pytest.mark.parametrize(("saved", "loaded", "base"), ZERO)
+def test_another_stage_goes_on_within_rounding(
+    ranks: Any, tmp_path: Path, saved: Any, loaded: Any, base: str
+) -> None:
+    assert law_4(ranks, tmp_path, saved, loaded, base=base) <= 1e-6
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(("zero3+small", 2), ("fsdp2", 3)), (("fsdp2", 3), ("zero2", 2))])

@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import nn
 
 import elastic_lsopt as lso
+from elastic_lsopt.averages.ema import EMA
 from elastic_lsopt.checkpoint import Checkpointer, folder
 from tests.cases import engines
+from tests.cases.updates import UPDATES, ours
 
 STEPS, UNITS = 6, 3
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
@@ -55,15 +57,16 @@ class Remembering:
 
 def _engine(kind: str, base: str, dtype: str, seed: int = 0) -> lso.Engine:
     """`zero3+small` has a sub-group a parameter, `+scalar` a parameter without dimensions; bf16 is ZeRO's, beside fp32
-    masters."""
+    masters. An update of ours has an average beside it."""
     kind, *more = kind.split("+")
     zero = {"sub_group_size": 1} if "small" in more else {}
     model = engines.net(("tied", "unused"), torch.float32 if dtype == "bf16" else DTYPES[dtype], seed)
     if "scalar" in more:
         model.register_parameter("temperature", nn.Parameter(torch.tensor(1.0 + seed)))
         model.register_forward_hook(lambda module, given, out: out * module.temperature)
-    chosen = Drifting if base == "drifting" else base
-    return engines.build(kind, model, Remembering(), base=chosen, zero=zero, bf16=dtype == "bf16")
+    chosen = Drifting if base == "drifting" else ours(base) if base in UPDATES else base
+    keep = [EMA(decay=0.9)] if base in UPDATES else []
+    return engines.build(kind, model, Remembering(), base=chosen, zero=zero, bf16=dtype == "bf16", keep=keep)
 
 
 def _train(engine: lso.Engine, first: int, last: int, dtype: str) -> list[float]:
@@ -72,7 +75,11 @@ def _train(engine: lso.Engine, first: int, last: int, dtype: str) -> list[float]
 
 
 def _weights(engine: lso.Engine) -> dict[str, list[float]]:
-    return {name: w.double().flatten().tolist() for name, w in engines.whole(engine.space).items()}
+    """… and what the averages hold."""
+    out = {name: w.double().flatten().tolist() for name, w in engines.whole(engine.space).items()}
+    means = {name: f.state_dict()["mean"].tensors for name, f in engine.families.items() if name.startswith("averages")}  # type: ignore[union-attr]
+    wholes = [(name, _whole(engine.space, tensors)) for name, tensors in means.items()]
+    return out | {f"{name} {key}": numbers for name, whole in wholes for key, numbers in whole.items()}
 
 
 def save_midway(path: str, kind: str, base: str = "momentum", dtype: str = "fp32") -> dict[str, list[float]]:

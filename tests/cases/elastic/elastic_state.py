@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import elastic_lsopt as lso
+from elastic_lsopt.averages.ema import EMA
 from elastic_lsopt.backends.agreement import gather_json
 from elastic_lsopt.backends.rebuild import tear_down
 from elastic_lsopt.elastic.memory.mirror import Mirror
@@ -23,6 +24,7 @@ from tests.cases import engines
 from tests.cases.checkpoints.round_trip import Remembering
 from tests.cases.checkpoints.round_trip import _whole as whole_vector
 from tests.cases.reforming import reforming
+from tests.cases.updates import UPDATES, ours
 
 STEPS, UNITS = 9, 5
 
@@ -69,24 +71,38 @@ WORLD = 4
 
 
 def _engine(kind: str, base: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> lso.Engine:
-    return engines.build(kind, engines.net(("unused",), dtype, seed), Remembering(), base=base)
+    """An update of ours has an average beside it."""
+    own = base in UPDATES
+    keep = [EMA(decay=0.9)] if own else []
+    model = engines.net(("unused",), dtype, seed)
+    return engines.build(kind, model, Remembering(), base=ours(base) if own else base, keep=keep)
 
 
 def _state(engine: lso.Engine) -> dict[str, Any]:
     """Everything by name, whole, on every rank, gathered in the checkpoint tests' own way."""
     space, base = engine.space, engine.base
     assert base is not None
-    tensors = {"weights": space.weights.tensors, "mean": engine.method_state["mean"].tensors}
-    keys = {key for k in engine.backend.slot_keys for key, v in base.state[k].items() if getattr(v, "ndim", 0)}
-    everyones = gather_json(dist.distributed_c10d._get_default_group(), sorted(keys))
-    for key in sorted({key for keys in everyones for key in keys}):
+    held: dict[tuple[str, str], list[torch.Tensor]] = {("", "weights"): space.weights.tensors}
+    numbers: dict[str, float] = {}
+    for name, family in engine.families.items():
+        for key, value in family.state_dict().items():
+            if isinstance(value, int | float):
+                numbers[f"{name} {key}"] = value
+            else:
+                held[name, key] = value.tensors
+    kept = {key for k in engine.backend.slot_keys for key, v in base.state[k].items() if getattr(v, "ndim", 0)}
+    for key in kept:
         found = {id(piece): value for piece, name, value in engine.backend.base_states() if name == key}
-        tensors[key] = [
-            found.get(id(p), torch.zeros(p.length, device=engines.DEVICE)) for p in space.layout.pieces
-        ]  # none without gradient
+        held["base", key] = [found.get(id(p), torch.zeros(p.length, device=engines.DEVICE)) for p in space.layout.pieces]
+    # A rank without a piece of some parameters has no state of them either.
+    everyones = gather_json(dist.distributed_c10d._get_default_group(), sorted(map(list, held)))
+    tensors: dict[str, Any] = {}
+    for name, key in sorted({(name, key) for keys in everyones for name, key in keys}):
+        of = engine.families[name].space if name in engine.families else space
+        own = held.get((name, key), [torch.zeros(p.length, device=engines.DEVICE) for p in of.layout.pieces])
+        tensors[f"{name} {key}"] = whole_vector(of, own)
     return {
-        **{name: whole_vector(space, parts) for name, parts in tensors.items()},
-        "calls": engine.method_state["calls"], "clock": [engine.clock.samples, engine.clock.steps],
+        **tensors, "numbers": numbers, "clock": [engine.clock.samples, engine.clock.steps],
         "groups": [{k: v for k, v in g.items() if k in ("lr", "betas", "momentum")} for g in engine.param_groups],
     }  # fmt: skip
 

@@ -44,6 +44,9 @@ DEATHS = [
     ("ddp", "adamw", 2, 3, [0]), ("fsdp2", "adamw", 3, 2, [1]), ("fsdp2", "momentum", 2, 4, []),
     ("hsdp", "momentum", 4, 3, [1]), ("zero0", "adamw", 2, 3, [0]), ("zero1", "adamw", 2, 4, []),
     ("zero2", "momentum", 3, 2, [0]), ("zero3", "momentum", 3, 2, [1]), ("zero3", "adamw", 2, 3, [1]),
+    # an update of ours, and an average beside it
+    ("ddp", "muon", 2, 3, [0]), ("fsdp2", "lamb", 3, 2, [1]), ("fsdp2", "muon", 2, 3, [1]), ("zero2", "lars", 3, 2, [0]),
+    ("zero2", "muon", 2, 3, [0]), ("zero3", "lamb", 2, 3, []), ("zero3", "muon", 3, 2, [1]),
 ]  # fmt: skip
 
 
@@ -58,7 +61,8 @@ def test_what_the_living_hold_becomes_the_new_layout_bit_by_bit(
     for r in went_on:
         assert all(r["equal"].values()), r
         assert r["step"] == 4 and r["extra"] == {"cursor": [4, "a"]}
-        assert r["went_on"] == pytest.approx(undisturbed, rel=1e-6)
+        # muon rounds to bf16, where another order of a sum may show
+        assert r["went_on"] == pytest.approx(undisturbed, rel=1e-3 if base == "muon" else 1e-6)
 
 
 def test_training_goes_on_as_if_nothing_had_happened_in_fp64(ranks: Any) -> None:
