@@ -97,6 +97,15 @@ class Started:
         """The process ids of the ranks (the children, for own workers and torchrun)."""
         return [pid for pid in _children(self.process.pid) if not is_server(pid)]
 
+    def named_workers(self) -> dict[str, int]:
+        """An elastic job's worker name -> process id of the workers below this command."""
+        found = {}
+        for pid in self.workers():
+            for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if variable.startswith(b"ELASTIC_LSOPT_WORKER="):
+                    found[variable.partition(b"=")[2].decode()] = pid
+        return found
+
     def until(self, reached: Callable[[], bool]) -> None:
         """Wait for it while the job runs."""
         while not reached():

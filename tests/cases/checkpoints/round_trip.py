@@ -77,9 +77,11 @@ def _train(engine: lso.Engine, first: int, last: int, dtype: str) -> list[float]
 def _weights(engine: lso.Engine) -> dict[str, list[float]]:
     """… and what the averages hold."""
     out = {name: w.double().flatten().tolist() for name, w in engines.whole(engine.space).items()}
-    means = {name: f.state_dict()["mean"].tensors for name, f in engine.families.items() if name.startswith("averages")}  # type: ignore[union-attr]
-    wholes = [(name, _whole(engine.space, tensors)) for name, tensors in means.items()]
-    return out | {f"{name} {key}": numbers for name, whole in wholes for key, numbers in whole.items()}
+    for name, family in engine.families.items():
+        if name.startswith("averages"):
+            mean: Any = family.state_dict()["mean"]
+            out |= {f"{name} {key}": numbers for key, numbers in _whole(engine.space, mean.tensors).items()}
+    return out
 
 
 def save_midway(path: str, kind: str, base: str = "momentum", dtype: str = "fp32") -> dict[str, list[float]]:

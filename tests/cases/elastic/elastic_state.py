@@ -78,6 +78,10 @@ def _engine(kind: str, base: str, seed: int = 0, dtype: torch.dtype = torch.floa
     return engines.build(kind, model, Remembering(), base=ours(base) if own else base, keep=keep)
 
 
+def zeros(piece: Any) -> torch.Tensor:
+    return torch.zeros(piece.length, device=engines.DEVICE)
+
+
 def _state(engine: lso.Engine) -> dict[str, Any]:
     """Everything by name, whole, on every rank, gathered in the checkpoint tests' own way."""
     space, base = engine.space, engine.base
@@ -93,14 +97,14 @@ def _state(engine: lso.Engine) -> dict[str, Any]:
     kept = {key for k in engine.backend.slot_keys for key, v in base.state[k].items() if getattr(v, "ndim", 0)}
     for key in kept:
         found = {id(piece): value for piece, name, value in engine.backend.base_states() if name == key}
-        held["base", key] = [found.get(id(p), torch.zeros(p.length, device=engines.DEVICE)) for p in space.layout.pieces]
+        held["base", key] = [found.get(id(p), zeros(p)) for p in space.layout.pieces]
     # A rank without a piece of some parameters has no state of them either.
     everyones = gather_json(dist.distributed_c10d._get_default_group(), sorted(map(list, held)))
     tensors: dict[str, Any] = {}
     for name, key in sorted({(name, key) for keys in everyones for name, key in keys}):
         of = engine.families[name].space if name in engine.families else space
-        own = held.get((name, key), [torch.zeros(p.length, device=engines.DEVICE) for p in of.layout.pieces])
-        tensors[f"{name} {key}"] = whole_vector(of, own)
+        own = held.get((name, key))
+        tensors[f"{name} {key}"] = whole_vector(of, [*map(zeros, of.layout.pieces)] if own is None else own)
     return {
         **tensors, "numbers": numbers, "clock": [engine.clock.samples, engine.clock.steps],
         "groups": [{k: v for k, v in g.items() if k in ("lr", "betas", "momentum")} for g in engine.param_groups],

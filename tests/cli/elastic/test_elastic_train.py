@@ -50,7 +50,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Life:
     run_folder = folder / "run"
     started.until(lambda: _world(run_folder) == 3 and _step(run_folder) >= 8)
     first = read_journal(run_folder)[-1]["workers"][0]
-    os.kill(_workers(started)[first], signal.SIGKILL)
+    os.kill(started.named_workers()[first], signal.SIGKILL)
     code = started.wait()
     return Life(code, started.output.splitlines(), run_folder)
 
@@ -139,7 +139,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, undisturbed:
     job = write_job(tmp_path / "run.yaml", model=SLOW, elastic={}, export=False, **(SHAPE | {"workers": 2}))
     first = Started(command("none", job), tmp_path)
     first.until(lambda: _world(tmp_path / "run") == 2 and _step(tmp_path / "run") >= 6)
-    workers = [] if told == "agent" else [*_workers(first).values()]
+    workers = [] if told == "agent" else [*first.named_workers().values()]
     for pid in [*workers, first.process.pid]:
         os.kill(pid, signal.SIGTERM)
     assert first.wait() == 0, first.output
@@ -185,7 +185,7 @@ def test_two_kills_of_everything_resume_from_the_checkpoint(tmp_path: Path, undi
     job = write_job(tmp_path / "run.yaml", model=SLOW, elastic={}, export=False, **(SHAPE | {"workers": 2}))
     first = Started(command("none", job), tmp_path)
     first.until(lambda: _step(tmp_path / "run") >= 20)
-    workers = _workers(first).values()
+    workers = first.named_workers().values()
     first.process.kill()
     first.process.wait()
     end = time.monotonic() + 20
@@ -205,13 +205,3 @@ def _world(folder: Path) -> int:
 
 def _step(folder: Path) -> int:
     return max(rows(folder), default=0)
-
-
-def _workers(started: Started) -> dict[str, int]:
-    """Worker name -> pid of the processes below this command."""
-    found = {}
-    for pid in started.workers():
-        for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-            if variable.startswith(b"ELASTIC_LSOPT_WORKER="):
-                found[variable.partition(b"=")[2].decode()] = pid
-    return found

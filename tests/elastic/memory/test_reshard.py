@@ -45,8 +45,8 @@ DEATHS = [
     ("hsdp", "momentum", 4, 3, [1]), ("zero0", "adamw", 2, 3, [0]), ("zero1", "adamw", 2, 4, []),
     ("zero2", "momentum", 3, 2, [0]), ("zero3", "momentum", 3, 2, [1]), ("zero3", "adamw", 2, 3, [1]),
     # an update of ours, and an average beside it
-    ("ddp", "muon", 2, 3, [0]), ("fsdp2", "lamb", 3, 2, [1]), ("fsdp2", "muon", 2, 3, [1]), ("zero2", "lars", 3, 2, [0]),
-    ("zero2", "muon", 2, 3, [0]), ("zero3", "lamb", 2, 3, []), ("zero3", "muon", 3, 2, [1]),
+    ("ddp", "muon", 2, 3, [0]), ("fsdp2", "lamb", 3, 2, [1]), ("fsdp2", "muon", 2, 3, [1]),
+    ("zero2", "lars", 3, 2, [0]), ("zero2", "muon", 2, 3, [0]), ("zero3", "lamb", 2, 3, []), ("zero3", "muon", 3, 2, [1]),
 ]  # fmt: skip
 
 

@@ -1,0 +1,67 @@
+"""An update of ours with an average beside it in an elastic job: a death, a newcomer, a stop, and on from the disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_lsopt.elastic.worker.journal import read_journal
+from tests.jobs import TINY, Started, command, in_ranks, losses, rows, write_job
+
+STEPS = 36
+SHAPE: dict[str, Any] = {
+    "max_steps": STEPS, "eval_steps": 9, "save_steps": None, "workers": 2, "export": False,
+    "averages": {"ema": {"decay": 0.9}}, "evaluate_average": "ema",
+}  # fmt: skip
+UPDATES: dict[str, dict[str, Any]] = {
+    "lars": {"optim": "lars", "learning_rate": 1.0, "momentum": None, "optim_args": {"momentum": 0.9}},
+    "lamb": {"optim": "lamb", "learning_rate": 0.01, "momentum": None},
+    "muon": {
+        "optim": "adamw", "learning_rate": 0.01, "momentum": None,
+        "param_groups": [{"match": "blocks.*", "dims": 2, "optim": "muon", "learning_rate": 0.02}],
+    },
+}  # fmt: skip
+LIVES = [("ddp", "muon"), ("fsdp2", "lamb"), ("zero2", "lars"), ("zero3", "muon")]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("backend", "update"), LIVES)
+def test_killed_joined_stopped_and_resumed(
+    ranks: Callable[[int], Any], tmp_path: Path, backend: str, update: str
+) -> None:
+    shape = SHAPE | UPDATES[update] | {"backend": backend}
+    (tmp_path / "alone").mkdir()
+    in_ranks(ranks, 2, "job", path=str(write_job(tmp_path / "alone/run.yaml", **shape)))
+    wanted = rows(tmp_path / "alone/run")
+
+    run = tmp_path / "run"
+    slow = {"import": TINY, "args": {"pause_s": 0.03}}
+    job = write_job(tmp_path / "run.yaml", model=slow, elastic={}, **shape)
+    first = Started(command("none", job), tmp_path)
+    first.until(lambda: world(run) == 2 and max(rows(run), default=0) >= 6)
+    os.kill(first.named_workers()[read_journal(run)[-1]["workers"][0]], signal.SIGKILL)
+    first.until(lambda: world(run) == 2 and any(change["gone"] for change in read_journal(run)))
+    reached = max(rows(run))
+    first.until(lambda: max(rows(run)) >= min(reached + 4, STEPS - 4))
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait() == 0, first.output
+    second = Started(command("none", job), tmp_path)
+    assert second.wait() == 0, second.output
+    found = rows(run)
+    assert f"of {STEPS}; the same command goes on" in first.output and "checkpoint-" in second.output, second.output
+    # muon rounds to bf16, where another order of a sum may show
+    close = 3e-3 if update == "muon" else 1e-4
+    assert losses(run) == pytest.approx([wanted[s]["loss"] for s in sorted(wanted)], rel=close)
+    means = {step: row["eval_loss"] for step, row in wanted.items() if "eval_loss" in row}
+    assert len(means) == STEPS // SHAPE["eval_steps"]
+    assert {step: found[step]["eval_loss"] for step in means} == pytest.approx(means, rel=close)
+
+
+def world(folder: Path) -> int:
+    changes = read_journal(folder)
+    return len(changes[-1]["workers"]) if changes else 0
