@@ -26,6 +26,11 @@ UPDATES: dict[str, dict[str, Any]] = {
         "param_groups": [{"match": "blocks.*", "dims": 2, "optim": "muon", "learning_rate": 0.02}],
     },
 }  # fmt: skip
+BACKENDS: dict[str, dict[str, Any]] = {
+    "ddp": {"backend": "replicated"},
+    "fsdp2": {"backend": "fsdp2"},
+    **{f"zero{s}": {"backend": "deepspeed", "deepspeed": {"zero_optimization": {"stage": s}}} for s in (2, 3)},
+}
 LIVES = [("ddp", "muon"), ("fsdp2", "lamb"), ("zero2", "lars"), ("zero3", "muon")]
 
 
@@ -34,7 +39,7 @@ LIVES = [("ddp", "muon"), ("fsdp2", "lamb"), ("zero2", "lars"), ("zero3", "muon"
 def test_killed_joined_stopped_and_resumed(
     ranks: Callable[[int], Any], tmp_path: Path, backend: str, update: str
 ) -> None:
-    shape = SHAPE | UPDATES[update] | {"backend": backend}
+    shape = SHAPE | UPDATES[update] | BACKENDS[backend]
     (tmp_path / "alone").mkdir()
     in_ranks(ranks, 2, "job", path=str(write_job(tmp_path / "alone/run.yaml", **shape)))
     wanted = rows(tmp_path / "alone/run")
