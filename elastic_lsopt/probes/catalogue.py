@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ from elastic_lsopt.probes.spectrum.hutchinson import hutchinson
 from elastic_lsopt.probes.spectrum.hutchpp import hutchpp
 from elastic_lsopt.probes.spectrum.lanczos import lanczos
 from elastic_lsopt.probes.spectrum.lobpcg import lobpcg
-from elastic_lsopt.probes.spectrum.operator import Matrix, Operator, operator
+from elastic_lsopt.probes.spectrum.operator import Matrix, On, Operator, operator
 from elastic_lsopt.probes.spectrum.power_iteration import power_iteration
 from elastic_lsopt.probes.spectrum.spectral_density import spectral_density
 from elastic_lsopt.probes.spectrum.xtrace import xtrace
@@ -113,9 +113,12 @@ def _probe(
     function: Callable[..., Any], given: Callable[[ProbeContext], dict[str, Any]] = lambda s: {}, **other: Any
 ) -> Measure:
     """A probe's keywords of plain type; `given` by the situation, `other` defaults than the probe's own."""
+    takes = dict(inspect.signature(function).parameters)
+    if any(p.annotation in ("Unpack[On]", Unpack[On]) for p in takes.values()):
+        takes |= inspect.signature(operator).parameters
     settings = {
         name: other.get(name, p.default)
-        for name, p in inspect.signature(function).parameters.items()
+        for name, p in takes.items()
         if p.kind is p.KEYWORD_ONLY and (name in other or isinstance(p.default, bool | int | float | str | None))
     }
 
@@ -161,7 +164,7 @@ def _effective_dimension(
 
 def _ritz_dimension(s: ProbeContext, *, steps: int = 100, regulariser: float = 1.0, of: str = "hessian") -> Any:
     """Of the Ritz values of so many Lanczos iterations, converged or not, each counted once: the LPF paper's code."""
-    a = normalised(s.space, s.oracle) if of == "normalised" else operator(s.space, s.oracle, of)  # type: ignore[arg-type]
+    a = normalised(s.space, s.oracle) if of == "normalised" else operator(s.space, s.oracle, of=of)  # type: ignore[arg-type]
     found = spectral_density(s.space, s.oracle, vectors=1, steps=min(steps, a.dimension), of=a)
     told = effective_dimension(found.nodes[0], regulariser=regulariser)
     return {"value": told.value, "products": found.products, "seconds": found.seconds}

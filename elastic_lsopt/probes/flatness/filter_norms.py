@@ -15,12 +15,13 @@ Cost: no pass; memory: one vector; one all-reduce of two numbers a filter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from elastic_lsopt.oracle.oracle import Oracle
-from elastic_lsopt.probes.spectrum.operator import Matrix, Operator, operator
+from elastic_lsopt.probes.spectrum.operator import On, Operator, operator
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.layout import Layout
 from elastic_lsopt.space.vector import Vector
@@ -44,11 +45,9 @@ def filter_norms(space: ParameterSpace, of: Vector | None = None) -> Vector:
     return out
 
 
-def normalised(
-    space: ParameterSpace, oracle: Oracle, of: Matrix = "hessian", parameters: str | None = None
-) -> Operator:
+def normalised(space: ParameterSpace, oracle: Oracle, **on: Unpack[On]) -> Operator:
     """diag(p) H diag(p): the curvature in those coordinates, at the present weights; memory: two vectors more."""
-    a, p = operator(space, oracle, of, parameters), filter_norms(space)
+    a, p = operator(space, oracle, **on), filter_norms(space)
     product: Callable[[Vector], Vector] = a.apply
 
     return Operator(space, lambda v: product(v * p).mul_(p), a.parameters)

@@ -13,9 +13,10 @@ Cost: one product; memory: one vector; one all-reduce beside the product's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Unpack
 
 from elastic_lsopt.oracle.oracle import Oracle
-from elastic_lsopt.probes.spectrum.operator import Matrix, Operator, operator
+from elastic_lsopt.probes.spectrum.operator import On, operator
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.precision import full_precision
 
@@ -34,14 +35,12 @@ class FisherRao:
 def fisher_rao(
     space: ParameterSpace,
     oracle: Oracle,
-    *,
-    of: Matrix | Operator = "hessian",
-    parameters: str | None = None,
+    **on: Unpack[On],
 ) -> FisherRao:
     """The quadratic form of the weights (collective); with `parameters`, of those and their block.
 
     Raises NonFinite where the curvature is inf or NaN.
     """
-    a = operator(space, oracle, of, parameters)
+    a = operator(space, oracle, **on)
     w = a.project_(space.weights.clone())
     return FisherRao(a.dot(w, a(w)), a.relative_error, a.products, a.seconds)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
+from typing import Unpack
 
 from elastic_lsopt.oracle.oracle import Oracle
-from elastic_lsopt.probes.spectrum.operator import Matrix, Operator, operator
+from elastic_lsopt.probes.spectrum.operator import On, operator
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.vector import Vector
@@ -41,14 +42,13 @@ def diagonal(
     oracle: Oracle,
     *,
     samples: int = 100,
-    of: Matrix | Operator = "hessian",
-    parameters: str | None = None,
+    **on: Unpack[On],
 ) -> Diagonal:
     """The diagonal, by the mean of `samples` >= 1 element-wise products (collective).
 
     Raises UserError for samples < 1, NonFinite where the curvature is inf or NaN.
     """
-    a = operator(space, oracle, of, parameters)
+    a = operator(space, oracle, **on)
     a.refuse_fewer_than_one("samples", samples)
     mean, spread = space.zeros(), 0.0
     for i in range(samples):

@@ -14,11 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Literal, Unpack
 
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.oracle import Oracle
-from elastic_lsopt.probes.spectrum.operator import Matrix, Operator, operator
+from elastic_lsopt.probes.spectrum.operator import On, operator
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.precision import full_precision
 
@@ -43,14 +43,13 @@ def frobenius(
     *,
     samples: int = 10,
     draw: Literal["signs", "gaussian"] = "signs",
-    of: Matrix | Operator = "hessian",
-    parameters: str | None = None,
+    **on: Unpack[On],
 ) -> FrobeniusNorm:
     """|A|_F by the mean of `samples` >= 1 squares (collective).
 
     Raises UserError for settings out of range, NonFinite where the curvature is inf or NaN.
     """
-    a = operator(space, oracle, of, parameters)
+    a = operator(space, oracle, **on)
     a.refuse_fewer_than_one("samples", samples)
     if draw not in ("signs", "gaussian"):
         raise UserError(f"draw={draw!r} is unknown; use signs or gaussian.")

@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
+from typing import Unpack
 
 from elastic_lsopt.oracle.oracle import Oracle
-from elastic_lsopt.probes.spectrum.operator import Matrix, Operator, operator
+from elastic_lsopt.probes.spectrum.operator import On, operator
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.precision import full_precision
 
@@ -36,14 +37,13 @@ def hutchinson(
     oracle: Oracle,
     *,
     samples: int = 100,
-    of: Matrix | Operator = "hessian",
-    parameters: str | None = None,
+    **on: Unpack[On],
 ) -> Trace:
     """The trace, by the mean of `samples` >= 1 quadratic forms (collective).
 
     Raises UserError for samples < 1, NonFinite where the curvature is inf or NaN.
     """
-    a = operator(space, oracle, of, parameters)
+    a = operator(space, oracle, **on)
     a.refuse_fewer_than_one("samples", samples)
     forms = []
     for i in range(samples):

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from math import sqrt
 from statistics import fmean, stdev
+from typing import Unpack
 
 import torch
 
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.spectrum.hutchinson import Trace
-from elastic_lsopt.probes.spectrum.operator import Matrix, Operator, operator
+from elastic_lsopt.probes.spectrum.operator import On, operator
 from elastic_lsopt.probes.spectrum.orthonormal import orthonormalise_
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -31,15 +32,14 @@ def hutchpp(
     oracle: Oracle,
     *,
     samples: int = 33,
-    of: Matrix | Operator = "hessian",
-    parameters: str | None = None,
     basis_device: torch.device | str | None = None,
+    **on: Unpack[On],
 ) -> Trace:
     """The trace from `samples` >= 1 vectors in each of the three parts; the standard error is the last part's.
 
     Collective. Raises UserError for more samples than the space has dimensions, NonFinite for inf and NaN.
     """
-    a = operator(space, oracle, of, parameters)
+    a = operator(space, oracle, **on)
     a.refuse_more_than_there_is("samples", samples)
     q = Basis(space, samples, basis_device)
     for i in range(samples):

@@ -15,7 +15,7 @@ product.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.spectrum.eigenpairs import Eigenpairs
 from elastic_lsopt.probes.spectrum.krylov import Krylov, Ritz
-from elastic_lsopt.probes.spectrum.operator import Matrix, Operator, operator
+from elastic_lsopt.probes.spectrum.operator import On, operator
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.precision import full_precision
@@ -43,9 +43,8 @@ def lanczos(
     max_products: int = 300,
     capacity: int = 100,
     vectors: bool = False,
-    of: Matrix | Operator = "hessian",
-    parameters: str | None = None,
     basis_device: torch.device | str | None = None,
+    **on: Unpack[On],
 ) -> Eigenpairs:
     """The k largest or smallest eigenvalues (algebraically), or k of each end; in descending order (collective).
 
@@ -53,7 +52,7 @@ def lanczos(
     the basis, `basis_device` "cpu" keeps it in host memory. Not there after `max_products`: `converged` is False.
     Raises UserError for more pairs than the space has and settings out of range, NonFinite for inf and NaN.
     """
-    a = operator(space, oracle, of, parameters)
+    a = operator(space, oracle, **on)
     if which not in get_args(Which):
         raise UserError(f"which={which!r} is unknown; use one of {', '.join(get_args(Which))}.")
     wanted = 2 * k if which == "both" else k

@@ -14,7 +14,7 @@ and k + guard of a number an iteration.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.spectrum.eigenpairs import Eigenpairs
-from elastic_lsopt.probes.spectrum.operator import Matrix, Operator, operator
+from elastic_lsopt.probes.spectrum.operator import On, operator
 from elastic_lsopt.probes.spectrum.orthonormal import orthonormalise_, whitening
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -40,16 +40,15 @@ def lobpcg(
     max_iterations: int = 100,
     guard: int = 2,
     vectors: bool = False,
-    of: Matrix | Operator = "hessian",
-    parameters: str | None = None,
     basis_device: torch.device | str | None = None,
+    **on: Unpack[On],
 ) -> Eigenpairs:
     """The k algebraically largest or smallest eigenvalues, descending (collective).
 
     `tolerance` > 0 is the largest residual as a share of the largest |eigenvalue| in the block. Raises UserError for k
     beyond the space and settings out of range, NonFinite where the curvature is inf or NaN.
     """
-    a = operator(space, oracle, of, parameters)
+    a = operator(space, oracle, **on)
     a.refuse_more_than_there_is("k", k)
     if which not in ("largest", "smallest"):
         raise UserError(f"which={which!r} is unknown; use largest or smallest.")

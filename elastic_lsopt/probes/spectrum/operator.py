@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import isfinite
-from typing import Literal
+from typing import Literal, TypedDict
 
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.oracle import Oracle
@@ -103,10 +103,21 @@ class Operator:
         return value
 
 
+class On(TypedDict, total=False):
+    """The matrix that a probe measures, as its keywords say it, and `operator`'s.
+
+    `of` is "hessian", "ggn" or an Operator that is there already; `parameters` a pattern of names (`*`, `?`), where all
+    others are held.
+    """
+
+    of: Matrix | Operator
+    parameters: str | None
+
+
 def operator(
-    space: ParameterSpace, oracle: Oracle, of: Matrix | Operator = "hessian", parameters: str | None = None
+    space: ParameterSpace, oracle: Oracle, *, of: Matrix | Operator = "hessian", parameters: str | None = None
 ) -> Operator:
-    """The matrix of that name at the present weights, on the parameters whose names match a pattern (`*`, `?`).
+    """The matrix that is meant, at the present weights; probes hand their keywords on to it.
 
     An Operator is returned as it is. Raises UserError for an unknown matrix and for a pattern that matches nothing.
     """

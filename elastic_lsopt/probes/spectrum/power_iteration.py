@@ -10,12 +10,14 @@ Cost: up to k `max_iterations` products; memory: k + 2 vectors; four all-reduces
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.spectrum.eigenpairs import Eigenpairs
-from elastic_lsopt.probes.spectrum.operator import Matrix, Operator, operator
+from elastic_lsopt.probes.spectrum.operator import On, Operator, operator
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.precision import full_precision
@@ -31,16 +33,15 @@ def power_iteration(
     tolerance: float = 1e-3,
     max_iterations: int = 100,
     vectors: bool = False,
-    of: Matrix | Operator = "hessian",
-    parameters: str | None = None,
     basis_device: torch.device | str | None = None,
+    **on: Unpack[On],
 ) -> Eigenpairs:
     """The k eigenvalues of largest magnitude, in the order found: of either sign (collective).
 
     `tolerance` > 0 is the relative change of an eigenvalue between two products, `max_iterations` >= 2 those of one
     eigenvalue. Raises UserError for k beyond the space, NonFinite where the curvature is inf or NaN.
     """
-    a = operator(space, oracle, of, parameters)
+    a = operator(space, oracle, **on)
     a.refuse_more_than_there_is("k", k)
     if max_iterations < 2 or not tolerance > 0:
         raise UserError(f"max_iterations={max_iterations} must be >= 2 and tolerance={tolerance} > 0.")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import pi, sqrt
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch import Tensor
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.spectrum.krylov import Krylov
-from elastic_lsopt.probes.spectrum.operator import Matrix, Operator, operator
+from elastic_lsopt.probes.spectrum.operator import On, operator
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.precision import full_precision
@@ -85,16 +86,15 @@ def spectral_density(
     *,
     vectors: int = 10,
     steps: int = 80,
-    of: Matrix | Operator = "hessian",
-    parameters: str | None = None,
     basis_device: torch.device | str | None = None,
+    **on: Unpack[On],
 ) -> SpectralDensity:
     """Quadratures from `vectors` >= 1 random starts of 1 <= `steps` <= dimension (collective).
 
     `parameters` restricts it to those whose names match: a layer, a block. `basis_device` "cpu" keeps the Lanczos
     vectors in host memory. Raises UserError for settings out of range, NonFinite where the curvature is inf or NaN.
     """
-    a = operator(space, oracle, of, parameters)
+    a = operator(space, oracle, **on)
     a.refuse_fewer_than_one("vectors", vectors)
     a.refuse_more_than_there_is("steps", steps)
     rows = Basis(space, steps, basis_device)

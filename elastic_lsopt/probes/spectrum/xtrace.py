@@ -15,12 +15,13 @@ products; memory: m + 3 vectors; one all-reduce of m numbers a product, two of m
 from __future__ import annotations
 
 from math import sqrt
+from typing import Unpack
 
 import torch
 
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.spectrum.hutchinson import Trace
-from elastic_lsopt.probes.spectrum.operator import Matrix, Operator, operator
+from elastic_lsopt.probes.spectrum.operator import On, operator
 from elastic_lsopt.probes.spectrum.orthonormal import whitening
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -33,15 +34,14 @@ def xtrace(
     oracle: Oracle,
     *,
     samples: int = 50,
-    of: Matrix | Operator = "hessian",
-    parameters: str | None = None,
     basis_device: torch.device | str | None = None,
+    **on: Unpack[On],
 ) -> Trace:
     """The trace from `samples` >= 1 vectors, two products each (collective).
 
     Raises UserError for more samples than the space has dimensions, NonFinite where the curvature is inf or NaN.
     """
-    a = operator(space, oracle, of, parameters)
+    a = operator(space, oracle, **on)
     a.refuse_more_than_there_is("samples", samples)
     q = Basis(space, samples, basis_device)
     for i in range(samples):

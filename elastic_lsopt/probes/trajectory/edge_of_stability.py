@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isfinite
+from typing import Unpack
 
 import torch
 
@@ -24,7 +25,7 @@ from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.probes.flatness.neighbourhood import refuse_below_one, refuse_not_positive
 from elastic_lsopt.probes.spectrum.lanczos import lanczos
-from elastic_lsopt.probes.spectrum.operator import Matrix, Operator, operator
+from elastic_lsopt.probes.spectrum.operator import On, Operator, operator
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.vector import Vector
@@ -49,7 +50,7 @@ def edge_of_stability(
     *,
     learning_rate: float,
     momentum: float = 0.0,
-    of: Matrix | Operator = "hessian",
+    **on: Unpack[On],
 ) -> EdgeOfStability:
     """The ratio for SGD with `learning_rate` > 0 and 0 <= `momentum` < 1 (collective).
 
@@ -57,7 +58,7 @@ def edge_of_stability(
     """
     refuse_not_positive("learning_rate", learning_rate)
     _refuse_no_share("momentum", momentum)
-    return _ratio(space, oracle, operator(space, oracle, of), 2 * (1 + momentum) / learning_rate)
+    return _ratio(space, oracle, operator(space, oracle, **on), 2 * (1 + momentum) / learning_rate)
 
 
 @full_precision()
@@ -69,7 +70,7 @@ def adam_edge_of_stability(
     steps: int,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    of: Matrix | Operator = "hessian",
+    **on: Unpack[On],
 ) -> EdgeOfStability:
     """The ratio for Adam and AdamW after `steps` >= 1 of theirs, by the base optimizer's own `exp_avg_sq` (collective).
 
@@ -78,7 +79,7 @@ def adam_edge_of_stability(
     """
     refuse_not_positive("learning_rate", learning_rate)
     _refuse_no_share("beta1", betas[0])
-    a = preconditioned(space, oracle, steps=steps, betas=betas, eps=eps, of=of)
+    a = preconditioned(space, oracle, steps=steps, betas=betas, eps=eps, **on)
     return _ratio(space, oracle, a, 2 * (1 + betas[0]) / ((1 - betas[0]) * learning_rate))
 
 
@@ -89,7 +90,7 @@ def preconditioned(
     steps: int,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    of: Matrix | Operator = "hessian",
+    **on: Unpack[On],
 ) -> Operator:
     """D^-1/2 H D^-1/2, with the eigenvalues of Adam's D^-1 H; memory: one vector, a product one more (collective)."""
     refuse_below_one("steps", steps)
@@ -101,7 +102,7 @@ def preconditioned(
         t.div_(1 - betas[1] ** steps).sqrt_().add_(eps).mul_(1 - betas[0] ** steps).rsqrt_()
     if not isfinite(space.norm(d)):
         raise NonFinite("Adam's second moment holds a number that is negative, inf or NaN.")
-    a = operator(space, oracle, of)
+    a = operator(space, oracle, **on)
     product = a.apply
     return Operator(space, lambda v: product(v * d).mul_(d), a.parameters)
 
