@@ -1,9 +1,9 @@
 """The one plan of a generation: who runs which micro-batches, how large the batch is, what the hyper-parameters are.
 
-    before = plan(workers, policy, clock)                               generation 1
-    now    = plan(fewer, policy, clock, before=before, gain=gain)       generation 2, from the samples of its clock on
-    now.microbatches_of_rank[rank]                                             this rank's micro-batches of every step
-    now.hyperparameters(clock).into_group(group, schedule=…)            before every step
+    before = plan(workers, policy, clock)                             generation 1
+    now    = plan(fewer, policy, clock, before=before, gain=gain)     generation 2, from the samples of its clock on
+    now.microbatches_of_rank[rank]                                    this rank's micro-batches of every step
+    now.hyperparameters(clock).into_group(group, schedule=…)          before every step
 
 keep_batch: the global batch and every hyper-parameter stay as they are, to the bit, at any world size.
 scale_batch: the micro-batches a worker stay, so the batch B follows the world, and the hyper-parameters follow B by the
