@@ -213,12 +213,12 @@ def sharded(kind: str, model: nn.Module, bf16: bool = False) -> nn.Module:
     return model
 
 
-def whole(space: Any) -> dict[str, Tensor]:
-    """Every trainable parameter, whole, on every rank: gathered from the masters by offset."""
+def whole(space: Any, vector: Any = None) -> dict[str, Tensor]:
+    """A vector (None: the masters) by trainable parameter, whole, on every rank: gathered by offset."""
     layout = space.layout
     out = {p.name: torch.zeros(p.numel, dtype=space.dtype, device=DEVICE) for p in layout.parameters}
     seen = {name: torch.zeros_like(t) for name, t in out.items()}
-    for piece, t in zip(layout.pieces, space.weights.tensors, strict=True):
+    for piece, t in zip(layout.pieces, (vector or space.weights).tensors, strict=True):
         name = layout.parameters[piece.parameter].name
         out[name][piece.offset : piece.offset + piece.length] = t.to(space.dtype)
         seen[name][piece.offset : piece.offset + piece.length] = 1

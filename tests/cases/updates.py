@@ -77,11 +77,11 @@ def reference(
     return out
 
 
-def followed(kind: str, decay: float, last: int | None = None) -> dict[str, float]:
+def followed(kind: str, decay: float, dtype: str = "fp64") -> dict[str, float]:
     """The mean of the weights that a second model keeps, and the loss there and after; batches of two sizes."""
-    world = dist.get_world_size()
-    steps = engines.batches(4, world + 1, dtype=torch.float64) + engines.batches(2, 2 * world, dtype=torch.float64)
-    engine = engines.build(kind, engines.net((), torch.float64), lso.Plain(), keep=[EMA(decay=decay)])
+    world, number = dist.get_world_size(), DTYPES[dtype]
+    steps = engines.batches(4, world + 1, dtype=number) + engines.batches(2, 2 * world, dtype=number)
+    engine = engines.build(kind, engines.net((), number), lso.Plain(), keep=[EMA(decay=decay)])
     points = [engines.whole(engine.space)]
     points[0] = {n: t.clone() for n, t in points[0].items()}
     for step in steps:
@@ -91,21 +91,20 @@ def followed(kind: str, decay: float, last: int | None = None) -> dict[str, floa
     wanted = {n: updates.ema([p[n] for p in points], sizes, decay) for n in points[0]}
     held = [engines.mine(steps[0])]
     before = engine.evaluate(held)
+    mean: Any = engine.families["averages/ema"].state_dict()["mean"]
+    found = engines.whole(engine.space, mean)
     with engine.averaged("ema"):
-        found = engines.whole(engine.space) if kind.startswith(("plain", "ddp", "fsdp2")) else {}
         inside = engine.evaluate(held)
     there = engines.net((), torch.float64)
     with torch.no_grad():
         for n, p in there.named_parameters():
             p.copy_(wanted[n])
-    loss = sum(float(paper_loops.cross_entropy(there, b)) * len(b[0]) for b in steps[0]) / sum(
-        len(b[0]) for b in steps[0]
-    )
-    mean = engine.families["averages/ema"].state_dict()["mean"]
+    samples = sum(len(x) for x, _ in steps[0])
+    loss = sum(float(paper_loops.cross_entropy(there, (x.double(), y))) * len(x) for x, y in steps[0]) / samples
     out = {
         "loss": abs(inside - loss), "back": abs(engine.evaluate(held) - before), "moved": abs(inside - before),
-        "mean": max(float((found[n] - wanted[n]).abs().max()) for n in found) if found else 0.0,
-        "bytes": mean.local_bytes / engine.space.weights.local_bytes if engine.space.layout.pieces else 1.0,  # type: ignore[union-attr]
+        "mean": max(float((found[n] - wanted[n]).abs().max()) for n in found),
+        "bytes": mean.local_bytes / engine.space.weights.local_bytes if engine.space.layout.pieces else 1.0,
     }  # fmt: skip
     engines.close(engine)
     return out
