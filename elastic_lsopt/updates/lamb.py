@@ -6,7 +6,7 @@
 
 You, Li, Reddi, Hseu, Kumar, Bhojanapalli, Song, Demmel, Keutzer, Hsieh: "Large Batch Optimization for Deep Learning:
 Training BERT in 76 minutes", ICLR 2020, arXiv 1904.00962, Algorithm 2. The BERT recipe leaves biases and the gains of
-norms out of the ratio: `vectors=False`.
+norms out of the ratio: `vectors=False`. Rest point: that, of parameters that are all vectors, where it is AdamW.
 """
 
 from __future__ import annotations

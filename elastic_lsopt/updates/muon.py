@@ -9,7 +9,8 @@ kellerjordan.github.io/posts/muon; the second scale: Liu et al.: "Muon is Scalab
 2502.16982, whose steps are as long as AdamW's, so that its learning rate serves. The iteration is computed in bf16.
 
 Only matrices can be made orthogonal, and only whole ones: a shard's own iteration would be wrong without a word. Each
-matrix comes together on one rank, is worked on there, and its step goes back.
+matrix comes together on one rank, is worked on there, and its step goes back. Rest point: iterations = 0, where the
+step is the momentum over its length, in bf16.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from elastic_lsopt.by_name import require, require_count, require_share
+from elastic_lsopt.by_name import require, require_share
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -58,12 +59,13 @@ class Muon(Update):
     """mu; >= 0 and < 1."""
     nesterov: bool = True
     iterations: int = 5
-    """Newton-Schulz iterations; >= 1."""
+    """Newton-Schulz iterations; >= 0."""
     scale: Literal["original", "match_rms_adamw"] = "original"
 
     def __post_init__(self) -> None:
         require_share("momentum", self.momentum)
-        require_count("iterations", self.iterations)
+        whole = isinstance(self.iterations, int) and self.iterations >= 0
+        require(whole, "iterations", self.iterations, "a whole number >= 0")
         require(self.scale in ("original", "match_rms_adamw"), "scale", self.scale, "original or match_rms_adamw")
 
     def init(self, space: ParameterSpace) -> State:

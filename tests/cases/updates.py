@@ -12,6 +12,7 @@ import torch.distributed as dist
 import elastic_lsopt as lso
 from elastic_lsopt.averages.ema import EMA
 from elastic_lsopt.updates.adapter import UpdateOptimizer
+from elastic_lsopt.updates.lamb import LAMB as LAMB_RULE
 from elastic_lsopt.updates.muon import Muon
 from tests.cases import engines
 from tests.cases.laws import DTYPES, STEPS
@@ -73,6 +74,38 @@ def reference(
         "dloss": max(abs(a - b) for a, b in zip(losses, wanted, strict=True)),
         "vectors": own / (engine.space.weights.local_bytes or 1),
     }  # fmt: skip
+    engines.close(engine)
+    return out
+
+
+def rested(kind: str, update: str) -> dict[str, float]:
+    """Law 2: max |dw| from what the update is at its rest point, after 6 steps in fp64.
+
+    LARS and LAMB rest where parameters are vectors (all others take the known step itself), Muon without an iteration.
+    """
+    sgd, adamw = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}, {**ADAMW, "eps": 1e-6}
+
+    def at_rest(given: Any) -> UpdateOptimizer:
+        params = [x[1] if isinstance(x, tuple) else x for x in given]
+        matrices, vectors = [p for p in params if is_matrix(p)], [p for p in params if not is_matrix(p)]
+        rules: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+            "lars": ("SGD", "lars", sgd), "lamb": ("AdamW", LAMB_RULE(vectors=False), adamw),
+            "muon": (Muon(iterations=0, momentum=0.0, nesterov=False), "SGD", {"lr": 0.05, "weight_decay": 0.0}),
+        }  # fmt: skip
+        of_matrices, of_vectors, options = rules[update]
+        groups = [{"params": matrices, "update": of_matrices}, {"params": vectors, "update": of_vectors}]
+        return UpdateOptimizer([group | options for group in groups], lr=0.0)
+
+    steps, plain = engines.batches(STEPS, 5, dtype=torch.float64), engines.net((), torch.float64)
+    engine = engines.build(kind, copy.deepcopy(plain), lso.Plain(), base=at_rest)
+    known = {
+        "lars": lambda ps: torch.optim.SGD(ps, **sgd), "lamb": lambda ps: torch.optim.AdamW(ps, **adamw),
+        "muon": lambda ps: updates.Normalised(ps, lr=0.05),
+    }  # fmt: skip
+    paper_loops.run(plain, steps, known[update](list(plain.parameters())), "none", {})
+    for s in steps:
+        engine.train_batch(engines.mine(s))
+    out = {"dw": engines.furthest(engine.space, plain)}
     engines.close(engine)
     return out
 

@@ -65,6 +65,26 @@ class Both(torch.optim.Optimizer):
             part.step()
 
 
+class Normalised(torch.optim.Optimizer):
+    """A matrix steps by its gradient over its length, in bf16, times sqrt(max(1, rows / columns)); a vector by SGD."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.ndim == 2:
+                    u = p.grad.bfloat16()
+                    longer = math.sqrt(max(1.0, p.size(0) / p.size(1)))
+                    p.add_(u / u.norm(), alpha=-group["lr"] * longer)
+                else:
+                    p.add_(p.grad, alpha=-group["lr"])
+
+
 def ema(points: list[torch.Tensor], batches: list[int], decay: float) -> torch.Tensor:
     """The mean after these weights; points[0] is where it begins, batches[i] the samples of step i."""
     mean = points[0].double()

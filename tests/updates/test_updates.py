@@ -50,3 +50,10 @@ def test_muon_on_dealt_matrices(ranks: Any, kind: str, world: int) -> None:
 def test_under_a_method(ranks: Any, kind: str, world: int, update: str, method: str) -> None:
     case = "tests.cases.updates:reference"
     check(ranks(world).run(case, kind=kind, update=update, method=method, dtype="fp64", units=4), update, "fp64")
+
+
+@pytest.mark.parametrize("update", ["lars", "lamb", "muon"])
+@pytest.mark.parametrize("kind,world", [("ddp", 2), ("fsdp2", 3)])
+def test_at_rest(ranks: Any, kind: str, world: int, update: str) -> None:
+    for r in ranks(world).run("tests.cases.updates:rested", kind=kind, update=update):
+        assert r["dw"] <= 1e-12, r
