@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -65,6 +66,19 @@ class World:
             return self.store.compare_set("elastic_lsopt/first_failure", "", own).decode()
         except (RuntimeError, OSError):  # the process that held the store has ended
             return ""
+
+    def wait_for_the_others_words(self, timeout_s: float) -> None:
+        """Return when every rank has called this, or after `timeout_s`: one that is dead will not.
+
+        A launcher ends the others as soon as one has ended, and who is ended in the middle of a word says nothing.
+        """
+        key, end = "elastic_lsopt/has_said", time.monotonic() + timeout_s
+        try:
+            self.store.set(f"{key}/{self.rank}", "")
+            while not self.store.check([f"{key}/{r}" for r in range(self.size)]) and time.monotonic() < end:
+                time.sleep(0.02)
+        except (RuntimeError, OSError):  # the process that held the store has ended
+            return
 
 
 def on_gpu() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from elastic_lsopt.errors import UserError
 if TYPE_CHECKING:
     from elastic_lsopt.world import World
 
+SAY_S = 5.0
+"""How long a rank that has failed stays for the others to say what they have to: launchers end all at the first end."""
 USAGE = "usage: "
 """Before a user's mistake in what the ranks tell each other; see training/processes.py [Note: who says what went
 wrong]."""
@@ -37,6 +40,7 @@ def train(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = Fals
         refuse_untrusted(job.config, Path(path), trust=trusted)
     except UserError:
         if launched() and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(SAY_S)
             return 2  # a neighbour reads the same file, and says it
         raise
     arguments = [str(path), *overrides, *(["--trust"] if trust else [])]
@@ -99,6 +103,12 @@ def _one_rank(job: Job) -> int:
 
 def say_failure(error: Exception, world: World) -> int:
     """Tell a failure as far as no other rank has; returns the exit code, 2 for a user's mistake and its followers."""
+    code = _say(error, world)
+    world.wait_for_the_others_words(SAY_S)
+    return code
+
+
+def _say(error: Exception, world: World) -> int:
     if isinstance(error, UserError):
         mine = f"{USAGE}{world.rank}"
         if world.first_failure(mine) == mine:

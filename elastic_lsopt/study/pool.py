@@ -4,7 +4,8 @@
         outcome.task, outcome.result, outcome.failure      # the result, or None and what went wrong in a sentence
 
 Each task gets a fresh process with one thread, forked from a server that has imported this package once (some 20 ms).
-A process ends with its parent, also when that is killed.
+A process ends with its parent, also when that is killed. A task's time is its own: it runs from the moment at which its
+process has imported what it needs, which on a busy machine with a slow disk may take longer than the task.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
+START_S = 300.0
+"""A process that has not imported its task by then is stuck."""
+BEGINS = "begins"
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -39,7 +43,12 @@ class _Running(Generic[Task]):
     task: Task
     process: BaseProcess
     reader: Connection
-    began: float
+    since: float
+    """When it was started; when the task began, once it has."""
+    begun: bool = False
+
+    def limit_s(self, timeout_s: float) -> float:
+        return timeout_s if self.begun else START_S
 
 
 def run(
@@ -64,8 +73,8 @@ def run(
                 running[started.reader.fileno()] = started
             if not running:
                 return
-            oldest = min(r.began for r in running.values())
-            wait([r.reader for r in running.values()], max(0.0, oldest + timeout_s - time.monotonic()))
+            first = min(r.since + r.limit_s(timeout_s) for r in running.values())
+            wait([r.reader for r in running.values()], max(0.0, first - time.monotonic()))
             for key, one in [*running.items()]:
                 outcome = _outcome(one, timeout_s)
                 if outcome is not None:
@@ -86,18 +95,22 @@ def _start(context: Any, task: Task, function: Callable[[Task], Result]) -> _Run
 
 def _outcome(one: _Running[Task], timeout_s: float) -> Outcome[Task, Any] | None:
     """None: it runs still."""
-    seconds = time.monotonic() - one.began
     result, failure = None, None
+    seconds = time.monotonic() - one.since
     if one.reader.poll():
         try:
-            result, failure = one.reader.recv()
+            said = one.reader.recv()
+            if said == BEGINS:
+                one.since, one.begun = time.monotonic(), True
+                return None
+            result, failure = said
         except EOFError:
             one.process.join()
             code = one.process.exitcode or 0
             name = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             failure = f"its process was {name}" if code < 0 else f"its process {name}"
-    elif seconds > timeout_s:
-        failure = f"it took longer than timeout_s={timeout_s:g}"
+    elif seconds > one.limit_s(timeout_s):
+        failure = f"it took longer than timeout_s={timeout_s:g}" if one.begun else f"it did not begin in {START_S:g} s"
     else:
         return None
     _end(one)
@@ -116,6 +129,7 @@ def _work(writer: Connection, function: Callable[[Any], Any], task: Any) -> None
     import torch
 
     torch.set_num_threads(1)
+    writer.send(BEGINS)
     try:
         answer = function(task), None
     except MemoryError:

@@ -1,8 +1,27 @@
-"""A task for a process whose parent dies."""
+"""Tasks for the processes of a pool, where the server that forks them can import them."""
 
 import os
+import signal
 import time
 from pathlib import Path
+
+import torch
+
+
+def behave(task: str) -> tuple[str, int, int]:
+    kind, _, number = task.partition(" ")
+    if kind == "raise":
+        raise ValueError("no\n  such luck")
+    if kind == "hang":
+        time.sleep(600)
+    if kind == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "leave":
+        os._exit(3)
+    if kind == "nothing left":
+        raise MemoryError
+    time.sleep(float(number if kind == "sleep" else 0))
+    return task, os.getpid(), torch.get_num_threads()
 
 
 def say_and_wait(target: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -78,6 +79,18 @@ def told_by_first(fails: bool) -> str:
         return str(this_world().on_first(act))
     except UserError as error:
         return f"refused: {error}"
+
+
+def last_words(silent: int, limit_s: float) -> float:
+    """Seconds until this rank, which has said what it had to, may leave; rank 2 needs a second for it."""
+    world = replace(this_world(), store=dist.PrefixStore(f"last words {silent}", this_world().store))
+    dist.barrier()
+    begin = time.monotonic()
+    if world.rank == 2:
+        time.sleep(1.0)
+    if world.rank != silent:
+        world.wait_for_the_others_words(limit_s)
+    return time.monotonic() - begin
 
 
 def first_failures() -> list[str]:
