@@ -63,7 +63,7 @@ class Transport:
     @property
     def fabric(self) -> Fabric:
         """The library by which the default group talks."""
-        return fabric_for("cuda" if "cuda:" in dist.get_backend_config() else "cpu")
+        return fabric_for("cuda" if "cuda:nccl" in dist.get_backend_config() else "cpu")
 
     @property
     def settle_group(self) -> dist.ProcessGroupGloo | None:
