@@ -59,9 +59,7 @@ def test_another_layout_goes_on_in_fp64(ranks: Any, tmp_path: Path, saved: Any, 
 
 
 @pytest.mark.parametrize(("saved", "loaded", "base"), ZERO)
-def test_another_stage_goes_on_within_rounding(
-    ranks: Any, tmp_path: Path, saved: Any, loaded: Any, base: str
-) -> None:
+def test_another_stage_goes_on_within_rounding(ranks: Any, tmp_path: Path, saved: Any, loaded: Any, base: str) -> None:
     assert law_4(ranks, tmp_path, saved, loaded, base=base) <= 1e-6
 
 

@@ -7,9 +7,9 @@ import torch
 
 import elastic_lsopt as lso
 from elastic_lsopt.config.study import StudyConfig
-from elastic_lsopt.probes.catalogue import MEASURES, ProbeContext, measure
+from elastic_lsopt.probes.catalogue import MEASURES, ProbeContext, as_json, headline, measure
 from elastic_lsopt.probes.presets import PRESETS, STUDIED
-from elastic_lsopt.study.measures import chosen, number
+from elastic_lsopt.study.measures import chosen
 
 pytestmark = pytest.mark.fast
 
@@ -21,6 +21,11 @@ def here() -> ProbeContext:
     loss = lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
     space, oracle = lso.attach(model, loss, [batch])
     return ProbeContext(space=space, oracle=oracle, batches=lambda: [oracle], samples=8, initial=space.zeros())
+
+
+def number(name: str, s: ProbeContext) -> float:
+    """The measure's one number there, as a study takes it."""
+    return headline(as_json(MEASURES[name].ask(s)))
 
 
 def test_lambda_max_is_of_the_hessian_and_its_preset_of_the_normalised_one() -> None:

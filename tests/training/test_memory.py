@@ -83,7 +83,7 @@ def test_a_gathered_block_is_in_the_precision_of_the_forward():
 
 
 @pytest.mark.parametrize(
-    ("how", "own", "mirrored peers"),
+    ("how", "own", "mirrored_peers"),
     [
         # 4 bytes x (weights, two of Adam's states) x 3 versions; a shard is a quarter of 1000.
         ({"backend": "fsdp2", "world": 4}, 9000, 9000),

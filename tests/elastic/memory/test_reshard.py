@@ -46,7 +46,8 @@ DEATHS = [
     ("zero2", "momentum", 3, 2, [0]), ("zero3", "momentum", 3, 2, [1]), ("zero3", "adamw", 2, 3, [1]),
     # an update of ours, and an average beside it
     ("ddp", "muon", 2, 3, [0]), ("fsdp2", "lamb", 3, 2, [1]), ("fsdp2", "muon", 2, 3, [1]),
-    ("zero2", "lars", 3, 2, [0]), ("zero2", "muon", 2, 3, [0]), ("zero3", "lamb", 2, 3, []), ("zero3", "muon", 3, 2, [1]),
+    ("zero2", "lars", 3, 2, [0]), ("zero2", "muon", 2, 3, [0]), ("zero3", "lamb", 2, 3, []),
+    ("zero3", "muon", 3, 2, [1]),
 ]  # fmt: skip
 
 
