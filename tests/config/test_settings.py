@@ -73,7 +73,7 @@ ELASTIC_KEYS = [
     "min_nodes", "max_nodes", "policy", "reference_workers", "lr_rule", "ramp_samples", "min_global_batch_size",
     "max_global_batch_size", "min_learning_rate", "max_learning_rate", "max_accumulation", "mirror_every", "copies",
     "mirror_gib", "lease_s", "hang_timeout_s", "join_debounce_s", "drain_timeout_s", "join_timeout_s", "endpoint",
-    "address", "secret_file", "witness", "preemption_notice_file", "respawn", "max_respawns",
+    "address", "secret_file", "witness", "preemption_notice_file", "event_log", "respawn", "max_respawns",
 ]  # fmt: skip
 SCALING = {"policy": "scale_batch", "reference_workers": 2}
 

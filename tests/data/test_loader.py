@@ -156,7 +156,7 @@ def test_each_sample_once_whatever_world_and_batch_each_generation_has(changes: 
 
 def test_a_plans_uneven_shares() -> None:
     shares = [(0, 2, 3, 4), (1, 5)]
-    ranks = [make(batch=12, unit=2, rank=r, world=2, units=shares[r], total_samples=31) for r in range(2)]
+    ranks = [make(batch=12, unit=2, rank=r, world=2, microbatches=shares[r], total_samples=31) for r in range(2)]
     alone = make(batch=12, unit=2, total_samples=31)
     for position in (0, 12, 24):
         own = [loader.microbatches_at(position) for loader in ranks]
