@@ -1,4 +1,4 @@
-"""Each example runs in its time and says what it claims."""
+"""Each example runs and says what it claims."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import pytest
 from tests.ranks import ROOT, rank_environment
 from tests.warm import run
 
-LIMIT_S = {"elastic_demo.py": 120.0}
-"""A minute for those that are not named."""
+LIMIT_S = 240.0
+"""Against one that hangs: they take 5 to 60 s on two quiet cores, and several times that on busy ones."""
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
 def test_example(example: Path) -> None:
-    limit_s = LIMIT_S.get(example.name, 60.0)
-    done = run([sys.executable, str(example)], cwd=ROOT, env=rank_environment(), timeout=limit_s)
+    done = run([sys.executable, str(example)], cwd=ROOT, env=rank_environment(), timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr[-3000:]
     if example.name == "own_method.py":
         plain, own, sam = done.stdout.splitlines()

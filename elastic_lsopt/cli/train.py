@@ -40,8 +40,8 @@ def train(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = Fals
         refuse_untrusted(job.config, Path(path), trust=trusted)
     except UserError:
         if launched() and os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(SAY_S)
-            return 2  # a neighbour reads the same file, and says it
+            time.sleep(SAY_S)  # a neighbour reads the same file and says it, which this rank's end would cut short
+            return 2
         raise
     arguments = [str(path), *overrides, *(["--trust"] if trust else [])]
     if job.config.elastic is not None:
