@@ -39,7 +39,7 @@ def test_a_rank_may_have_nothing(ranks: Any) -> None:
 )
 def test_other_shares_are_refused(ranks: Any, kind: str, shares: list[list[int]]) -> None:
     for said in ranks(2).run("tests.cases.elastic.balanced:refused", kind=kind, shares=shares):
-        assert "got a unit that is another's" in said
+        assert "got a micro-batch that is another's" in said
 
 
 @pytest.mark.fast
