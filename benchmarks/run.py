@@ -19,7 +19,7 @@ NAMES = {
     "imports": "imports", "noise": "noise", "one_process": "one_process", "steps": "steps", "memory": "memory",
     "curvature": "curvature.products", "curvature_spectra": "curvature.spectra", "curvature_memory": "curvature.memory",
     "elastic": "elastic.recovery", "elastic_agent": "elastic.agent", "elastic_layer": "elastic.layer",
-    "membership_simulation": "membership_simulation", "updates": "updates", "device": "device",
+    "membership_simulation": "elastic.membership_simulation", "updates": "updates", "device": "device",
 }  # fmt: skip
 """Benchmarks, as results call them, and their modules."""
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from elastic_lsopt.averages.average import Average
     from elastic_lsopt.averages.ema import EMA
     from elastic_lsopt.checkpoint.save import load, save
+    from elastic_lsopt.data.loader import StepLoader
     from elastic_lsopt.errors import (
         NonFinite,
         PeerFailed,
@@ -64,6 +65,7 @@ __all__ = [
     "StaleGeneration",
     "StaleGradient",
     "StaleWeights",
+    "StepLoader",
     "StepReport",
     "Unsupported",
     "Update",
@@ -101,6 +103,7 @@ _HOMES = {
     "StaleGeneration": "errors",
     "StaleGradient": "errors",
     "StaleWeights": "errors",
+    "StepLoader": "data.loader",
     "StepReport": "oracle.report",
     "Unsupported": "errors",
     "Update": "updates.update",

@@ -3,7 +3,7 @@
     python examples/elastic_demo.py          # about a minute on two cores; all nodes are this machine
 
 `build` and `main` are all that a training of one's own needs. What follows them starts the nodes, kills one, adds one
-and shows it: on a terminal as a live table, otherwise line by line.
+and prints each change of members. A second terminal may watch: `elastic-lsopt status FOLDER`, with the folder printed.
 """
 
 import json
@@ -14,21 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.live import Live
 from torch.distributed.fsdp import fully_shard
 
 import elastic_lsopt as lso
-from elastic_lsopt.backends.detect import backend_for
-from elastic_lsopt.cli.status import ask, table
-from elastic_lsopt.data.loader import StepLoader
-from elastic_lsopt.elastic.mail.signing import job_secret
-from elastic_lsopt.elastic.worker.journal import Change, read_journal
-from elastic_lsopt.errors import UserError
 
 BATCH, UNIT, STEPS, PACE_S = 32, 8, 80, 0.15
 KILL_AT, NODES = 15, 3
@@ -56,8 +47,10 @@ def engine_of(shard):
     parts = torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Dropout(0.1), torch.nn.Linear(96, 10)
     model = torch.nn.Sequential(*parts)
     shard(model)
-    backend = backend_for(model, torch.optim.AdamW(model.parameters(), lr=3e-3), max_grad_norm=1.0)
-    return lso.Engine(backend, lso.SAM(rho=0.05), loss_fn=loss, total_samples=STEPS * BATCH)
+    base = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    return lso.Engine.of(
+        model, base, method=lso.SAM(rho=0.05), loss_fn=loss, max_grad_norm=1.0, total_samples=STEPS * BATCH
+    )
 
 
 # -- the heart: a training of one's own, which nodes may leave and join ------------------------------------------------
@@ -107,27 +100,22 @@ def show(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     nodes = {f"n{i + 1}": start(f"n{i + 1}", folder, endpoint) for i in range(NODES)}
-    console, told = Console(), 0
-    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
-        while any(node.poll() is None for node in nodes.values()):
-            time.sleep(0.2)
-            changes = read_journal(folder)
-            for change in changes[told:]:
-                console.print(Change(**change).line(), highlight=False, soft_wrap=True)
-            told = len(changes)
-            complete = bool(changes) and len(changes[-1]["nodes"]) == NODES
-            if complete and len(losses(folder)) >= KILL_AT and nodes["n2"].poll() is None:
-                console.print("kill -9 to node n2")
-                nodes["n2"].send_signal(signal.SIGKILL)
-                nodes["n2"].wait()
-            if changes and "n4" not in nodes and nodes["n2"].poll() is not None and "n2" not in changes[-1]["nodes"]:
-                console.print("node n4 starts")
-                nodes["n4"] = start("n4", folder, endpoint)
-            if live is not None:
-                try:
-                    live.update(table(ask(folder, None, job_secret(None, folder)), changes), refresh=True)
-                except UserError:  # no agent answers: they start, or they have ended
-                    continue
+    print(f"three nodes start; their logs and the journal: {folder}", flush=True)
+    told = 0
+    while any(node.poll() is None for node in nodes.values()):
+        time.sleep(0.2)
+        changes = lso.elastic.read_journal(folder)
+        for change in changes[told:]:
+            print(lso.elastic.Change(**change).line(), flush=True)
+        told = len(changes)
+        complete = bool(changes) and len(changes[-1]["nodes"]) == NODES
+        if complete and len(losses(folder)) >= KILL_AT and nodes["n2"].poll() is None:
+            print("kill -9 to node n2", flush=True)
+            nodes["n2"].send_signal(signal.SIGKILL)
+            nodes["n2"].wait()
+        if changes and "n4" not in nodes and nodes["n2"].poll() is not None and "n2" not in changes[-1]["nodes"]:
+            print("node n4 starts", flush=True)
+            nodes["n4"] = start("n4", folder, endpoint)
     ended = {name: node.returncode for name, node in nodes.items()}
     assert ended == {"n1": 0, "n2": -signal.SIGKILL, "n3": 0, "n4": 0}, f"{ended}; see the logs in {folder}"
 
@@ -135,14 +123,14 @@ def show(folder: Path) -> None:
 def compare(folder: Path) -> None:
     """The same training in one process, undisturbed; the largest difference of any step's loss."""
     engine = engine_of(lambda model: None)
-    loader = StepLoader(
+    loader = lso.StepLoader(
         taught_rows(), collate, global_batch_size=BATCH, microbatch_size=UNIT, seed=0, rank=0, world=1,
         total_samples=STEPS * BATCH,
     )  # fmt: skip
     undisturbed, found = [engine.train_batch(units) for units in loader], losses(folder)
     assert len(found) == STEPS
     largest = max(abs(a - b) / b for a, b in zip(found, undisturbed, strict=True))
-    worlds = " -> ".join(str(len(change["workers"])) for change in read_journal(folder))
+    worlds = " -> ".join(str(len(change["workers"])) for change in lso.elastic.read_journal(folder))
     print(f"workers: {worlds}; loss {found[0]:.3f} -> {found[-1]:.3f}")
     print(f"largest relative difference to the undisturbed run's loss, over {STEPS} steps: {largest:.1e}")
 

@@ -11,10 +11,11 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests import lanes, warm
-from tests.ranks import Ranks
+from tests import lanes
+from tests.processes import warm
+from tests.processes.ranks import Ranks
+from tests.processes.warm_server import read_at_import
 from tests.resume import Results
-from tests.warm_server import read_at_import
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the lanes have a core each, and would fight for both
 
@@ -61,7 +62,7 @@ def environment_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """`ranks(world).run("tests.cases.module:function", …)`: see tests/ranks.py."""
+    """`ranks(world).run("tests.cases.module:function", …)`: see tests/processes/ranks.py."""
     groups: dict[int, Ranks] = {}
 
     def of(world: int) -> Ranks:

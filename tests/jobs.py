@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from tests.ranks import ROOT, Ranks, free_port, rank_environment
-from tests.warm import Popen, is_server
+from tests.processes.ranks import ROOT, Ranks, free_port, rank_environment
+from tests.processes.warm import Popen, is_server
 
 WORDS = ["alpha", "beta", "gamma", "delta", "loss", "sharp", "flat", "node", "rank", "shard"]
 BIN = Path(sys.executable).parent

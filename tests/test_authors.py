@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from tests.cli.test_trust import JOB
-from tests.ranks import ROOT, rank_environment
-from tests.warm import run
+from tests.processes.ranks import ROOT, rank_environment
+from tests.processes.warm import run
 
 PAGE = (ROOT / "docs" / "authors.md").read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

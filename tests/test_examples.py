@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT, rank_environment
-from tests.warm import run
+from tests.processes.ranks import ROOT, rank_environment
+from tests.processes.warm import run
 
 LIMIT_S = 240.0
 """Against one that hangs: they take 5 to 60 s on two quiet cores, and several times that on busy ones."""

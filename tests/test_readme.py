@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT, rank_environment
-from tests.warm import run
+from tests.processes.ranks import ROOT, rank_environment
+from tests.processes.warm import run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

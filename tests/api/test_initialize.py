@@ -13,8 +13,8 @@ import torch
 
 import elastic_lsopt as lso
 from elastic_lsopt.api.initialize import base_of, clipping
-from tests import warm
-from tests.ranks import ROOT, rank_environment
+from tests.processes import warm
+from tests.processes.ranks import ROOT, rank_environment
 
 SAM_IN_JSON = {
     "type": "sam",

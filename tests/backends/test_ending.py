@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from tests.ranks import ROOT, rank_environment
+from tests.processes.ranks import ROOT, rank_environment
 
 PAIRS = 2
 ABORTS_AT_THE_END = """

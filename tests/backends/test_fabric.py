@@ -26,7 +26,7 @@ def test_cut_and_formed_without_the_silent_one(ranks: Any, world: int, leaves: s
     gone = 0 if leaves == "first" else world - 1
     whole, rest = 2.0**world - 1, 2.0**world - 1 - 2.0**gone
     order = [r for r in range(world) if r != gone] + [gone]
-    for rank, r in enumerate(ranks(world).run("tests.cases.reforming:cut_and_formed", leaves=gone)):
+    for rank, r in enumerate(ranks(world).run("tests.cases.elastic.reforming:cut_and_formed", leaves=gone)):
         assert r["name"] == NAME and r["sum"] == r["beside"] == whole and r["error"] == "", (rank, r)
         assert r["in the end"] == [order.index(rank), whole], (rank, r)
         if rank != gone:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.laws.cover import daily, joined
-from tests.ranks import Ranks
+from tests.processes.ranks import Ranks
 
 STAGES = (0, 1, 2, 3)
 METHODS = ("none", "sam", "asam", "lpf_sgd")

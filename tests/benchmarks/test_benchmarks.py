@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import imports, membership_simulation, one_process, run
+from benchmarks import imports, one_process, run
 from benchmarks.chaos_table import chaos_table
 from benchmarks.curvature import products as curvature
 from benchmarks.curvature import spectra as curvature_spectra
+from benchmarks.elastic import membership_simulation
 from benchmarks.models import TOY
 from benchmarks.targets import Target, rows
 from benchmarks.timing import ratio_of
-from tests.ranks import Ranks
+from tests.processes.ranks import Ranks
 
 fast = pytest.mark.fast
 

@@ -16,7 +16,7 @@ from elastic_lsopt.backends.rebuild import tear_down
 from elastic_lsopt.elastic.memory.reshard import choose, inventory, reshard
 from elastic_lsopt.elastic.memory.versions import HostVersions
 from tests.cases import engines
-from tests.cases.reforming import reforming
+from tests.cases.elastic.reforming import reforming
 
 STEPS = 6
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from elastic_lsopt.elastic.worker.journal import read_journal
-from tests.ranks import ROOT, free_port, rank_environment
-from tests.warm import Popen
+from tests.processes.ranks import ROOT, free_port, rank_environment
+from tests.processes.warm import Popen
 
 Row = dict[str, Any]
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.chaos.cluster import Cluster
-from tests.ranks import ROOT, rank_environment
-from tests.warm import Popen
+from tests.processes.ranks import ROOT, rank_environment
+from tests.processes.warm import Popen
 
 NOBODY = "02:00:00:00:ff:ff"
 PORT = 29400

@@ -20,8 +20,8 @@ import pytest
 
 from tests.chaos.driver import check
 from tests.chaos.netns import PORT, Network, SplitCluster
-from tests.ranks import ROOT, rank_environment
-from tests.warm import Popen
+from tests.processes.ranks import ROOT, rank_environment
+from tests.processes.warm import Popen
 
 pytestmark = pytest.mark.skipif(Network.missing() is not None, reason=str(Network.missing()))
 

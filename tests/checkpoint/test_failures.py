@@ -16,7 +16,7 @@ from torch import nn
 import elastic_lsopt as lso
 from elastic_lsopt import checkpoint
 from elastic_lsopt.backends.replicated import Replicated
-from tests.ranks import RankFailure
+from tests.processes.ranks import RankFailure
 
 CASES = "tests.cases.checkpoints.failures:"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

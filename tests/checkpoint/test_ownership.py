@@ -16,7 +16,7 @@ import pytest
 from elastic_lsopt.checkpoint import ownership
 from elastic_lsopt.checkpoint.ownership import Ownership, owner_of
 from elastic_lsopt.errors import UserError
-from tests.ranks import ROOT
+from tests.processes.ranks import ROOT
 
 OTHER = "import sys; from elastic_lsopt.checkpoint.ownership import Ownership; from pathlib import Path"
 

@@ -1,4 +1,4 @@
-"""Each command executed as a user starts it, where the other tests fork what they start (tests/warm.py)."""
+"""Each command executed as a user starts it, where the other tests fork what they start (tests/processes/warm.py)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.jobs import LLAMA, command, losses, rows, run, write_job
-from tests.ranks import ROOT
+from tests.processes.ranks import ROOT
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "fsdp2": {},

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.ranks import rank_environment
+from tests.processes.ranks import rank_environment
 
 pytestmark = pytest.mark.fast
 SCHEMA = [sys.executable, "-m", "elastic_lsopt.cli.main", "schema"]

@@ -14,8 +14,8 @@ import elastic_lsopt as lso
 from elastic_lsopt.cli.main import main
 from elastic_lsopt.training.datasets.samples import build_data
 from tests.jobs import BIN, LLAMA, command, run, write_job
-from tests.ranks import ROOT, rank_environment
-from tests.warm import run as forked
+from tests.processes.ranks import ROOT, rank_environment
+from tests.processes.warm import run as forked
 
 MEASURES = ["--measures", "lambda_max,trace,lpf", "--set", "trace.samples=3", "--set", "lpf.draws=2", "--units", "3"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from elastic_lsopt.cli.main import main
-from tests.ranks import ROOT
+from tests.processes.ranks import ROOT
 from tests.report.synthetic import CHANGES, steps, study, write_run
 
 

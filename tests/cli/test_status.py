@@ -13,7 +13,7 @@ import pytest
 from elastic_lsopt.cli.status import table
 from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import BIN, TINY, Started, rows, run, write_job
-from tests.ranks import free_port
+from tests.processes.ranks import free_port
 
 LIMIT = pytest.mark.timeout(300)
 

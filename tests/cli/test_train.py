@@ -20,7 +20,7 @@ from elastic_lsopt.cli.job import read_job
 from elastic_lsopt.config.load import load_config
 from elastic_lsopt.training.datasets.samples import build_data
 from tests.jobs import LLAMA, TINY, Started, command, in_ranks, losses, rows, run, write_job
-from tests.ranks import ROOT, rank_environment
+from tests.processes.ranks import ROOT, rank_environment
 
 
 @dataclass(frozen=True)

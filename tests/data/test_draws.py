@@ -24,7 +24,7 @@ from elastic_lsopt.data.loader import StepLoader
 from elastic_lsopt.data.shards import ShardStream
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.replay.slot import replayed
-from tests.ranks import ROOT, rank_environment
+from tests.processes.ranks import ROOT, rank_environment
 
 pytestmark = pytest.mark.fast
 CPU = torch.device("cpu")

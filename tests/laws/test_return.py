@@ -35,7 +35,7 @@ def test_all_ranks_raise_alike(ranks: Any, kind: str, world: int) -> None:
 )
 def test_one_rank_raises_in_a_displaced_pass(kind: str, world: int, where: str) -> None:
     """A group of its own: the failure cuts the transport for good."""
-    from tests.ranks import Ranks
+    from tests.processes.ranks import Ranks
 
     group = Ranks(world)
     try:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.ranks import Ranks
+from tests.processes.ranks import Ranks
 
 STATED = {"sam": 1.0, "asam": 2.0, "lpf_sgd": 1.0}
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.laws.cover import daily
-from tests.ranks import Ranks
+from tests.processes.ranks import Ranks
 
 FRAMEWORK = [("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("fsdp2-kept", 3), ("hsdp", 2), ("hsdp", 4)]
 CASES = [(kind, world) for kind in ("ddp", "fsdp2", "fsdp2-kept", "hsdp") for world in (1, 2, 3, 4)]

@@ -9,8 +9,8 @@ import pytest
 
 @pytest.mark.parametrize("kind", ["fsdp2", "zero2", "zero3"])
 def test_any_sharding_measures_the_gain_of_one_process(ranks: Any, kind: str) -> None:
-    [(variance, square, whole)] = ranks(1).run("tests.cases.gain:gain_of", kind="plain")
-    got = ranks(2).run("tests.cases.gain:gain_of", kind=kind)
+    [(variance, square, whole)] = ranks(1).run("tests.cases.elastic.gain:gain_of", kind="plain")
+    got = ranks(2).run("tests.cases.elastic.gain:gain_of", kind=kind)
     for v, s, _ in got:
         assert (v, s) == pytest.approx((variance, square), rel=1e-4)
     assert sum(held for *_, held in got) == whole and variance > 0

@@ -17,8 +17,8 @@ from scipy.stats import kendalltau
 from elastic_lsopt.cli.main import main
 from elastic_lsopt.config.study import StudyConfig
 from elastic_lsopt.study.run import ranked
-from tests.ranks import rank_environment
-from tests.warm import BIN, Popen, run
+from tests.processes.ranks import rank_environment
+from tests.processes.warm import BIN, Popen, run
 
 SETTINGS = {
     "eval_fraction": 0.8, "stop_loss": 0.2, "max_epochs": 100, "bootstrap_draws": 200,

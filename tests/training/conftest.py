@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.jobs import Run, in_ranks, write_job
-from tests.ranks import Ranks
+from tests.processes.ranks import Ranks
 
 
 @pytest.fixture(scope="session")

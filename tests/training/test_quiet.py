@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from elastic_lsopt.training import quiet
-from tests.ranks import ROOT, rank_environment
+from tests.processes.ranks import ROOT, rank_environment
 
 pytestmark = pytest.mark.fast
 WARNS = """

@@ -23,7 +23,7 @@ from elastic_lsopt.elastic.memory.versions import HostVersions
 from tests.cases import engines
 from tests.cases.checkpoints.round_trip import Remembering
 from tests.cases.checkpoints.round_trip import _whole as whole_vector
-from tests.cases.reforming import reforming
+from tests.cases.elastic.reforming import reforming
 from tests.cases.updates import UPDATES, ours
 
 STEPS, UNITS = 9, 5

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import elastic_lsopt as lso
-from tests.ranks import free_port
+from tests.processes.ranks import free_port
 
 WORLD = 2
 

@@ -23,7 +23,7 @@ from elastic_lsopt.elastic.mail.signing import sign
 from elastic_lsopt.elastic.worker.job import refuse_what_counts_steps_or_ranks
 from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import BIN, TINY, Started, in_ranks, losses, rows, write_job
-from tests.ranks import ROOT, free_port
+from tests.processes.ranks import ROOT, free_port
 
 STEPS = 400
 SHAPE: dict[str, Any] = {"max_steps": STEPS, "eval_steps": None, "save_steps": None, "workers": 1, "export": False}

@@ -17,8 +17,8 @@ import pytest
 
 from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import BIN, TINY, Started, in_ranks, losses, rows, write_job
-from tests.ranks import free_port
-from tests.ssh_server import HOSTS, Ssh, ssh_server
+from tests.processes.ranks import free_port
+from tests.processes.ssh_server import HOSTS, Ssh, ssh_server
 
 STEPS = 30
 SHAPE: dict[str, Any] = {"max_steps": STEPS, "eval_steps": None, "save_steps": None, "workers": 1, "export": False}

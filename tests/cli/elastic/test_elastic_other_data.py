@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.jobs import BIN, TINY, Started, in_ranks, losses, rows, write_job
-from tests.ranks import free_port
+from tests.processes.ranks import free_port
 
 SHAPE: dict[str, Any] = {
     "max_steps": 400, "eval_steps": None, "save_steps": None, "workers": 1, "export": False,

@@ -10,7 +10,7 @@ import pytest
 
 from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import BIN, TINY, Started, rows, write_job
-from tests.ranks import free_port
+from tests.processes.ranks import free_port
 
 UNIT, WORKERS, LR, RAMP = 2, 2, 0.1, 40
 BATCH = 2 * UNIT * WORKERS

@@ -10,7 +10,7 @@ import pytest
 
 from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import BIN, TINY, Started, in_ranks, losses, rows, write_job
-from tests.ranks import free_port
+from tests.processes.ranks import free_port
 
 STEPS, UNITS, SLOWLY = 36, 8, 4.0
 SHAPE: dict[str, Any] = {

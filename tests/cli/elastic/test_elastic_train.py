@@ -14,7 +14,7 @@ import pytest
 
 from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import TINY, Started, command, in_ranks, losses, rows, write_job
-from tests.ranks import free_port
+from tests.processes.ranks import free_port
 
 STEPS = 40
 SLOW = {"import": TINY, "args": {"pause_s": 0.02}}

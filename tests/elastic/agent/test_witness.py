@@ -16,7 +16,7 @@ from elastic_lsopt.elastic.mail.mailbox import reachable
 from elastic_lsopt.elastic.membership.generation import Change
 from elastic_lsopt.elastic.membership.quorum import Ask, Ballot
 from elastic_lsopt.errors import UserError
-from tests.ranks import free_port
+from tests.processes.ranks import free_port
 
 SECRET = b"sixteen bytes ok"
 

@@ -13,8 +13,8 @@ import pytest
 
 from elastic_lsopt.elastic.mail.bounded_store import BoundedStore, resident_bytes
 from elastic_lsopt.elastic.mail.mailbox import Mailbox, connect, listen
-from tests.ranks import rank_environment
-from tests.warm import Popen
+from tests.processes.ranks import rank_environment
+from tests.processes.warm import Popen
 
 MIB = 2**20
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT, free_port, rank_environment
+from tests.processes.ranks import ROOT, free_port, rank_environment
 
 PROGRAM = """
 import sys, threading, time

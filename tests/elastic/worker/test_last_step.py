@@ -12,7 +12,7 @@ import pytest
 from elastic_lsopt.checkpoint.folder import latest
 from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import Started
-from tests.ranks import free_port
+from tests.processes.ranks import free_port
 
 STEPS = 12
 

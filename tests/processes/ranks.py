@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.warm import ROOT, Popen
+from tests.processes.warm import ROOT, Popen
 
 GRACE_S = 8.0
 
@@ -94,7 +94,7 @@ class Ranks:
             with log.open("wb") as out:
                 self._processes.append(
                     Popen(
-                        [sys.executable, "-m", "tests.rank_main"],
+                        [sys.executable, "-m", "tests.processes.rank_main"],
                         cwd=ROOT,
                         env=env,
                         stdin=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """An ssh server on this machine's loopback addresses, for launchers that reach their hosts by ssh; needs no root.
 
-python -m tests.ssh_server FOLDER PORT        (makes the keys in FOLDER, says "ready", serves until it is killed)
+python -m tests.processes.ssh_server FOLDER PORT     (makes the keys in FOLDER, says "ready", serves until it is killed)
 
 Whoever holds FOLDER/user's key runs commands as the user who runs this. `ssh_of` gives a folder for PATH whose `ssh` is
 the system's, told to use that key.
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.ranks import ROOT, free_port, rank_environment
+from tests.processes.ranks import ROOT, free_port, rank_environment
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
 
@@ -39,7 +39,7 @@ def ssh_server(folder: Path) -> Iterator[Ssh]:
     (folder / "bin/ssh").write_text(f'#!/bin/sh\nexec {system} -F /dev/null {options} "$@"\n')
     (folder / "bin/ssh").chmod(0o755)
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.ssh_server", str(folder), str(port)], cwd=ROOT, env=rank_environment(),
+        [sys.executable, "-m", "tests.processes.ssh_server", str(folder), str(port)], cwd=ROOT, env=rank_environment(),
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -2,7 +2,7 @@
 
 Imports cost a new Python 2 to 6 s of a core, and a test that starts a job pays them for each agent and each worker.
 `Popen` is `subprocess.Popen`, and starts what would be a new Python of this environment by a fork of the warm server
-(tests/warm_server.py). Whatever else it is given, it executes. `LSOPT_TESTS_EXEC=1` executes everything.
+(tests/processes/warm_server.py). Whatever else it is given, it executes. `LSOPT_TESTS_EXEC=1` executes everything.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 ADDRESS = "LSOPT_TESTS_WARM"
 """Names the socket of the server that forks for this process."""
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 SCRIPTS = ("elastic-lsopt", "torchrun", "deepspeed")
 ROOM = 1 << 15
@@ -156,7 +156,7 @@ _servers: list[subprocess.Popen[bytes]] = []
 
 def start_server() -> str:
     """The address of a server that begins to import now and ends with this process. Cost: 6 s of a core, beside it."""
-    from tests.ranks import rank_environment
+    from tests.processes.ranks import rank_environment
 
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -165,7 +165,7 @@ def start_server() -> str:
         listener.bind(address)
         listener.listen(DESCRIPTORS)  # who asks before all is imported waits here
         _servers.append(subprocess.Popen(
-            [sys.executable, "-m", "tests.warm_server", str(listener.fileno()), "x" * ROOM], cwd=ROOT,
+            [sys.executable, "-m", "tests.processes.warm_server", str(listener.fileno()), "x" * ROOM], cwd=ROOT,
             env=rank_environment(
                 LSOPT_TESTS_ROOM="x" * ROOM, TORCH_CPP_LOG_LEVEL="FATAL",
                 JE_ARROW_MALLOC_CONF="background_thread:false",

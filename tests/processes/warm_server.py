@@ -1,9 +1,9 @@
-"""The process that has imported everything and forks what tests start: `python -m tests.warm_server SOCKET ROOM`.
+"""Has imported everything and forks what tests start: `python -m tests.processes.warm_server SOCKET ROOM`.
 
 [Note: what a forked process has] Its own arguments and environment (in /proc too), working folder, session,
 descriptors, network namespace and random numbers. What a fork can't change is what imports have read from the
 environment (AT_IMPORT): where that differs, the process is executed. A forked process has a server of its own as a
-child, NAME, made while it has one thread, and `subprocess.Popen` is that of tests/warm.py. What that server forks
+child, NAME, made while it has one thread, and `subprocess.Popen` is that of warm.py beside this. What that server forks
 it gives to its parent (`_given_away`), so workers are children of who starts them: they are waited for, know their
 parent and end with it as if it had forked them itself.
 
@@ -40,7 +40,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.warm import ADDRESS, DESCRIPTORS, MESSAGE_BYTES, NAME, Popen, Start
+from tests.processes.warm import ADDRESS, DESCRIPTORS, MESSAGE_BYTES, NAME, Popen, Start
 
 AT_IMPORT = (
     "PYTHON", "OMP_NUM_THREADS", "HF_", "TRANSFORMERS_", "DS_ACCELERATOR",

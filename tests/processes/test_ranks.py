@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.ranks import RankFailure, Ranks
+from tests.processes.ranks import RankFailure, Ranks
 
 
 @pytest.mark.parametrize("how", ["raise", "hang", "die"])

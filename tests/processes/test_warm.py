@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import rank_environment
-from tests.warm import Popen, is_server
+from tests.processes.ranks import rank_environment
+from tests.processes.warm import Popen, is_server
 
 TELL = """
 import json, os, random, sys
