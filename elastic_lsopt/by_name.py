@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -24,10 +24,11 @@ T = TypeVar("T", bound=type)
 
 
 class Registry:
-    """The algorithms of one kind. `ours` maps a name to the module that registers it, imported when it is asked for."""
+    """The algorithms of one kind. `ours` maps a name to the module that registers it, imported when it is asked for;
+    `defines` is what each class must have."""
 
-    def __init__(self, kind: str, *, group: str, ours: Mapping[str, str]) -> None:
-        self.kind, self.group = kind, group
+    def __init__(self, kind: str, *, group: str, ours: Mapping[str, str], defines: Sequence[str] = ()) -> None:
+        self.kind, self.group, self._defines = kind, group, defines
         self._ours = dict(ours)
         self._known: dict[str, type] = {}
 
@@ -69,38 +70,75 @@ class Registry:
                     ) from error
                 self.register(name)(found)
         if name not in self._known:
-            raise UserError(f"unknown {self.kind} {name!r}{self._nearest(name)} Known: {', '.join(self.names())}.")
+            raise UserError(
+                f'unknown {self.kind} {name!r}{nearest(name, self.names(), "Known")} (one of your own: "module:Class").'
+            )
         return self._known[name]
 
-    def build(self, name: str, **hyperparameters: Any) -> Any:
+    def build(self, name: str, /, **hyperparameters: Any) -> Any:
         """An instance with these hyper-parameters. Raises UserError for one that it does not have, or out of range."""
-        found = self.get(name)
-        known = [f.name for f in fields(found)] if is_dataclass(found) else list(hyperparameters)
-        for key in hyperparameters:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise UserError(
-                    f"{self.kind} {name!r} has no hyper-parameter {key!r}; {hint}It has: {', '.join(known) or 'none'}."
-                )
-        try:
-            return found(**hyperparameters)
-        except TypeError as error:
-            raise UserError(f"{self.kind} {name!r}: {error}") from error
+        return built(self.kind, name, self.get(name), hyperparameters, self._defines)
+
+    def name_of(self, kind: type) -> str:
+        """What a class is called: its name here, else its own."""
+        return next((n for n, c in self._known.items() if c is kind), kind.__name__.lower())
 
     def _imported(self, path: str) -> type:
-        module, _, name = path.partition(":")
-        try:
-            found = getattr(import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"{self.kind} import={path!r} does not load: {error}.") from error
+        found = imported(self.kind, path)
         if not isinstance(found, type):
             raise UserError(f"{self.kind} import={path!r} is a {type(found).__name__}; name a class.")
         return found
 
-    def _nearest(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self.names(), 1)
-        return f"; did you mean {near[0]!r}?" if near else ""
+
+def built(kind: str, name: str, found: type, hyperparameters: Mapping[str, Any], defines: Sequence[str] = ()) -> Any:
+    """An instance of a class. Raises UserError for a hyper-parameter that it does not have, that is missing or out of
+    range, and for a class that does not define what its kind must."""
+    lacks = [n for n in defines if getattr(getattr(found, n, None), "__isabstractmethod__", not _has(found, n))]
+    if lacks:
+        raise UserError(f"{kind} {name!r} ({found.__qualname__}) must define {', '.join(lacks)}: see docs/authors.md.")
+    if is_dataclass(found):
+        own = {f.name: f for f in fields(found) if f.init}
+        for key in hyperparameters:
+            if key not in own:
+                raise UserError(f"{kind} {name!r} has no hyper-parameter {key!r}{nearest(key, own, 'It has')}.")
+        needed = [n for n, f in own.items() if f.default is MISSING and f.default_factory is MISSING]
+        if missing := [n for n in needed if n not in hyperparameters]:
+            raise UserError(
+                f"{kind} {name!r} needs {', '.join(missing)}; give {'it' if len(missing) == 1 else 'them'}."
+            )
+    try:
+        return found(**hyperparameters)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{kind} {name!r}: {error}") from error
+
+
+def _has(found: type, name: str) -> bool:
+    return hasattr(found, name) or (is_dataclass(found) and any(f.name == name for f in fields(found)))
+
+
+def imported(kind: str, path: str) -> Any:
+    """What "module:name" names. Raises UserError where there is none."""
+    module, _, name = path.partition(":")
+    try:
+        home = import_module(module)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"{kind} {path!r} does not load: {error}; modules are looked for where the command is started and on "
+            "PYTHONPATH."
+        ) from error
+    if not hasattr(home, name):
+        own = [n for n, v in vars(home).items() if getattr(v, "__module__", None) == module]
+        raise UserError(f"{kind} {path!r} does not load: {module} has no {name!r}{nearest(name, own, 'it has')}.")
+    return getattr(home, name)
+
+
+def nearest(word: str, known: Iterable[str], there: str = "known") -> str:
+    """The end of a sentence about a word that is none of `known`."""
+    words = list(known)
+    near = difflib.get_close_matches(word, words, 1)
+    return (f"; did you mean {near[0]!r}?" if near else ";") + f" {there}: {', '.join(words) or 'none'}"
 
 
 def require(condition: bool, name: str, value: object, limit: str) -> None:

@@ -61,8 +61,8 @@ class Policy:
     reference_workers: int | None = None
     """Workers that the reference was chosen for; scale_batch needs it."""
     rule: Rule = "none"
-    decoupled_weight_decay: bool = False
-    """AdamW's: scaled so that the decay per sample stays."""
+    betas: tuple[tuple[float, float], ...] = ()
+    """Of other param groups than the reference's, which bound the batch under sqrt as its own do."""
     parts: int = 1
     """The method's parts: a step has at least so many micro-batches."""
     ramp_samples: int = 0
@@ -97,7 +97,10 @@ class Policy:
             (batch <= (self.max_global_batch_size or batch), f"max_global_batch_size={self.max_global_batch_size}"),
             (rate >= (self.min_learning_rate or 0.0) * (1 - ULPS), f"min_learning_rate={self.min_learning_rate}"),
             (rate <= (self.max_learning_rate or rate) * (1 + ULPS), f"max_learning_rate={self.max_learning_rate}"),
-            (permits(own, batch, self.rule), f"the rule sqrt (k (1 - beta) < 1 for betas={own.betas})"),
+            *(
+                (permits(own, batch, self.rule, betas), f"the rule sqrt (k (1 - beta) < 1 for betas={betas})")
+                for betas in (own.betas, *self.betas)
+            ),
         )
         return next((what for kept, what in bounds if not kept), "")
 
@@ -109,20 +112,18 @@ class Policy:
             raise ValueError("the job has no elastic block.")
         adam = config.optim in ADAMS
         own = config.optim_args if config.optim not in TORCH_OPTIMS else {}
+        first, *others = betas_of(config)
         method = landscape_fields(config)[1]
         bounds = ("min_global_batch_size", "max_global_batch_size", "min_learning_rate", "max_learning_rate")
         return cls(
             reference=Hyperparameters(
                 global_batch_size=config.global_batch_size,
                 learning_rate=config.learning_rate,
-                betas=(config.adam_beta1, config.adam_beta2)
-                if adam
-                else tuple(own["betas"])
-                if "betas" in own
-                else None,
+                betas=first,
                 epsilon=config.adam_epsilon if adam else own.get("eps"),
                 momentum=config.momentum if config.optim == "sgd" else own.get("momentum"),
                 weight_decay=config.weight_decay,
+                decoupled_weight_decay=config.optim in ("adamw", "muon"),
                 rho=method.get("rho"),
                 gamma=method.get("gamma"),
             ),
@@ -130,13 +131,31 @@ class Policy:
             kind=elastic.policy,
             reference_workers=elastic.reference_workers,
             rule="none" if elastic.policy == "keep_batch" else lr_rule(config, elastic),
-            decoupled_weight_decay=config.optim == "adamw",
+            betas=tuple(b for b in others if b is not None),
             parts=parts,
             ramp_samples=elastic.ramp_samples,
             max_accumulation=elastic.max_accumulation,
             may_balance=config.backend == "replicated",
             **{name: getattr(elastic, name) for name in bounds},
         )
+
+
+LAMB_BETAS = (0.9, 0.999)
+"""What LAMB has where the file says nothing."""
+
+
+def betas_of(config: TrainConfig) -> list[tuple[float, float] | None]:
+    """Adam's or LAMB's betas of the job, then of each rule of `param_groups`, then of AdamW beside Muon."""
+    adams = (config.adam_beta1, config.adam_beta2)
+
+    def of(optim: str, own: Mapping[str, Any]) -> tuple[float, float] | None:
+        given = own.get("betas", adams if optim in ADAMS else LAMB_BETAS if optim == "lamb" else None)
+        return None if given is None else (float(given[0]), float(given[1]))
+
+    rules = [(str(g.get("optim", config.optim)), g.get("optim_args", {})) for g in config.param_groups]
+    beside = [adams] if "muon" in (config.optim, *(optim for optim, _ in rules)) else []
+    own = config.optim_args if config.optim not in TORCH_OPTIMS else {}
+    return [of(config.optim, own), *(of(optim, given) for optim, given in rules), *beside]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +178,6 @@ class Plan:
     ramp_samples: int
     why: str
     """What the policy held, and by what; empty: nothing stood in its way."""
-    decoupled_weight_decay: bool = False
     rate_bounds: tuple[float | None, float | None] = (None, None)
     """Of the peak rate; adascale's gain goes on changing after the batch was planned."""
 
@@ -203,10 +221,7 @@ class Plan:
             return self
         own, (low, high) = self.reference, self.rate_bounds
         rates = (low or 0.0) / own.learning_rate, (high or inf) / own.learning_rate
-        target = scaling(
-            own.global_batch_size, self.global_batch_size, self.rule,
-            decoupled_weight_decay=self.decoupled_weight_decay, gain=gain, rates=rates,
-        )  # fmt: skip
+        target = scaling(own.global_batch_size, self.global_batch_size, self.rule, gain=gain, rates=rates)
         return replace(self, target=target)
 
     def scaling(self, now: SampleClock) -> Scaling:
@@ -251,10 +266,7 @@ def plan(
         batch, why, target = own.global_batch_size, "", Scaling()
     else:
         batch, why = _batch(world, policy, gain)
-        target = scaling(
-            own.global_batch_size, batch, policy.rule,
-            decoupled_weight_decay=policy.decoupled_weight_decay, gain=gain,
-        )  # fmt: skip
+        target = scaling(own.global_batch_size, batch, policy.rule, gain=gain)
     speeds = _speeds(workers, -(-batch // policy.microbatch_size)) if policy.may_balance else None
     start, since = target, clock.samples
     if before is not None and policy.ramp_samples:
@@ -264,7 +276,7 @@ def plan(
     made = Plan(
         global_batch_size=batch, microbatch_size=policy.microbatch_size, world=world, parts=policy.parts, speeds=speeds,
         rule=policy.rule, reference=own, start=start, target=target, since_samples=since,
-        ramp_samples=policy.ramp_samples, why=why, decoupled_weight_decay=policy.decoupled_weight_decay,
+        ramp_samples=policy.ramp_samples, why=why,
         rate_bounds=(policy.min_learning_rate, policy.max_learning_rate),
     )  # fmt: skip
     if policy.max_accumulation is not None and made.accumulation > policy.max_accumulation:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import zip_longest
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from elastic_lsopt.api.step import LandscapeStep
-from elastic_lsopt.averages.average import FAMILY, Average
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import StaleWeights, UserError
@@ -19,7 +18,7 @@ from elastic_lsopt.optimizers.plain import Plain
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.default_loss import as_loss
 from elastic_lsopt.oracle.eval_mode import eval_mode
-from elastic_lsopt.oracle.family import Family, Kept, Stateful
+from elastic_lsopt.oracle.family import Family, Stateful
 from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
@@ -177,26 +176,16 @@ class Engine:
             self._inside = False
         return total / weight
 
-    @contextmanager
-    def averaged(self, name: str = "ema") -> Iterator[Vector]:
+    def averaged(self, name: str = "ema") -> AbstractContextManager[Vector]:
         """Weights at the average of that name inside the block, back bit for bit after it (collective).
 
         Raises UserError where the engine keeps no such average. Memory as `space.perturbed`.
         """
-        point = self.average(name)
-        with self.space.at(point):
-            yield point
+        return self._landscape.averaged(name)
 
     def average(self, name: str = "ema") -> Vector:
         """The average of that name, live: read it, never write it. Raises UserError where the engine keeps none."""
-        kept = self.families.get(f"{FAMILY}{name}")
-        if not isinstance(kept, Kept) or not isinstance(kept.kind, Average):
-            known = [n.removeprefix(FAMILY) for n in self.families if n.startswith(FAMILY)]
-            raise UserError(
-                f"the engine keeps no average {name!r} (it keeps: {', '.join(known) or 'none'}); build it with "
-                f"keep=[lso.averages.build({name!r})]."
-            )
-        return kept.kind.weights(self.space, kept.state)
+        return self._landscape.average(name)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the method's state, and the clock. (Checkpoints for any world size: `lso.checkpoint`.)"""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from elastic_lsopt.api.engine import Engine
+from elastic_lsopt.api.json_base import Base, base_of
 from elastic_lsopt.config.deepspeed_json import engine_json, read_deepspeed_json, split_method
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.optimizers import registry
@@ -17,11 +17,7 @@ from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.method import Method
 
-Base = Callable[[Any], torch.optim.Optimizer]
 Json = dict[str, Any]
-
-# Of DeepSpeed's own Adam, without meaning for torch's.
-ONLY_DEEPSPEED = ("torch_adam", "adam_w_mode", "fp32_optimizer_states", "fused")
 
 
 def initialize(
@@ -40,8 +36,9 @@ def initialize(
 
     `config` is a DeepSpeed JSON (a path or a dict). The method is `method`, or `optimizer: {type: sam, params: {rho,
     base: {type: AdamW, params: …}}}` in the JSON, else none. `base` makes the torch optimizer from the parameters; else
-    the JSON's optimizer names a class of torch.optim. `max_grad_norm` is the limit of the global L2 norm of the
-    gradient (0: none; default: the JSON's `gradient_clipping`, else none). Batch sizes in the JSON are not read.
+    the JSON's optimizer names a class of torch.optim or an update (lars, lamb, muon). `max_grad_norm` is the limit of
+    the global L2 norm of the gradient (0: none; default: the JSON's `gradient_clipping`, else none). Batch sizes in the
+    JSON are not read.
 
     Raises UserError for what contradicts itself or is missing (the package deepspeed too), Unsupported for what is not
     tested or cannot be right: fp16, offload, other kinds of parallelism, a base that needs whole parameters …
@@ -52,7 +49,7 @@ def initialize(
         raise UserError(f"the method is given twice, by method={method!r} and as {name!r} in the JSON; remove one.")
     chosen = registry.build(name or "none", **hyperparameters) if method is None else method
     if base is None:
-        base = base_of(block)
+        base = base_of(block, model)
     elif block is not None:
         raise UserError(f"the base is given twice, by base=… and as {block.get('type')!r} in the JSON; remove one.")
     try:
@@ -79,41 +76,3 @@ def clipping(in_json: Any, argument: float | None) -> float:
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < float("inf"):
         raise UserError(f"gradient_clipping={limit!r} must be a number >= 0 (0: none).")
     return float(limit)
-
-
-def base_of(block: Json | None) -> Base:
-    """The torch optimizer that a JSON's optimizer block names (DeepSpeed's "Adam" decouples weight decay: AdamW).
-
-    Raises UserError where there is no block, no such class, or a parameter that the class does not take.
-    """
-    if not block or "type" not in block:
-        raise UserError(
-            "no base optimizer: pass base=lambda params: torch.optim.AdamW(params, lr=…), or an optimizer block in the "
-            'JSON, {"type": "AdamW", "params": {"lr": …}}.'
-        )
-    wanted, params = str(block["type"]), dict(block.get("params") or {})
-    known = {
-        n.lower(): n
-        for n, c in vars(torch.optim).items()
-        if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)
-    }
-    known.pop("optimizer", None)
-    if wanted.lower() not in known:
-        raise UserError(
-            f"optimizer.type={wanted!r} is neither a method ({', '.join(registry.names())}) nor in torch.optim "
-            f"({', '.join(sorted(known.values()))})."
-        )
-    kind = known[wanted.lower()]
-    if kind == "Adam" and params.get("adam_w_mode", True):
-        kind = "AdamW"
-    for key, value in list(params.items()):
-        if value == "auto" or key in ONLY_DEEPSPEED:
-            del params[key]
-
-    def make(parameters: Any) -> torch.optim.Optimizer:
-        try:
-            return getattr(torch.optim, kind)(parameters, **params)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"optimizer.params={params!r} does not suit torch.optim.{kind}: {error}.") from error
-
-    return make

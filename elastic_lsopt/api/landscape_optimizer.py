@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,8 @@ from elastic_lsopt.oracle.family import Family, Stateful
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.vector import Vector
+from elastic_lsopt.updates.adapter import updates_of
 
 C = TypeVar("C", bound=Callable[[], Any])
 SAMPLES, STEPS = "landscape_samples", "landscape_steps"
@@ -57,7 +60,8 @@ class LandscapeOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(base, torch.optim.Optimizer) or type(base).__module__.startswith("deepspeed"):
             raise UserError(
-                f"base is a {type(base).__name__}; give a torch optimizer, or use lso.initialize(...) for DeepSpeed."
+                f"base is a {type(base).__name__}; give a torch optimizer (an update: "
+                "lso.UpdateOptimizer(model.parameters(), update, lr=…)), or use lso.initialize(…) for DeepSpeed."
             )
         self.base, self.method = base, method
         self.max_grad_norm, self.samples_per_step = max_grad_norm, samples_per_step
@@ -149,7 +153,8 @@ class LandscapeOptimizer(torch.optim.Optimizer):
             raise UserError(FP16)
         if closure is None and not self.state and all(float(g.get("lr", 1.0)) == 0.0 for g in self.param_groups):
             # torch.distributed.checkpoint makes a fresh optimizer's state so: zero gradients, learning rates of zero.
-            self.base.step()
+            if updates_of(self.base) is None:
+                self.base.step()
             return 0.0
         if closure is None:
             raise UserError(
@@ -227,6 +232,14 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         refuse_not_averaged(named, owners, changed=self._step is not None)
         backend.module, backend.outermost = owners.home, owners.roots
         return backend
+
+    def averaged(self, name: str = "ema") -> AbstractContextManager[Vector]:
+        """Weights at the average of that name (of `keep`) inside the block, back bit for bit after it (collective)."""
+        return self._current().averaged(name)
+
+    def average(self, name: str = "ema") -> Vector:
+        """The average of that name, live: read it, never write it. Raises UserError where none is kept."""
+        return self._current().average(name)
 
     # -- state -------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from elastic_lsopt.averages.average import FAMILY as AVERAGES
+from elastic_lsopt.averages.average import Average
 from elastic_lsopt.backends.backend import Backend
-from elastic_lsopt.errors import NonFinite, PeerFailed, UserError
+from elastic_lsopt.errors import NonFinite, PeerFailed, StaleWeights, UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.family import Family, Kept, MethodFamily, Stateful
 from elastic_lsopt.oracle.method import Method, State
@@ -48,6 +50,24 @@ class LandscapeStep:
             self.add(family)
         self._warned = self._looked = False
 
+    def average(self, name: str) -> Vector:
+        """The average of that name, live: read it, never write it. Raises UserError where none is kept."""
+        kept = self.families.get(f"{AVERAGES}{name}")
+        if not isinstance(kept, Kept) or not isinstance(kept.kind, Average):
+            known = [n.removeprefix(AVERAGES) for n in self.families if n.startswith(AVERAGES)]
+            raise UserError(
+                f"no average {name!r} is kept (there are: {', '.join(known) or 'none'}); build with "
+                f"keep=[lso.averages.build({name!r})], in a YAML with averages: {{{name}: {{…}}}}."
+            )
+        return kept.kind.weights(self.space, kept.state)
+
+    @contextmanager
+    def averaged(self, name: str) -> Iterator[Vector]:
+        """Weights at the average of that name inside the block, back bit for bit after it (collective)."""
+        point = self.average(name)
+        with self.space.at(point):
+            yield point
+
     @property
     def state(self) -> State:
         """What the method remembers."""
@@ -64,7 +84,13 @@ class LandscapeStep:
 
         A non-finite loss or gradient in any pass makes all ranks skip the step together: counted and logged, its
         samples are committed. Any other exception leaves this rank's weights as they were; call it `informing()`.
+        Raises StaleWeights inside `averaged`, `perturbed` or `at`, whose end would take the step back.
         """
+        if self.space.copies.perturbations:
+            raise StaleWeights(
+                "a step is refused where the weights are moved (averaged, perturbed, at), as the block's end would "
+                "take it back; step when the block has ended."
+            )
         oracle.moves_buffers = True
         report = self._take(oracle, samples)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
@@ -99,7 +125,8 @@ class LandscapeStep:
         new = LandscapeStep(backend, self.method, self.seed, self.clock, self.skipped_steps, kept=self.kept)
         new._warned, new._looked = self._warned, self._looked
         for name, family in self.families.items():
-            mine = new.families[name]
+            if (mine := new.families.get(name)) is None:
+                continue  # all of an update's parameters were frozen
             fresh = mine.state_dict()
             mine.load_state_dict(
                 {
@@ -130,7 +157,7 @@ class LandscapeStep:
         space.fidelity.narrow = self.clock.steps < 2 and not self._looked
         try:
             with space.copies.deferring():
-                gradient = self.method.gradient(space, oracle, self.state)
+                gradient = self._of_the_method(oracle)
                 oracle.install(gradient)
                 norm = space.norm(gradient)
                 if not math.isfinite(norm):
@@ -159,6 +186,14 @@ class LandscapeStep:
             oracle.samples_per_second,
             self._faithful(space.fidelity.last),
         )
+
+    def _of_the_method(self, oracle: Oracle) -> Vector:
+        gradient: object = self.method.gradient(self.space, oracle, self.state)
+        if not isinstance(gradient, Vector):
+            raise UserError(
+                f"{type(self.method).__name__}.gradient returned a {type(gradient).__name__}; it must return a Vector."
+            )
+        return gradient
 
     def _clipped(self, gradient: Vector, norm: float) -> Vector:
         """The gradient that an update of ours may overwrite, in the precision of Vectors."""
@@ -203,7 +238,10 @@ class LandscapeStep:
         return {"families": kept, "clock": (self.clock.samples, self.clock.steps), "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, saved in state_dict["families"].items():
+        for name, saved in state_dict.get("families", {"method": state_dict.get("method", {})}).items():
+            if name not in self.families:
+                log.warning("the saved state of %s is left aside: nothing here keeps it.", name)
+                continue
             state: State = {}
             for key, value in saved.items():
                 if isinstance(value, list):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
+from elastic_lsopt.averages.registry import averages
 from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -13,11 +15,19 @@ FAMILY = "averages/"
 """Before the name of an average's family."""
 
 
-class Average(Stateful):
+@dataclass(frozen=True, kw_only=True)
+class Average(Stateful, ABC):
     """Follows the weights by `after_step`; a frozen keyword-only dataclass whose fields are the hyper-parameters.
 
     It lives where the masters live, in their precision: 1/N of a Vector per rank, and no communication.
     """
+
+    name: str = ""
+    """By which it is evaluated and saved; empty: what its class is registered as. A YAML's key is its name."""
+
+    @property
+    def family(self) -> str:
+        return FAMILY + (self.name or averages.name_of(type(self)))
 
     @abstractmethod
     def weights(self, space: ParameterSpace, state: State) -> Vector:

@@ -1,7 +1,7 @@
 """EMA: the exponential moving average of the weights.
 
     a_0 = w_0
-    a_t = rho^k a_{t-1} + (1 - rho^k) w_t          k = B_t / B: samples of this step over those of the first
+    a_t = rho^k a_{t-1} + (1 - rho^k) w_t          k = B_t / B: samples of this step over the reference's
 
 Polyak, Juditsky: "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim. 30 (1992), with the
 exponential weights of Tarvainen, Valpola: "Mean teachers are better role models", 2017, arXiv 1703.01780; the power k
@@ -16,9 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from elastic_lsopt.averages.average import FAMILY, Average
+from elastic_lsopt.averages.average import Average
 from elastic_lsopt.averages.registry import register
-from elastic_lsopt.by_name import require_share
+from elastic_lsopt.by_name import require_count, require_share
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -35,14 +35,17 @@ class EMA(Average):
 
     decay: float = 0.999
     """rho: what a step on the first step's batch leaves of the average; >= 0 and < 1."""
-    name: str = f"{FAMILY}ema"
-    same_on_all_replicas: bool = False
+    batch: int | None = None
+    """B: the samples of a step that `decay` is meant for; None: those of the first step. A YAML's: its
+    `global_batch_size`."""
 
     def __post_init__(self) -> None:
         require_share("decay", self.decay)
+        if self.batch is not None:
+            require_count("batch", self.batch)
 
     def init(self, space: ParameterSpace) -> State:
-        return {"mean": space.weights.clone(), "batch": 0}
+        return {"mean": space.weights.clone(), "batch": self.batch or 0}
 
     def after_step(self, space: ParameterSpace, report: StepReport, state: dict[str, Any]) -> None:
         state["batch"] = state["batch"] or report.samples

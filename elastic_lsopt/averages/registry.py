@@ -5,5 +5,10 @@ from __future__ import annotations
 
 from elastic_lsopt.by_name import Registry
 
-averages = Registry("average", group="elastic_lsopt.averages", ours={"ema": "elastic_lsopt.averages.ema"})
+averages = Registry(
+    "average",
+    group="elastic_lsopt.averages",
+    ours={"ema": "elastic_lsopt.averages.ema"},
+    defines=("after_step", "weights"),
+)
 register, names, get, build = averages.register, averages.names, averages.get, averages.build

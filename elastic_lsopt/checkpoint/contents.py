@@ -33,7 +33,7 @@ from elastic_lsopt.space.vector import Vector
 FORMAT = 2
 READS = (1, 2)
 """Formats that a resume takes: the first held one family, the method's."""
-HOW_NOT_WHAT = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable", "update"})
+HOW_NOT_WHAT = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
 """Entries of a param group that say on what machine a step is computed, not what it computes: not saved."""
 
 
@@ -136,8 +136,10 @@ def take_snapshot(
             told = encode(value, f"the optimizer's state {key!r} of parameter {name}")
         base.setdefault(name, {})[key] = told
     families: dict[str, dict[str, Any]] = {}
+    of_parameters: dict[str, list[str]] = {}
     for family in state.families.values():
         noted = families[family.name] = {}
+        of_parameters[family.name] = [p.name for p in family.space.layout.parameters]
         own_key, others = prefix.family(family), family.same_on_all_replicas and backend.replica > 0
         for key, value in family.state_dict().items():
             if isinstance(value, Vector):
@@ -160,6 +162,7 @@ def take_snapshot(
         "replica": backend.replica, "replicas": backend.replicas,
         "parameters": {p.name: list(p.shape) for p in layout.parameters},
         "base": base, "groups": encode_groups(backend), "families": families,
+        "of_parameters": {n: own for n, own in of_parameters.items() if len(own) < len(layout.parameters)},
         "clock": {"samples": state.clock.samples, "steps": state.clock.steps},
         "extra": _as_json(extra),
     }  # fmt: skip
@@ -232,7 +235,7 @@ def _as_json(extra: dict[str, Any]) -> dict[str, Any]:
     return extra
 
 
-OF_A_REPLICA = ("base", "groups", "families", "clock")
+OF_A_REPLICA = ("base", "groups", "families", "of_parameters", "clock")
 """What of the metadata may differ between replicas."""
 
 

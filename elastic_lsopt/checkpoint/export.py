@@ -64,23 +64,26 @@ def export_huggingface(
     if hasattr(module, "peft_config"):
         raise Unsupported("exporting a PEFT adapter is not supported; call merge_and_unload() and export its result.")
     backend.drop_gathered()  # FSDP2 hides the shards of a gathered group
+    everybody = backend.groups.job.again("export of the job", TIMEOUT)
     group = backend.groups.replica.again("export", TIMEOUT)
+    writes = backend.rank == 0 and backend.replica == 0  # of replicas that have drifted apart the first is exported
     try:
-        _agree(folder, refusal(folder) if backend.rank == 0 else None, group)
+        _agree(folder, refusal(folder) if writes else None, everybody)
         entries = _entries(backend, module)
         points = backend.masters if weights is None else weights.tensors
         stream = _stream(backend, module, entries, points, group)
         failure: str | None = None
-        if backend.rank == 0:
+        if writes:
             try:
                 _write(module, folder, entries, stream, tokenizer=tokenizer, limit=shard_bytes)
             except OSError as error:
                 failure = one_line(error)
         for _ in stream:  # the other ranks send; rank 0, after a failure, still takes what they send
             pass
-        _agree(folder, failure, group)
+        _agree(folder, failure, everybody)
     finally:
         backend.groups.replica.end(group)
+        backend.groups.job.end(everybody)
     return folder
 
 

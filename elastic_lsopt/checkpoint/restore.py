@@ -33,6 +33,7 @@ from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.layout import Piece
 from elastic_lsopt.space.vector import Vector
+from elastic_lsopt.updates.adapter import updates_of
 
 log = logging.getLogger("elastic_lsopt")
 Fill = Callable[[dict[str, Held]], None]
@@ -63,7 +64,10 @@ def restore(state: TrainingState, saved: Saved, fill: Fill, *, hyperparameters: 
     wanted: dict[str, Held] = {}
     for piece, master in zip(backend.layout.pieces, backend.masters, strict=True):
         _want(wanted, backend, f"{keys.weights}/{{}}", piece, master)
-    if backend.base is not None:
+    if updates_of(backend.base) is not None:
+        if metadata["base"]:
+            log.warning("the checkpoint's base optimizer kept other state than an update does; the update begins anew.")
+    elif backend.base is not None:
         _base(wanted, backend, saved, keys, metadata["base"])
     states = _families(wanted, state, keys, metadata)
     buffers = {
@@ -83,7 +87,13 @@ def restore(state: TrainingState, saved: Saved, fill: Fill, *, hyperparameters: 
     for key, generator in generators.items():
         torch.set_rng_state(generator) if key.endswith("cpu") else torch.cuda.set_rng_state(generator, backend.device)
     if hyperparameters:
-        for group, kept in zip(backend.param_groups, metadata["groups"], strict=True):
+        for i, (group, kept) in enumerate(zip(backend.param_groups, metadata["groups"], strict=True)):
+            if group.get("update") != kept.get("update"):
+                log.warning(
+                    "param group %d keeps its own hyper-parameters: the checkpoint's are those of %s.",
+                    i, kept.get("update", "a torch optimizer"),
+                )  # fmt: skip
+                continue
             group.update({k: decode(v, backend.device) for k, v in kept.items() if k not in HOW_NOT_WHAT})
     for name, family in state.families.items():
         if name in states:
@@ -189,6 +199,10 @@ def _families(wanted: dict[str, Held], state: TrainingState, keys: Keys, metadat
         if found is None:
             log.warning("the checkpoint holds no %s; it begins from the weights that were loaded.", name)
             continue
+        here = [p.name for p in family.space.layout.parameters]
+        there = set(metadata.get("of_parameters", {}).get(name, metadata["parameters"]))
+        if new := [n for n in here if n not in there]:
+            log.warning("the checkpoint's %s is not of %s and %d more: they begin anew.", name, new[0], len(new) - 1)
         for key in mine.keys() - found.keys():
             log.warning("the checkpoint has no state %r of %s (another method?); it starts anew.", key, name)
         out[name] = {key: decode(value, state.backend.device) for key, value in found.items() if value != ELEMENTS}
@@ -198,6 +212,8 @@ def _families(wanted: dict[str, Held], state: TrainingState, keys: Keys, metadat
             layout = vector.space.layout
             for piece, target in zip(layout.pieces, vector.tensors, strict=True):
                 parameter = layout.parameters[piece.parameter]
+                if parameter.name not in there:
+                    continue
                 held = wanted.setdefault(f"{keys.family(family)}/{key}/{parameter.name}", Held(parameter.numel))
                 held.chunks.append((piece.offset, target))
     for name in saved.keys() - state.families.keys():

@@ -28,15 +28,16 @@ def save(engine: TrainingState, folder: str | Path, *, extra: dict[str, Any] | N
     return report.path
 
 
-def load(engine: TrainingState, folder: str | Path) -> LoadReport | None:
+def load(engine: TrainingState, folder: str | Path, *, hyperparameters: bool = True) -> LoadReport | None:
     """Go on from the newest intact checkpoint of a folder, or from one that is given itself (collective).
 
-    None where there is none. Raises UserError for a checkpoint of another model.
+    `hyperparameters` says whether the param groups' entries (rate, betas …) are taken too. None where there is no
+    checkpoint. Raises UserError for a checkpoint of another model.
     """
     path = Path(folder)
     given = path.name.startswith("checkpoint-")
     checkpoints = Checkpointer(path.parent if given else path)
     try:
-        return checkpoints.resume(engine, path if given else "auto")
+        return checkpoints.resume(engine, path if given else "auto", hyperparameters=hyperparameters)
     finally:
         checkpoints.close()

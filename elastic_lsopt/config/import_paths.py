@@ -14,6 +14,6 @@ def import_paths(config: TrainConfig) -> Iterator[tuple[str, str]]:
     named += [(f"landscape.{key}", config.landscape.get(key)) for key in ("import", "method")]
     named += [("optim", config.optim)]
     named += [(f"param_groups[{i}].optim", group.get("optim")) for i, group in enumerate(config.param_groups)]
-    named += [(f"averages.{name}.import", given.get("import")) for name, given in config.averages.items()]
+    named += [(f"averages.{name}.import", given.get("import", name)) for name, given in config.averages.items()]
     named += [(f"probes.{name}.measure", probe.measure) for name, probe in read_probes(config.probes).items()]
     yield from ((key, path) for key, path in named if isinstance(path, str) and ":" in path)

@@ -293,6 +293,9 @@ def _conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
             f"evaluate_average={c.evaluate_average} is not kept (averages: {known}); add it: averages: "
             f"{{{c.evaluate_average}: {{}}}}.",
         )
+    for name in c.averages:
+        if ":" in name:
+            yield "averages", f"averages.{name} is no name; give one, and the path as {{import: {name!r}}}."
     yield from _group_conflicts(c)
     read_probes(c.probes)
     if ("method" in c.landscape) == ("import" in c.landscape) or not isinstance(landscape_fields(c)[0], str):

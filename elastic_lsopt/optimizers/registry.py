@@ -14,5 +14,6 @@ methods = Registry(
         "asam": f"{_HOME}.asam",
         "lpf_sgd": f"{_HOME}.lpf_sgd",
     },
+    defines=("parts", "init", "gradient"),
 )
 register, names, get, build = methods.register, methods.names, methods.get, methods.build

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -61,6 +62,11 @@ class Stateful:
     name: str = ""
     same_on_all_replicas: bool = False
 
+    @property
+    def family(self) -> str:
+        """The family's name: a directory of chunks in a checkpoint."""
+        return self.name
+
     def init(self, space: ParameterSpace) -> State:
         """What it remembers before the first step."""
         return {}
@@ -82,15 +88,21 @@ class Kept:
 
     @property
     def name(self) -> str:
-        return self.kind.name
+        return self.kind.family
 
     @property
     def same_on_all_replicas(self) -> bool:
         return self.kind.same_on_all_replicas
 
     def begin(self) -> None:
+        began: object = self.kind.init(self.space)
+        if not isinstance(began, dict):
+            raise UserError(
+                f"{type(self.kind).__name__}.init returned a {type(began).__name__}; it must return a dict of Vectors "
+                "and numbers."
+            )
         self.state.clear()
-        self.state.update(self.kind.init(self.space))
+        self.state.update(began)
 
     def empty(self, key: str) -> Vector:
         return self.space.zeros()

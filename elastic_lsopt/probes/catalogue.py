@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
-from importlib import import_module
 from importlib.metadata import entry_points
 from statistics import fmean, stdev
 from typing import Any, Unpack
@@ -23,6 +22,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from elastic_lsopt.by_name import imported
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
 from elastic_lsopt.probes.flatness.effective_dimension import effective_dimension
@@ -87,6 +87,8 @@ class Measure:
 
     ask: Callable[..., Any]
     settings: Mapping[str, Any]
+    required: tuple[str, ...] = ()
+    """Settings without a default, of a user's own probe."""
     needs: str | None = None
     """What of the situation must be known for it."""
 
@@ -295,7 +297,7 @@ def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def note(function: Callable[..., Any]) -> Callable[..., Any]:
         if name in MEASURES:
             raise ValueError(f"measure name {name!r} is taken; choose another.")
-        MEASURES[name] = _probe(function)
+        MEASURES[name] = _of_others(name, function)
         return function
 
     return note
@@ -304,13 +306,18 @@ def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _theirs(name: str) -> Measure | None:
     """A measure that is none of ours: at an import path "module:function", or announced by an installed package."""
     paths = [name] if ":" in name else [entry.value for entry in entry_points(group=GROUP, name=name)]
-    for path in paths:
-        module, _, attribute = path.partition(":")
-        try:
-            return _probe(getattr(import_module(module), attribute))
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"measure {name!r} does not load: {error}.") from error
-    return None
+    return next((_of_others(name, imported("measure", path)) for path in paths), None)
+
+
+def _of_others(name: str, function: Any) -> Measure:
+    """A probe of a user's own; a keyword-only argument without a default is a setting that must be given."""
+    if isinstance(function, type) or not callable(function):
+        what = "a class" if isinstance(function, type) else f"a {type(function).__name__}"
+        raise UserError(f"measure {name!r} is {what}; write a function probe(space, oracle, *, setting=default).")
+    takes = inspect.signature(function).parameters.values()
+    required = tuple(p.name for p in takes if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
+    found = _probe(function)
+    return replace(found, settings={**found.settings, **dict.fromkeys(required)}, required=required)
 
 
 def measure(name: str, settings: Mapping[str, Any], known: Collection[str] = tuple(NEEDS)) -> Measure:
@@ -330,6 +337,8 @@ def measure(name: str, settings: Mapping[str, Any], known: Collection[str] = tup
         if key not in found.settings:
             raise UserError(f"measure {name!r} has no setting {key!r}{_nearest(key, found.settings)}")
         _refuse_other_kind(name, key, settings[key], found.settings[key])
+    if missing := [key for key in found.required if key not in settings]:
+        raise UserError(f"measure {name!r} needs the setting {', '.join(missing)}; give it.")
     return found
 
 
@@ -369,4 +378,8 @@ def as_json(result: Any) -> Any:
         return as_json(result.tolist())
     if isinstance(result, list | tuple):
         return [as_json(v) for v in result if not isinstance(v, Vector | Basis)]
-    return None if isinstance(result, float) and not math.isfinite(result) else result
+    if isinstance(result, float) and not math.isfinite(result):
+        return None
+    if result is not None and not isinstance(result, bool | int | float | str):
+        raise UserError(f"a measure gave a {type(result).__name__}; it must give numbers, names, or lists of them.")
+    return result

@@ -15,7 +15,8 @@ adascale: Johnson et al., "AdaScale SGD", ICML 2020, arXiv 2007.05105, r the mea
 
 What else holds, and why:
 - torch keeps the rate outside the momentum buffer, so a new rate needs no correction of it (Goyal's remark 2).
-- Weight decay that is added to the gradient (adam, sgd) is part of the loss, and stays.
+- Weight decay that is added to the gradient (adam, sgd, lars) or inside a trust ratio (lamb) stays; adamw's and
+  muon's, which shrink the weights themselves, follow as AdamW's.
 - SAM's rho and LPF-SGD's gamma stay: both are lengths in the space of the weights, set by its geometry and not by the
   noise of a batch. (SAM ascends here along the gradient of the whole batch; a larger batch sees less sharpness, which
   no rule mends. Parts are cut by micro-batches, so with the micro-batches a worker kept a part grows with the batch.)
@@ -49,6 +50,8 @@ class Hyperparameters:
     epsilon: float | None = None
     momentum: float | None = None
     weight_decay: float = 0.0
+    decoupled_weight_decay: bool = False
+    """Whether decay acts on the weights themselves (AdamW, Muon), and not through the gradient (Adam, SGD, LARS)."""
     ema_decay: float | None = None
     """Share of an average of the weights that a step keeps, in [0, 1)."""
     rho: float | None = None
@@ -65,6 +68,7 @@ class Hyperparameters:
             epsilon=group.get("eps"),
             momentum=group.get("momentum"),
             weight_decay=float(group.get("weight_decay", 0.0)),
+            decoupled_weight_decay=bool(group.get("decoupled_weight_decay", False)),
         )
 
     def into_group(self, group: dict[str, Any], schedule: float = 1.0) -> None:
@@ -85,6 +89,7 @@ class Scaling:
     """Of 1 - beta."""
     epsilon: float = 1.0
     weight_decay: float = 1.0
+    """Where it is decoupled."""
     ema: float = 1.0
     """The exponent of an average's decay."""
 
@@ -96,7 +101,7 @@ class Scaling:
             learning_rate=self.rate * own.learning_rate,
             betas=None if own.betas is None else (self._beta(own.betas[0]), self._beta(own.betas[1])),
             epsilon=None if own.epsilon is None else self.epsilon * own.epsilon,
-            weight_decay=self.weight_decay * own.weight_decay,
+            weight_decay=(self.weight_decay if own.decoupled_weight_decay else 1.0) * own.weight_decay,
             ema_decay=None if own.ema_decay is None else own.ema_decay**self.ema,
         )
 
@@ -106,7 +111,7 @@ class Scaling:
 
 
 def scaling(
-    reference_batch: int, batch: int, rule: Rule, *, decoupled_weight_decay: bool = False, gain: Gain | None = None,
+    reference_batch: int, batch: int, rule: Rule, *, gain: Gain | None = None,
     rates: tuple[float, float] = (0.0, math.inf),
 ) -> Scaling:  # fmt: skip
     """The rule from one global batch to another; adascale without a measured `gain` leaves the rate.
@@ -121,7 +126,7 @@ def scaling(
         rate=rate,
         forgetting=k if rule == "sqrt" else 1.0,
         epsilon=1 / math.sqrt(k) if rule == "sqrt" else 1.0,
-        weight_decay=k / rate if decoupled_weight_decay else 1.0,
+        weight_decay=k / rate,
         ema=k,
     )
 
@@ -139,10 +144,10 @@ def rate_factor(reference_batch: int, batch: int, rule: Rule, gain: Gain | None 
             return 1.0
 
 
-def permits(own: Hyperparameters, batch: int, rule: Rule) -> bool:
-    """Whether the rule's formulas hold at this batch: sqrt needs k (1 - beta) < 1 for each beta of Adam."""
+def permits(own: Hyperparameters, batch: int, rule: Rule, betas: tuple[float, float] | None = None) -> bool:
+    """Whether the rule's formulas hold at this batch: sqrt needs k (1 - beta) < 1 for each beta (default: its own)."""
     k = batch / own.global_batch_size
-    return rule != "sqrt" or all(k * (1 - beta) < 1 - TINY for beta in own.betas or () if beta > 0)
+    return rule != "sqrt" or all(k * (1 - beta) < 1 - TINY for beta in betas or own.betas or () if beta > 0)
 
 
 def blend(old: Scaling, new: Scaling, share: float) -> Scaling:

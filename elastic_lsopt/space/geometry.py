@@ -100,8 +100,8 @@ class ParameterSpace:
         return self._sum(local.reshape(1))[0].item()
 
     def norm(self, a: Vector) -> float:
-        """The global L2 norm; one all-reduce (none for a borrowed gradient, whose pass has summed it)."""
-        if isinstance(a, BorrowedGradient) and a.valid:
+        """The global L2 norm; one all-reduce (none for a borrowed gradient as its pass has summed it)."""
+        if isinstance(a, BorrowedGradient) and a.valid and a.known_norm is not None:
             self.check_generation()
             return a.known_norm
         return self._sum(local_square(a.tensors).reshape(1))[0].sqrt().item()

@@ -48,25 +48,29 @@ class Vector:
         torch._foreach_copy_(out.tensors, self.tensors)
         return out
 
+    def _written(self) -> list[Tensor]:
+        """The pieces, which are about to change."""
+        return self.tensors
+
     def copy_(self, other: Vector) -> Vector:
-        torch._foreach_copy_(self.tensors, other.tensors)
+        torch._foreach_copy_(self._written(), other.tensors)
         return self
 
     def zero_(self) -> Vector:
-        torch._foreach_zero_(self.tensors)
+        torch._foreach_zero_(self._written())
         return self
 
     def add_(self, other: Vector | float, alpha: float = 1.0) -> Vector:
         """self += alpha * other."""
         if isinstance(other, Vector):
-            torch._foreach_add_(self.tensors, other.tensors, alpha=alpha)
+            torch._foreach_add_(self._written(), other.tensors, alpha=alpha)
         else:
-            torch._foreach_add_(self.tensors, other * alpha)
+            torch._foreach_add_(self._written(), other * alpha)
         return self
 
     def lerp_(self, other: Vector, weight: float) -> Vector:
         """self += weight * (other - self)."""
-        mine, theirs = self.tensors, other.tensors
+        mine, theirs = self._written(), other.tensors
         if all(a.dtype == b.dtype for a, b in zip(mine, theirs, strict=True)):
             torch._foreach_lerp_(mine, theirs, weight)
         else:
@@ -77,34 +81,34 @@ class Vector:
     def mul_(self, other: Vector | Scales | float) -> Vector:
         """self *= other, element by element; Scales of the model or of each parameter."""
         if isinstance(other, Scales):
-            for piece, t in zip(self.space.layout.pieces, self.tensors, strict=True):
+            for piece, t in zip(self.space.layout.pieces, self._written(), strict=True):
                 t.mul_(other.of(piece.parameter).to(t.dtype))
         else:
-            torch._foreach_mul_(self.tensors, other.tensors if isinstance(other, Vector) else other)
+            torch._foreach_mul_(self._written(), other.tensors if isinstance(other, Vector) else other)
         return self
 
     def addcmul_(self, a: Vector, b: Vector, value: float = 1.0) -> Vector:
         """self += value * a * b, element by element."""
-        torch._foreach_addcmul_(self.tensors, a.tensors, b.tensors, value)
+        torch._foreach_addcmul_(self._written(), a.tensors, b.tensors, value)
         return self
 
     def div_(self, other: Vector) -> Vector:
         """self /= other, element by element."""
-        torch._foreach_div_(self.tensors, other.tensors)
+        torch._foreach_div_(self._written(), other.tensors)
         return self
 
     def sqrt_(self) -> Vector:
-        torch._foreach_sqrt_(self.tensors)
+        torch._foreach_sqrt_(self._written())
         return self
 
     def add_each_(self, other: Vector, alphas: Sequence[float]) -> Vector:
         """self += alpha * other, with an alpha for each parameter."""
-        for piece, t, o in zip(self.space.layout.pieces, self.tensors, other.tensors, strict=True):
+        for piece, t, o in zip(self.space.layout.pieces, self._written(), other.tensors, strict=True):
             t.add_(o, alpha=alphas[piece.parameter])
         return self
 
     def abs_(self) -> Vector:
-        torch._foreach_abs_(self.tensors)
+        torch._foreach_abs_(self._written())
         return self
 
     def __add__(self, other: Vector) -> Vector:
@@ -131,13 +135,17 @@ class BorrowedGradient(Vector):
     """The engine's own gradient buffer, lent until the next backward pass: reading it later raises StaleGradient.
 
     It costs no memory. Keep the values with `.clone()`. `known_norm` is its global L2 norm, which the pass that made
-    it has summed already.
+    it has summed already; None once it has been written in place, so that clipping does not go by the old one.
     """
 
     def __init__(self, space: Owner, tensors: Sequence[Tensor], known_norm: float) -> None:
         super().__init__(space, tensors)
-        self.known_norm = known_norm
+        self.known_norm: float | None = known_norm
         self.valid = True
+
+    def _written(self) -> list[Tensor]:
+        self.known_norm = None
+        return self.tensors
 
     def end(self) -> None:
         """Let go of the buffer: else it would live on beside the one that the next pass fills."""

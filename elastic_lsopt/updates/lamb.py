@@ -42,8 +42,9 @@ class LAMB(Update):
     """Whether parameters of one dimension have a ratio too."""
 
     def __post_init__(self) -> None:
-        for beta in self.betas:
-            require(isinstance(beta, int | float) and 0 <= beta < 1, "betas", self.betas, "two numbers >= 0 and < 1")
+        two = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        right = two and all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas)
+        require(right, "betas", self.betas, "two numbers >= 0 and < 1")
         require_number("eps", self.eps)
         require(isinstance(self.most, int | float) and self.most >= 0, "most", self.most, "a number >= 0 or inf")
 

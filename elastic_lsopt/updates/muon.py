@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class Muon(Update):
     UserError for a value out of range, and for a parameter that is no matrix: give those another update.
     """
 
+    decoupled_weight_decay: ClassVar[bool] = True
     momentum: float = 0.95
     """mu; >= 0 and < 1."""
     nesterov: bool = True

@@ -9,5 +9,6 @@ updates = Registry(
     "update",
     group="elastic_lsopt.updates",
     ours={name: f"{_HOME}.{name}" for name in ("lamb", "lars", "muon")},
+    defines=("update",),
 )
 register, names, get, build = updates.register, updates.names, updates.get, updates.build

@@ -1,18 +1,22 @@
-"""A class of torch.optim for some of the parameters, beside an update of ours for the others."""
+"""A class of torch.optim for some of the parameters, beside an update of ours for the others.
+
+[Note: the witness] What torch keeps per element is a Vector. What it keeps per parameter (the count of its steps, which
+corrects Adam's moments) must be known on ranks that hold nothing of the parameter, and differs between parameters that
+began to train at different times. So all ranks step one more number per param group and beginning, the witness, and
+its counts are those of its parameters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
-from elastic_lsopt.updates.update import Rates
 
 ELEMENT_WISE = frozenset({
     torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam,
@@ -22,71 +26,103 @@ ELEMENT_WISE = frozenset({
 
 
 class TorchFamily:
-    """A torch optimizer on this rank's pieces, as a state family: what it keeps per piece is a Vector by its key.
+    """A torch optimizer on this rank's pieces, as a state family: `exp_avg` is a Vector, `step/<parameter>` a number.
 
-    Raises UserError for a class that does not work element by element.
+    `groups` are the param groups of the space's parameters. The arithmetic is in the weights' own precision.
     """
 
     same_on_all_replicas = False
 
-    def __init__(self, name: str, kind: type[torch.optim.Optimizer], space: ParameterSpace, options: Any) -> None:
-        if kind not in ELEMENT_WISE:
-            known = ", ".join(sorted(c.__name__ for c in ELEMENT_WISE))
-            raise UserError(f"update {kind.__name__} may not work element by element; beside ours there are: {known}.")
-        self.name, self.space, self._kind, self._options = name, space, kind, dict(options)
+    def __init__(
+        self, name: str, kind: type[torch.optim.Optimizer], space: ParameterSpace, groups: Sequence[int]
+    ) -> None:
+        self.name, self.space, self._kind, self._groups = name, space, kind, list(groups)
         self.begin()
 
     def begin(self) -> None:
+        new = {g: self._witness() for g in self._groups}
+        self._witnesses = [new[g] for g in self._groups]
+        """Of each parameter."""
         self._pieces: list[Tensor] = []
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._follow()
-
-    def _follow(self) -> None:
-        """Step on the pieces where they are now: a framework may have moved them to other storage."""
-        now = self.space.weights.tensors
-        if [t.data_ptr() for t in now] == [t.data_ptr() for t in self._pieces]:
-            return
-        had = [self._optimizer.state[t] for t in self._pieces] if self._optimizer is not None else []
-        self._pieces = now
-        # One param group per piece: parameters may differ in rate and decay.
-        self._optimizer = self._kind([{"params": [t]} for t in now], lr=0.0, **self._options) if now else None
-        for t, state in zip(now, had, strict=False):
-            assert self._optimizer is not None
-            self._optimizer.state[t] = state
+        self._optimizer = self._over([])
 
     def empty(self, key: str) -> Vector:
         return self.space.zeros()
 
-    def step(self, gradient: Vector, rates: Rates, hyperparameters: Mapping[str, Any]) -> None:
-        """Step on the pieces; no communication."""
+    def step(self, gradient: Vector, param_groups: Sequence[Mapping[str, Any]]) -> None:
+        """Step on the pieces, by what the param groups say now; no communication."""
         self._follow()
-        if self._optimizer is None:
-            return
-        layout = self.space.layout
-        for piece, group, t, g in zip(
-            layout.pieces, self._optimizer.param_groups, self._pieces, gradient.tensors, strict=True
-        ):
-            group.update({k: v for k, v in hyperparameters.items() if k in group and k != "params"})
-            group.update(lr=rates.lr[piece.parameter], weight_decay=rates.weight_decay[piece.parameter])
-            t.grad = g
+        for own, g in zip(self._optimizer.param_groups, dict.fromkeys(self._groups), strict=True):
+            own.update({k: v for k, v in param_groups[g].items() if k in own and k != "params"})
+        for t, of in zip(self._pieces, gradient.tensors, strict=True):
+            t.grad = of.to(t.dtype)
+        for t in self._witnesses:
+            t.grad = torch.zeros_like(t)
         self._optimizer.step()
-        for t in self._pieces:
+        for t in [*self._pieces, *self._witnesses]:
             t.grad = None
 
     def state_dict(self) -> State:
-        by_key: dict[str, list[Any]] = {}
-        for t in self._pieces:
-            for key, value in (self._optimizer.state[t] if self._optimizer is not None else {}).items():
-                if value is not None:
-                    by_key.setdefault(key, []).append(value)
-        return {
-            key: Vector(self.space, values) if values[0].dim() else float(values[0]) for key, values in by_key.items()
-        }
+        self._follow()
+        names, state = [p.name for p in self.space.layout.parameters], self._optimizer.state
+        out: State = {}
+        for key in dict.fromkeys(key for t in self._witnesses for key, v in state[t].items() if v is not None):
+            kept = [state[t].get(key) for t in self._witnesses]
+            if any(isinstance(v, Tensor) and v.dim() for v in kept):
+                out[key] = Vector(self.space, [state[t].get(key, torch.zeros_like(t)) for t in self._pieces])
+            else:
+                counts = zip(names, kept, strict=True)
+                out |= {f"{key}/{name}": float(value) for name, value in counts if value is not None}
+        return out
 
     def load_state_dict(self, state: State) -> None:
-        for i, t in enumerate(self._pieces):
-            assert self._optimizer is not None
-            self._optimizer.state[t] = {
-                key: value.tensors[i] if isinstance(value, Vector) else torch.tensor(float(value))
-                for key, value in state.items()
-            }
+        """A parameter of which no count is given begins anew, where others have one."""
+        self._follow()
+        counts: dict[str, dict[str, float]] = {p.name: {} for p in self.space.layout.parameters}
+        for path, value in state.items():
+            key, _, name = path.partition("/")
+            if name in counts and not isinstance(value, Vector):
+                counts[name][key] = value
+        vectors = {key: value for key, value in state.items() if isinstance(value, Vector)}
+        begun = [bool(own) or not any(counts.values()) for own in counts.values()]
+        new: dict[Any, Tensor] = {}
+        self._witnesses = [
+            new.setdefault((g, had, *sorted(own.items())), self._witness())
+            for g, had, own in zip(self._groups, begun, counts.values(), strict=True)
+        ]
+        self._optimizer = self._over(self._pieces)
+        kept = self._optimizer.state
+        for i, (t, piece) in enumerate(zip(self._pieces, self.space.layout.pieces, strict=True)):
+            if begun[piece.parameter]:
+                kept[t] = {key: vector.tensors[i].to(t.dtype) for key, vector in vectors.items()}
+                kept[t] |= _as_tensors([*counts.values()][piece.parameter])
+        for witness, had, own in zip(self._witnesses, begun, counts.values(), strict=True):
+            if had and (vectors or own):
+                kept[witness] = {key: torch.zeros_like(witness) for key in vectors} | _as_tensors(own)
+
+    def _follow(self) -> None:
+        """Step on the pieces where they are now: a framework may have moved them to other storage."""
+        now = self.space.weights.tensors
+        if [t.data_ptr() for t in now] != [t.data_ptr() for t in self._pieces] or not self._optimizer.param_groups:
+            had = self._optimizer.state
+            new = self._over(now)
+            for t, before in zip([*now, *self._witnesses], [*self._pieces, *self._witnesses], strict=False):
+                if before in had:
+                    new.state[t] = had[before]
+            self._pieces, self._optimizer = now, new
+
+    def _over(self, pieces: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """The class over these pieces and the witnesses, a group for each param group."""
+        of = {g: list[Tensor]() for g in self._groups}
+        for t, piece in zip(pieces, self.space.layout.pieces, strict=False):
+            of[self._groups[piece.parameter]].append(t)
+        for t, g in {id(t): (t, g) for t, g in zip(self._witnesses, self._groups, strict=True)}.values():
+            of[g].append(t)
+        return self._kind([{"params": own} for own in of.values()], lr=0.0)  # type: ignore[call-arg]
+
+    def _witness(self) -> Tensor:
+        return torch.zeros(1, dtype=self.space.dtype, device=self.space.shards.device)
+
+
+def _as_tensors(counts: Mapping[str, float]) -> dict[str, Tensor]:
+    return {key: torch.tensor(float(value)) for key, value in counts.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -27,6 +28,9 @@ class Update(ABC):
 
     Fields become entries of the param groups, so that a schedule or a rule of batch scaling can move them.
     """
+
+    decoupled_weight_decay: ClassVar[bool] = False
+    """Whether decay shrinks the weights by rate times decay itself: then batch scaling keeps the decay per sample."""
 
     def init(self, space: ParameterSpace) -> State:
         """What it remembers before its first step."""

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import elastic_lsopt as lso
-from elastic_lsopt.api.initialize import base_of, clipping
+from elastic_lsopt.api.initialize import clipping
+from elastic_lsopt.api.json_base import base_of
 from tests.processes import warm
 from tests.processes.ranks import ROOT, rank_environment
 
@@ -121,13 +122,15 @@ def test_clipping() -> None:
 
 @pytest.mark.fast
 def test_the_base_of_a_json() -> None:
-    w = torch.nn.Parameter(torch.ones(3))
+    model = torch.nn.Linear(3, 1, bias=False)
+    w = model.weight
     made = base_of(
-        {"type": "adam", "params": {"lr": 0.1, "betas": [0.8, 0.9], "torch_adam": True, "weight_decay": "auto"}}
+        {"type": "adam", "params": {"lr": 0.1, "betas": [0.8, 0.9], "torch_adam": True, "weight_decay": "auto"}},
+        model,
     )([w])
     assert type(made) is torch.optim.AdamW  # DeepSpeed's Adam decouples weight decay
     assert made.param_groups[0]["lr"] == 0.1 and tuple(made.param_groups[0]["betas"]) == (0.8, 0.9)
-    assert type(base_of({"type": "Adam", "params": {"adam_w_mode": False}})([w])) is torch.optim.Adam
-    assert type(base_of({"type": "SGD", "params": {"lr": 0.5}})([w])) is torch.optim.SGD
+    assert type(base_of({"type": "Adam", "params": {"adam_w_mode": False}}, model)([w])) is torch.optim.Adam
+    assert type(base_of({"type": "SGD", "params": {"lr": 0.5}}, model)([w])) is torch.optim.SGD
     with pytest.raises(lso.UserError, match="does not suit torch"):
-        base_of({"type": "SGD", "params": {"learning_rate": 0.5}})([w])
+        base_of({"type": "SGD", "params": {"learning_rate": 0.5}}, model)([w])

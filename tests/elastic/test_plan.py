@@ -22,8 +22,9 @@ from elastic_lsopt.schedules.batch_scaling import Hyperparameters
 pytestmark = pytest.mark.fast
 
 ADAMW = Hyperparameters(
-    global_batch_size=32, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.1, ema_decay=0.999
-)
+    global_batch_size=32, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.1, ema_decay=0.999,
+    decoupled_weight_decay=True,
+)  # fmt: skip
 KEEP = Policy(reference=ADAMW, microbatch_size=2)
 SCALE = Policy(
     reference=ADAMW,
@@ -31,7 +32,6 @@ SCALE = Policy(
     kind="scale_batch",
     reference_workers=4,
     rule="sqrt",
-    decoupled_weight_decay=True,
 )
 START = SampleClock()
 
@@ -193,7 +193,7 @@ def test_the_plan_says_what_held_it(world: int, changes: dict[str, Any], batch: 
 
 
 def test_adascale_takes_the_gain_there_is() -> None:
-    policy = replace(SCALE, rule="adascale", decoupled_weight_decay=False)
+    policy = replace(SCALE, rule="adascale", reference=replace(ADAMW, decoupled_weight_decay=False))
     assert plan(workers(16), policy, START).hyperparameters(START).learning_rate == 1e-3
     made = plan(workers(16), policy, START, gain=Gain(variance=32.0, square=1.0))
     assert made.hyperparameters(START).learning_rate == pytest.approx(1e-3 * 2 / (1 / 4 + 1))
@@ -287,9 +287,10 @@ def test_the_policy_of_a_file() -> None:
     policy = Policy.of(config(elastic=elastic, landscape={"method": "sam", "rho": 0.1}), parts=2)
     assert policy == Policy(
         reference=Hyperparameters(
-            global_batch_size=32, learning_rate=5e-5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0, rho=0.1
+            global_batch_size=32, learning_rate=5e-5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0, rho=0.1,
+            decoupled_weight_decay=True,
         ),
-        microbatch_size=8, kind="scale_batch", reference_workers=2, rule="sqrt", decoupled_weight_decay=True, parts=2,
+        microbatch_size=8, kind="scale_batch", reference_workers=2, rule="sqrt", parts=2,
         ramp_samples=9, max_learning_rate=1.0, may_balance=True,
     )  # fmt: skip
     sgd = Policy.of(config(optim="sgd", momentum=0.9, backend="fsdp2"))

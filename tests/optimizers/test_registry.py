@@ -93,6 +93,7 @@ def third_party(tmp_path: Path) -> Path:
     (tmp_path / "theirs.py").write_text(
         "from dataclasses import dataclass\n\n\n"
         "@dataclass(frozen=True, kw_only=True)\nclass Theirs:\n    strength: float = 1.0\n    parts = 1\n"
+        "    def init(self, space): return {}\n    def gradient(self, space, oracle, state): return oracle.gradient()\n"
     )
     info = tmp_path / "theirs-1.0.dist-info"
     info.mkdir()
@@ -146,8 +147,9 @@ def test_the_public_surface() -> None:
         [
             "ASAM", "Average", "EMA", "Engine", "LAMB", "LARS", "LPFSGD", "LandscapeOptimizer", "Loss", "MicroBatch",
             "Muon", "NonFinite", "PeerFailed", "Plain", "ProbeCallback", "SAM", "Scales", "StaleGeneration",
-            "StaleGradient", "StaleWeights", "StepReport", "Unsupported", "Update", "UpdateOptimizer", "UserError",
-            "attach", "averages", "elastic", "initialize", "load", "probes", "registry", "save", "updates",
+            "StaleGradient", "StaleWeights", "StepLoader", "StepReport", "Unsupported", "Update",
+            "UpdateOptimizer", "UserError", "attach",
+            "averages", "elastic", "initialize", "load", "probes", "registry", "save", "updates",
         ]
     )  # fmt: skip
     assert all(hasattr(lso, name) for name in lso.__all__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ ADAMW = Hyperparameters(
 
 
 def scaled(own: Hyperparameters, batch: int, rule: Any, decoupled: bool = False, gain: Any = None) -> Hyperparameters:
-    found = scaling(own.global_batch_size, batch, rule, decoupled_weight_decay=decoupled, gain=gain)
-    return found.of(own, batch)
+    acts_on_weights = replace(own, decoupled_weight_decay=decoupled)
+    large = scaling(own.global_batch_size, batch, rule, gain=gain).of(acts_on_weights, batch)
+    return replace(large, decoupled_weight_decay=own.decoupled_weight_decay)
 
 
 def test_linear_is_goyals_resnet_50_on_imagenet() -> None:

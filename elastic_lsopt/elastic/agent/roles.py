@@ -183,6 +183,6 @@ def _policy(settings: ElasticConfig, reference: Hyperparameters, microbatch_size
         reference=reference, microbatch_size=microbatch_size, kind=settings.policy,
         reference_workers=settings.reference_workers,
         rule="none" if settings.policy == "keep_batch" else settings.lr_rule or own,
-        decoupled_weight_decay=reference.betas is not None, ramp_samples=settings.ramp_samples,
-        max_accumulation=settings.max_accumulation, **{name: getattr(settings, name) for name in bounds},
+        ramp_samples=settings.ramp_samples, max_accumulation=settings.max_accumulation,
+        **{name: getattr(settings, name) for name in bounds},
     )  # fmt: skip

@@ -6,7 +6,7 @@ from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.errors import Unsupported
 from elastic_lsopt.plan import Plan
 from elastic_lsopt.schedules.adascale import GAIN, measured
-from elastic_lsopt.schedules.batch_scaling import Hyperparameters
+from elastic_lsopt.schedules.batch_scaling import Hyperparameters, permits
 
 
 class Rates:
@@ -20,6 +20,13 @@ class Rates:
         self._engine, self._plan = engine, plan
         batch = plan.reference.global_batch_size
         self._own = [Hyperparameters.of_group(group, batch) for group in engine.param_groups]
+        for i, own in enumerate(self._own):
+            if not permits(own, plan.global_batch_size, plan.rule):
+                raise Unsupported(
+                    f"param group {i}: the rule sqrt cannot take betas={own.betas} from a batch of {batch} to "
+                    f"{plan.global_batch_size}; say them in the file (optim_args: {{betas: …}}), so that the batch is "
+                    "held, or set elastic.max_global_batch_size."
+                )
         if plan.rule == "adascale" and GAIN not in engine.families:
             raise Unsupported(
                 "lr_rule=adascale needs a measured gain: give the engine "

@@ -2,7 +2,8 @@
 
 `optim` serves all parameters but those that a rule of `param_groups` takes; the first rule that matches counts. Weight
 decay leaves vectors (biases, gains of norms) alone unless a rule says otherwise. Muon is for matrices that are neither
-embeddings nor the output head; beside it the rest takes AdamW, at the same rate.
+embeddings nor the output head; beside it the rest takes AdamW, at the same rate. One class of torch.optim for all
+parameters steps as it is; all else is an `UpdateOptimizer`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.updates import registry
 from elastic_lsopt.updates.adapter import UpdateOptimizer
+from elastic_lsopt.updates.group_rules import Rule as Update
+from elastic_lsopt.updates.group_rules import entries, is_torch, known_entries, resolved
 from elastic_lsopt.updates.param_groups import Rule, assign, unused
-from elastic_lsopt.updates.update import Update
+from elastic_lsopt.updates.whole_matrices import not_for_muon
 
 TORCH = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
@@ -46,8 +49,8 @@ def rules_of(config: TrainConfig) -> list[Rule]:
     ]
 
 
-def treatments(config: TrainConfig, dims: Mapping[str, int], not_for_muon: frozenset[str]) -> dict[str, Treatment]:
-    """By parameter's name; `dims` are their numbers of dimensions.
+def treatments(config: TrainConfig, dims: Mapping[str, int], tables: frozenset[str]) -> dict[str, Treatment]:
+    """By parameter's name; `dims` are their numbers of dimensions, `tables` the names that no orthogonal step suits.
 
     Raises SettingError for a rule that no parameter takes.
     """
@@ -64,7 +67,7 @@ def treatments(config: TrainConfig, dims: Mapping[str, int], not_for_muon: froze
         said = dict(rules[number].options) if number is not None else {}
         optim = said.get("optim", config.optim)
         own = said.get("optim_args", config.optim_args if optim == config.optim else {})
-        if optim == "muon" and (count != 2 or name in not_for_muon):
+        if optim == "muon" and (count != 2 or name in tables):
             optim, own = "adamw", {}
         decay = said.get("weight_decay", config.weight_decay if count > 1 else 0.0)
         rate = said.get("learning_rate", config.learning_rate)
@@ -77,16 +80,46 @@ def treatments(config: TrainConfig, dims: Mapping[str, int], not_for_muon: froze
     return out
 
 
+def check_updates(config: TrainConfig) -> None:
+    """Raise SettingError, before there is a model, for an update that is not known or does not take its arguments."""
+    for key, optim, own in [
+        ("optim", config.optim, config.optim_args),
+        *(
+            (f"param_groups[{i}]", group.get("optim", config.optim), group.get("optim_args", {}))
+            for i, group in enumerate(config.param_groups)
+        ),
+    ]:
+        if not isinstance(own, Mapping):
+            raise SettingError(key, f"{key}.optim_args={own!r} must be a mapping, such as {{trust: 0.01}}.")
+        try:
+            kind = _kind(optim)
+            for name in own:
+                if is_torch(kind) and name not in known_entries(kind):
+                    raise UserError(
+                        f"update {optim!r} has no hyper-parameter {name!r}; it has: {', '.join(known_entries(kind))}"
+                    )
+            entries(kind, {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+        except UserError as error:
+            raise SettingError(key.partition("[")[0], f"{key}: {error}") from None
+
+
 def base_of(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.optim.Optimizer]:
     """The base optimizer over given parameters of the model, whose names and shapes are read now: ZeRO-3 flattens the
     parameters before it asks for an optimizer, FSDP2 replaces them.
 
-    Raises SettingError for an update that is not known or does not take its arguments.
+    Raises SettingError for an update that is not known or does not take its arguments, or cannot stand beside others.
     """
+    check_updates(config)
     trained = {name: p.dim() for name, p in model.named_parameters() if p.requires_grad}
-    treated = treatments(config, trained, embeddings(model))
-    ours = any(t.optim not in TORCH for t in treated.values()) or len({t.optim for t in treated.values()}) > 1
-    updates = {t: _update(config, t) for t in set(treated.values())} if ours else {}
+    treated = treatments(config, trained, not_for_muon(model))
+    kinds = {t.optim: _kind(t.optim) for t in treated.values()}
+    alone = next(iter(kinds.values()), None) if len(kinds) == 1 else None
+    try:
+        own = {t: {"update": kinds[t.optim], **_options(config, t)} for t in treated.values()}
+        if alone is None or not is_torch(alone):
+            kinds = {optim: resolved(kind) for optim, kind in kinds.items()}
+    except UserError as error:
+        raise SettingError("optim", str(error)) from None
 
     def build(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         names = {id(p): name for name, p in model.named_parameters()}
@@ -94,40 +127,27 @@ def base_of(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.opti
         for p in parameters:
             if p.requires_grad:
                 how = treated[names[id(p)]]
-                own = {"update": updates[how]} if ours else {}
-                group = {"params": [], "lr": how.learning_rate, "weight_decay": how.weight_decay, **own}
+                group = {"params": [], "lr": how.learning_rate, "weight_decay": how.weight_decay, **own[how]}
                 groups.setdefault(how, group)["params"].append(p)
-        if ours:
-            return UpdateOptimizer(list(groups.values()), lr=config.learning_rate)
-        return TORCH[config.optim](
-            list(groups.values()), lr=config.learning_rate, **_torch_options(config, config.optim)
-        )
+        if alone is not None and is_torch(alone):
+            plain = [{k: v for k, v in group.items() if k != "update"} for group in groups.values()]
+            return alone(plain, lr=config.learning_rate)
+        return UpdateOptimizer(list(groups.values()), lr=config.learning_rate)
 
     return build
 
 
-def embeddings(model: nn.Module) -> frozenset[str]:
-    """The names of weights whose rows are looked up or are classes, which no orthogonal step suits."""
-    found = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    ask = getattr(model, "get_output_embeddings", None)
-    head = ask() if ask is not None else None
-    found |= {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
-    return frozenset(name for name, p in model.named_parameters() if id(p) in found)
+def _kind(optim: str) -> Update:
+    """The class that `optim` names. Raises UserError for none."""
+    found = TORCH[optim] if optim in TORCH else registry.get(optim)
+    return found if issubclass(found, torch.optim.Optimizer) else resolved(found)
 
 
-def _torch_options(config: TrainConfig, optim: str) -> dict[str, Any]:
-    if optim == "sgd":
-        return {"momentum": config.momentum}
-    return {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
-
-
-def _update(config: TrainConfig, how: Treatment) -> Any:
+def _options(config: TrainConfig, how: Treatment) -> dict[str, Any]:
+    """The group's own hyper-parameters."""
+    if how.optim == "sgd":
+        return {"momentum": config.momentum, **dict(how.optim_args)}
     if how.optim in TORCH:
-        return TORCH[how.optim], tuple(sorted(_torch_options(config, how.optim).items()))
-    try:
-        made = registry.build(how.optim, **dict(how.optim_args))
-    except UserError as error:
-        raise SettingError("optim", str(error)) from None
-    if not isinstance(made, Update):
-        raise SettingError("optim", f"optim={how.optim} makes a {type(made).__name__}; it must be an Update.")
-    return made
+        betas = (config.adam_beta1, config.adam_beta2)
+        return {"betas": betas, "eps": config.adam_epsilon, **dict(how.optim_args)}
+    return dict(how.optim_args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -77,8 +78,16 @@ def averages_of(config: TrainConfig) -> list[Average]:
     made = []
     for name, given in config.averages.items():
         own = dict(given)
+        path = own.pop("import", name)
         try:
-            made.append(averages.build(own.pop("import", name), **own))
+            kind = averages.get(path)
+            if not issubclass(kind, Average):
+                raise UserError(f"{kind.__qualname__} is no lso.Average; derive it from that.")
+            known = {f.name for f in fields(kind)}
+            reference = {"batch": config.global_batch_size} if "batch" in known else {}
+            if "name" in own:
+                raise UserError(f"its name is its key, {name!r}; remove name={own['name']!r}")
+            made.append(averages.build(path, **{"name": name, **reference, **own}))
         except UserError as error:
             raise SettingError(f"averages.{name}", f"averages.{name}: {error}") from None
     return made
