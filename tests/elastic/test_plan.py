@@ -63,7 +63,7 @@ def test_units_are_dealt_whole_and_forwards_are_equally_many(world: int, units: 
 
 def test_seven_workers_on_sixteen_units_run_three_forwards_each() -> None:
     made = plan(workers(7), KEEP, START)
-    assert (made.units, made.accumulation, made.slots) == (16, 3, (3,) * 7)
+    assert (made.microbatches, made.accumulation, made.slots) == (16, 3, (3,) * 7)
     assert [len(mine) for mine in made.microbatches_of_rank] == [3, 3, 2, 2, 2, 2, 2]
 
 
@@ -171,20 +171,20 @@ def test_no_bound_is_ever_broken_and_the_batch_is_the_nearest_that_keeps_them(
 
     made = plan(workers(world), policy, START, gain=gain)
     wanted = 4 * world
-    assert made.units == min((u for u in range(1, 600) if keeps(u)), key=lambda u: (abs(u - wanted), u))
-    assert bool(made.why) == (made.units != wanted)
-    assert sorted(u for mine in made.microbatches_of_rank for u in mine) == list(range(made.units))
+    assert made.microbatches == min((u for u in range(1, 600) if keeps(u)), key=lambda u: (abs(u - wanted), u))
+    assert bool(made.why) == (made.microbatches != wanted)
+    assert sorted(u for mine in made.microbatches_of_rank for u in mine) == list(range(made.microbatches))
 
 
 @pytest.mark.parametrize(
     ("world", "changes", "batch", "why"),
     [
-        (1, {"min_global_batch_size": 24}, 24, "min_global_batch_size=24 held by more units a worker"),
-        (16, {"max_global_batch_size": 90}, 90, "max_global_batch_size=90 held by fewer units a worker"),
-        (1, {"parts": 8}, 16, "parts=8 held by more units a worker"),
+        (1, {"min_global_batch_size": 24}, 24, "min_global_batch_size=24 held by more micro-batches a worker"),
+        (16, {"max_global_batch_size": 90}, 90, "max_global_batch_size=90 held by fewer micro-batches a worker"),
+        (1, {"parts": 8}, 16, "parts=8 held by more micro-batches a worker"),
         (8, {"rule": "linear", "max_learning_rate": 1.5e-3}, 48, "max_learning_rate=0.0015 held by fewer"),
         (3, {"rule": "linear", "min_learning_rate": 1e-3}, 32, "min_learning_rate=0.001 held by more"),
-        (64, {}, 318, "the rule sqrt (k (1 - beta) < 1 for betas=(0.9, 0.999)) held by fewer units a worker"),
+        (64, {}, 318, "the rule sqrt (k (1 - beta) < 1 for betas=(0.9, 0.999)) held by fewer micro-batches a worker"),
     ],
 )
 def test_the_plan_says_what_held_it(world: int, changes: dict[str, Any], batch: int, why: str) -> None:
@@ -300,12 +300,12 @@ def test_the_policy_of_a_file() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(UserError, match=r"a world of 1 worker.* too small for a global batch of 32: .* 16 units of 2"):
+    with pytest.raises(UserError, match=r"a world of 1 worker.* too small for a global batch of 32: .* 16 micro-batches of 2"):
         plan(workers(1), replace(KEEP, max_accumulation=15), START)
     plan(workers(2), replace(KEEP, max_accumulation=8), START)
     with pytest.raises(UserError, match="cannot be cut into 17"):
         replace(KEEP, parts=17)
-    with pytest.raises(UserError, match="multiple of the unit of 2 samples x reference_workers=3"):
+    with pytest.raises(UserError, match="multiple of the micro-batch of 2 samples x reference_workers=3"):
         replace(SCALE, reference_workers=3)
     with pytest.raises(UserError, match="global_batch_size=32 breaks max_global_batch_size=30"):
         replace(SCALE, max_global_batch_size=30)

@@ -62,7 +62,7 @@ def test_a_worker_warms_up_beside_the_gpus(monkeypatch: pytest.MonkeyPatch) -> N
         raise Seen
 
     config = a_config(elastic=ElasticConfig())
-    runtime = SimpleNamespace(_policy=Policy.of(config, parts=1), _build=build)
+    runtime = SimpleNamespace(_life=SimpleNamespace(policy=Policy.of(config, parts=1), build=build))
     try:
         with pytest.raises(Seen):
             Runtime._warm_up(runtime)  # type: ignore[arg-type]
