@@ -1,5 +1,6 @@
 """A job as the command line reads it: the file, the settings and the method, each error with its file and line."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from elastic_lsopt.config.settings import SettingError, TrainConfig, landscape_f
 from elastic_lsopt.config.spelling import did_you_mean
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.optimizers import registry
+from elastic_lsopt.training.building.base_optimizer import check_updates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +34,18 @@ def read_job(path: str | Path, overrides: Sequence[str] = (), *, imports: bool =
     """
     file = ConfigFile.read(path, overrides)
     config = file.config()
-    code = () if imports else {key.split(".")[0] for key, _ in import_paths(config)}
+    code = () if imports else {re.split(r"[.[]", key)[0] for key, _ in import_paths(config)}
     with file.located():
         if config.probes and "probes" not in code:
             from elastic_lsopt.training.probing.during_training import check_probes
 
             check_probes(config.probes)
+        if not {"optim", "param_groups"} & {*code}:
+            check_updates(config)
+        if config.averages and "averages" not in code:
+            from elastic_lsopt.training.building.engines import averages_of
+
+            averages_of(config)
         method = registry.build("none") if "landscape" in code else _method(config)
         return Job(file=file, config=config, method=method)
 

@@ -19,19 +19,22 @@ from torch import nn
 
 from elastic_lsopt.cli.job import Job, read_job
 from elastic_lsopt.config.deepspeed_json import read_deepspeed_json, zero_stage
+from elastic_lsopt.config.import_paths import import_paths
 from elastic_lsopt.config.settings import ADAMS, BUILTIN_DATASETS, SettingError, TrainConfig, landscape_fields, lr_rule
 from elastic_lsopt.elastic.worker.open_files import too_few
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.microbatch import microbatches_of_rank, part_bounds, slots, unit_sizes
 from elastic_lsopt.plan import Plan, Policy, Worker, plan
+from elastic_lsopt.training.building.base_optimizer import base_of
 from elastic_lsopt.training.building.imported_model import foreign_code
 from elastic_lsopt.training.memory import memory_per_rank, mirror_per_rank
 
 WORLDS = (1, 2, 4, 8)
 UNKNOWN = {
     "model": "the model's size, and memory, are", "landscape": "the method's parts (1 is taken) are",
-    "probes": "its settings are",
+    "probes": "its settings are", "optim": "its hyper-parameters are", "param_groups[": "its hyper-parameters are",
+    "averages": "its hyper-parameters are",
 }  # fmt: skip
 """What a table lacks where code of the user's was not run."""
 MOST_SHOWN = 64
@@ -71,7 +74,7 @@ def validate(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = F
         if wrong := too_few(most, limit, deepspeed=job.config.deepspeed is not None):
             console.print(f"{job.config.elastic.max_nodes} nodes of {job.config.workers} workers: {wrong}")
     for key, named in code.items():
-        unknown = UNKNOWN.get(key.partition(".")[0], "what it takes is")
+        unknown = next((v for k, v in UNKNOWN.items() if key.startswith(k)), "what it takes is")
         console.print(f"{named} was not imported, so {unknown} not known: --trust runs it.", markup=False)
     if size is not None:
         console.print("Activations, communication buckets and the framework are not counted; * = workers of this file.")
@@ -165,6 +168,8 @@ def _model_size(config: TrainConfig) -> ModelSize:
     from elastic_lsopt.training.building.models import blocks, build_model  # transformers: seconds to import
 
     model = build_model(config, device="meta")
+    if not any(key.startswith(("optim", "param_groups")) for key, _ in import_paths(config)):
+        base_of(config, model)  # a rule of param_groups that no parameter takes
     parameters = _elements(model)
     if config.fsdp_reshard_after_forward is False:
         return ModelSize(parameters, parameters)

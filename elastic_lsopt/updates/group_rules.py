@@ -96,7 +96,7 @@ def now(rule: Rule, group: Mapping[str, Any]) -> Update | type[torch.optim.Optim
 def _of_torch(kind: type[torch.optim.Optimizer], said: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a group of this class, by the class itself."""
     try:
-        [group] = kind([torch.zeros(1)], **said).param_groups
+        [group] = kind([torch.zeros(1)], lr=0.1, **said).param_groups  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise UserError(f"update {kind.__name__.lower()!r}: {error}") from None
     return {key: value for key, value in group.items() if key not in OF_EVERY_GROUP}

@@ -300,7 +300,9 @@ def test_the_policy_of_a_file() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(UserError, match=r"a world of 1 worker.* too small for a global batch of 32: .* 16 micro-batches of 2"):
+    with pytest.raises(
+        UserError, match=r"a world of 1 worker.* too small for a global batch of 32: .* 16 micro-batches of 2"
+    ):
         plan(workers(1), replace(KEEP, max_accumulation=15), START)
     plan(workers(2), replace(KEEP, max_accumulation=8), START)
     with pytest.raises(UserError, match="cannot be cut into 17"):

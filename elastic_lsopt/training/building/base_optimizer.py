@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from elastic_lsopt.by_name import nearest
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.updates import registry
@@ -139,6 +140,8 @@ def base_of(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.opti
 
 def _kind(optim: str) -> Update:
     """The class that `optim` names. Raises UserError for none."""
+    if ":" not in optim and optim not in (known := [*TORCH, *registry.names()]):
+        raise UserError(f"unknown optim {optim!r}{nearest(optim, known, 'Known')} (one of your own: module:Class).")
     found = TORCH[optim] if optim in TORCH else registry.get(optim)
     return found if issubclass(found, torch.optim.Optimizer) else resolved(found)
 
