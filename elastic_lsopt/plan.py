@@ -183,7 +183,7 @@ class Plan:
 
     @property
     def microbatches(self) -> int:
-        """Units of a step, the last of which may be smaller."""
+        """Micro-batches of a step, the last of which may be smaller."""
         return -(-self.global_batch_size // self.microbatch_size)
 
     @property

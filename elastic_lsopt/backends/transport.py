@@ -31,7 +31,7 @@ SETTLE_TIMEOUT_S = 60.0
 
 
 class Transport:
-    """The way in which this job's ranks talk (collective to make: two small gathers of numbers).
+    """The way in which this job's ranks talk, all replicas together (collective to make: two small gathers of numbers).
 
     Without a process group of several ranks it has nothing to do.
     """
@@ -45,20 +45,37 @@ class Transport:
         self._failures = 0
         self._reported: BaseException | None = None
         self._group: dist.ProcessGroupGloo | None = None
-        replica = present().replica
+        replica, self._job = present().replica, present().job
         self.rank, self.world = replica.rank, replica.size
         self._ports: set[int] = set()
         Transport._made += 1
-        if self.world > 1:
+        if self._job.size > 1:
             end_well()
             mine = sorted({local for _, local, _, listens in sockets() if listens})
-            heads = _gather([Transport._made, len(mine)])
+            heads = self._gather([Transport._made, len(mine)])
             # a newcomer has made fewer than a survivor: all go on from the largest number
             Transport._made = max(made for made, _ in heads)
             longest = max(ports for _, ports in heads)
-            everyones = _gather([*mine, *[0] * (longest - len(mine))])
+            everyones = self._gather([*mine, *[0] * (longest - len(mine))])
             self._ports = {port for ports in everyones for port in ports if port}
         self._prefix = f"elastic_lsopt/{Transport._made}"
+
+    @property
+    def _store(self) -> dist.Store:
+        """That all ranks of the job reach: of a job of one replica torch's own."""
+        return self._job.own_store or dist.distributed_c10d._get_default_store()
+
+    def _gather(self, own: list[int]) -> list[list[int]]:
+        """Every rank's numbers (equally many)."""
+        on_cpu = self._job.own_store is not None or "cpu:" in dist.get_backend_config()
+        mine = torch.tensor(own, dtype=torch.int64, device="cpu" if on_cpu else torch.cuda.current_device())
+        out = [torch.empty_like(mine) for _ in range(self._job.size)]
+        assert self._job.handle is not None
+        if self._job.own_store is None:
+            dist.all_gather(out, mine, group=self._job.handle)
+        else:
+            self._job.handle.allgather([out], [mine]).wait()  # torch has not registered it
+        return [numbers.tolist() for numbers in out]
 
     @property
     def fabric(self) -> Fabric:
@@ -79,7 +96,7 @@ class Transport:
 
     def report(self, error: BaseException) -> None:
         """See [Note: cutting the transport]. Takes AGREE_S at most; raises nothing."""
-        if self.world == 1 or self.cut or error is self._reported:
+        if self._job.size == 1 or self.cut or error is self._reported:
             return
         if self.at_once:
             self.sever()
@@ -88,9 +105,9 @@ class Transport:
         self._failures += 1
         key = f"{self._prefix}/failure/{self._failures}"
         try:
-            store = dist.distributed_c10d._get_default_store()
-            store.set(f"{key}/{self.rank}", f"{type(error).__name__}: {error}"[:500])
-            others = [f"{key}/{r}" for r in range(self.world) if r != self.rank]
+            store = self._store
+            store.set(f"{key}/{self._job.rank}", f"{type(error).__name__}: {error}"[:500])
+            others = [f"{key}/{r}" for r in range(self._job.size) if r != self._job.rank]
             end = time.monotonic() + AGREE_S
             while not (together := store.check(others)) and time.monotonic() < end:
                 time.sleep(0.01)
@@ -107,20 +124,19 @@ class Transport:
         See [Note: cutting the transport]. The store stays: `resync` needs it.
         """
         self.cut = True
-        if self.world > 1:
-            master = server_of(dist.distributed_c10d._get_default_store())
+        if self._job.size > 1:
+            master = server_of(self._store)
             self.fabric.cut(self._ports, keep=master.port if isinstance(master, dist.TCPStore) else -1)
 
     def first_failure(self) -> str | None:
         """What another rank reported of the newest failure, if any: 'rank 1 raised ValueError: …'."""
-        if self.world == 1 or not self._failures:
+        if self._job.size == 1 or not self._failures:
             return None
-        store = dist.distributed_c10d._get_default_store()
-        for rank in range(self.world):
+        for rank in range(self._job.size):
             key = f"{self._prefix}/failure/{self._failures}/{rank}"
             try:
-                if rank != self.rank and store.check([key]):
-                    said = store.get(key).decode()
+                if rank != self._job.rank and self._store.check([key]):
+                    said = self._store.get(key).decode()
                     if "Connection closed by peer" not in said and "Connection reset" not in said:
                         return f"rank {rank} raised {said}"
             except (RuntimeError, OSError):
@@ -129,7 +145,7 @@ class Transport:
 
     def repair(self) -> None:
         """After a cut, form a gloo group through the store (collective). Raises when not all ranks come in time."""
-        if not self.cut or self._group is not None:
+        if not self.cut or self._group is not None or self.world == 1:
             return
         store = dist.distributed_c10d._get_default_store()
         prefix = dist.PrefixStore(f"{self._prefix}/settle/{self._failures}", store)
@@ -142,12 +158,3 @@ class Transport:
         out = [torch.empty_like(own) for _ in range(self.world)]
         self._group.allgather([out], [own]).wait()  # type: ignore[attr-defined]
         return out
-
-
-def _gather(own: list[int]) -> list[list[int]]:
-    """Every rank's numbers (equally many)."""
-    on_cpu = "cpu:" in dist.get_backend_config()
-    mine = torch.tensor(own, dtype=torch.int64, device="cpu" if on_cpu else torch.cuda.current_device())
-    out = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(out, mine)
-    return [numbers.tolist() for numbers in out]

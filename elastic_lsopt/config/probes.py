@@ -38,7 +38,7 @@ class ProbeConfig:
     budget: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.1
     """Largest share of the run's time that this probe may take, in (0, 1]: measurements beyond it are left out."""
     units: Count = 4
-    """Units of per_device_train_batch_size training samples that it is measured on, the same ones all the time."""
+    """Micro-batches of per_device_train_batch_size training samples that it is measured on, always the same."""
     products: Literal["auto", "kept", "rebuilt", "blockwise", "differences"] = "auto"
     """How curvature is multiplied with vectors; auto: by the memory there is."""
     settings: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Units of work for this rank, step after step, from one cursor of committed samples.
+"""Micro-batches for this rank, step after step, from one cursor of committed samples.
 
     loader = StepLoader(dataset, collate, global_batch_size=32, microbatch_size=8, seed=0, rank=0, world=2,
                         total_samples=12800)

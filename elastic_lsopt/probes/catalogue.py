@@ -317,7 +317,14 @@ def _of_others(name: str, function: Any) -> Measure:
     takes = inspect.signature(function).parameters.values()
     required = tuple(p.name for p in takes if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
     found = _probe(function)
-    return replace(found, settings={**found.settings, **dict.fromkeys(required)}, required=required)
+
+    def ask(s: ProbeContext, **own: Any) -> Any:
+        told = found.ask(s, **own)
+        if not isinstance(told, Mapping) and not is_dataclass(told):
+            raise UserError(f"measure {name!r} returned a {type(told).__name__}; return a dict such as {{'value': …}}.")
+        return told
+
+    return replace(found, ask=ask, settings={**found.settings, **dict.fromkeys(required)}, required=required)
 
 
 def measure(name: str, settings: Mapping[str, Any], known: Collection[str] = tuple(NEEDS)) -> Measure:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.training.building.base_optimizer import name_of_base
 from elastic_lsopt.training.datasets.samples import Data
 
 LINE_EVERY_S = 10.0
@@ -70,7 +71,7 @@ class Console:
         self.say(
             f"{type(engine.module).__name__.removeprefix('FSDP')}, {engine.space.layout.numel:,} trainable parameters; "
             f"{backend.name} on {ranks} {backend.device.type} rank{'s' if ranks > 1 else ''}; {engine.method!r} "
-            f"over {type(engine.base).__name__}"
+            f"over {name_of_base(engine.base)}"
         )
         self.say(
             f"{config.dataset}: {len(data.train):,} training and {len(data.eval):,} held-out samples; "

@@ -45,7 +45,7 @@ from elastic_lsopt.training.run_state import State
 from elastic_lsopt.world import World
 
 EVAL_UNITS_AT_ONCE = 8
-"""Units of a rank in memory during an evaluation."""
+"""Micro-batches of a rank in memory during an evaluation."""
 
 
 @dataclass(frozen=True)

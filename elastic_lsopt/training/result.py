@@ -14,6 +14,7 @@ from elastic_lsopt.elastic.worker.journal import read_journal
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.report.pictures.draw_loss_curve import draw_loss
 from elastic_lsopt.report.pictures.draw_members import draw_members
+from elastic_lsopt.training.building.base_optimizer import name_of_base
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.datasets.tokens import FolderTokens
@@ -68,7 +69,7 @@ def _draw(config: TrainConfig, engine: Engine, data: Data, rows: list[dict[str, 
     unit, reference = "nats", None
     if data.bigram_entropy is not None and data.bytes_per_token is not None:
         unit, reference = "nats a token", ("byte-bigram entropy", data.bigram_entropy * data.bytes_per_token)
-    title = f"{type(engine.method).__name__} over {type(engine.base).__name__}, {Path(config.dataset).name}"
+    title = f"{type(engine.method).__name__} over {name_of_base(engine.base)}, {Path(config.dataset).name}"
     draw_loss(rows, target, title=title, unit=unit, reference=reference)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.processes.ranks import Ranks
+
 KINDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 SIZES = ([1, 1], [2, 1], [2, 2])
 
@@ -36,3 +38,20 @@ def test_a_bit_of_difference_is_found_again(ranks: Any, tmp_path: Path, kind: st
         assert len(r["same"]) >= 4 and all(r["same"].values()), r
     if sizes == [1, 1]:
         assert out[0]["first"] != out[1]["first"]
+
+
+@pytest.mark.parametrize("sizes", [[1, 1], [1, 2]], ids=str)
+def test_one_replicas_error_reaches_the_others(sizes: list[int]) -> None:
+    group = Ranks(sum(sizes))  # of its own: the case cuts the connections
+    try:
+        first, *others = group.run("tests.cases.replicas:raised", sizes=sizes)
+    finally:
+        group.stop()
+    assert first["met"].startswith("ValueError: on purpose")
+    for r in others:
+        assert r["met"].startswith("PeerFailed: rank 0 raised ValueError: on purpose") and r["took_s"] < 20, r
+
+
+def test_the_first_replica_is_exported(ranks: Any, tmp_path: Path) -> None:
+    out = ranks(3).run("tests.cases.replicas:exported", sizes=[1, 2], path=str(tmp_path / "model"))
+    assert [r["mine"] for r in out] == [True, False, False], out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 import elastic_lsopt as lso
 from elastic_lsopt.averages.ema import EMA
@@ -18,6 +20,7 @@ from elastic_lsopt.backends.fabric import Gloo
 from elastic_lsopt.backends.groups import Groups, form_replicas
 from elastic_lsopt.backends.rebuild import form_group, tear_down
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
+from elastic_lsopt.checkpoint.export import export_huggingface
 from tests.cases import engines
 from tests.cases.checkpoints.round_trip import Remembering
 
@@ -153,3 +156,46 @@ def kept_apart(kind: str, sizes: Sequence[int], path: str) -> dict[str, Any]:
         tear_down(again)
     same = {key: all(torch.equal(a, b) for a, b in zip(before[key], after[key], strict=True)) for key in before}
     return {"same": same, "first": [float(t.view(-1)[0]) for t in before["weights"][:1]]}
+
+
+def raised(sizes: Sequence[int]) -> dict[str, Any]:
+    """Rank 0's loss raises while the others train: what each rank meets, and after how many seconds."""
+    me = dist.get_rank()
+    number, own = place_of(me, sizes)
+    [step] = engines.batches(1, 2 * sum(sizes))
+
+    def spoilt(model: Any, batch: Any) -> torch.Tensor:
+        raise ValueError("on purpose")
+
+    with away() as fresh:
+        form_replicas(fresh(), me, sizes, timedelta(seconds=60))
+        engine = build("ddp")
+        other = lso.Engine(engine.backend, lso.Plain(), loss_fn=spoilt if me == 0 else engine.loss)
+        began = time.monotonic()
+        try:
+            other.train_batch(dealt(step, sizes, number, own))
+            met = "nothing"
+        except Exception as error:
+            met = f"{type(error).__name__}: {error}"
+        took_s = time.monotonic() - began
+        engines.close(engine)
+        tear_down(engine)
+    return {"met": met, "took_s": took_s}
+
+
+def exported(sizes: Sequence[int], path: str) -> dict[str, Any]:
+    """Replicas that have drifted apart export at once: whose weights lie there."""
+    me = dist.get_rank()
+    number, own = place_of(me, sizes)
+    with away() as fresh:
+        form_replicas(fresh(), me, sizes, timedelta(seconds=30))
+        engine = build("fsdp2")
+        for step in engines.batches(2, 2 * sum(sizes)):
+            engine.train_batch(dealt(step, sizes, number, own))
+        export_huggingface(engine.backend, engine.module, path)
+        mine = weights(engine)
+        found = load_file(Path(path) / "model.safetensors")
+        same = {bool(torch.equal(found[name].view(-1), w.view(-1))) for name, w in mine.items()}
+        engines.close(engine)
+        tear_down(engine)
+    return {"replica": number, "mine": same == {True}}

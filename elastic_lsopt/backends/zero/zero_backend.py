@@ -1,4 +1,4 @@
-"""What the ZeRO adapters share: the version check, the engine's passes and step. `zero_adapter.py` chooses among them.
+"""What the ZeRO adapters share: the version check, the engine's passes and step. `adapter.py` chooses among them.
 
 An adapter a wrapper class that DeepSpeed puts around the base optimizer:
 

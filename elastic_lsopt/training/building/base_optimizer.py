@@ -138,6 +138,13 @@ def base_of(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.opti
     return build
 
 
+def name_of_base(base: torch.optim.Optimizer | None) -> str:
+    """What banners and pictures call it: AdamW, or muon and adamw."""
+    if isinstance(base, UpdateOptimizer):
+        return " and ".join(dict.fromkeys(str(group["update"]) for group in base.param_groups))
+    return type(base).__name__
+
+
 def _kind(optim: str) -> Update:
     """The class that `optim` names. Raises UserError for none."""
     if ":" not in optim and optim not in (known := [*TORCH, *registry.names()]):
