@@ -46,7 +46,7 @@ def ranking_table(result: Result, config: StudyConfig) -> Table:
         box=SIMPLE_HEAD,
         pad_edge=False,
     )  # fmt: skip
-    table.add_column("measure", no_wrap=True)
+    table.add_column("measure", overflow="fold")  # a name may take two lines; a number is never cut
     for name in ("tau", f"{config.confidence:.0%} interval", "loss gap", "Psi", "n"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in best_first(result.by_gap):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import signal
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from scipy.stats import kendalltau
 
 from elastic_lsopt.cli.main import main
+from elastic_lsopt.cli.study import ranking_table
 from elastic_lsopt.config.study import StudyConfig
 from elastic_lsopt.study.run import ranked
 from tests.processes.ranks import rank_environment
@@ -139,6 +142,17 @@ def test_a_measure_that_knows_the_gap_has_tau_one_and_one_that_fails_is_counted(
     assert found.by_loss_gap["knows"].tau == pytest.approx(-1)
     assert found.by_gap["fails"].models == 0 and found.missing == {"fails": {"the loss is not smooth": 5}}
     assert [o["reason"] for o in found.others] == ["its process was killed by SIGKILL"]
+
+
+@pytest.mark.fast
+def test_no_number_of_the_ranking_is_cut_where_there_is_no_terminal():
+    name = "local_entropy_gradient_normalised"
+    told = [line(i, gap, **{name: gap}) for i, gap in enumerate([0.1, 0.4, 0.2, 0.5, 0.3])]
+    config = StudyConfig(output_dir="-")
+    out = io.StringIO()
+    Console(file=out, width=80).print(ranking_table(ranked(told, [name], config), config))
+    assert "+1.000 … +1.000" in out.getvalue() and "-1.000" in out.getvalue()
+    assert "…" not in out.getvalue().replace(" … ", "")
 
 
 @pytest.mark.fast

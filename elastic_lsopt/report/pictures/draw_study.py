@@ -56,7 +56,7 @@ def draw_ranking(run: Run, target: Path) -> str | None:
     ranks = [rank for rank in ranking(run) if not math.isnan(rank.tau)]
     if not ranks:
         return None
-    figure = canvas(7, 1.4 + 0.3 * len(ranks))
+    figure = canvas(8, 1.4 + 0.3 * len(ranks))
     axes = figure.subplots()
     tidy(axes, "Which measure goes with the generalisation gap?")
     axes.grid(axis="x", alpha=0.25)
@@ -68,7 +68,7 @@ def draw_ranking(run: Run, target: Path) -> str | None:
         axes.plot(rank.tau, y, "o", markersize=7, color=colour, markerfacecolor=colour if rank.sure else "white")
         edge = rank.tau if math.isnan(rank.high) else rank.high
         axes.annotate(f"{rank.tau:+.2f}", (edge, y), (6, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks(range(len(ranks)), [plain(measure(rank.name).title, 40) for rank in ranks], fontsize=9)
+    axes.set_yticks(range(len(ranks)), [plain(measure(rank.name).title, 48) for rank in ranks], fontsize=9)
     axes.set_ylim(len(ranks) - 0.4, -0.6)
     axes.margins(x=0.12)
     counts = sorted({rank.models for rank in ranks if rank.models is not None})
