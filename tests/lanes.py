@@ -18,7 +18,7 @@ WAITING = {
     "tests/cli/elastic/test_elastic_launchers.py": 120, "tests/cli/elastic/test_elastic_train.py": 110,
     "tests/chaos/test_partition.py": 90, "tests/cli/elastic/test_elastic_bad_input.py": 65,
     "tests/cli/elastic/test_elastic_hang.py": 55, "tests/test_examples.py": 50, "tests/cli/test_status.py": 45,
-    "tests/study/test_pool.py": 45, "tests/chaos/test_chaos.py": 35, "tests/cli/elastic/test_elastic_hsdp.py": 30,
+    "tests/study/test_pool.py": 22, "tests/chaos/test_chaos.py": 35, "tests/cli/elastic/test_elastic_hsdp.py": 30,
     "tests/elastic/worker/test_last_step.py": 25, "tests/cli/elastic/test_elastic_speeds.py": 25,
     "tests/chaos/test_witness_job.py": 25, "tests/processes/test_ranks.py": 25,
     "tests/cli/elastic/test_elastic_scale_batch.py": 20,

@@ -81,16 +81,14 @@ def now(rule: Rule, group: Mapping[str, Any]) -> Update | type[torch.optim.Optim
     """The rule with the hyper-parameters that its param group says now."""
     if is_torch(rule):
         return rule
-    if not is_dataclass(rule):
-        assert isinstance(rule, Update)
-        return rule
-    said = {f.name: group[f.name] for f in fields(rule) if f.name in group}
-    if isinstance(rule, type):
-        return rule(**said)
+    kind: Any = rule
+    if not is_dataclass(kind):
+        return kind
+    said = {f.name: group[f.name] for f in fields(kind) if f.name in group}
     try:
-        return replace(rule, **said)  # type: ignore[type-var]
+        return kind(**said) if isinstance(rule, type) else replace(kind, **said)
     except (TypeError, ValueError) as error:
-        raise UserError(f"update {name_of(rule)!r}: {error}") from None
+        raise UserError(f"update {name_of(kind)!r}: {error}") from None
 
 
 def _of_torch(kind: type[torch.optim.Optimizer], said: Mapping[str, Any]) -> dict[str, Any]:

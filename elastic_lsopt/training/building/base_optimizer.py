@@ -132,7 +132,7 @@ def base_of(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.opti
                 groups.setdefault(how, group)["params"].append(p)
         if alone is not None and is_torch(alone):
             plain = [{k: v for k, v in group.items() if k != "update"} for group in groups.values()]
-            return alone(plain, lr=config.learning_rate)
+            return alone(plain, lr=config.learning_rate)  # type: ignore[call-arg]
         return UpdateOptimizer(list(groups.values()), lr=config.learning_rate)
 
     return build
