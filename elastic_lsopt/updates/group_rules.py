@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 
@@ -81,7 +81,7 @@ def now(rule: Rule, group: Mapping[str, Any]) -> Update | type[torch.optim.Optim
     """The rule with the hyper-parameters that its param group says now."""
     if is_torch(rule):
         return rule
-    kind: Any = rule
+    kind = cast(Any, rule)
     if not is_dataclass(kind):
         return kind
     said = {f.name: group[f.name] for f in fields(kind) if f.name in group}
