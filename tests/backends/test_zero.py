@@ -341,8 +341,8 @@ def test_another_deepspeed_is_refused(ranks: Any) -> None:
 
 def test_all_private_names_stand_in_one_table() -> None:
     """What the adapters read of DeepSpeed's objects is in the table that is checked at start-up."""
-    folder = Path(__file__).parents[2] / "elastic_lsopt" / "backends"
-    tree = ast.parse((folder / "zero.py").read_text())
+    folder = Path(__file__).parents[2] / "elastic_lsopt" / "backends" / "zero"
+    tree = ast.parse((folder / "zero_backend.py").read_text())
     [table] = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "PRIVATE"]
     known = {name for names in ast.literal_eval(table).values() for name in names}
     public = {"zero_grad", "set_gradient_accumulation_boundary", "backward", "step", "was_step_applied"}

@@ -26,7 +26,7 @@ from torch import nn
 import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.elastic.agent.roles import run
-from elastic_lsopt.elastic.worker import runtime
+from elastic_lsopt.elastic.worker import live_generation
 from elastic_lsopt.elastic.worker.job import Job
 from elastic_lsopt.schedules.batch_scaling import Hyperparameters
 from elastic_lsopt.world import World
@@ -179,10 +179,10 @@ def arm(folder: Path, engine: lso.Engine, world: World) -> None:
 
 def arm_runtime(folder: Path) -> None:
     """The points of the runtime itself."""
-    before(runtime.Mirror, "push", lambda: at(folder, "mirroring"))
-    before(runtime, "reshard", lambda: at(folder, "resharding"))
-    before(runtime.HostVersions, "commit", lambda: at(folder, "committing"))
-    before(runtime, "choose", lambda: at(folder, "recovery"))
+    before(live_generation.Mirror, "push", lambda: at(folder, "mirroring"))
+    before(live_generation, "reshard", lambda: at(folder, "resharding"))
+    before(live_generation.HostVersions, "commit", lambda: at(folder, "committing"))
+    before(live_generation, "choose", lambda: at(folder, "recovery"))
     from elastic_lsopt.checkpoint import folder as folders
 
     before(folders, "commit", lambda: at(folder, "saving"))

@@ -59,7 +59,7 @@ def test_the_batch_arithmetic_is_that_of_dealing_units_out_one_by_one(capsys, sa
     table = rows(out, "A step:")
     assert list(table) == ["1", "2", "4", "7", "8"]
     units = -(-samples // unit)
-    assert f"{samples} samples in {units} units of {unit}" in out
+    assert f"{samples} samples in {units} micro-batches of {unit}" in out
     assert ("(the last of" in out) == bool(samples % unit)
     for world in map(int, table):
         hands = [[0] * parts for _ in range(world)]
@@ -105,7 +105,7 @@ def test_an_elastic_job_says_what_each_world_runs_and_what_its_mirror_holds(caps
         "1": ["8", "1", "0.0005"], "2": ["16", "1", "0.000707"], "4": ["32", "1", "0.001"],
         "6": ["40", "1", "0.00112"],
     }  # fmt: skip
-    assert "6 ranks: max_global_batch_size=40 held by fewer units a worker" in out
+    assert "6 ranks: max_global_batch_size=40 held by fewer micro-batches a worker" in out
     assert plans["1"][3].split(", ") == ["0.975", "0.9998"]
     keep = rows(run(capsys, QUICKSTART, *overrides, "elastic={max_nodes: 8}"), "Elastic: 1 to 8 nodes, keep_batch")
     assert {world: row[:3] for world, row in keep.items()} == {
@@ -154,7 +154,7 @@ def test_replica_groups_leave_out_the_worlds_that_they_cannot_divide(capsys):
         ("per_device_train_batch_size=64", "global_batch_size=32 must be at least per_device_train_batch_size=64"),
         (
             "global_batch_size=100000000000",
-            "is 12500000000 units of per_device_train_batch_size=8, the limit",
+            "is 12500000000 micro-batches of per_device_train_batch_size=8, the limit",
         ),
         ("workers=1000000000", "workers=1000000000 processes on one machine are beyond the limit of 4096"),
         ("probes={trace: {}}", "probes.trace needs exactly one of every_steps and every_samples"),

@@ -72,7 +72,7 @@ SAYS = {
     "outside": "RuntimeError: part.backward() runs inside",
     "early": "RuntimeError: the gradient is there when",
     "twice_in_one_rank": "UserError: 1 micro-batch(s)",
-    "at_the_wrong_rank": "UserError: 2 rank(s) got a unit that is another's",
+    "at_the_wrong_rank": "UserError: 2 rank(s) got a micro-batch that is another's",
     "nothing to do": "UserError: 1 of ",
     "too many parts": "UserError: a step of 6 micro-batch(es) cannot be cut into 7 part(s)",
     "no weight": "UserError: the total weight of the global batch is 0.0",

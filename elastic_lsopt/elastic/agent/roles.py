@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import elastic_lsopt
 from elastic_lsopt.backends.ending import leave
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.agent.agent import Agent
@@ -106,7 +107,7 @@ def fingerprint_of(config: Mapping[str, Any]) -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "absent"
     source = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.parent.rglob("*.py")):
+    for file in sorted(Path(elastic_lsopt.__file__).parent.rglob("*.py")):
         source.update(file.read_bytes())
     found["elastic_lsopt"] = source.hexdigest()[:16]
     return found | {f"config.{key}": str(value) for key, value in sorted(config.items())}

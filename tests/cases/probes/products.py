@@ -331,7 +331,7 @@ def peak_of_gathered(run: Callable[[], Any], backend: Any) -> float:
 
     alive: dict[int, int] = {}
     peak = [0]
-    plain = backend.whole
+    plain = backend.all_gather
 
     def counted(pieces: Any, wanted: Any, dtype: Any) -> list[Tensor]:
         out = plain(pieces, wanted, dtype)
@@ -343,11 +343,11 @@ def peak_of_gathered(run: Callable[[], Any], backend: Any) -> float:
         peak[0] = max(peak[0], sum(alive.values()))
         return out
 
-    backend.whole = counted
+    backend.all_gather = counted
     try:
         run()
     finally:
-        del backend.whole
+        del backend.all_gather
     return float(peak[0])
 
 

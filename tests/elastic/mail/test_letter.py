@@ -103,8 +103,8 @@ def test_a_beat_taken_the_short_way_does_what_the_long_way_does(monkeypatch: pyt
         taken.append(short(self, record, before))
         return taken[-1]
 
-    monkeypatch.setattr(turn.Turn, "_is_beat", count)
+    monkeypatch.setattr(turn.Turn, "_is_heartbeat", count)
     after = world.run(3.0)
     assert taken.count(True) > 10
-    monkeypatch.setattr(turn.Turn, "_is_beat", lambda *_: False)
+    monkeypatch.setattr(turn.Turn, "_is_heartbeat", lambda *_: False)
     assert world.run(3.0) == after

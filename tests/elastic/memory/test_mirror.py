@@ -90,7 +90,7 @@ def test_a_dead_peer_is_said_at_the_next_wait_and_what_had_arrived_stays(ranks: 
 
 def test_no_version_of_displaced_or_unsettled_weights(ranks: Any) -> None:
     for r in ranks(2).run(CASES + "refused_versions"):
-        assert "perturbed" in r["said"][0] and "settle" in r["said"][1] and r["held"] == 0
+        assert "perturbed" in r["said"][0] and "resync" in r["said"][1] and r["held"] == 0
 
 
 @pytest.mark.full
