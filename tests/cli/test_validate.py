@@ -125,7 +125,7 @@ def test_an_elastic_job_says_what_each_world_runs_and_what_its_mirror_holds(caps
     # The committed version, eight that trail, one being taken; bytes, Adam; what describes a version.
     own = [f"{10 * (4 * 3 * -(-whole // world) + 2**15) / unit:,.2f}" for world in (1, 2, 4, 6)]
     assert mirror["own versions"] == own
-    assert mirror["wards' versions"] == ["0.00", *own[1:]]
+    assert mirror["mirrored peers' versions"] == ["0.00", *own[1:]]
 
 
 def test_replica_groups_leave_out_the_worlds_that_they_cannot_divide(capsys):

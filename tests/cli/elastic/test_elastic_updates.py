@@ -31,7 +31,10 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "fsdp2": {"backend": "fsdp2"},
     **{f"zero{s}": {"backend": "deepspeed", "deepspeed": {"zero_optimization": {"stage": s}}} for s in (2, 3)},
 }
-LIVES = [("ddp", "muon"), ("fsdp2", "lamb"), ("zero2", "lars"), ("zero3", "muon")]
+LIVES = [
+    ("fsdp2", "lamb"), ("zero3", "muon"),
+    *(pytest.param(*life, marks=pytest.mark.full) for life in (("ddp", "muon"), ("zero2", "lars"))),
+]  # fmt: skip
 
 
 @pytest.mark.timeout(300)
