@@ -14,7 +14,7 @@ from typing import Any
 from xdist.scheduler import LoadFileScheduling
 
 WAITING = {
-    "tests/cli/elastic/test_elastic_updates.py": 50,
+    "tests/cli/elastic/test_elastic_updates.py": 30,
     "tests/cli/elastic/test_elastic_launchers.py": 120, "tests/cli/elastic/test_elastic_train.py": 110,
     "tests/chaos/test_partition.py": 90, "tests/cli/elastic/test_elastic_bad_input.py": 65,
     "tests/cli/elastic/test_elastic_hang.py": 55, "tests/test_examples.py": 50, "tests/cli/test_status.py": 45,

@@ -132,7 +132,7 @@ changes = st.lists(
 
 
 @pytest.mark.long
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(changes=changes)
 def test_each_sample_once_whatever_world_and_batch_each_generation_has(changes: Any) -> None:
     """Each generation: (world, units a step, unit, steps committed), one more in flight that the next does again."""

@@ -97,7 +97,7 @@ changes = st.lists(
 
 
 @pytest.mark.long
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(changes=changes)
 def test_each_sample_once_over_any_sequence_of_changes(changes: Any) -> None:
     """Each generation: (world, units a step, unit, steps committed, whose state is kept). One step more is read, and

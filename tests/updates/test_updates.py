@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.laws.cover import daily, joined
+
 LIMIT = {"fp32": 1e-6, "fp64": 1e-12}
 FRAMEWORK = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4)]
 ZERO = [(f"zero{stage}", world) for stage in (0, 1, 2, 3) for world in (1, 2, 3)]
@@ -25,8 +27,7 @@ def test_in_fp64(ranks: Any, kind: str, world: int, update: str) -> None:
     check(ranks(world).run(case, kind=kind, update=update, dtype="fp64", last=2, clip=0.5, units=5), update, "fp64")
 
 
-@pytest.mark.parametrize("update", ["lars", "lamb"])
-@pytest.mark.parametrize("kind,world", ZERO)
+@pytest.mark.parametrize("kind,world,update", daily(ZERO, ["lars", "lamb"]), ids=joined)
 def test_under_zero(ranks: Any, kind: str, world: int, update: str) -> None:
     check(ranks(world).run("tests.cases.updates:reference", kind=kind, update=update, clip=0.5), update, "fp32")
 
@@ -44,9 +45,11 @@ def test_muon_on_dealt_matrices(ranks: Any, kind: str, world: int) -> None:
         assert r["dw"] < 6 * 0.02 * 2**-6, r
 
 
-@pytest.mark.parametrize("method", ["sam", "asam", "lpf_sgd"])
-@pytest.mark.parametrize("update", ["lars", "lamb", "muon"])
-@pytest.mark.parametrize("kind,world", [("ddp", 2), ("fsdp2", 2)])
+@pytest.mark.parametrize(
+    "kind,world,update,method",
+    daily([("ddp", 2), ("fsdp2", 2)], ["lars", "lamb", "muon"], ["sam", "asam", "lpf_sgd"], together=2),
+    ids=joined,
+)
 def test_under_a_method(ranks: Any, kind: str, world: int, update: str, method: str) -> None:
     case = "tests.cases.updates:reference"
     check(ranks(world).run(case, kind=kind, update=update, method=method, dtype="fp64", units=4), update, "fp64")
