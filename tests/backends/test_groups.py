@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.laws.cover import daily, joined
+from tests.laws.cover import daily
 from tests.processes.ranks import Ranks
 
 KINDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 SIZES = ([1, 1], [2, 1], [2, 2])
 
 
-@pytest.mark.parametrize("kind,sizes", daily(KINDS, SIZES), ids=joined)
+@pytest.mark.parametrize("kind,sizes", daily(KINDS, SIZES), ids=str)
 def test_a_replica_is_a_job_of_its_own(ranks: Any, kind: str, sizes: list[int]) -> None:
     world = sum(sizes)
     for rank, r in enumerate(ranks(world).run("tests.cases.replicas:beside", kind=kind, sizes=sizes)):
@@ -29,7 +29,7 @@ def test_a_step_is_skipped_in_its_replica_alone(ranks: Any, kind: str) -> None:
         assert r["skipped"] == (r["replica"][0] == 0) and r["same"] and all(r["losses"]), r
 
 
-@pytest.mark.parametrize("kind,sizes", daily(["ddp", "fsdp2", "zero2", "zero3"], [[1, 1], [2, 1]]), ids=joined)
+@pytest.mark.parametrize("kind,sizes", daily(["ddp", "fsdp2", "zero2", "zero3"], [[1, 1], [2, 1]]), ids=str)
 def test_a_bit_of_difference_is_found_again(ranks: Any, tmp_path: Path, kind: str, sizes: list[int]) -> None:
     """Law 8, of each family that there is."""
     out = ranks(sum(sizes)).run("tests.cases.replicas:kept_apart", kind=kind, sizes=sizes, path=str(tmp_path))
