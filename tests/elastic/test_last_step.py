@@ -24,14 +24,15 @@ import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
 
 folder, endpoint, event = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-name = os.environ.get("ELASTIC_LSOPT_WORKER", "")
+node, name = os.environ["ELASTIC_LSOPT_NODE"], os.environ.get("ELASTIC_LSOPT_WORKER", "")
+late = node == "n3" or event == "a worker comes" and name.endswith("-2")
 rows = [(torch.randn(12, generator=torch.Generator().manual_seed(i)), i % 5) for i in range(96)]
 collate = lambda rows: (torch.stack([x for x, _ in rows]), torch.tensor([y for _, y in rows]))
 loss = lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 def build(world):
-    while event == "a worker comes" and name.endswith("-2") and not (folder / "finishing").exists():
-        time.sleep(0.02)                               # in its warm-up, until the other one has made all steps
+    while late and not (folder / "finishing").exists():
+        time.sleep(0.02)                               # in its warm-up, until the others have made all steps
     torch.manual_seed(0)
     model = fully_shard(torch.nn.Linear(12, 5))
     backend = backend_for(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -44,7 +45,7 @@ def build(world):
 def note(job, row):
     with (folder / f"steps-{os.getpid()}.jsonl").open("a") as out:
         print(json.dumps(row), file=out)
-    if event == "n2 leaves" and row["step"] == STEPS - 1 and os.environ["ELASTIC_LSOPT_NODE"] == "n2":
+    if event == "n2 leaves" and row["step"] == STEPS - 1 and node == "n2":
         os.kill(os.getppid(), signal.SIGTERM)          # this node is told to go
         time.sleep(1.0)                                # its agent says so, and the flag rides on the last step
 
