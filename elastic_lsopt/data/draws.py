@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -31,7 +32,7 @@ from elastic_lsopt.space.noise import block_seed
 _TORCH_SEED, _NUMPY_SEED = 2**63 - 1, 2**32 - 1
 
 
-class Draws:
+class Draws(ABC):
     """Where the numbers of the next sample start: at the run's `seed` and the sample's own key."""
 
     def __init__(self, seed: int) -> None:
@@ -41,8 +42,8 @@ class Draws:
         """What is drawn from here on depends on (seed, key) alone. Costs 10 to 40 us."""
         self._start(block_seed(self.seed, "data", *key))
 
-    def _start(self, seed: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _start(self, seed: int) -> None: ...
 
 
 @contextmanager

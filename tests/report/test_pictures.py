@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from elastic_lsopt.probes.presets import STUDIED
 from elastic_lsopt.report.pictures import draw_over_training as over_training
 from elastic_lsopt.report.pictures import draw_spectrum as spectrum
 from elastic_lsopt.report.pictures import draw_study as study_pictures
@@ -247,6 +248,13 @@ def test_ranking_falls_and_says_what_is_not_told_from_zero() -> None:
     ranks = study_pictures.ranking(Run("study", study={"measures": told | {"d": None}}))
     assert [rank.name for rank in ranks] == ["c", "a", "b", "d"]
     assert [rank.sure for rank in ranks] == [True, False, False, False]
+
+
+def test_no_label_of_a_studys_own_measures_is_cut(drawn: list[Any], tmp_path: Path) -> None:
+    told = {name: {"tau": 0.1, "interval": [-0.1, 0.3]} for name in STUDIED}
+    study_pictures.draw_ranking(Run("study", study={"measures": told}), tmp_path)
+    labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    assert len(labels) == len(STUDIED) and not [label for label in labels if "…" in label]
 
 
 def test_scatter_has_a_point_a_model_in_the_order_of_the_ranking(drawn: list[Any], tmp_path: Path) -> None:
