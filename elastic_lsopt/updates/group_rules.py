@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -81,14 +82,14 @@ def now(rule: Rule, group: Mapping[str, Any]) -> Update | type[torch.optim.Optim
     """The rule with the hyper-parameters that its param group says now."""
     if is_torch(rule):
         return rule
-    kind = cast(Any, rule)
-    if not is_dataclass(kind):
-        return kind
-    said = {f.name: group[f.name] for f in fields(kind) if f.name in group}
+    said = {name: group[name] for name in known_entries(rule) if name in group}
+    if isinstance(rule, Update) and not said:
+        return rule
+    make: Any = rule if isinstance(rule, type) else partial(replace, cast(Any, rule))
     try:
-        return kind(**said) if isinstance(rule, type) else replace(kind, **said)
+        return make(**said)
     except (TypeError, ValueError) as error:
-        raise UserError(f"update {name_of(kind)!r}: {error}") from None
+        raise UserError(f"update {name_of(rule)!r}: {error}") from None
 
 
 def _of_torch(kind: type[torch.optim.Optimizer], said: Mapping[str, Any]) -> dict[str, Any]:
