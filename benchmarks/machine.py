@@ -18,14 +18,15 @@ LIBRARIES = (
 """Whose versions a result holds; older results hold those of the first four."""
 
 
-def commit() -> str:
+def commit(checkout: Path = ROOT) -> str:
     """The short commit, with "-dirty" where tracked files outside of results/ differ from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if dirty else "")
-
-
-def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def describe() -> dict[str, object]:

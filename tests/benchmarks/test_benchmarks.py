@@ -93,7 +93,7 @@ def test_top_eigenvalues_have_the_residuals_that_are_claimed() -> None:
 
 
 def test_spectral_density_of_both_has_one_trace() -> None:
-    figures = curvature_spectra.density("toy", vectors=5, steps=10, turns=2)
+    figures = curvature_spectra.density("toy", vectors=4, steps=6, turns=2)
     names = [f"spectral_density_{name}_trace" for name in ("ours", "hessian_eigenthings")]
     (ours, theirs), errors = ([figures[f"{n}{end}"] for n in names] for end in ("", "_standard_error"))
     assert abs(ours - theirs) <= 4 * math.hypot(*errors)  # type: ignore[operator, arg-type]

@@ -14,13 +14,13 @@ from elastic_lsopt.config.probes import ProbeConfig
 from tests.jobs import LLAMA, command, losses, rows, run, write_job
 
 PROBES: dict[str, Any] = {
-    "lambda_max": {"every_steps": 4, "budget": 1.0, "tolerance": 1.0e-4},
+    "lambda_max": {"every_steps": 4, "budget": 1.0, "tolerance": 1.0e-3},
     "trace_of_a_layer": {
         "measure": "trace", "every_samples": 21, "budget": 1.0, "samples": 3, "parameters": "model.layers.0.*",
     },
     "edge_of_stability": {"every_steps": 8, "budget": 1.0},
     "noise_scale": {"every_steps": 8, "budget": 1.0},
-    "trajectory": {"every_steps": 2, "budget": 1.0, "align": 2},
+    "trajectory": {"every_steps": 4, "budget": 1.0, "align": 2},
     "rare": {"measure": "gradient_norm", "every_steps": 1, "budget": 1.0e-6},
 }  # fmt: skip
 
@@ -47,7 +47,7 @@ def measured(folder: Path, name: str) -> dict[int, Any]:
 def test_each_at_its_steps(runs: dict[str, Path]) -> None:
     assert list(measured(runs["two"], "lambda_max")) == [4, 8]
     assert list(measured(runs["two"], "trace_of_a_layer")) == [3, 6]  # 7 samples a step
-    assert list(measured(runs["two"], "trajectory")) == [2, 4, 6, 8]
+    assert list(measured(runs["two"], "trajectory")) == [4, 8]
     assert list(measured(runs["two"], "rare")) == [1], "a budget of a millionth is used up by the first measurement"
 
 

@@ -25,7 +25,7 @@ from tests.processes.warm import BIN, Popen, run
 
 SETTINGS = {
     "eval_fraction": 0.8, "stop_loss": 0.2, "max_epochs": 100, "bootstrap_draws": 200,
-    "measures": ["epsilon_sharpness", "weight_norm"],
+    "measures": ["epsilon_sharpness", "weight_norm"], "workers": 1,
     "grid": {"width": [8, 16], "learning_rate": [0.1, 0.05], "momentum": [0.9]},
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ def lines(out: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, str]:
     """The folder and the output of an undisturbed study."""
-    path, out = write(tmp_path_factory.mktemp("study"))
+    path, out = write(tmp_path_factory.mktemp("study"), workers=2)
     return out, studied(path)
 
 
@@ -78,7 +78,7 @@ def test_end_to_end(whole):
 
 def test_killed_and_started_again_it_does_nothing_twice_and_ends_with_the_same_numbers(whole, tmp_path):
     path, out = write(tmp_path)
-    command = [str(BIN / "elastic-lsopt"), "study", str(path), "workers=1"]
+    command = [str(BIN / "elastic-lsopt"), "study", str(path)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with Popen(command, env=rank_environment(), **quiet) as first:
         until = time.monotonic() + 120
