@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.chaos_table import chaos_table
 from benchmarks.machine import LIBRARIES, commit, describe
+from benchmarks.paired import paired_table
 from benchmarks.suite import suite_table
 from benchmarks.targets import TARGETS, rows
 
@@ -61,7 +62,12 @@ def page(folder: Path) -> str:
     """The README of a folder of results."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     sections = (section(name, kind, runs) for name in NAMES for kind in ("cpu", "cuda"))
-    return "\n".join([HEAD, *sections, chaos_table(folder / "chaos.jsonl"), suite_table(folder / "suite.jsonl")])
+    more = (
+        paired_table(folder / "paired.jsonl"),
+        chaos_table(folder / "chaos.jsonl"),
+        suite_table(folder / "suite.jsonl"),
+    )
+    return "\n".join([HEAD, *sections, *more])
 
 
 def section(name: str, kind: str, runs: list[dict[str, Any]]) -> str:
