@@ -16,6 +16,8 @@ NAME = "gloo, reconfigured" if VERSION >= (2, 14) else "gloo"
 
 def test_chosen_by_device_and_torch() -> None:
     assert isinstance(fabric_for("cuda"), NCCL)
+    built_with_nccl = hasattr(torch.distributed, "ProcessGroupNCCL2")
+    assert fabric_for("cuda").name == ("nccl2, reconfigured" if VERSION >= (2, 14) and built_with_nccl else "nccl")
     assert fabric_for("cpu").name == NAME
     assert Reconfigured.supported() == (VERSION >= (2, 14))
 

@@ -189,7 +189,7 @@ def test_all_ranks_raise_in_the_displaced_pass_and_training_goes_on(ranks: Any, 
         (2, "backward", True),
         (3, "backward", True),
         pytest.param(3, "forward", False, marks=pytest.mark.full),
-    ],  # fmt: skip
+    ],
 )
 def test_one_rank_raises_in_the_displaced_pass(stage: int, where: str, bf16: bool) -> None:
     """Its peer learns of it inside a collective; both have their weights, and all copies after `resync`."""

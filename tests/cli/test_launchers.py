@@ -45,7 +45,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], We
         ("fsdp2", "none", "torchrun"),
         ("fsdp2", "none", "deepspeed"),
         pytest.param("zero3", "torchrun", "deepspeed", marks=pytest.mark.full),
-    ],  # fmt: skip
+    ],
 )
 def test_the_launcher_changes_no_bit(
     weights: Callable[[str, str], Weights], backend: str, one: str, other: str

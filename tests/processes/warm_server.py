@@ -241,7 +241,10 @@ def warm() -> None:
 
     own = {m.name for m in pkgutil.walk_packages(elastic_lsopt.__path__, "elastic_lsopt.")}
     own -= {f"elastic_lsopt.{name}" for name in ("__main__", "agent", "train", "space.noise_triton")}
-    for name in [*MODULES, *sorted(own)]:
+    for name in MODULES:
+        with suppress(ModuleNotFoundError):  # another version of a library has others
+            importlib.import_module(name)
+    for name in sorted(own):
         importlib.import_module(name)
 
 

@@ -3,7 +3,7 @@
 [Note: how NCCL is broken] A kernel that waits for a dead peer waits for ever, and so does the host that waits for it.
 `abort` of every communicator, from another thread than the one that waits, ends both. It must find communicators that
 do not block (`config.blocking = 0`) and no watchdog that would end the process first: both are settings of the process,
-made before the first group. Until torch 2.13; the library that comes after it revokes by itself.
+made before the first group. For torch 2.14 and later there is `ReconfiguredNCCL`.
 """
 
 from __future__ import annotations
