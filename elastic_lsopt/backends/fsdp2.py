@@ -139,9 +139,8 @@ class FSDP2(Backend):
     def repair(self) -> None:
         super().repair()
         for module in self._modules:
-            state = module._get_fsdp_state()
-            if state._is_root:
-                module.reset_iter_state()  # a pass that an exception ended leaves gathers and reductions behind
+            if module._get_fsdp_state()._is_root:
+                _forget_pass(module)
 
     @property
     def forward(self) -> Any:
@@ -207,6 +206,34 @@ def _fsdp_modules(model: nn.Module | None) -> list[FSDPModule]:
 def _parameters(module: FSDPModule) -> Iterable[nn.Parameter]:
     assert isinstance(module, nn.Module)
     return module.parameters()
+
+
+def _forget_pass(root: FSDPModule) -> None:
+    """Let go of the gathers, reductions and marks that a pass leaves behind when an exception ends it."""
+    if hasattr(root, "reset_iter_state"):
+        root.reset_iter_state()
+        return
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    # torch 2.11 keeps the same state and has no function for it: what each step of a pass sets, in its order.
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    state: Any = root._get_fsdp_state()
+    state._comm_ctx.all_gather_state = state._comm_ctx.reduce_scatter_state = None
+    state._comm_ctx.post_forward_order.clear()
+    for each in state._state_ctx.all_states:
+        each._modules_to_run_forward.clear()
+        each._training_state = TrainingState.IDLE
+        if (group := each._fsdp_param_group) is not None:
+            if group._all_gather_result is not None and group._all_gather_result.all_gather_work is not None:
+                group._all_gather_result.all_gather_work.wait()
+            group._all_gather_result = group._post_reduce_event = group._all_reduce_state = None
+            group._reshard_after_forward_event = group._partial_reduce_output = None
+            group._post_forward_indices.clear()
+            group._training_state = TrainingState.IDLE
+            group._to_sharded()
+    state._state_ctx.iter_forward_root = None
+    state._state_ctx.post_backward_final_callback_queued = False
 
 
 def _refuse(name: str, p: nn.Parameter) -> None:
