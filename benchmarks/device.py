@@ -13,8 +13,8 @@ import torch
 
 import elastic_lsopt as lso
 from benchmarks.models import SIZES, beside, engine, units
+from benchmarks.step.updates import adamw, muon, of
 from benchmarks.timing import ratio_of, rounds, seconds
-from benchmarks.updates import adamw, muon, of
 from benchmarks.workers import on_ranks
 from elastic_lsopt.averages.ema import EMA
 from elastic_lsopt.elastic.memory.versions import HostVersions

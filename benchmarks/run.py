@@ -17,10 +17,11 @@ from benchmarks.suite import suite_table
 from benchmarks.targets import TARGETS, rows
 
 NAMES = {
-    "imports": "imports", "noise": "noise", "one_process": "one_process", "steps": "steps", "memory": "memory",
-    "curvature": "curvature.products", "curvature_spectra": "curvature.spectra", "curvature_memory": "curvature.memory",
-    "elastic": "elastic.recovery", "elastic_agent": "elastic.agent", "elastic_layer": "elastic.layer",
-    "membership_simulation": "elastic.membership_simulation", "updates": "updates", "device": "device",
+    "imports": "imports", "noise": "noise", "one_process": "one_process", "steps": "step.methods",
+    "memory": "step.memory", "curvature": "curvature.products", "curvature_spectra": "curvature.spectra",
+    "curvature_memory": "curvature.memory", "elastic": "elastic.recovery", "elastic_agent": "elastic.agent",
+    "elastic_layer": "elastic.layer",
+    "membership_simulation": "elastic.membership_simulation", "updates": "step.updates", "device": "device",
 }  # fmt: skip
 """Benchmarks, as results call them, and their modules."""
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from elastic_lsopt.optimizers.sam import SAM
     from elastic_lsopt.oracle.loss import Loss
     from elastic_lsopt.oracle.microbatch import MicroBatch
-    from elastic_lsopt.oracle.report import StepReport
+    from elastic_lsopt.oracle.step_report import StepReport
     from elastic_lsopt.space.vector import Scales
-    from elastic_lsopt.updates.adapter import UpdateOptimizer
     from elastic_lsopt.updates.lamb import LAMB
     from elastic_lsopt.updates.lars import LARS
     from elastic_lsopt.updates.muon import Muon
     from elastic_lsopt.updates.update import Update
+    from elastic_lsopt.updates.update_optimizer import UpdateOptimizer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -104,10 +104,10 @@ _HOMES = {
     "StaleGradient": "errors",
     "StaleWeights": "errors",
     "StepLoader": "data.loader",
-    "StepReport": "oracle.report",
+    "StepReport": "oracle.step_report",
     "Unsupported": "errors",
     "Update": "updates.update",
-    "UpdateOptimizer": "updates.adapter",
+    "UpdateOptimizer": "updates.update_optimizer",
     "UserError": "errors",
     "attach": "api.attach",
     "initialize": "api.initialize",

@@ -28,7 +28,7 @@ WAITING = {
 """Files of the first lane, with about how many seconds they take."""
 LONG = {
     "tests/backends/test_zero.py": 155, "tests/oracle/test_products.py": 115, "tests/benchmarks/test_benchmarks.py": 95,
-    "tests/study/test_run.py": 80, "tests/cli/test_probe.py": 70, "tests/elastic/memory/test_reshard.py": 65,
+    "tests/study/test_whole_study.py": 80, "tests/cli/test_probe.py": 70, "tests/elastic/memory/test_reshard.py": 65,
     "tests/cli/test_train.py": 65, "tests/report/test_page.py": 60,
     "tests/elastic/membership/test_membership_search.py": 55,
     "tests/cli/test_launchers.py": 55, "tests/space/test_noise.py": 55, "tests/data/test_loader.py": 55,

@@ -22,7 +22,7 @@ from elastic_lsopt.oracle.family import Family, Stateful
 from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
-from elastic_lsopt.oracle.report import Piggyback, StepReport
+from elastic_lsopt.oracle.step_report import Piggyback, StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.optimizers import registry
-from elastic_lsopt.updates.adapter import UpdateOptimizer
 from elastic_lsopt.updates.registry import updates
+from elastic_lsopt.updates.update_optimizer import UpdateOptimizer
 from elastic_lsopt.updates.whole_matrices import muon_beside_adamw, not_for_muon
 
 Base = Callable[[Any], torch.optim.Optimizer]

@@ -20,10 +20,10 @@ from elastic_lsopt.oracle.closure_oracle import ClosureOracle
 from elastic_lsopt.oracle.curvature.compute_type import FP16
 from elastic_lsopt.oracle.family import Family, Stateful
 from elastic_lsopt.oracle.method import Method, State
-from elastic_lsopt.oracle.report import StepReport
+from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
-from elastic_lsopt.updates.adapter import updates_of
+from elastic_lsopt.updates.update_optimizer import updates_of
 
 C = TypeVar("C", bound=Callable[[], Any])
 SAMPLES, STEPS = "landscape_samples", "landscape_steps"

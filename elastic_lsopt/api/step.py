@@ -18,12 +18,12 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.family import Family, Kept, MethodFamily, Stateful
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.oracle import Oracle
-from elastic_lsopt.oracle.report import FAITHFUL, Piggyback, StepReport, log, warn_unfaithful
+from elastic_lsopt.oracle.step_report import FAITHFUL, Piggyback, StepReport, log, warn_unfaithful
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.perturbation import Fidelity
 from elastic_lsopt.space.upload import on_device
 from elastic_lsopt.space.vector import BorrowedGradient, Vector
-from elastic_lsopt.updates.adapter import updates_of
+from elastic_lsopt.updates.update_optimizer import updates_of
 
 
 @dataclass

@@ -23,7 +23,7 @@ from elastic_lsopt.oracle.default_loss import as_loss
 from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
-from elastic_lsopt.oracle.report import log
+from elastic_lsopt.oracle.step_report import log
 from elastic_lsopt.probes.catalogue import ProbeContext, measure
 from elastic_lsopt.probes.measurement import Measurement
 from elastic_lsopt.space.geometry import ParameterSpace

@@ -20,7 +20,7 @@ from elastic_lsopt.averages.average import Average
 from elastic_lsopt.averages.registry import register
 from elastic_lsopt.by_name import require_count, require_share
 from elastic_lsopt.oracle.method import State
-from elastic_lsopt.oracle.report import StepReport
+from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 

@@ -23,7 +23,7 @@ from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.space.dealing import Dealing
 from elastic_lsopt.space.layout import Piece
 from elastic_lsopt.space.vector import Vector
-from elastic_lsopt.updates.adapter import updates_of
+from elastic_lsopt.updates.update_optimizer import updates_of
 
 
 class Backend(GradientEngine):

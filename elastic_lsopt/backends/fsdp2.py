@@ -26,7 +26,7 @@ from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.errors import Unsupported
 from elastic_lsopt.space.layout import Layout, Parameter, Piece
 from elastic_lsopt.space.vector import Vector
-from elastic_lsopt.updates.adapter import updates_of
+from elastic_lsopt.updates.update_optimizer import updates_of
 
 
 class FSDP2(Backend):

@@ -33,7 +33,7 @@ from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.layout import Piece
 from elastic_lsopt.space.vector import Vector
-from elastic_lsopt.updates.adapter import updates_of
+from elastic_lsopt.updates.update_optimizer import updates_of
 
 log = logging.getLogger("elastic_lsopt")
 Fill = Callable[[dict[str, Held]], None]

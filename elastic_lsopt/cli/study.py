@@ -17,7 +17,7 @@ from rich.table import Table
 from elastic_lsopt.cli.report import report
 from elastic_lsopt.config.study import StudyConfig, read_study
 from elastic_lsopt.study.ranking import Ranking
-from elastic_lsopt.study.run import Progress, Result, best_first, run_study
+from elastic_lsopt.study.study import Progress, Result, best_first, run_study
 
 LINE_EVERY_S = 10.0
 

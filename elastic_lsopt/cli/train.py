@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from elastic_lsopt.cli.job import Job, read_job
+from elastic_lsopt.cli.job_file import Job, read_job
 from elastic_lsopt.cli.validate import check_paths
 from elastic_lsopt.errors import UserError
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from elastic_lsopt.cli.job import Job, read_job
+from elastic_lsopt.cli.job_file import Job, read_job
 from elastic_lsopt.config.deepspeed_json import read_deepspeed_json, zero_stage
 from elastic_lsopt.config.import_paths import import_paths
 from elastic_lsopt.config.settings import ADAMS, BUILTIN_DATASETS, SettingError, TrainConfig, landscape_fields, lr_rule

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.method import Method, State
-from elastic_lsopt.oracle.report import StepReport
+from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 

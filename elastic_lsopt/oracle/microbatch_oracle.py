@@ -20,7 +20,7 @@ from elastic_lsopt.oracle.oracle import Oracle, Part
 from elastic_lsopt.oracle.replay.buffers import still_buffers
 from elastic_lsopt.oracle.replay.forward_time import ForwardTime
 from elastic_lsopt.oracle.replay.slot import Slot
-from elastic_lsopt.oracle.report import Piggyback
+from elastic_lsopt.oracle.step_report import Piggyback
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.noise import block_seed
 from elastic_lsopt.space.upload import on_device

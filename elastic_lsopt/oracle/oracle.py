@@ -26,7 +26,7 @@ from elastic_lsopt.oracle.curvature.compute_type import observed
 from elastic_lsopt.oracle.curvature.differences import Product
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.oracle.replay.buffers import still_buffers
-from elastic_lsopt.oracle.report import Piggyback
+from elastic_lsopt.oracle.step_report import Piggyback
 from elastic_lsopt.space.geometry import ParameterSpace, local_square
 from elastic_lsopt.space.upload import on_device
 from elastic_lsopt.space.vector import BorrowedGradient, Vector

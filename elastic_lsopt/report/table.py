@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from elastic_lsopt.report.measures import Measure, measure
+from elastic_lsopt.report.measure_names import Measure, measure
 from elastic_lsopt.report.pictures.draw_spectrum import ritz_values
 from elastic_lsopt.report.run import EIGENVALUES, Reading, Run
 

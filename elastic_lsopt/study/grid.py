@@ -3,7 +3,7 @@
     id = blake2b(settings of the network, how it is trained, on what, the study's seed)
 
 So a study that is started again, with more values in its grid, finds what it has done before; and one with another
-`stop_loss` does not take old results for its own. Measures are no part of it: see `record.py`.
+`stop_loss` does not take old results for its own. Measures are no part of it: see `cells_file.py`.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from elastic_lsopt.errors import Diverged, UserError
 from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.oracle.microbatch import MicroBatch
-from elastic_lsopt.oracle.report import StepReport
+from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.schedules.learning_rate import LearningRate
 from elastic_lsopt.training.building.engines import build_engine, plain_loss_of
 from elastic_lsopt.training.console import Console

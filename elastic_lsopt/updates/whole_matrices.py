@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from elastic_lsopt.updates.adapter import UpdateOptimizer
 from elastic_lsopt.updates.muon import Muon
+from elastic_lsopt.updates.update_optimizer import UpdateOptimizer
 
 
 def not_for_muon(model: nn.Module) -> frozenset[str]:

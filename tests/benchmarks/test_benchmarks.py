@@ -25,7 +25,7 @@ fast = pytest.mark.fast
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [pytest.param("ddp", marks=fast), pytest.param("fsdp2", marks=fast), "zero2", "zero3"])
 def test_steps(ranks: Callable[[int], Ranks], kind: str) -> None:
-    figures = ranks(2).run("benchmarks.steps:compare", kind=kind, size="toy")[0]
+    figures = ranks(2).run("benchmarks.step.methods:compare", kind=kind, size="toy")[0]
     assert figures[f"sam_{kind}_of_two_base_steps"] > 0
     assert figures[f"lpf_sgd_{kind}_of_base_step"] > 0
 
@@ -40,7 +40,7 @@ def test_one_process() -> None:
 @fast
 def test_memory_counts_the_weights_copy(ranks: Callable[[int], Ranks]) -> None:
     # On DDP each rank keeps one copy of all weights while perturbed, and nothing of the toy's size hides it.
-    figures = ranks(2).run("benchmarks.memory:measure", kind="ddp", size="toy", bf16=False)[0]
+    figures = ranks(2).run("benchmarks.step.memory:measure", kind="ddp", size="toy", bf16=False)[0]
     assert figures["displaced_ddp_fp32_bytes"] == pytest.approx(figures["ddp_fp32_shard_bytes"], rel=0.01)
     assert figures["sam_ddp_fp32_extra_bytes"] == pytest.approx(figures["ddp_fp32_shard_bytes"], rel=0.05)
 
@@ -56,11 +56,11 @@ def test_products() -> None:
 
 @pytest.mark.long
 def test_updates_and_an_average(ranks: Callable[[int], Ranks]) -> None:
-    figures = ranks(2).run("benchmarks.updates:steps", kind="zero2", size="toy")[0]
+    figures = ranks(2).run("benchmarks.step.updates:steps", kind="zero2", size="toy")[0]
     assert all(figures[f"{name}_zero2_step_of_adamw"] > 0 for name in ("lars", "lamb", "muon"))
-    figures = ranks(2).run("benchmarks.updates:ema", kind="zero2", size="toy")[0]
+    figures = ranks(2).run("benchmarks.step.updates:ema", kind="zero2", size="toy")[0]
     assert figures["ema_zero2_bytes_of_fp32_shard"] == pytest.approx(1.0, abs=0.01)
-    assert ranks(2).run("benchmarks.updates:muons_own_step", size="toy")[0]["muon_own_step_of_torch_on_one"] > 0
+    assert ranks(2).run("benchmarks.step.updates:muons_own_step", size="toy")[0]["muon_own_step_of_torch_on_one"] > 0
 
 
 @pytest.mark.long
@@ -82,6 +82,7 @@ def test_products_under_fsdp2_count_what_they_exchange(ranks: Callable[[int], Ra
     assert figures["product_kept_fsdp2_of_gradient"] > 0
 
 
+@pytest.mark.full  # the laws of tests/probes/spectrum run each day
 def test_top_eigenvalues_have_the_residuals_that_are_claimed() -> None:
     figures = curvature_spectra.top("toy", most=5)
     assert figures["top5_ours_largest_residual"] <= 1e-3  # type: ignore[operator]

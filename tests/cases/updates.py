@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 import elastic_lsopt as lso
 from elastic_lsopt.averages.ema import EMA
-from elastic_lsopt.updates.adapter import UpdateOptimizer
 from elastic_lsopt.updates.lamb import LAMB as LAMB_RULE
 from elastic_lsopt.updates.muon import Muon
+from elastic_lsopt.updates.update_optimizer import UpdateOptimizer
 from tests.cases import engines
 from tests.cases.laws import DTYPES, STEPS
 from tests.oracles import paper_loops, updates

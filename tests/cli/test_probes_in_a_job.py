@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import elastic_lsopt as lso
-from elastic_lsopt.cli.job import read_job
+from elastic_lsopt.cli.job_file import read_job
 from elastic_lsopt.config.probes import ProbeConfig
 from tests.jobs import LLAMA, command, losses, rows, run, write_job
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from elastic_lsopt.cli.job import read_job
+from elastic_lsopt.cli.job_file import read_job
 from elastic_lsopt.config.load import load_config
 from elastic_lsopt.training.datasets.samples import build_data
 from tests.jobs import LLAMA, TINY, Started, command, in_ranks, losses, rows, run, write_job

@@ -108,7 +108,7 @@ def test_texts_with_labels_and_the_folder_that_comes_out(run: Run, folder: Path)
     """DDP on two ranks; the exported classifier has, in a plain loop, the held-out loss of the last row."""
     from transformers import AutoModelForSequenceClassification
 
-    from elastic_lsopt.cli.job import read_job
+    from elastic_lsopt.cli.job_file import read_job
     from elastic_lsopt.training.datasets.samples import build_data
 
     data = folder / "labels.jsonl"

@@ -21,7 +21,7 @@ from elastic_lsopt.backends.zero.adapter import zero_backend
 from elastic_lsopt.backends.zero.tested import refuse_untested
 from elastic_lsopt.backends.zero.zero_backend import ZeroBackend, check_version
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.updates.adapter import updates_of
+from elastic_lsopt.updates.update_optimizer import updates_of
 
 # Set by the launchers whose environment DeepSpeed reads (the second by Open MPI).
 LAUNCHED = ("RANK", "OMPI_COMM_WORLD_SIZE")

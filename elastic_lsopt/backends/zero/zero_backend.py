@@ -27,7 +27,7 @@ from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.errors import NonFinite, Unsupported, UserError
 from elastic_lsopt.space.layout import Layout, Parameter, Piece
 from elastic_lsopt.space.vector import Vector
-from elastic_lsopt.updates.adapter import updates_of
+from elastic_lsopt.updates.update_optimizer import updates_of
 
 VERSIONS = ("0.19.8",)
 # All that is read or written of DeepSpeed beyond its documented interface, by class. Nothing else may be used.

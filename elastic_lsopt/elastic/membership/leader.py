@@ -10,8 +10,8 @@ from elastic_lsopt.elastic.membership.generation import FINISHED, Change, Genera
 from elastic_lsopt.elastic.membership.outbox import Outbox
 from elastic_lsopt.elastic.membership.quorum import Accepted, Ask, Ballot, Vote, decides, quorum_time
 from elastic_lsopt.elastic.membership.record import AskWitness, Enter, KillWorkers, Leave, Note, Record, WitnessSaid
+from elastic_lsopt.elastic.membership.shared_map import Table
 from elastic_lsopt.elastic.membership.state import Campaign, Peer
-from elastic_lsopt.elastic.membership.table import Table
 
 
 class Leader(Outbox):

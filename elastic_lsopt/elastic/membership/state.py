@@ -8,7 +8,7 @@ from math import inf
 from elastic_lsopt.elastic.membership.generation import Change, Generation
 from elastic_lsopt.elastic.membership.quorum import Accepted, Ballot, Vote
 from elastic_lsopt.elastic.membership.record import Record, Remembered, Rules
-from elastic_lsopt.elastic.membership.table import Table
+from elastic_lsopt.elastic.membership.shared_map import Table
 
 EMPTY: Table = Table()
 

@@ -47,7 +47,7 @@ from elastic_lsopt.elastic.worker.same_data import SameData
 from elastic_lsopt.elastic.worker.ties import Ties
 from elastic_lsopt.errors import PeerFailed, UserError
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.report import Piggyback
+from elastic_lsopt.oracle.step_report import Piggyback
 from elastic_lsopt.plan import Plan, Policy, Worker, plan
 from elastic_lsopt.schedules.adascale import Gain, measured
 from elastic_lsopt.world import World, device_of

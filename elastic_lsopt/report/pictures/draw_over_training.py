@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic_lsopt.report.measures import SPECIAL, measure
+from elastic_lsopt.report.measure_names import SPECIAL, measure
 from elastic_lsopt.report.pictures.style import (
     BLUE,
     GREEN,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastic_lsopt.report.measures import measure
+from elastic_lsopt.report.measure_names import measure
 from elastic_lsopt.report.pictures.style import BLUE, GREY, RED, canvas, plain, save, short, tidy
 from elastic_lsopt.report.run import Run, finite, number, numbers
 

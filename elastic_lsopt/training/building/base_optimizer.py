@@ -19,10 +19,10 @@ from elastic_lsopt.by_name import nearest
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.updates import registry
-from elastic_lsopt.updates.adapter import UpdateOptimizer
 from elastic_lsopt.updates.group_rules import Rule as Update
 from elastic_lsopt.updates.group_rules import entries, is_torch, known_entries, resolved
 from elastic_lsopt.updates.param_groups import Rule, assign, unused
+from elastic_lsopt.updates.update_optimizer import UpdateOptimizer
 from elastic_lsopt.updates.whole_matrices import not_for_muon
 
 TORCH = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}

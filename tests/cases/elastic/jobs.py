@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from elastic_lsopt.cli.job import read_job
+from elastic_lsopt.cli.job_file import read_job
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.training.building.engines import build_engine
 from elastic_lsopt.training.building.models import build_model

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from elastic_lsopt.cli.job import read_job
+from elastic_lsopt.cli.job_file import read_job
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import build_data
 from elastic_lsopt.training.loop import TrainingRun

@@ -27,8 +27,8 @@ from elastic_lsopt.elastic.membership.record import (
     Tick,
     WorkerReady,
 )
+from elastic_lsopt.elastic.membership.shared_map import Table
 from elastic_lsopt.elastic.membership.state import State
-from elastic_lsopt.elastic.membership.table import Table
 from elastic_lsopt.errors import UserError
 from tests.elastic.membership.model import Place, World, begin
 

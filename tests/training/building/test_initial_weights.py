@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import elastic_lsopt as lso
-from elastic_lsopt.cli.job import read_job
+from elastic_lsopt.cli.job_file import read_job
 from elastic_lsopt.report.run import Run
 from elastic_lsopt.report.sections import SECTIONS
 from elastic_lsopt.report.write import how_to_get

@@ -18,11 +18,11 @@ from typing import Any
 
 from elastic_lsopt.config.study import AXES, StudyConfig
 from elastic_lsopt.study.cell import IMPORTED_LATE, Task, train_and_measure
+from elastic_lsopt.study.cells_file import Line, Record
 from elastic_lsopt.study.grid import cells
 from elastic_lsopt.study.measures import chosen
 from elastic_lsopt.study.pool import run
 from elastic_lsopt.study.ranking import Ranking, rank
-from elastic_lsopt.study.record import Line, Record
 
 STUDY, RANKING, MODELS = "study.json", "ranking.csv", "models.csv"
 GAP, LOSS_GAP = "gap", "loss_gap"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from elastic_lsopt.config.ranges import SettingError
-from elastic_lsopt.study.record import CELLS, Record
+from elastic_lsopt.study.cells_file import CELLS, Record
 
 pytestmark = pytest.mark.fast
 

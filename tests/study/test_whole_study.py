@@ -19,7 +19,7 @@ from scipy.stats import kendalltau
 from elastic_lsopt.cli.main import main
 from elastic_lsopt.cli.study import ranking_table
 from elastic_lsopt.config.study import StudyConfig
-from elastic_lsopt.study.run import ranked
+from elastic_lsopt.study.study import ranked
 from tests.processes.ranks import rank_environment
 from tests.processes.warm import BIN, Popen, run
 

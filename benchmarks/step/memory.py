@@ -113,5 +113,5 @@ def run() -> dict[str, object]:
     size = "gpu" if torch.cuda.is_available() else "cpu"
     figures: dict[str, object] = {"size": size}
     for kind, bf16 in CASES:
-        figures |= on_ranks("benchmarks.memory:measure", kind=kind, size=size, bf16=bf16)
+        figures |= on_ranks("benchmarks.step.memory:measure", kind=kind, size=size, bf16=bf16)
     return figures

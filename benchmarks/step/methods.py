@@ -49,5 +49,5 @@ def run() -> dict[str, object]:
     size = "gpu" if torch.cuda.is_available() else "cpu"
     figures: dict[str, object] = {"size": size}
     for kind in BACKENDS:
-        figures |= on_ranks("benchmarks.steps:compare", kind=kind, size=size)
+        figures |= on_ranks("benchmarks.step.methods:compare", kind=kind, size=size)
     return figures

@@ -18,8 +18,8 @@ from benchmarks.models import SIZES, Size, engine, llama, units
 from benchmarks.timing import ratio_of, rounds
 from benchmarks.workers import on_ranks, world
 from elastic_lsopt.averages.ema import EMA
-from elastic_lsopt.updates.adapter import UpdateOptimizer
 from elastic_lsopt.updates.muon import Muon
+from elastic_lsopt.updates.update_optimizer import UpdateOptimizer
 
 BACKEND = "zero2"
 
@@ -117,6 +117,6 @@ def run() -> dict[str, object]:
     """On two ranks of a CPU, or one a device."""
     size = "gpu" if torch.cuda.is_available() else "cpu"
     figures: dict[str, object] = {"size": size, "ranks": world()}
-    figures |= on_ranks("benchmarks.updates:steps", kind=BACKEND, size=size)
-    figures |= on_ranks("benchmarks.updates:ema", kind=BACKEND, size=size)
-    return figures | on_ranks("benchmarks.updates:muons_own_step", size=size)
+    figures |= on_ranks("benchmarks.step.updates:steps", kind=BACKEND, size=size)
+    figures |= on_ranks("benchmarks.step.updates:ema", kind=BACKEND, size=size)
+    return figures | on_ranks("benchmarks.step.updates:muons_own_step", size=size)
