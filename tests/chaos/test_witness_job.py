@@ -23,7 +23,8 @@ START_S, BACK_S, END_S = 150.0, 60.0, 60.0
 
 
 @pytest.mark.parametrize(
-    "witness", [pytest.param(True, id="etcd"), pytest.param(False, id="none", marks=pytest.mark.full)]
+    "witness",
+    [pytest.param(True, id="etcd", marks=pytest.mark.full), pytest.param(False, id="none", marks=pytest.mark.full)],
 )
 def test_one_side_goes_on(tmp_path: Path, witness: bool) -> None:
     """etcd lies where only the side without the host reaches it; nothing but `elastic.witness` is set for it."""

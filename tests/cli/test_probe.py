@@ -113,6 +113,7 @@ def test_into_the_run_a_folder_each(trained: Path, tmp_path: Path, capsys: Any) 
         assert repr(answer["probes"]["weight_norm"]["value"]) in page
 
 
+@pytest.mark.full  # torchrun starts a job each day, in tests/cli/test_launchers.py
 def test_under_torchrun(trained: Path) -> None:
     out = trained / "torchrun"
     start = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "-m", "elastic_lsopt", "probe"]
