@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -75,6 +76,33 @@ def reference(
         "vectors": own / (engine.space.weights.local_bytes or 1),
     }  # fmt: skip
     engines.close(engine)
+    return out
+
+
+def counted(kind: str) -> dict[str, int]:
+    """How often a step calls `all_reduce`: with AdamW as base, with an EMA beside it, with LARS and with LAMB."""
+    calls, reduce = 0, dist.all_reduce
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return reduce(*args, **kwargs)
+
+    def adamw(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, lr=1e-3)
+
+    out = {}
+    for name, base, keep in (
+        ("adamw", adamw, []), ("ema", adamw, [EMA(decay=0.9)]), ("lars", ours("lars"), []), ("lamb", ours("lamb"), []),
+    ):  # fmt: skip
+        engine = engines.build(kind, engines.net(), lso.Plain(), base=base, clip=0.5, keep=keep)
+        first, second = engines.batches(2, 4)
+        engine.train_batch(engines.mine(first))
+        with patch.object(dist, "all_reduce", counting):
+            calls = 0
+            engine.train_batch(engines.mine(second))
+        out[name] = calls
+        engines.close(engine)
     return out
 
 

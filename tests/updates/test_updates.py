@@ -60,3 +60,10 @@ def test_under_a_method(ranks: Any, kind: str, world: int, update: str, method: 
 def test_at_rest(ranks: Any, kind: str, world: int, update: str) -> None:
     for r in ranks(world).run("tests.cases.updates:rested", kind=kind, update=update):
         assert r["dw"] <= 1e-12, r
+
+
+@pytest.mark.parametrize("kind,world", [("fsdp2", 2), ("zero2", 2)])
+def test_norms_cost_one_reduction_per_step_and_an_average_none(ranks: Any, kind: str, world: int) -> None:
+    for r in ranks(world).run("tests.cases.updates:counted", kind=kind):
+        assert r["adamw"] > 0 and r["ema"] == r["adamw"], r
+        assert r["lars"] == r["lamb"] == r["adamw"] + 1, r
