@@ -223,6 +223,11 @@ if __name__ == "__main__":
             sys.path.remove(str(HERE.parent))
             members(backend, int(side), Path(folder))
         case [other, *cases]:
-            main(Path(other).resolve(), cases or [*CASES, *(f"members_{backend}" for backend in MEMBERS)])
+            known = [*CASES, *(f"members_{backend}" for backend in MEMBERS)]
+            if unknown := [case for case in cases if case not in known]:
+                sys.exit(f"no case {', '.join(unknown)}; there are {', '.join(known)}.")
+            if not (Path(other) / ".venv/bin/python").exists():
+                sys.exit(f"{other} has no .venv/bin/python; give another checkout in which `make install` has run.")
+            main(Path(other).resolve(), cases or known)
         case _:
             sys.exit("python -m benchmarks.paired OTHER_CHECKOUT [cases]")

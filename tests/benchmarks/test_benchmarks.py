@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks import imports, one_process, run
+from benchmarks import imports, one_process, paired, run
 from benchmarks.chaos_table import chaos_table
 from benchmarks.curvature import products as curvature
 from benchmarks.curvature import spectra as curvature_spectra
@@ -17,7 +18,8 @@ from benchmarks.elastic import membership_simulation
 from benchmarks.models import TOY
 from benchmarks.targets import Target, rows
 from benchmarks.timing import ratio_of
-from tests.processes.ranks import Ranks
+from tests.processes.ranks import ROOT, Ranks, rank_environment
+from tests.processes.warm import run as run_command
 
 fast = pytest.mark.fast
 
@@ -206,3 +208,28 @@ def test_rows_put_figures_with_a_target_first() -> None:
 def test_an_unknown_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["stpes"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@fast
+def test_two_checkouts_take_turns_thing_by_thing() -> None:
+    """Both sides of a pair follow each other, and who is first turns round from one pair of a work to its next."""
+    works = 3
+    turns = [(turn // 2 % works, paired.side_of(turn, works)) for turn in range(4 * works)]
+    assert [work for work, _ in turns] == [0, 0, 1, 1, 2, 2] * 2
+    first, second = turns[: 2 * works], turns[2 * works :]
+    assert [side for _, side in first] == [0, 1] * works and [side for _, side in second] == [1, 0] * works
+
+
+@fast
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([str(ROOT), "stepz"], "no case stepz; there are steps_"),
+        (["/no/such"], "/no/such has no .venv/bin"),
+    ],
+)
+def test_a_wrong_pairing_is_one_line(arguments: list[str], says: str) -> None:
+    done = run_command(
+        [sys.executable, "-m", "benchmarks.paired", *arguments], cwd=ROOT, env=rank_environment(), timeout=60
+    )
+    assert done.returncode == 1 and done.stderr.startswith(says) and done.stderr.count("\n") == 1, done.stderr
