@@ -224,7 +224,7 @@ def test_two_checkouts_take_turns_thing_by_thing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([str(ROOT), "stepz"], "no case stepz; there are steps_"),
+        ([".", "stepz"], "no case stepz; there are steps_"),
         (["/no/such"], "/no/such has no .venv/bin"),
     ],
 )
