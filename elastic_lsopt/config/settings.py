@@ -3,13 +3,12 @@
     TrainConfig(dataset="python-stdlib", output_dir="runs/a", model={...}, max_steps=100)
 
 A field's docstring is its description in the schema, its annotation the range. Keys are Hugging Face's where
-it has one. Checks of one value stand in the annotation, checks between values in `_conflicts`. Nothing here
+it has one. Checks of one value stand in the annotation, checks between values in `conflicts.py`. Nothing here
 opens a file: see `load_config` for YAML and lines, `deepspeed_json` for what a DeepSpeed JSON may say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -18,7 +17,6 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
 from elastic_lsopt.config.elastic import ElasticConfig, Rule
-from elastic_lsopt.config.probes import read_probes
 from elastic_lsopt.config.ranges import (
     IMPORT_PATH,
     SETTINGS,
@@ -197,7 +195,9 @@ class TrainConfig:
         return given
 
     def __post_init__(self) -> None:
-        for key, message in _conflicts(self):
+        from elastic_lsopt.config.conflicts import conflicts  # which reads the fields above
+
+        for key, message in conflicts(self):
             raise SettingError(key, message)
 
 
@@ -210,175 +210,3 @@ def landscape_fields(config: TrainConfig) -> tuple[str, dict[str, Any]]:
 def lr_rule(config: TrainConfig, elastic: ElasticConfig) -> Rule:
     """The rule by which the rate follows the batch: the one that is named, else that of the optimizer's paper."""
     return elastic.lr_rule or ("linear" if config.optim in ("sgd", "lars") else "sqrt")
-
-
-def _conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
-    """What single ranges cannot say: (key, message) of the values that contradict each other."""
-    if (c.model is None) == (c.model_name_or_path is None):
-        yield (
-            "model",
-            "give exactly one of model_name_or_path (a folder or name) and model (from scratch).",
-        )
-    if c.model is not None:
-        yield from _model_conflicts(c.model, c.task)
-    elif c.task == "classification":
-        yield "task", "task=classification needs a torch model: model: {import: 'package.module:callable'}."
-    if (c.dataset == "digits") != (c.task == "classification"):
-        yield (
-            "dataset",
-            f"dataset={c.dataset} does not fit task={c.task}: digits goes with classification.",
-        )
-
-    if (c.max_steps is None) == (c.num_train_epochs is None):
-        yield "max_steps", "give exactly one of max_steps and num_train_epochs."
-    if c.global_batch_size < c.per_device_train_batch_size:
-        yield (
-            "global_batch_size",
-            f"global_batch_size={c.global_batch_size} must be at least per_device_train_batch_size="
-            f"{c.per_device_train_batch_size} (one micro-batch); raise it or lower the micro-batch.",
-        )
-    microbatches = -(-c.global_batch_size // c.per_device_train_batch_size)
-    if microbatches > MOST_MICROBATCHES:
-        yield (
-            "global_batch_size",
-            f"global_batch_size={c.global_batch_size} is {microbatches} micro-batches of per_device_train_batch_size="
-            f"{c.per_device_train_batch_size}, the limit is {MOST_MICROBATCHES} per step; lower it or raise the "
-            "micro-batch.",
-        )
-    if c.workers > MOST_WORKERS:
-        yield (
-            "workers",
-            f"workers={c.workers} processes on one machine are beyond the limit of {MOST_WORKERS}; a job of more ranks "
-            "is started on several nodes by a launcher.",
-        )
-
-    if c.backend == "deepspeed" and c.deepspeed is None:
-        yield "backend", "backend=deepspeed needs a DeepSpeed JSON: deepspeed: configs/deepspeed/zero3.json."
-    if c.backend != "deepspeed" and c.deepspeed is not None:
-        yield (
-            "deepspeed",
-            f"deepspeed is given but backend={c.backend}; set backend: deepspeed or remove it.",
-        )
-    if c.backend != "fsdp2":
-        for key, default in (("fsdp_replicas", 1), ("fsdp_reshard_after_forward", True)):
-            if getattr(c, key) != default:
-                yield key, f"{key} is for backend fsdp2, but backend={c.backend}; remove the key."
-    if c.workers > 1 and c.workers % c.fsdp_replicas:
-        yield "fsdp_replicas", f"fsdp_replicas={c.fsdp_replicas} must divide workers={c.workers}."
-
-    if c.on_divergence == "rewind" and c.save_steps is None:
-        yield "on_divergence", "on_divergence=rewind goes back to a checkpoint; set save_steps, or on_divergence: stop."
-    if c.on_divergence == "stop":
-        for key, default in (("rewind_lr_factor", 0.5), ("max_rewinds", 3)):
-            if getattr(c, key) != default:
-                yield key, f"{key} is for on_divergence rewind, but on_divergence=stop; remove the key."
-
-    optims = {c.optim, *(str(group.get("optim", c.optim)) for group in c.param_groups)}
-    if c.momentum and "sgd" not in optims:
-        instead = "use adam_beta1" if c.optim in ADAMS else "use optim_args"
-        yield "momentum", f"momentum is for optim sgd, but optim={c.optim}; {instead} or remove the key."
-    if not optims & {*ADAMS, "muon"}:  # what is no matrix goes to AdamW beside muon
-        for key, default in (("adam_beta1", 0.9), ("adam_beta2", 0.999), ("adam_epsilon", 1e-8)):
-            if getattr(c, key) != default:
-                yield key, f"{key} is for optim adam and adamw, but optim={c.optim}; remove the key."
-    if c.optim_args and c.optim in TORCH_OPTIMS:
-        yield (
-            "optim_args",
-            f"optim_args are for lamb, lars, muon or an import path, but optim={c.optim}; remove the key.",
-        )
-    if c.evaluate_average is not None and c.evaluate_average not in c.averages:
-        known = ", ".join(c.averages) or "none"
-        yield (
-            "evaluate_average",
-            f"evaluate_average={c.evaluate_average} is not kept (averages: {known}); add it: averages: "
-            f"{{{c.evaluate_average}: {{}}}}.",
-        )
-    for name in c.averages:
-        if ":" in name:
-            yield "averages", f"averages.{name} is no name; give one, and the path as {{import: {name!r}}}."
-    yield from _group_conflicts(c)
-    read_probes(c.probes)
-    if ("method" in c.landscape) == ("import" in c.landscape) or not isinstance(landscape_fields(c)[0], str):
-        yield (
-            "landscape",
-            "landscape needs `method`, a name such as none, sam, asam or lpf_sgd, or `import`: 'package.module:Class'.",
-        )
-    if c.elastic is not None:
-        yield from _elastic_conflicts(c, c.elastic)
-
-
-def _group_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
-    known = ("match", "dims", "optim", "learning_rate", "weight_decay", "optim_args")
-    for i, group in enumerate(c.param_groups):
-        key = f"param_groups[{i}]"
-        for name in group:
-            if name not in known:
-                yield "param_groups", f"{key} has no key {name!r}; it has: {', '.join(known)}."
-        match = group.get("match")
-        patterns = [match] if isinstance(match, str) else match
-        if not isinstance(patterns, list | tuple) or not patterns or not all(isinstance(p, str) for p in patterns):
-            yield (
-                "param_groups",
-                f"{key}.match={match!r} must be a pattern of names, such as '*.bias', or a list of them.",
-            )
-        dims = group.get("dims")
-        if dims is not None and (isinstance(dims, bool) or not isinstance(dims, int) or dims < 1):
-            yield "param_groups", f"{key}.dims={dims!r} must be an integer >= 1."
-        for name in ("learning_rate", "weight_decay"):
-            value = group.get(name, 0.0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                yield "param_groups", f"{key}.{name}={value!r} must be a number >= 0."
-
-
-def _elastic_conflicts(c: TrainConfig, e: ElasticConfig) -> Iterator[tuple[str, str]]:
-    microbatch, batch = c.per_device_train_batch_size, c.global_batch_size
-    if e.policy == "keep_batch":
-        return
-    if lr_rule(c, e) == "adascale" and c.optim != "sgd":
-        yield (
-            "elastic.lr_rule",
-            f"lr_rule=adascale is for optim sgd, whose step is the gradient that it measures, but optim={c.optim}; "
-            "use sqrt.",
-        )
-    assert e.reference_workers is not None
-    if batch % (microbatch * e.reference_workers):
-        yield (
-            "elastic.reference_workers",
-            f"global_batch_size={batch} must be a multiple of per_device_train_batch_size={microbatch} x "
-            f"reference_workers={e.reference_workers}: under scale_batch the micro-batches a worker stay.",
-        )
-    low, high = e.min_global_batch_size or 1, e.max_global_batch_size
-    if high is not None and high // microbatch * microbatch < low:
-        yield (
-            "elastic.max_global_batch_size",
-            f"no whole number of micro-batches of per_device_train_batch_size={microbatch} lies between "
-            f"min_global_batch_size={low} and max_global_batch_size={high}; widen the bounds or lower the micro-batch.",
-        )
-    for name, value in (("global_batch_size", batch), ("learning_rate", c.learning_rate)):
-        low, high = getattr(e, f"min_{name}") or 0, getattr(e, f"max_{name}")
-        if value < low or (high is not None and value > high):
-            yield (
-                f"elastic.m{'in' if value < low else 'ax'}_{name}",
-                f"{name}={value:g} lies outside elastic.min_{name} and max_{name}; the bounds must hold the job's own.",
-            )
-
-
-def _model_conflicts(model: dict[str, Any], task: str) -> Iterator[tuple[str, str]]:
-    if ("import" in model) == ("model_type" in model):
-        yield (
-            "model",
-            "model needs exactly one of model_type (a Hugging Face config) and import (torch).",
-        )
-    elif "import" in model:
-        target = model["import"]
-        if not isinstance(target, str) or not all(target.partition(":")):
-            yield "model.import", f"model.import={target!r} must read 'package.module:callable'."
-        for key in sorted(set(model) - {"import", "args"}):
-            yield (
-                f"model.{key}",
-                f"model.{key} does not go beside import; arguments of the callable go in args.",
-            )
-        if not isinstance(model.get("args", {}), dict):
-            yield "model.args", f"model.args={model['args']!r} must be a mapping of the callable's arguments."
-    elif task == "classification":
-        yield "task", "task=classification needs a torch model: model: {import: 'package.module:callable'}."
