@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.api.json_base import Base, base_of
+from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.config.deepspeed_json import engine_json, read_deepspeed_json, split_method
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.optimizers import registry
@@ -31,6 +32,7 @@ def initialize(
     total_samples: int | None = None,
     max_grad_norm: float | None = None,
     keep: Sequence[Stateful] = (),
+    fill: Callable[[Backend], None] | None = None,
 ) -> Engine:
     """A DeepSpeed engine whose `train_batch(microbatches)` is one landscape-aware step (collective).
 
@@ -38,7 +40,8 @@ def initialize(
     base: {type: AdamW, params: …}}}` in the JSON, else none. `base` makes the torch optimizer from the parameters; else
     the JSON's optimizer names a class of torch.optim or an update (lars, lamb, muon). `max_grad_norm` is the limit of
     the global L2 norm of the gradient (0: none; default: the JSON's `gradient_clipping`, else none). Batch sizes in the
-    JSON are not read.
+    JSON are not read. `fill` gives the weights of a model on the meta device their values, in the shards that this rank
+    holds by then (checkpoint/huggingface).
 
     Raises UserError for what contradicts itself or is missing (the package deepspeed too), Unsupported for what is not
     tested or cannot be right: fp16, offload, other kinds of parallelism, a base that needs whole parameters …
@@ -61,7 +64,7 @@ def initialize(
     limit = clipping(given.get("gradient_clipping"), max_grad_norm)
     bf16 = bool(given.get("bf16", {}).get("enabled", False))
     given = engine_json(given, world=start_distributed(), max_grad_norm=limit, bf16=bf16)
-    backend = start_engine(model, base, given)
+    backend = start_engine(model, base, given, fill)
     return Engine(backend, chosen, loss_fn=loss_fn, seed=seed, total_samples=total_samples, keep=keep)
 
 

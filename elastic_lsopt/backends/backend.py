@@ -171,6 +171,10 @@ class Backend(GradientEngine):
     def full_shape(self, parameter: Tensor) -> tuple[int, ...]:
         return tuple(parameter.shape)
 
+    def part_of(self, parameter: Tensor) -> tuple[int, Tensor]:
+        """What this rank holds of a parameter of the module, trained or frozen: (offset, a 1-D view of its memory)."""
+        return 0, parameter.detach().view(-1)
+
     def full_parameter(self, parameter: Tensor) -> Tensor:
         whole = getattr(parameter, "full_tensor", None)
         return whole() if whole is not None else parameter

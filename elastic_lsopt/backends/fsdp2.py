@@ -76,10 +76,9 @@ class FSDP2(Backend):
         self.compute_dtype = self._compute_dtype()
         pieces = []
         for i, p in enumerate(self._parameters):
-            _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-            if n := local(p).numel():
-                row = Parameter("", tuple(p.shape[1:])).numel
-                pieces.append(Piece(i, offset[0] * row, n, i, 0))
+            offset, part = self.part_of(p)
+            if n := part.numel():
+                pieces.append(Piece(i, offset, n, i, 0))
         self.layout = Layout(tuple(Parameter(n, tuple(p.shape)) for n, p in named), tuple(pieces))
 
     def _compute_dtype(self) -> torch.dtype:
@@ -116,6 +115,13 @@ class FSDP2(Backend):
     @property
     def parameters(self) -> Mapping[str, Tensor]:
         return {p.name: own for p, own in zip(self.layout.parameters, self._parameters, strict=True)}
+
+    def part_of(self, parameter: Tensor) -> tuple[int, Tensor]:
+        if not isinstance(parameter, DTensor):
+            return super().part_of(parameter)
+        _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        row = Parameter("", tuple(parameter.shape[1:])).numel
+        return offset[0] * row, local(parameter).detach().view(-1)
 
     @property
     def slots(self) -> list[Tensor]:

@@ -50,25 +50,32 @@ class FileRecord:
     blake2b: str
 
 
+def header_bytes(heads: Sequence[Head]) -> tuple[bytes, list[int]]:
+    """What a file begins with that holds these tensors in their order, and where in the file each of them begins."""
+    at, table = 0, dict[str, dict[str, Any]]({"__metadata__": {"format": "pt"}})
+    begins = []
+    for head in heads:
+        table[head.name] = {
+            "dtype": DTYPES[head.dtype], "shape": list(head.shape), "data_offsets": [at, at + head.bytes],
+        }  # fmt: skip
+        begins.append(at)
+        at += head.bytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    header = struct.pack("<Q", len(text)) + text
+    return header, [len(header) + begin for begin in begins]
+
+
 def write_tensors(path: Path, heads: Sequence[Head], tensors: Iterable[Tensor]) -> FileRecord:
     """Write `tensors`, one for each head and in their order, on disk when this returns (fsync).
 
     Tensors may lie on any device and are taken one at a time, so an iterator that makes them keeps memory low.
     Raises OSError where the disk is full; the file is then incomplete.
     """
-    at, table = 0, dict[str, dict[str, Any]]({"__metadata__": {"format": "pt"}})
-    for head in heads:
-        table[head.name] = {
-            "dtype": DTYPES[head.dtype], "shape": list(head.shape), "data_offsets": [at, at + head.bytes],
-        }  # fmt: skip
-        at += head.bytes
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    header, _ = header_bytes(heads)
     with path.open("wb") as out:
-        digest = hashlib.blake2b()
-        for part in (struct.pack("<Q", len(text)), text):
-            digest.update(part)
-            out.write(part)
+        digest = hashlib.blake2b(header)
+        out.write(header)
         for head, tensor in zip(heads, tensors, strict=True):
             assert tensor.dtype == head.dtype and tensor.numel() == prod(head.shape), head
             data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
@@ -76,4 +83,4 @@ def write_tensors(path: Path, heads: Sequence[Head], tensors: Iterable[Tensor]) 
             out.write(data)
         out.flush()
         os.fsync(out.fileno())
-    return FileRecord(path.name, 8 + len(text) + at, digest.hexdigest())
+    return FileRecord(path.name, len(header) + sum(head.bytes for head in heads), digest.hexdigest())

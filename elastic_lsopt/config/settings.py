@@ -67,6 +67,8 @@ class TrainConfig:
     args: {...}} for any torch model."""
     task: Literal["causal_lm", "sequence_classification", "classification"] = "causal_lm"
     """What is learnt; `classification` is a plain torch model on pairs (x, y)."""
+    attn_implementation: Name | None = None
+    """How attention is computed, as the model offers: sdpa, eager, flash_attention_2 …; null: transformers' choice."""
     tokenizer_name_or_path: Name | None = None
     """A Hugging Face tokenizer folder or name; null: the bytes of the text are the tokens."""
 

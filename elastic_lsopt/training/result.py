@@ -7,8 +7,8 @@ from typing import Any
 
 from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.checkpoint.checkpointer import SaveReport
-from elastic_lsopt.checkpoint.export import export_huggingface
 from elastic_lsopt.checkpoint.folder import listing
+from elastic_lsopt.checkpoint.huggingface.export import export_huggingface
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.worker.journal import read_journal
 from elastic_lsopt.errors import UserError

@@ -20,7 +20,7 @@ from elastic_lsopt.backends.fabric import Gloo
 from elastic_lsopt.backends.groups import Groups, form_replicas
 from elastic_lsopt.backends.rebuild import form_group, tear_down
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
-from elastic_lsopt.checkpoint.export import export_huggingface
+from elastic_lsopt.checkpoint.huggingface.export import export_huggingface
 from tests.cases import engines
 from tests.cases.checkpoints.round_trip import Remembering
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from elastic_lsopt.checkpoint.export import Entry, cut
+from elastic_lsopt.checkpoint.huggingface.export import Entry, cut
+from elastic_lsopt.checkpoint.huggingface.file_layout import Range
 from elastic_lsopt.checkpoint.safetensors_file import Head
 
 CASES = "tests.cases.checkpoints.export:"
@@ -45,5 +46,5 @@ def test_other_files_stay(ranks: Any, tmp_path: Path) -> None:
 
 
 def test_files_are_cut_by_bytes() -> None:
-    entries = [Entry(Head(str(i), torch.float32, (n,)), str(i)) for i, n in enumerate([2, 3, 9, 1, 1])]
-    assert [[e.source for e in part] for part in cut(entries, 20)] == [["0", "1"], ["2"], ["3", "4"]]
+    entries = [Entry(Head(str(i), torch.float32, (n,)), Range(str(i), 0, (n,))) for i, n in enumerate([2, 3, 9, 1, 1])]
+    assert [[e.source.name for e in part] for part in cut(entries, 20)] == [["0", "1"], ["2"], ["3", "4"]]

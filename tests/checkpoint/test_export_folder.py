@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_lsopt.checkpoint.export_folder import publish, refusal
+from elastic_lsopt.checkpoint.huggingface.export_folder import publish, refusal
 
 pytestmark = pytest.mark.fast
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.checkpoint import export_folder
 from elastic_lsopt.checkpoint import folder as folders
+from elastic_lsopt.checkpoint.huggingface import export_folder
 
 pytestmark = pytest.mark.fast
 

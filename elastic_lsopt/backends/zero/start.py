@@ -52,19 +52,50 @@ def _tested(record: logging.LogRecord) -> bool:
 def _shard(model: nn.Module, config: dict[str, Any]) -> None:
     """Cut the model into ZeRO-3's shards, one parameter after the other: no device ever holds more than its shards and
     one of them. By itself `deepspeed.initialize` puts the whole model there first. Collective."""
+    device = get_accelerator().current_device_name()  # type: ignore[attr-defined]
+    for module in model.modules():
+        module._buffers.update({k: b if b is None else b.to(device) for k, b in module._buffers.items()})
+    if any(p.is_meta for p in model.parameters()):
+        _shard_without_values(model, config, device)
+        return
     if (config.get("bf16") or {}).get("enabled"):
         own = [dict(module._buffers) for module in model.modules()]
         model.bfloat16()
         for module, buffers in zip(model.modules(), own, strict=True):
             module._buffers.update(buffers)  # which DeepSpeed leaves in their type
-    device = get_accelerator().current_device_name()  # type: ignore[attr-defined]
-    for module in model.modules():
-        module._buffers.update({k: b if b is None else b.to(device) for k, b in module._buffers.items()})
     deepspeed.zero.Init(module=model, config_dict_or_path=config)
 
 
-def start_engine(model: nn.Module, base: Callable[[Any], torch.optim.Optimizer], config: dict[str, Any]) -> ZeroBackend:
+def _shard_without_values(model: nn.Module, config: dict[str, Any], device: str) -> None:
+    """The same for a model without memory: each parameter gets some that is never written, is cut, and lets go of it.
+
+    DeepSpeed's own way would send rank 0's values to all.
+    """
+    cutter = deepspeed.zero.Init(config_dict_or_path=config)
+    dtype = torch.bfloat16 if (config.get("bf16") or {}).get("enabled") else torch.float32
+    done: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if p is None:
+                continue
+            if id(p) not in done:  # a tied one is cut once
+                whole = nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device), p.requires_grad)
+                cutter._convert_to_deepspeed_param(whole)
+                whole.partition()  # type: ignore[attr-defined]
+                done[id(p)] = whole
+            module._parameters[key] = done[id(p)]
+
+
+def start_engine(
+    model: nn.Module,
+    base: Callable[[Any], torch.optim.Optimizer],
+    config: dict[str, Any],
+    fill: Callable[[ZeroBackend], None] | None = None,
+) -> ZeroBackend:
     """`deepspeed.initialize` and the adapter for its engine (collective). `config` is the whole DeepSpeed JSON.
+
+    A model on the meta device is taken where `fill` gives its weights their values; at stage 3 no rank then ever holds
+    more than its shards and one parameter.
 
     Raises Unsupported before DeepSpeed starts for a JSON that is not tested, UserError where `base` gives no torch
     optimizer.
@@ -86,11 +117,16 @@ def start_engine(model: nn.Module, base: Callable[[Any], torch.optim.Optimizer],
             update.steps_elsewhere = True  # DeepSpeed calls step() once while it starts, to make room for state
         return optimizer
 
-    parameters: Any = [p for _, p in trainable(model.named_parameters())]
+    if fill is None:
+        trainable(model.named_parameters())
     whole = not any(hasattr(p, "ds_id") for p in model.parameters())  # else the user's zero.Init has cut it already
     if (config.get("zero_optimization") or {}).get("stage") == 3 and whole:
         _shard(model, config)
+    parameters: Any = [p for _, p in trainable(model.named_parameters())]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, optimizer=made, config=config)
-    return zero_backend(engine)
+    backend = zero_backend(engine)
+    if fill is not None:
+        fill(backend)
+    return backend

@@ -92,6 +92,11 @@ class Zero3(ZeroBackend):
     def full_shape(self, parameter: Any) -> tuple[int, ...]:
         return tuple(parameter.ds_shape)
 
+    def part_of(self, parameter: Any) -> tuple[int, Tensor]:
+        offset = self.rank * parameter.partition_numel()
+        held = max(0, min(parameter.partition_numel(), parameter.ds_numel - offset))
+        return offset, parameter.ds_tensor.detach().view(-1)[:held]
+
     def full_parameter(self, parameter: Any) -> Tensor:
         with GatheredParameters([parameter]):
             return parameter.detach().clone()

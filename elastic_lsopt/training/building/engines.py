@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from elastic_lsopt.averages import registry as averages
 from elastic_lsopt.averages.average import Average
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.backends.trainable import refuse_scalars
-from elastic_lsopt.config.deepspeed_json import check_job, read_deepspeed_json
+from elastic_lsopt.checkpoint.huggingface.weights import fill, give_memory
+from elastic_lsopt.config.deepspeed_json import check_job, read_deepspeed_json, zero_stage
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.default_loss import adds_router_loss, as_loss
@@ -24,7 +26,7 @@ from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.loss import Loss, Unsplit, causal_lm_loss, classification_loss
 from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.training.building.base_optimizer import base_of
-from elastic_lsopt.training.building.models import apply_activation_checkpointing, blocks, build_model
+from elastic_lsopt.training.building.models import apply_activation_checkpointing, blocks, shape_and_weights
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.world import World
 
@@ -36,11 +38,11 @@ def build_engine(
 ) -> Engine:
     """The engine that the settings describe (collective).
 
-    Each rank first builds the whole model in host memory; loading a model that is larger than that comes later.
+    Of a transformers model each rank fills what it holds: its shards on FSDP2 and ZeRO-3, all of it elsewhere.
     """
     classes = data.classes if data.labels_are_names else len(data.classes)
-    place = built_on(config, world.device)
-    model = build_model(config, vocabulary_size=data.vocabulary_size, classes=classes or None, device=place)
+    model, weights = shape_and_weights(config, vocabulary_size=data.vocabulary_size, classes=classes or None)
+    filled = None if weights is None else partial(fill, weights=weights)
     if config.task == "sequence_classification":
         data.refuse_labels_beyond(model.config.num_labels)  # type: ignore[union-attr,arg-type]
     if config.activation_checkpointing:
@@ -53,6 +55,8 @@ def build_engine(
         settings = read_deepspeed_json(config.deepspeed)
         check_job(settings, config)
         settings["bf16"] = {**settings.get("bf16", {}), "enabled": config.bf16}
+        if filled is not None and zero_stage(settings) < 3:
+            give_memory(model, torch.device("cpu"))  # DeepSpeed casts to bf16 before it moves the model
         return initialize(
             model=model,
             config=settings,
@@ -60,13 +64,20 @@ def build_engine(
             base=base,
             loss_fn=loss,
             max_grad_norm=config.max_grad_norm,
+            fill=filled,
             **options,
         )
     if config.backend == "fsdp2":
         _shard(config, model, world)
-    elif world.size > 1:
+    if filled is not None:
+        give_memory(model, world.device)
+    elif config.backend == "replicated":
+        model.to(world.device)
+    if config.backend == "replicated" and world.size > 1:
         model = nn.parallel.DistributedDataParallel(model)
     backend = backend_for(model, base(model.parameters()), max_grad_norm=config.max_grad_norm)
+    if filled is not None:
+        filled(backend)
     if config.bf16 and config.backend == "replicated":
         backend.compute_dtype = torch.bfloat16  # autocast rounds the weights in the forward
     return Engine(backend, method, loss_fn=loss, **options)
@@ -91,15 +102,6 @@ def averages_of(config: TrainConfig) -> list[Average]:
         except UserError as error:
             raise SettingError(f"averages.{name}", f"averages.{name}: {error}") from None
     return made
-
-
-def built_on(config: TrainConfig, device: torch.device) -> torch.device:
-    """Where the whole fp32 model is made: on its GPU only if it stays there whole.
-
-    `fully_shard` brings a block after the other to the GPU, and keeps this rank's part of each before the next comes;
-    DeepSpeed casts to bf16 before it moves the model.
-    """
-    return device if config.backend == "replicated" else torch.device("cpu")
 
 
 def _shard(config: TrainConfig, model: nn.Module, world: World) -> None:

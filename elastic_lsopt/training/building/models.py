@@ -4,13 +4,15 @@
     model: {model_type: llama, hidden_size: 192, num_hidden_layers: 4}      # from scratch, from config.seed
     model: {import: "package.module:callable", args: {inputs: 64}}          # whatever the callable returns
 
-Weights are fp32 (the masters; a backend casts for bf16), on every rank the same, and each rank builds the whole
-model in host memory: streamed loading of a model that is larger than that is not supported yet.
+Weights are fp32 (the masters; a backend casts for bf16). A transformers model is made without memory for its
+parameters, and each rank fills what it holds, from the files or from the seed (checkpoint/huggingface): the same values
+at any world size and on any backend. A torch model by import path is built whole on every rank.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,14 +24,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from elastic_lsopt.checkpoint.huggingface.drawn_weights import DrawnWeights
+from elastic_lsopt.checkpoint.huggingface.folder_weights import FolderWeights
+from elastic_lsopt.checkpoint.huggingface.weights import Weights, WholeWeights, give_buffers, give_memory
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.config.spelling import did_you_mean
-from elastic_lsopt.errors import UserError
+from elastic_lsopt.errors import Unsupported, UserError
 from elastic_lsopt.oracle.replay.slot import replayed
 from elastic_lsopt.training.building.hub import local_only
 from elastic_lsopt.training.building.imported_model import imported
 from elastic_lsopt.training.datasets.tokens import ByteTokens, tokens_of
 
+log = logging.getLogger("elastic_lsopt")
 _SAFE = {"trust_remote_code": False}
 """No remote code (and no pickled weights): both would run what the folder's author wrote."""
 
@@ -41,7 +47,7 @@ def build_model(
     classes: int | Sequence[str] | None = None,
     device: torch.device | str | None = None,
 ) -> nn.Module:
-    """The model in training mode, its random weights drawn from `config.seed` alone; torch's generators stay.
+    """The whole model in training mode, its random weights drawn from `config.seed` alone; torch's generators stay.
 
     `vocabulary_size` and `classes` (of sequence_classification: their number, or their names, which go into the config)
     come from the data; None: the tokenizer's size, and the number in `model`, the folder or Hugging Face's default, 2.
@@ -49,16 +55,48 @@ def build_model(
     are drawn on the CPU first, so they do not depend on it.
 
     Raises SettingError, one line, for a model that is missing, a key or import path that is wrong, a vocabulary or a
-    context that is too small.
+    context that is too small, and for a folder whose files are not whole or not of the model (see FolderWeights).
     """
     target = torch.device(device or "cpu")
+    if target.type == "meta":
+        with replayed(config.seed, torch.device("cpu")), target:
+            if config.model is not None and "import" in config.model:
+                return imported(config.model["import"], config.model.get("args", {})).train()
+            return _transformer(config, vocabulary_size, classes).train()
+    model, weights = shape_and_weights(config, vocabulary_size=vocabulary_size, classes=classes)
+    if weights is not None:
+        give_memory(model, torch.device("cpu"))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                weights.copy_to(p.view(-1), name, 0)
+    return model.to(target)
+
+
+def shape_and_weights(
+    config: TrainConfig, *, vocabulary_size: int | None = None, classes: int | Sequence[str] | None = None
+) -> tuple[nn.Module, Weights | None]:
+    """The model without memory for its parameters, and what they are to be filled from; its buffers have their values.
+
+    None stands beside a torch model by import path, which has its values already. Each rank fills what it will hold.
+    """
     cpu = torch.device("cpu")
-    with replayed(config.seed, cpu), torch.device("meta") if target.type == "meta" else cpu:
-        if config.model is not None and "import" in config.model:
-            model = imported(config.model["import"], config.model.get("args", {}))
-        else:
-            model = _transformer(config, vocabulary_size, classes, target.type == "meta")
-    return model.train().to(target)
+    if config.model is not None and "import" in config.model:
+        with replayed(config.seed, cpu):
+            return imported(config.model["import"], config.model.get("args", {})).train(), None
+    model = build_model(config, vocabulary_size=vocabulary_size, classes=classes, device="meta")
+    where = config.model_name_or_path
+    try:
+        weights: Weights = DrawnWeights(model, config.seed)
+        if where is not None:
+            with _one_line("model_name_or_path", f"model_name_or_path={where!r}"):
+                weights = FolderWeights(_cached_folder(where), model, missing=weights)
+        give_buffers(model, weights)
+    except Unsupported as reason:
+        log.warning("%s: each rank builds the whole %s in its host memory.", reason, type(model).__name__)
+        with replayed(config.seed, cpu):
+            weights = WholeWeights(_transformer(config, vocabulary_size, classes, whole=True))
+        give_buffers(model, weights)
+    return model, weights
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -105,39 +143,53 @@ def class_names(config: TrainConfig) -> tuple[str, ...]:
 
 
 def _transformer(
-    config: TrainConfig, vocabulary_size: int | None, classes: int | Sequence[str] | None, meta: bool
+    config: TrainConfig, vocabulary_size: int | None, classes: int | Sequence[str] | None, *, whole: bool = False
 ) -> nn.Module:
+    """The model by its config; `whole`: with the weights of its folder too, as transformers reads them."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForCausalLM if config.task == "causal_lm" else AutoModelForSequenceClassification
     labels = _labels(classes) if classes is not None and config.task != "causal_lm" else {}
     safe: dict[str, Any] = dict(_SAFE)
+    how: dict[str, Any] = {"attn_implementation": config.attn_implementation, "dtype": torch.float32, **_SAFE}
     if config.model is not None:
-        shape, attention = _from_scratch(config, config.model, vocabulary_size, labels)
+        shape = _from_scratch(config, config.model, vocabulary_size, labels)
         _check_fits(config, shape, vocabulary_size)
         with _one_line("model.model_type", f"model_type={shape.model_type!r} for task={config.task}"):
-            model = kind.from_config(shape, attn_implementation=attention, dtype=torch.float32, **safe)
+            model = kind.from_config(shape, **how)
     else:
         where = config.model_name_or_path or ""
         with _one_line("model_name_or_path", f"model_name_or_path={where!r}"):
             safe["local_files_only"] = local_only("model_name_or_path", _folder(where))
             shape = AutoConfig.from_pretrained(_folder(where), **safe, **labels)
+            _refuse_quantised(where, shape)
             _check_fits(config, shape, vocabulary_size)
-            if meta:
-                model = kind.from_config(
-                    shape, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
-                )
+            if whole:
+                model = kind.from_pretrained(_folder(where), config=shape, use_safetensors=True, **how)
             else:
-                model = kind.from_pretrained(
-                    _folder(where),
-                    config=shape,
-                    attn_implementation="sdpa",
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    **safe,
-                )
+                model = kind.from_config(shape, **how)
     model.config.use_cache = False
     return model
+
+
+def _cached_folder(where: str) -> Path:
+    """The folder itself, or that of a name in the local cache, which is filled from the hub if that can be reached."""
+    path = Path(_folder(where))
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    alone = local_only("model_name_or_path", where)
+    return Path(snapshot_download(where, local_files_only=alone, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _refuse_quantised(where: str, shape: Any) -> None:
+    if getattr(shape, "quantization_config", None):
+        raise SettingError(
+            "model_name_or_path",
+            f"model_name_or_path={where!r} is quantised; weights are trained in fp32 or bf16: give the model before "
+            "quantisation.",
+        )
 
 
 def _labels(classes: int | Sequence[str]) -> dict[str, Any]:
@@ -149,8 +201,8 @@ def _labels(classes: int | Sequence[str]) -> dict[str, Any]:
 
 def _from_scratch(
     config: TrainConfig, given: Mapping[str, Any], vocabulary_size: int | None, labels: Mapping[str, Any]
-) -> tuple[Any, str]:
-    """The Hugging Face config of `model:`, what it leaves out filled in; and the attention's implementation."""
+) -> Any:
+    """The Hugging Face config of `model:`, what it leaves out filled in."""
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
     model_type = given["model_type"]
@@ -160,8 +212,10 @@ def _from_scratch(
     shape = CONFIG_MAPPING[model_type]
     own = set(inspect.signature(shape.__init__).parameters) - {"self", "kwargs"} | set(shape.attribute_map)
     known = own | set(PretrainedConfig().to_dict()) | {"num_labels"}
-    keys = {key: value for key, value in given.items() if key not in ("model_type", "attn_implementation")}
-    for key in keys:
+    keys = {key: value for key, value in given.items() if key != "model_type"}
+    for key, value in keys.items():
+        if key == "attn_implementation":
+            raise SettingError(f"model.{key}", f"{key} stands beside model, not in it: {key}: {value}.")
         if key not in known:
             hint = did_you_mean(key, sorted(own))
             raise SettingError(f"model.{key}", f"{model_type} has no config key {key!r}{hint}")
@@ -190,7 +244,7 @@ def _from_scratch(
     if isinstance(default.get(context), int) and default[context] < config.block_size:
         filled[context] = config.block_size
     with _one_line("model", f"model: {{model_type: {model_type}, …}}"):
-        return shape(**(filled | keys)), given.get("attn_implementation", "sdpa")
+        return shape(**(filled | keys))
 
 
 def _folder(where: str) -> str:
@@ -225,8 +279,10 @@ def _one_line(key: str, what: str) -> Iterator[None]:
     """Whatever transformers raises about a user's model, as one line."""
     try:
         yield
-    except SettingError:
+    except (SettingError, Unsupported):
         raise
+    except UserError as error:
+        raise SettingError(key, str(error)) from None
     except Exception as error:  # OSError, ValueError, KeyError, safetensors' and validators' own, by what is wrong
         reason = " ".join((str(error).strip() or type(error).__name__).split())
         raise SettingError(key, f"{what} cannot be built: {reason[:300]}") from None

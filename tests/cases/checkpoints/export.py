@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import elastic_lsopt as lso
-from elastic_lsopt.checkpoint.export import export_huggingface
+from elastic_lsopt.checkpoint.huggingface.export import export_huggingface
 from tests.cases import engines
 
 TOKENS = torch.arange(24).view(2, 12) % 61

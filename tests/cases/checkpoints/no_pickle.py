@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import elastic_lsopt as lso
 from elastic_lsopt.checkpoint import Checkpointer
-from elastic_lsopt.checkpoint.export import export_huggingface
+from elastic_lsopt.checkpoint.huggingface.export import export_huggingface
 from tests.cases import engines
 
 
