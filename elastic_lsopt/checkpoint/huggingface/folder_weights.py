@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,15 +106,17 @@ class FolderWeights:
         step = PIECE_BYTES // dtype.itemsize
         for at in range(0, target.numel(), step):
             part = target[at : at + step]
-            raw = torch.frombuffer(file, dtype=torch.uint8, count=part.numel() * dtype.itemsize,
-                                   offset=begin + at * dtype.itemsize)  # fmt: skip
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that nobody may write to it
+                raw = torch.frombuffer(
+                    file, dtype=torch.uint8, count=part.numel() * dtype.itemsize, offset=begin + at * dtype.itemsize
+                )
             part.copy_((raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()).view(dtype))
 
     def _mapped(self, name: str) -> mmap.mmap:
         if name not in self._maps:
             with (self._folder / name).open("rb") as file:
-                # A private mapping, because torch wants to be able to write; nobody does.
-                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[name]
 
     def _equal(self, one: str, other: str) -> bool:

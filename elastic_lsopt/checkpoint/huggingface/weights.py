@@ -50,13 +50,22 @@ class WholeWeights:
 
 @contextmanager
 def initialising(model: Any) -> Iterator[Callable[[], None]]:
-    """A function that runs transformers' initialisation of the whole model, also where that has been done before."""
+    """A function that runs transformers' initialisation of the whole model, also where that has been done before.
+
+    As in its constructors, what is tied is initialised by its source alone: a head would else draw over the embedding.
+    """
     done = "_is_hf_initialized"  # the mark that transformers leaves on what it has initialised
     marked = [each for each in [*model.modules(), *model.parameters()] if each.__dict__.pop(done, False)]
+    tied = [name.rpartition(".") for name in getattr(model, "all_tied_weights_keys", None) or {}]
+    owners = [(model.get_submodule(owner), own, model.get_parameter(f"{owner}.{own}")) for owner, _, own in tied]
+    for owner, own, parameter in owners:
+        owner._parameters[own] = nn.Parameter(torch.empty_like(parameter), parameter.requires_grad)
     try:
         with torch.no_grad():
             yield model.initialize_weights
     finally:
+        for owner, own, parameter in owners:
+            owner._parameters[own] = parameter
         for each in marked:
             setattr(each, done, True)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,9 @@ import elastic_lsopt as lso
 from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.checkpoint.huggingface.export import export_huggingface
 from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.training.building import engines as building
 from elastic_lsopt.training.building.engines import build_engine
+from elastic_lsopt.training.building.models import build_model
 from elastic_lsopt.training.datasets.samples import build_data
 from elastic_lsopt.world import World
 from tests.cases import engines
@@ -99,11 +103,12 @@ def loads_trains_and_exports(path: str, model_type: str, kind: str, dtype: str =
     close(engine)
 
     def keys(where: str) -> list[str]:
-        return sorted(key for file in Path(where).glob("*.safetensors") for key in safe_open(file, "pt").keys())
+        files = [safe_open(file, "pt") for file in Path(where).glob("*.safetensors")]
+        return sorted(key for file in files for key in file.keys())  # noqa: SIM118
 
     return {
         "loaded": loaded, "exported": exported, "trained": (ours - theirs).abs().max().item(),
-        "finite": all(torch.isfinite(torch.tensor(float(loss))) for loss in losses), "same_keys": keys(out) == keys(folder),
+        "finite": all(math.isfinite(loss) for loss in losses), "same_keys": keys(out) == keys(folder),
     }  # fmt: skip
 
 
@@ -118,3 +123,99 @@ def first_weights(path: str, kind: str, model_type: str, whole: bool = False) ->
         found[name] = flat.tolist() if whole else hashlib.blake2b(flat.numpy().tobytes()).hexdigest()
     close(engine)
     return found
+
+
+def masters_equal_the_files(path: str, kind: str) -> bool:
+    """Computing in bf16, from files of fp32: whether every master has all of its bits."""
+    from safetensors.torch import load_file
+
+    save(f"{path}/model", "llama")
+    engine = build(config_of(kind, f"{path}/out", model_name_or_path=f"{path}/model", bf16=True))
+    files = {k: v for file in Path(f"{path}/model").glob("*.safetensors") for k, v in load_file(file).items()}
+    layout, equal, finer = engine.backend.layout, True, False
+    for piece, master in zip(layout.pieces, engine.backend.masters, strict=True):
+        there = files[layout.parameters[piece.parameter].name].flatten()[piece.offset : piece.offset + piece.length]
+        equal = equal and torch.equal(master, there)
+        finer = finer or not torch.equal(there, there.bfloat16().float())
+    close(engine)
+    return equal and finer
+
+
+def frozen_parts(path: str, kind: str) -> float:
+    """How far the logits are from transformers' own where a layer and the embedding are not trained."""
+    from transformers import AutoModelForCausalLM
+
+    save(f"{path}/model", "mixtral")
+    theirs = logits_of(AutoModelForCausalLM.from_pretrained(f"{path}/model").eval())
+    config = config_of(kind, f"{path}/out", model_name_or_path=f"{path}/model")
+    with mock.patch.object(building, "shape_and_weights", frozen(building.shape_and_weights)):
+        engine = build(config)
+    engine.module.eval()
+    off = (logits_of(engine.backend.forward) - theirs).abs().max().item()
+    trained = {p.name for p in engine.backend.layout.parameters}
+    close(engine)
+    assert not any(name.startswith("model.layers.0.") for name in trained) and len(trained) > 0
+    return off
+
+
+def frozen(build_shape: Any) -> Any:
+    def built(*given: Any, **more: Any) -> Any:
+        model, weights = build_shape(*given, **more)
+        model.model.layers[0].requires_grad_(False)
+        model.model.embed_tokens.requires_grad_(False)
+        return model, weights
+
+    return built
+
+
+def files_overwritten(path: str, kind: str) -> float:
+    """How far the logits move when the folder that was read is written over in place."""
+    save(f"{path}/model", "llama")
+    engine = build(config_of(kind, f"{path}/out", model_name_or_path=f"{path}/model"))
+    engine.module.eval()
+    before = logits_of(engine.backend.forward)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for file in Path(f"{path}/model").glob("*.safetensors"):
+            with file.open("r+b") as out:
+                out.write(bytes(file.stat().st_size))
+    dist.barrier()
+    moved = (logits_of(engine.backend.forward) - before).abs().max().item()
+    close(engine)
+    return moved
+
+
+def peak_of_a_load(path: str, kind: str, hidden: int, layers: int) -> dict[str, float]:
+    """Growth of anonymous memory while a model is loaded, in units of (this rank's shards + its largest block).
+
+    Without what DeepSpeed makes for the optimizer meanwhile: masters and a buffer of gradients.
+    """
+    from tests.cases.checkpoints.peak import Peak
+
+    folder = f"{path}/large"
+    shape = {"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 4,
+             "vocab_size": 257}  # fmt: skip
+    config = config_of(kind, f"{path}/out", model_name_or_path=folder)
+    if dist.get_rank() == 0:
+        build_model(config_of(kind, f"{path}/out", model=shape)).save_pretrained(folder, max_shard_size="20MB")
+    dist.barrier()
+    data = build_data(config)
+    growths: list[int] = []
+
+    def started(*given: Any, **more: Any) -> Any:
+        peaks.__exit__()
+        growths.append(peaks.bytes)
+        engine = initialize(*given, **more)
+        peaks.__enter__()
+        return engine
+
+    import deepspeed
+
+    initialize, peaks = deepspeed.initialize, Peak()
+    with mock.patch.object(deepspeed, "initialize", started), peaks:
+        engine = build_engine(config, lso.Plain(), data, this_world(), total_samples=100)
+    numels = [p.numel for p in engine.backend.layout.parameters]
+    of_block = [p.numel for p in engine.backend.layout.parameters if ".layers.0." in p.name]
+    unit = 4 * (sum(numels) / dist.get_world_size() + max(sum(of_block), *numels))
+    close(engine)
+    return {"peak": (sum(growths) + peaks.bytes) / unit, "unit_bytes": unit}
