@@ -18,6 +18,7 @@ from elastic_lsopt.training.building.base_optimizer import name_of_base
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.datasets.tokens import FolderTokens
+from elastic_lsopt.training.model_card import model_card
 from elastic_lsopt.training.run_folder import METRICS, read_metrics
 
 
@@ -54,7 +55,12 @@ def _export(config: TrainConfig, engine: Engine, data: Data, folder: Path, conso
     tokenizer = data.tokens.tokenizer if isinstance(data.tokens, FolderTokens) else None
     try:
         mean = None if config.evaluate_average is None else engine.average(config.evaluate_average)
-        export_huggingface(engine.backend, engine.module, folder, tokenizer, weights=mean)
+        card = model_card(
+            config, method=engine.method, base=name_of_base(engine.base), clock=engine.clock,
+            parameters=engine.space.layout.numel, held_out_loss=_last_held_out(folder.parent),
+            journal=read_journal(folder.parent),
+        )  # fmt: skip
+        export_huggingface(engine.backend, engine.module, folder, tokenizer, weights=mean, card=card)
     except UserError as error:
         console.say(str(error))
         return None
@@ -63,6 +69,11 @@ def _export(config: TrainConfig, engine: Engine, data: Data, folder: Path, conso
     kind = "AutoModelForCausalLM" if config.task == "causal_lm" else "AutoModelForSequenceClassification"
     ids = "; its token ids are the bytes of the text" if tokenizer is None else ""
     return f"use it: transformers.{kind}.from_pretrained('{folder}'){ids}"
+
+
+def _last_held_out(run: Path) -> float | None:
+    told = [row["eval_loss"] for row in read_metrics(run / METRICS) if row.get("eval_loss") is not None]
+    return told[-1] if told else None
 
 
 def _draw(config: TrainConfig, engine: Engine, data: Data, rows: list[dict[str, Any]], target: Path) -> None:

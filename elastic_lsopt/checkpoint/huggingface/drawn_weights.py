@@ -93,11 +93,12 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
-        operation, target = func._schema.name.split("::")[1], args[0] if args else None
-        written = func._schema.is_mutable and isinstance(target, Tensor)
-        name = self._name_of.get(target.untyped_storage()._cdata) if written else None
-        if name is not None:
-            self._note(name, operation, target, args[1:], {k: v for k, v in given.items() if k != "generator"})
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor):
+            name = self._name_of.get(args[0].untyped_storage()._cdata)
+            if name is not None:
+                operation = func._schema.name.split("::")[1]
+                self._note(name, operation, args[0], args[1:], {k: v for k, v in given.items() if k != "generator"})
+                return args[0]  # there is no memory to write, and finding out as much takes torch milliseconds
         return func(*args, **given)
 
     def _note(self, name: str, operation: str, target: Tensor, arguments: Any, named: dict[str, Any]) -> None:
@@ -106,7 +107,7 @@ class _Recorder(TorchDispatchMode):
         # Values that were computed from parameters without memory are not known here.
         if not known or any(t.is_meta or (t.dim() and t.shape != target.shape) for t in tensors):
             raise Unsupported(f"the initialisation of {name} by {operation} does not go element by element")
-        begin = target.storage_offset()
+        begin = int(target.storage_offset())
         self.calls[name].append(_Call(operation, tuple(arguments), begin, begin + target.numel()))
 
 

@@ -151,8 +151,9 @@ def _entries(backend: Backend, module: nn.Module) -> list[Entry]:
     others: dict[str, list[str]] = {}
     for p in {id(p): p for p in module.parameters()}.values():
         first, *more = names[id(p)]
-        own = isinstance(config_dtype, torch.dtype) and p.dtype.is_floating_point
-        shapes[first], dtypes[first] = backend.full_shape(p), config_dtype if own else p.dtype
+        shapes[first], dtypes[first] = backend.full_shape(p), p.dtype
+        if isinstance(config_dtype, torch.dtype) and p.dtype.is_floating_point:
+            dtypes[first] = config_dtype
         others[first] = [name for name in more if name not in tied_by_loader]
     for name, buffer in persistent_buffers(module).items():
         shapes[name], dtypes[name] = tuple(buffer.shape), buffer.dtype

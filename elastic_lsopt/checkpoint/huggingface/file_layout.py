@@ -60,7 +60,7 @@ def layout_to_save(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     for key, tensor in saved.items():
         name = name_of.get(tensor.untyped_storage()._cdata)
         if name is not None and tensor.is_contiguous():
-            cut[name][key] = Range(name, tensor.storage_offset(), tuple(tensor.shape))
+            cut[name][key] = Range(name, int(tensor.storage_offset()), tuple(tensor.shape))
         elif name is not None:
             torn.add(name)
     out: dict[str, Range] = {}

@@ -80,6 +80,8 @@ class _Written(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.is_mutable and args and isinstance(args[0], Tensor):
             self.storages.add(args[0].untyped_storage()._cdata)
+            if args[0].is_meta:
+                return args[0]
         return func(*args, **(kwargs or {}))
 
 

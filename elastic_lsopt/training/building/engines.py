@@ -15,6 +15,7 @@ from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.api.initialize import initialize
 from elastic_lsopt.averages import registry as averages
 from elastic_lsopt.averages.average import Average
+from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.backends.trainable import refuse_scalars
 from elastic_lsopt.checkpoint.huggingface.weights import fill, give_memory
@@ -42,13 +43,13 @@ def build_engine(
     """
     classes = data.classes if data.labels_are_names else len(data.classes)
     model, weights = shape_and_weights(config, vocabulary_size=data.vocabulary_size, classes=classes or None)
-    filled = None if weights is None else partial(fill, weights=weights)
+    filled = None if weights is None else _unfilled if world.rehearsal else partial(fill, weights=weights)
     if config.task == "sequence_classification":
         data.refuse_labels_beyond(model.config.num_labels)  # type: ignore[union-attr,arg-type]
     if config.activation_checkpointing:
         apply_activation_checkpointing(model)
     loss, base = loss_of(config, model), base_of(config, model)
-    keep = [*keep, *averages_of(config)]
+    keep = [*keep, *averages_of(config)] if not world.rehearsal else []
     options: dict[str, Any] = {"seed": config.seed, "total_samples": total_samples, "keep": keep}
     if config.backend == "deepspeed":
         assert config.deepspeed is not None
@@ -81,6 +82,10 @@ def build_engine(
     if config.bf16 and config.backend == "replicated":
         backend.compute_dtype = torch.bfloat16  # autocast rounds the weights in the forward
     return Engine(backend, method, loss_fn=loss, **options)
+
+
+def _unfilled(backend: Backend) -> None:
+    """A rehearsal trains nothing: alone, it would fill the whole model, and memory that is not written costs none."""
 
 
 def averages_of(config: TrainConfig) -> list[Average]:
