@@ -75,6 +75,16 @@ TARGETS = (
     Target("updates", "muon_own_step_of_torch_on_one", at_most=0.65),  # 1/N + 0.15 on two ranks
     Target("updates", "ema_zero2_step_of_base", at_most=1.02),
     Target("updates", "ema_zero2_bytes_of_fp32_shard", at_most=1.0001),
+    *(
+        Target("loading", f"peak_{kind}_world{world}_of_shard_and_block", at_most=0.9)
+        for kind in ("fsdp2", "zero3")
+        for world in (2, 4)
+    ),
+    *(Target("loading", f"load_{kind}_world2_of_safetensors", at_most=1.5) for kind in ("fsdp2", "zero3")),
+    *(Target("loading", f"export_{kind}_world2_extra_bytes", at_most=64 * 2**20) for kind in ("fsdp2", "zero3")),
+    Target("loading", "limited_host_load_passes", at_least=1),
+    Target("loading", "limited_host_whole_copies_pass", at_most=0),
+    Target("loading", "sam_1_3b_two_workers_bytes", at_most=20 * 2**30),
     Target("imports", "import_beyond_torch_s", at_most=0.3),
     *(Target("imports", f"help{c and '_' + c}_beyond_python_s", at_most=0.3) for c in COMMANDS),
     Target("noise", "cpu_fill_speed_of_randn", at_least=0.5),

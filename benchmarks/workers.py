@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ def world() -> int:
     return torch.cuda.device_count() or 2
 
 
-def on_ranks(case: str, *, processes: int | None = None, **arguments: Any) -> Any:
+def on_ranks(
+    case: str, *, processes: int | None = None, before: Callable[[], None] | None = None, **arguments: Any
+) -> Any:
     """Rank 0's result of `module:function(**arguments)`, run on all ranks (`processes`, or `world()`) in one group.
 
+    `before` runs in the launcher before it starts, which so may put itself under a limit.
     One thread a rank on a CPU, so that ranks do not fight for cores. Raises CalledProcessError with the ranks' own
     output on standard error where one fails, TimeoutExpired after 15 minutes.
     """
@@ -45,6 +49,7 @@ def on_ranks(case: str, *, processes: int | None = None, **arguments: Any) -> An
         subprocess.run(
             [*launcher, "-m", "benchmarks.workers", order],
             cwd=ROOT, env=environment, stdout=sys.stderr, timeout=TIMEOUT_S, check=True,
+            preexec_fn=before,
         )  # fmt: skip
         return json.loads(answer.read_text())
 

@@ -190,7 +190,7 @@ def peak_of_a_load(path: str, kind: str, hidden: int, layers: int) -> dict[str, 
 
     Without what DeepSpeed makes for the optimizer meanwhile: masters and a buffer of gradients.
     """
-    from tests.cases.checkpoints.peak import Peak
+    from benchmarks.anonymous_memory import Peak
 
     folder = f"{path}/large"
     shape = {"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 4,
