@@ -82,6 +82,15 @@ class FolderWeights:
         ]
         _refuse_missing(folder, model, self.newly_drawn)
 
+    def told(self) -> list[str]:
+        """What a user should know of the load, a line each; nothing where every tensor has its place."""
+        lines = []
+        if self.newly_drawn:
+            lines.append(f"{self._folder} holds no {_some(self.newly_drawn)}: drawn from the seed.")
+        if self.unused:
+            lines.append(f"{self._folder} also holds {_some(self.unused)}, which the model has no place for: left out.")
+        return lines
+
     def holds(self, name: str) -> bool:
         """Whether the files hold this parameter or buffer."""
         return bool(self._runs(name)) and name not in self.newly_drawn
@@ -129,6 +138,11 @@ class FolderWeights:
             if not torch.equal(pair[0], pair[1]):
                 return False
         return True
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 _FLOATS = ("F64", "F32", "BF16", "F16")

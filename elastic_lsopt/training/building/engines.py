@@ -18,6 +18,7 @@ from elastic_lsopt.averages.average import Average
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.backends.trainable import refuse_scalars
+from elastic_lsopt.checkpoint.huggingface.folder_weights import FolderWeights
 from elastic_lsopt.checkpoint.huggingface.weights import fill, give_memory
 from elastic_lsopt.config.deepspeed_json import check_job, read_deepspeed_json, zero_stage
 from elastic_lsopt.config.settings import SettingError, TrainConfig
@@ -44,6 +45,9 @@ def build_engine(
     classes = data.classes if data.labels_are_names else len(data.classes)
     model, weights = shape_and_weights(config, vocabulary_size=data.vocabulary_size, classes=classes or None)
     filled = None if weights is None else _unfilled if world.rehearsal else partial(fill, weights=weights)
+    if isinstance(weights, FolderWeights) and world.is_first and world.generation <= 1 and not world.rehearsal:
+        for line in weights.told():
+            log.warning("%s", line)
     if config.task == "sequence_classification":
         data.refuse_labels_beyond(model.config.num_labels)  # type: ignore[union-attr,arg-type]
     if config.activation_checkpointing:

@@ -146,7 +146,12 @@ def _transformer(
     config: TrainConfig, vocabulary_size: int | None, classes: int | Sequence[str] | None, *, whole: bool = False
 ) -> nn.Module:
     """The model by its config; `whole`: with the weights of its folder too, as transformers reads them."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        GenerationConfig,
+    )  # fmt: skip
 
     kind = AutoModelForCausalLM if config.task == "causal_lm" else AutoModelForSequenceClassification
     labels = _labels(classes) if classes is not None and config.task != "causal_lm" else {}
@@ -168,6 +173,8 @@ def _transformer(
                 model = kind.from_pretrained(_folder(where), config=shape, use_safetensors=True, **how)
             else:
                 model = kind.from_config(shape, **how)
+                if model.can_generate() and (Path(_folder(where)) / "generation_config.json").exists():
+                    model.generation_config = GenerationConfig.from_pretrained(_folder(where))
     model.config.use_cache = False
     return model
 

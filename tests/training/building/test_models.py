@@ -10,9 +10,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
+from elastic_lsopt.checkpoint.huggingface.weights import WholeWeights
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.training.building.models import apply_activation_checkpointing, blocks, build_model
+from elastic_lsopt.training.building.models import (
+    apply_activation_checkpointing,
+    blocks,
+    build_model,
+    shape_and_weights,
+)
 
 pytestmark = pytest.mark.fast
 LLAMA = {"model_type": "llama", "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -241,3 +247,28 @@ def test_a_folder_of_words_is_not_trained_on_bytes(tmp_path: Path) -> None:
     build_model(settings(LLAMA), vocabulary_size=999).save_pretrained(tmp_path)
     with pytest.raises(SettingError, match="999 token ids but the tokenizer has 257; give the model's own"):
         build_model(settings(model_name_or_path=str(tmp_path)))
+
+
+MAMBA = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1}
+
+
+def test_what_cannot_be_drawn_in_ranges_is_drawn_whole_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="elastic_lsopt"):
+        model, weights = shape_and_weights(settings(MAMBA, seed=3))
+    [line] = [r.getMessage() for r in caplog.records if r.name == "elastic_lsopt"]
+    assert "A_log by copy_ does not go element by element: each rank builds the whole MambaForCausalLM" in line
+    assert isinstance(weights, WholeWeights) and all(p.is_meta for p in model.parameters())
+    built = build_model(settings(MAMBA, seed=3))
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.isfinite(built(input_ids=ids).logits).all()
+    wanted = torch.log(torch.arange(1, 17, dtype=torch.float32)).expand(32, -1)
+    assert torch.allclose(built.backbone.layers[0].mixer.A_log, wanted)
+
+
+def test_the_folders_way_to_generate_stays(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    plain.generation_config.update(temperature=0.7, do_sample=True, top_k=11)
+    plain.save_pretrained(folder)
+    told = build_model(settings(model_name_or_path=folder)).generation_config
+    assert (told.temperature, told.top_k) == (0.7, 11)
