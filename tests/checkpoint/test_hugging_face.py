@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cases.checkpoints.hugging_face import SHAPES
+from tests.processes.ranks import ROOT
 
 CASES = "tests.cases.checkpoints.hugging_face:"
 KINDS = ("fsdp2", "zero3", "hsdp", "ddp", "zero2")
@@ -74,3 +76,9 @@ def test_a_model_from_scratch_begins_alike_everywhere(
     assert len(set(alone.values())) > 3
     for told in ranks(world).run(case, path=str(tmp_path), kind=kind, model_type=shape):
         assert told == alone
+
+
+def test_the_program_of_the_page(ranks: Any, tmp_path: Path) -> None:
+    [program] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "large-models.md").read_text(), re.DOTALL)
+    case = CASES + "the_pages_program"
+    assert max(ranks(2).run(case, path=str(tmp_path), program=program)) < 1e-5

@@ -51,8 +51,9 @@ class FolderWeights:
     without weights (another architecture), and a quantised folder.
     """
 
-    def __init__(self, folder: Path, model: Any, missing: Weights) -> None:
-        self._folder, self._missing = folder, missing
+    def __init__(self, folder: str | Path, model: Any, missing: Weights) -> None:
+        self._folder = folder = Path(folder)
+        self._missing = missing
         self._maps: dict[str, mmap.mmap] = {}
         stored = stored_tensors(folder)
         shapes = {name: tuple(t.shape) for name, t in _named(model).items()}

@@ -219,3 +219,15 @@ def peak_of_a_load(path: str, kind: str, hidden: int, layers: int) -> dict[str, 
     unit = 4 * (sum(numels) / dist.get_world_size() + max(sum(of_block), *numels))
     close(engine)
     return {"peak": (sum(growths) + peaks.bytes) / unit, "unit_bytes": unit}
+
+
+def the_pages_program(path: str, program: str) -> float:
+    """The `load` of docs/large-models.md: how far its logits are from transformers' own."""
+    from transformers import AutoModelForCausalLM
+
+    save(f"{path}/model", "llama")
+    names: dict[str, Any] = {}
+    exec(program, names)
+    backend = names["load"](f"{path}/model", torch.device("cpu"))
+    theirs = logits_of(AutoModelForCausalLM.from_pretrained(f"{path}/model").eval())
+    return (logits_of(backend.module.eval()) - theirs).abs().max().item()
