@@ -155,6 +155,11 @@ def other_shape(folder: Path) -> None:
         save_file(tensors, file, {"format": "pt"})
 
 
+def integers(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        save_file({k: v.to(torch.int8) for k, v in load_file(file).items()}, file, {"format": "pt"})
+
+
 def eight_bits(folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         save_file({k: v.to(torch.float8_e4m3fn) for k, v in load_file(file).items()}, file, {"format": "pt"})
@@ -169,6 +174,7 @@ def eight_bits(folder: Path) -> None:
         (cut_a_file, r"model-00002-of-\d+.safetensors is broken: .*; copy it again"),
         (other_names, r"no weights for model.layers.0.\S+ and \d+ more of LlamaForCausalLM: it is of another architec"),
         (other_shape, r"model.norm.weight has shape \[17\] in the files and \[16\] in the model"),
+        (integers, r"is of type I8, which is quantised; give the weights in bf16, fp16 or fp32"),
         (eight_bits, r"is of type F8_E4M3, which is quantised; give the weights in bf16, fp16 or fp32"),
     ],
 )

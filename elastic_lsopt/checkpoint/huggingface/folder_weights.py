@@ -69,9 +69,10 @@ class FolderWeights:
                     f"{folder}: {key} has shape {list(stored[key].shape)} in the files and {list(place.shape)} in the "
                     "model that config.json describes; give the config that was saved with them."
                 )
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._held: dict[str, list[tuple[Range, Stored]]] = {}
         for key, place in layout.items():
-            if stored[key].dtype not in _FLOATS and stored[key].dtype not in BY_NAME:
+            if stored[key].dtype not in (_FLOATS if place.name in parameters else BY_NAME):
                 raise UserError(f"{folder}: {key} is of type {stored[key].dtype}, which is quantised; give the weights "
                                 "in bf16, fp16 or fp32.")  # fmt: skip
             self._held.setdefault(place.name, []).append((place, stored[key]))
