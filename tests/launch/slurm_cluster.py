@@ -87,7 +87,9 @@ class SlurmJob:
     def wait(self) -> str:
         """Its state once it is at its end, and runs nowhere any more."""
         running = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED")
-        self.until(lambda: self.shown("JobState") not in running and self.slurm.call("squeue", "-hj", self.number) == "")
+        self.until(
+            lambda: self.shown("JobState") not in running and self.slurm.call("squeue", "-hj", self.number) == ""
+        )
         return self.shown("JobState")
 
 
@@ -156,12 +158,11 @@ def _configure(folder: Path, nodes: int) -> None:
     key.write_bytes(os.urandom(64))
     key.chmod(0o600)
     ports = [free_port() for _ in range(nodes)]
-    (folder / "slurm.conf").write_text(
-        CONF.format(
-            user=getpass.getuser(), port=free_port(), folder=folder, requeue_s=REQUEUE_S, grace_s=GRACE_S,
-            nodes=",".join(f"127.0.0.{n}" for n in range(1, nodes + 1)), ports=",".join(map(str, ports)),
-        )  # fmt: skip
-    )
+    conf = CONF.format(
+        user=getpass.getuser(), port=free_port(), folder=folder, requeue_s=REQUEUE_S, grace_s=GRACE_S,
+        nodes=",".join(f"127.0.0.{n}" for n in range(1, nodes + 1)), ports=",".join(map(str, ports)),
+    )  # fmt: skip
+    (folder / "slurm.conf").write_text(conf)
 
 
 def _daemon(folder: Path, name: str, *arguments: str) -> subprocess.Popen[bytes]:
