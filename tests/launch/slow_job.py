@@ -8,7 +8,7 @@ from typing import Any
 from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import TINY, rows, write_job
 
-STEPS = 30
+STEPS = 60
 SHAPE: dict[str, Any] = {"max_steps": STEPS, "eval_steps": None, "save_steps": None, "workers": 1, "export": False}
 ELASTIC = {"lease_s": 4.0, "max_nodes": 4}
 

@@ -28,6 +28,8 @@ REQUEUE_S = 10
 """How long a job that is queued again waits at least, and how long a credential is good for; Slurm's default is 120."""
 GRACE_S = 60
 """What a preempted job has to save its state."""
+LOST_S = 15
+"""After which a machine that does not answer is lost."""
 CONF = """
 ClusterName=local
 SlurmctldHost=localhost(127.0.0.1)
@@ -48,6 +50,7 @@ JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2
 KillWait=60
+SlurmdTimeout={lost_s}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
@@ -97,16 +100,32 @@ class Slurm:
     """A cluster that runs."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.slurmd = folder, dict[str, subprocess.Popen[bytes]]()
         self._environment = rank_environment(PATH=PATH, SLURM_CONF=str(folder / "slurm.conf"))
 
     def call(self, *command: str) -> str:
         """What a program of Slurm's says; raises AssertionError where it fails."""
-        done = subprocess.run(
-            command, cwd=ROOT, env=self._environment, capture_output=True, text=True, timeout=60, check=False
-        )
+        done = self._run(*command)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
+
+    def leave(self, step: str) -> None:
+        """SIGTERM to a step; scancel 22.05 sends it, and says nevertheless that it knows no such job."""
+        self._run("scancel", "--signal=TERM", step)
+
+    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=ROOT, env=self._environment, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    def lose(self, node: str) -> None:
+        """As if the machine had lost its power: its slurmd ends, then whoever runs a step there, then the steps."""
+        self.slurmd[node].kill()
+        tasks = [pid for pid in _pids() if f"SLURMD_NODENAME={node}".encode() in _environment(pid)]
+        parents = {_parent(pid) for pid in tasks} - set(tasks)
+        for pid in [*parents, *tasks]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def submit(self, script: str, *arguments: str, options: Sequence[str] = ()) -> SlurmJob:
         """`sbatch OPTIONS SCRIPT ARGUMENTS`, as a user types it in the repository's folder."""
@@ -130,7 +149,9 @@ def slurm(nodes: int = 3) -> Iterator[Slurm]:
         ))  # fmt: skip
         daemons.append(_daemon(folder, "slurmctld", "-D", "-f", conf))
         for node in range(1, nodes + 1):
-            daemons.append(_daemon(folder, "slurmd", "-D", "-N", f"127.0.0.{node}", "-f", conf))
+            name = f"127.0.0.{node}"
+            cluster.slurmd[name] = _daemon(folder, "slurmd", "-D", "-N", name, "-f", conf)
+            daemons.append(cluster.slurmd[name])
         _until(lambda: _idle(cluster) == nodes, START_S, folder)
         yield cluster
     finally:
@@ -159,7 +180,7 @@ def _configure(folder: Path, nodes: int) -> None:
     key.chmod(0o600)
     ports = [free_port() for _ in range(nodes)]
     conf = CONF.format(
-        user=getpass.getuser(), port=free_port(), folder=folder, requeue_s=REQUEUE_S, grace_s=GRACE_S,
+        user=getpass.getuser(), port=free_port(), folder=folder, requeue_s=REQUEUE_S, grace_s=GRACE_S, lost_s=LOST_S,
         nodes=",".join(f"127.0.0.{n}" for n in range(1, nodes + 1)), ports=",".join(map(str, ports)),
     )  # fmt: skip
     (folder / "slurm.conf").write_text(conf)
@@ -187,8 +208,21 @@ def _until(reached: Callable[[], bool], limit_s: float, folder: Path) -> None:
 
 def _kill_what_says(variable: str) -> None:
     """Steps of a job that the daemons have left."""
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError, ValueError):
-            pid = int(entry.name)
-            if pid != os.getpid() and variable.encode() in (entry / "environ").read_bytes().split(b"\0"):
+    for pid in _pids():
+        if pid != os.getpid() and variable.encode() in _environment(pid):
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _environment(pid: int) -> list[bytes]:
+    with suppress(OSError):  # it has ended, or is another user's
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return []
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -28,6 +28,11 @@ def cluster() -> Iterator[Slurm]:
         yield found
 
 
+def hosts(trained: SlowJob) -> set[str]:
+    """The machines that train together now; a node is called after its machine, its job and its start."""
+    return {name.partition("-")[0] for name in trained.nodes()}
+
+
 def stopped_after(job: SlurmJob, trained: SlowJob) -> int:
     """The step after which it has saved. (Its own words may be lost: srun, told to end, passes no more on.)"""
     job.until(lambda: any(trained.folder.glob("checkpoints/checkpoint-*")))
@@ -101,7 +106,7 @@ def test_the_allocation_shrinks_and_another_joins(tmp_path: Path, cluster: Slurm
     job = cluster.submit(NODES, str(trained.file), options=["--nodes=3"])
     job.until(lambda: len(trained.nodes()) == 3 and trained.step() >= 4)
     cluster.call("scontrol", "update", f"jobid={job.number}", "numnodes=2")
-    job.until(lambda: trained.nodes() == {"127.0.0.1", "127.0.0.2"})
+    job.until(lambda: hosts(trained) == {"127.0.0.1", "127.0.0.2"})
     fewer = trained.step()
     job.until(lambda: trained.step() > fewer)
     second = cluster.submit(NODES, str(trained.file), options=["--nodes=1"])
@@ -119,11 +124,25 @@ def test_a_node_is_given_back(tmp_path: Path, cluster: Slurm, undisturbed: list[
     trained = SlowJob(tmp_path, elastic=ELASTIC)
     job = cluster.submit(NODES, str(trained.file), options=["--nodes=2"])
     job.until(lambda: len(trained.nodes()) == 2 and trained.step() >= 4)
-    step = next(line.split()[0] for line in cluster.call("squeue", "-hs", "-o", "%i %N").splitlines() if "0.2" in line)
-    cluster.call("scancel", "--signal=TERM", step)
-    job.until(lambda: trained.nodes() == {"127.0.0.1"})
+    steps = cluster.call("squeue", "--noheader", "--steps", "--format=%N %i").splitlines()
+    cluster.leave(dict(step.split() for step in steps)["127.0.0.2"])
+    job.until(lambda: hosts(trained) == {"127.0.0.1"})
     cluster.call("scontrol", "update", f"jobid={job.number}", "nodelist=127.0.0.1")
     trained.hurry()
     assert job.wait() == "COMPLETED", job.log.read_text()
     assert losses(trained.folder) == pytest.approx(undisturbed, rel=1e-5)
     assert [change["redone_steps"] for change in read_journal(trained.folder)] == [0, 0]
+
+
+def test_the_first_machine_fails(tmp_path: Path, undisturbed: list[float]) -> None:
+    """Slurm ends the job, whose script ran there, and starts it again on the machine that is left and another."""
+    with slurm() as cluster:
+        trained = SlowJob(tmp_path, elastic=ELASTIC | {"min_nodes": 2}, save_steps=5)
+        job = cluster.submit(NODES, str(trained.file), options=["--nodes=2"])
+        job.until(lambda: trained.step() >= 7)
+        cluster.lose("127.0.0.1")
+        job.until(lambda: job.shown("Restarts") == "1")
+        trained.hurry()
+        assert job.wait() == "COMPLETED", job.log.read_text()
+        assert hosts(trained) == {"127.0.0.2", "127.0.0.3"}
+        assert losses(trained.folder) == pytest.approx(undisturbed, rel=1e-5)
