@@ -131,11 +131,11 @@ def test_a_node_is_given_back(tmp_path: Path, cluster: Slurm, undisturbed: list[
     trained.hurry()
     assert job.wait() == "COMPLETED", job.log.read_text()
     assert losses(trained.folder) == pytest.approx(undisturbed, rel=1e-5)
-    assert [change["redone_steps"] for change in read_journal(trained.folder)] == [0, 0]
+    assert not any(change["redone_steps"] for change in read_journal(trained.folder))
 
 
 def test_the_first_machine_fails(tmp_path: Path, undisturbed: list[float]) -> None:
-    """Slurm ends the job, whose script ran there, and starts it again on the machine that is left and another."""
+    """The job, whose script ran there, is queued again by the machine that is left, and starts there and on another."""
     with slurm() as cluster:
         trained = SlowJob(tmp_path, elastic=ELASTIC | {"min_nodes": 2}, save_steps=5)
         job = cluster.submit(NODES, str(trained.file), options=["--nodes=2"])
