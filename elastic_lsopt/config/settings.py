@@ -182,7 +182,8 @@ class TrainConfig:
     max_rewinds: Count = 3
     """Rewinds of a job after which a further divergence ends it."""
     exit_code_when_stopped: Annotated[int, Field(ge=0, le=255, strict=True)] = 0
-    """Exit code of a job that a signal has stopped before its end; a scheduler can requeue by it (see launch/)."""
+    """Exit code of a job, or of a node of an elastic job, that a signal has stopped before the job's end; a scheduler
+    can start it again by it (see launch/)."""
 
     export: bool = True
     """Write the trained model at the end: a Hugging Face folder, safetensors for a torch model."""

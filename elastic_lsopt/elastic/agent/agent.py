@@ -69,8 +69,8 @@ class Agent:
         self._reports: dict[str, bytes] = {}
         self._generation: Generation | None = None
         self._draining = self._stopping = self._user_error = False
-        self._stopped = False
-        """Whether the job was told to stop before its end, and its state is saved."""
+        self._stopped = self._trained_to_the_end = False
+        """How the job has ended for this node's workers: told to stop, and its state is saved, or after its last step."""
         self._forced = 0
         """The newest generation that was formed because somebody was lost."""
         self._broken: dict[int, tuple[float, str]] = {}
@@ -204,8 +204,9 @@ class Agent:
 
     @property
     def _code_of_end(self) -> int:
-        """Of a node that has left as it was asked to, or whose job has ended."""
-        return self.node.exit_code_when_stopped if self._stopped else 0
+        """Of a node that has left as it was asked to, or whose job has ended: a scheduler takes 0 for "never again"."""
+        early = self._stopped or (self._draining and not self._trained_to_the_end)
+        return self.node.exit_code_when_stopped if early else 0
 
     def _host_address(self) -> str:
         """Where the present generation's store is; "" before the first."""
@@ -238,7 +239,8 @@ class Agent:
                 self._grant(worker, line["generation"], line["step"])
             case "finished":
                 worker.finished = True
-                self._stopped = self._stopped or line.get("stopped", False)
+                stopped = line.get("stopped", False)
+                self._stopped, self._trained_to_the_end = self._stopped or stopped, not stopped
             case "failed":
                 if not self._user_error:  # each worker makes the same mistake
                     print(f"elastic-lsopt: {line['error']}", file=sys.stderr)

@@ -49,7 +49,7 @@ class Node:
     """Starts one worker."""
     environment: Mapping[str, str]
     exit_code_when_stopped: int = 0
-    """Of an agent whose job was told to stop before its end."""
+    """Of an agent that was told to leave before the job's end."""
 
     @property
     def name(self) -> str:

@@ -17,7 +17,7 @@ import pytest
 
 from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import BIN, TINY, Started, in_ranks, losses, rows, write_job
-from tests.processes.ranks import free_port
+from tests.processes.ranks import ROOT, free_port
 from tests.processes.ssh_server import HOSTS, Ssh, ssh_server
 
 STEPS = 30
@@ -158,9 +158,8 @@ def by_deepspeed(job: Nodes, ssh: Ssh, hosts: Sequence[str]) -> Started:
     hostfile = job.job.with_name("hosts")
     hostfile.write_text("".join(f"{host} slots=1\n" for host in hosts))
     return job.start(
-        "n", f"PATH={ssh.path}:{os.environ['PATH']}", str(BIN / "deepspeed"), f"--hostfile={hostfile}",
-        f"--ssh_port={ssh.port}", "--num_accelerators=1", "--no_local_rank", f"--master_addr={hosts[0]}",
-        f"--master_port={free_port()}", "--module", "elastic_lsopt.agent", str(job.job),
+        "n", f"PATH={ssh.path}:{BIN}:{os.environ['PATH']}", f"SSH_PORT={ssh.port}", f"PORT={free_port()}",
+        "bash", str(ROOT / "launch/deepspeed.sh"), str(hostfile), str(job.job),
     )  # fmt: skip
 
 
