@@ -77,6 +77,8 @@ class Console:
             f"{config.dataset}: {len(data.train):,} training and {len(data.eval):,} held-out samples; "
             f"{self._steps:,} steps of {config.global_batch_size}"
         )
+        for note in data.notes:
+            self.say(f"note: {note}")
         if data.bigram_entropy is not None:
             self.say(f"byte-bigram entropy of the corpus: {data.bigram_entropy:.4f} nats a byte")
         if engine.clock.steps >= self._steps:
