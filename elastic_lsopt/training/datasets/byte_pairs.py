@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-FLUSH_BYTES = 1 << 20
+FLUSH_BYTES = 1 << 17
 
 
 class BytePairs:
-    """Pairs of bytes, counted within each text that is added; 512 KiB, and about a MiB of texts."""
+    """Pairs of bytes, counted within each text that is added; 1 MiB of counts, and 4 while it counts."""
 
     def __init__(self) -> None:
         self._pairs = np.zeros(256 * 256, np.int64)

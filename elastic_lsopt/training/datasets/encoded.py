@@ -20,9 +20,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from elastic_lsopt.data.best_fit import best_fit
 
-PACKED_AT_ONCE = 65_536
+PACKED_AT_ONCE = 16_384
 """Documents among which rows are made; a row never holds one of these and one of the next."""
-BUFFER_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _InMemory:
 
 
 class Files:
-    """Columns in files of a folder, written through a buffer of 1 MiB each, and mapped when they are closed."""
+    """Columns in files of a folder, written through a buffer of 64 KiB each, and mapped when they are closed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -186,7 +186,7 @@ def _parquet(key: str, name: str, file: Path, wanted: frozenset[str] | None) -> 
 
 def _rows(key: str, source: str, table: Any, wanted: frozenset[str] | None) -> Iterator[Record]:
     known = list(table.column_names)
-    table = table.select_columns(_chosen(known, wanted))
+    table = table.select_columns(_chosen(known, wanted) or known[:1])  # without any it would have no row
     named = {n: tuple(f.names) for n, f in table.features.items() if getattr(f, "names", None)}  # a ClassLabel's
     for number, row in enumerate(table):
         yield Record(f"#{number}", f"{key}={source!r}, row {number}", row, known=known, classes=named)

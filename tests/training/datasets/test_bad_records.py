@@ -16,9 +16,7 @@ pytestmark = pytest.mark.fast
 
 def read(path: Path, limit: int, **given: Any) -> Data:
     fixed = {"output_dir": "out", "max_steps": 1, "model": {"model_type": "llama"}, "block_size": 4}
-    return build_data(
-        TrainConfig(dataset=str(path), max_bad_records=limit, **(fixed | {"eval_fraction": 0.0} | given))
-    )
+    return build_data(TrainConfig(dataset=str(path), max_bad_records=limit, **(fixed | {"eval_fraction": 0.0} | given)))
 
 
 @pytest.fixture
@@ -26,7 +24,6 @@ def mixed(tmp_path: Path) -> Path:
     """Thirty records, of which lines 2, 4, … 24 are bad in four ways."""
     good, bad = json.dumps({"text": "good"}), ["{", "[1]", '{"txt": "a"}', '{"text": 1}']
     lines = [bad[i // 2 % 4] if i % 2 == 0 and i <= 24 else good for i in range(1, 31)]
-    lines[1:1] = []
     path = tmp_path / "m.jsonl"
     path.write_text("\n".join(lines))
     return path

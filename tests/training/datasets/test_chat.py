@@ -105,7 +105,9 @@ def test_what_the_tokens_cannot_tell_is_refused_by_line(tmp_path: Path, folder: 
     thinking = [*CHAT[:2], {"role": "assistant", "content": "<think>hm</think>sat"}]
     records = [{"messages": thinking}, {"messages": [*thinking, *CHAT[3:]]}]
     assert said(chats(tmp_path / "c.jsonl", records[:1], folder / "forgetful"))[1] == "<think>hm</think>sat<|im_end|>\n"
-    with pytest.raises(SettingError, match=r"c.jsonl:2: the tokens up to assistant turn 3 .*\{% generation %\}") as line:
+    with pytest.raises(
+        SettingError, match=r"c.jsonl:2: the tokens up to assistant turn 3 .*\{% generation %\}"
+    ) as line:
         chats(tmp_path / "c.jsonl", records, folder / "forgetful")
     assert "\n" not in str(line.value)
 
