@@ -49,9 +49,9 @@ def test_what_the_cache_was_made_with_does_not_hide_them(mixed: Path, tmp_path: 
     where = {"dataset_cache_dir": str(tmp_path / "cache")}
     made, found = read(mixed, 12, **where), read(mixed, 20, **where)
     assert made.notes == found.notes
-    with pytest.raises(SettingError, match="12 bad records: .*more than max_bad_records=3"):
+    with pytest.raises(SettingError, match=r"12 bad records: .*more than max_bad_records=3"):
         read(mixed, 3, **where)
-    with pytest.raises(SettingError, match="12 bad records: .*more than max_bad_records=0"):
+    with pytest.raises(SettingError, match=r"12 bad records: .*more than max_bad_records=0"):
         read(mixed, 0, **where)
 
 

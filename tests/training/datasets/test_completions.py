@@ -1,4 +1,4 @@
-"""Prompts and completions: only the completion is trained, and the end of the document, so that the model learns to stop."""
+"""Prompts and completions: only the completion is trained, with its end, so that the model learns to stop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("prompt, completion", [("the cat", " sat on the mat"), ("the ca", "t sat"), ("the ", "cat")])
 def test_a_token_across_the_boundary_is_none(tmp_path: Path, begins: bool, prompt: str, completion: str) -> None:
-    """In "the cat" is one token "cat": where the prompt ends inside of it the prompt is encoded alone, as by who asks."""
+    """In "the cat" is a token " cat": where the prompt ends inside of it, it is encoded alone, as by who asks."""
     from transformers import AutoTokenizer
 
     folder = byte_level(tmp_path / "tokenizer", begins=begins)

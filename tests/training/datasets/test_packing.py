@@ -89,5 +89,5 @@ def test_who_cannot_keep_them_apart_is_refused(tmp_path: Path) -> None:
     path = texts(tmp_path / "d.jsonl", 3, 4)
     with pytest.raises(SettingError, match=r"packing=documents: a model of type 'falcon' is not known to keep"):
         build_model(settings(path, packing="documents", model={"model_type": "falcon"}), device="meta")
-    with pytest.raises(ValueError, match="model.import names another; use packing: none"):
+    with pytest.raises(ValueError, match=r"model\.import names another; use packing: none"):
         settings(path, packing="documents", model={"import": "a:b"})
