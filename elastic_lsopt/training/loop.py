@@ -37,7 +37,7 @@ from elastic_lsopt.schedules.learning_rate import LearningRate
 from elastic_lsopt.training.building.engines import build_engine, plain_loss_of
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data, build_data
-from elastic_lsopt.training.evaluation import Evaluation, evaluate, metrics_function, placed
+from elastic_lsopt.training.evaluation import Evaluation, evaluate, placed
 from elastic_lsopt.training.probing.during_training import Probing
 from elastic_lsopt.training.quiet import report_loads
 from elastic_lsopt.training.result import finish, say_unsaved
@@ -86,7 +86,6 @@ class TrainingRun:
     ) -> None:  # fmt: skip
         self.config, self.data, self.world, self.console = config, data, world, console
         console.lead(world.is_first)
-        metrics_function(config)  # what cannot be imported is refused before the first step
         report_loads(world.is_first and (world.plan is None or world.generation == 1))
         if world.plan is None and world.size > 1:
             assert dist.group.WORLD is not None

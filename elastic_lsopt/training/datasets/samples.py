@@ -154,7 +154,10 @@ def _sequence_classification(config: TrainConfig, tokens: Tokens) -> Data:
         corpora.append(read_corpus(config, tokens, evaluation=True))
     given = [_named(corpus.encoded.facts["labels"], corpus.encoded.facts["declared"]) for corpus in corpora]
     declared = tuple(corpora[0].encoded.facts["declared"])
-    classes, numbers = _classes(given[0], config.dataset_label_field, class_names(config), declared)
+    own = class_names(config)
+    learnt = own if config.model_name_or_path is not None else ()
+    classes, numbers = _classes(given[0], config.dataset_label_field, own, declared)
+    named = isinstance(given[0][0], str)
     numbers_of_eval = numbers if len(given) == 1 else _numbered(config, given[1], classes, given[0])
     held = corpora[-1].encoded.training if config.eval_dataset else corpora[0].encoded.held_out
     return Data(
@@ -163,8 +166,11 @@ def _sequence_classification(config: TrainConfig, tokens: Tokens) -> Data:
         collate=partial(collate_texts, padding=tokens.padding),
         tokens=tokens,
         classes=classes,
-        labels_are_names=isinstance(given[0][0], str),
-        notes=tuple(note for corpus in corpora for note in corpus.notes),
+        labels_are_names=named,
+        notes=(
+            *(note for corpus in corpora for note in corpus.notes),
+            *(_other_names(learnt, classes) if named and learnt else ()),
+        ),
     )
 
 
@@ -187,6 +193,17 @@ def _classes(given: list[Any], field: str, *known: tuple[str, ...]) -> tuple[tup
     names = next((list(names) for names in known if set(given) <= set(names)), sorted(set(given)))
     number = {name: i for i, name in enumerate(names)}
     return tuple(names), [number[label] for label in given]
+
+
+def _other_names(own: tuple[str, ...], classes: tuple[str, ...]) -> list[str]:
+    """What a person is told where a pretrained classifier was trained on classes of other names."""
+    unnamed = own == tuple(f"LABEL_{i}" for i in range(len(own)))  # as Hugging Face calls them where nobody has
+    if unnamed or own == classes:
+        return []
+    return [
+        f"the model's own classes are {', '.join(own)}, the data's are {', '.join(classes)}: its head has learnt the "
+        "former, and learns the latter in their places"
+    ]
 
 
 def _numbered(config: TrainConfig, labels: list[Any], classes: tuple[str, ...], trained: list[Any]) -> list[int]:

@@ -68,9 +68,9 @@ def cached(folder: str | None, key: str, encode: Encode) -> Encoded:
 
 
 def key_of(source: Source, tokenizer: str, settings: dict[str, Any]) -> str:
-    """The name of an entry: 32 hexadecimal digits. Reads 128 KiB of each file."""
+    """The name of an entry: 32 hexadecimal digits. Reads at most 128 KiB of each file."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([FORMAT, tokenizer, settings], sort_keys=True).encode())
+    digest.update(json.dumps([FORMAT, tokenizer, settings, source.revision], sort_keys=True).encode())
     for name, size, changed_ns, path in source.state():
         digest.update(f"\n{name} {size} {changed_ns} ".encode())
         with open(path, "rb") as file:
