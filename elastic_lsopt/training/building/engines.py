@@ -83,8 +83,8 @@ def _refuse_other_inputs(model: nn.Module, data: Data) -> None:
     except TypeError as error:
         raise SettingError(
             "model.import",
-            f"{type(model).__name__}.forward does not take a batch of this data, {', '.join(inputs)} ({error}); let it, "
-            "or use packing: concatenate.",
+            f"{type(model).__name__}.forward does not take a batch of this data, {', '.join(inputs)} ({error}); let it "
+            "take them, or use packing: concatenate.",
         ) from None
 
 

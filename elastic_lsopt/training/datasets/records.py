@@ -101,7 +101,7 @@ class Source:
                 raise SettingError(self.key, f"{file} cannot be read: {error.strerror or error}.") from None
 
     def state(self) -> list[tuple[str, int, int, str]]:
-        """(name, bytes, time of change in ns, path) of every file that is read. Raises SettingError for one that is gone."""
+        """(name, bytes, time of change in ns, path) of every file. Raises SettingError for one that is gone."""
         files = self.files
         if self.table is not None:
             files = [(Path(entry["filename"]).name, Path(entry["filename"])) for entry in self.table.cache_files]

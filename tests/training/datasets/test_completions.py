@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from elastic_lsopt.config.settings import SettingError, TrainConfig
+from elastic_lsopt.optimizers.plain import Plain
 from elastic_lsopt.training.datasets.samples import Data, build_data
 from tests.training.datasets.small_tokenizers import byte_level
 
@@ -74,3 +76,16 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
                 model={"model_type": "llama"},
             )
         )  # fmt: skip
+
+
+def test_a_model_that_takes_no_padding_is_refused(tmp_path: Path) -> None:
+    from elastic_lsopt.training.building.engines import build_engine
+    from elastic_lsopt.world import World
+    from tests.jobs import TINY
+
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    config = TrainConfig(dataset=str(path), output_dir="out", max_steps=1, model={"import": TINY}, eval_fraction=0.0)
+    world: Any = World(0, 1, torch.device("cpu"), None)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match=r"TinyLM.forward does not take a batch .* attention_mask.*concatenate"):
+        build_engine(config, Plain(), build_data(config), world, total_samples=10)
