@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.backend import Backend
@@ -158,11 +158,12 @@ class Engine:
             self._inside = False
         return self.last_step.loss
 
-    def evaluate(self, rounds: Iterable[Sequence[Any]]) -> float:
+    def evaluate(self, rounds: Iterable[Sequence[Any]], see: Callable[[Tensor, Any], object] | None = None) -> float:
         """The mean loss over all ranks' micro-batches of all rounds, in eval mode, without gradients.
 
         `rounds` yields lists of micro-batches as `train_batch` takes them, equally many lists on every rank; one is in
-        memory at a time.
+        memory at a time. `see(logits, batch)` is called with each of this rank's micro-batches, in their order; it
+        needs a loss in two steps (`lso.Loss`), else UserError.
         """
         self._inside = True
         total = weight = 0.0
@@ -170,11 +171,18 @@ class Engine:
             with eval_mode(self.module), self._landscape.informing():
                 for microbatches in rounds:
                     oracle = self.oracle(microbatches)
-                    total += oracle.loss() * oracle.weight
+                    total += (oracle.loss() if see is None else self._seen_loss(oracle, see)) * oracle.weight
                     weight += oracle.weight
         finally:
             self._inside = False
         return total / weight
+
+    def _seen_loss(self, oracle: MicroBatchOracle, see: Callable[[Tensor, Any], object]) -> float:
+        def criterion(logits: Tensor, batch: Any) -> Tensor:
+            see(logits, batch)
+            return self.loss.criterion(logits, batch)  # type: ignore[union-attr]  # mean_over_logits refuses others
+
+        return oracle.mean_over_logits(criterion)
 
     def averaged(self, name: str = "ema") -> AbstractContextManager[Vector]:
         """Weights at the average of that name inside the block, back bit for bit after it (collective).

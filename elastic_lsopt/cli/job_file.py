@@ -46,6 +46,10 @@ def read_job(path: str | Path, overrides: Sequence[str] = (), *, imports: bool =
             from elastic_lsopt.training.building.engines import averages_of
 
             averages_of(config)
+        if config.compute_metrics and "compute_metrics" not in code:
+            from elastic_lsopt.training.evaluation import metrics_function
+
+            metrics_function(config)
         method = registry.build("none") if "landscape" in code else _method(config)
         return Job(file=file, config=config, method=method)
 

@@ -34,7 +34,7 @@ WORLDS = (1, 2, 4, 8)
 UNKNOWN = {
     "model": "the model's size, and memory, are", "landscape": "the method's parts (1 is taken) are",
     "probes": "its settings are", "optim": "its hyper-parameters are", "param_groups[": "its hyper-parameters are",
-    "averages": "its hyper-parameters are",
+    "averages": "its hyper-parameters are", "compute_metrics": "its numbers are",
 }  # fmt: skip
 """What a table lacks where code of the user's was not run."""
 MOST_SHOWN = 64
@@ -89,10 +89,13 @@ def check_paths(config: TrainConfig) -> None:
         looks_like_path = named is not None and (named[0] in "./~" or named.count("/") > 1)
         if named is not None and looks_like_path and not Path(named).expanduser().exists():
             raise SettingError(key, f"{key}={named} does not exist; give a folder or a name in the local cache.")
-    data = Path(config.dataset)
-    looks_like_path = data.suffix or config.dataset.startswith((".", "/", "~"))
-    if config.dataset not in BUILTIN_DATASETS and looks_like_path and not data.exists():
-        raise SettingError("dataset", f"dataset={config.dataset} does not exist; give a file, a folder or a name.")
+    for key in ("dataset", "eval_dataset"):
+        named = getattr(config, key)
+        looks_like_path = named is not None and (Path(named).suffix or named.startswith((".", "/", "~")))
+        if named not in BUILTIN_DATASETS and looks_like_path and not Path(named).expanduser().exists():
+            raise SettingError(key, f"{key}={named} does not exist; give a file, a folder or a name.")
+    if config.chat_template is not None and not Path(config.chat_template).expanduser().is_file():
+        raise SettingError("chat_template", f"chat_template={config.chat_template} is no file.")
     resume = config.resume_from_checkpoint
     if resume not in ("auto", "none") and not Path(resume).exists():
         raise SettingError(

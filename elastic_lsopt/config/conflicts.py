@@ -35,6 +35,7 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
             f"dataset={c.dataset} does not fit task={c.task}: digits goes with classification.",
         )
 
+    yield from _data_conflicts(c)
     if (c.max_steps is None) == (c.num_train_epochs is None):
         yield "max_steps", "give exactly one of max_steps and num_train_epochs."
     if c.global_batch_size < c.per_device_train_batch_size:
@@ -111,6 +112,36 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         )
     if c.elastic is not None:
         yield from _elastic_conflicts(c, c.elastic)
+
+
+def _data_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
+    if c.task != "causal_lm":
+        for key in ("dataset_format", "packing"):
+            if getattr(c, key) not in ("auto", "text", "none"):
+                yield key, f"{key}={getattr(c, key)} is for task causal_lm, but task={c.task}; remove the key."
+    if c.chat_template is not None and (c.task != "causal_lm" or c.dataset_format not in ("auto", "chat")):
+        yield (
+            "chat_template",
+            f"chat_template is for chat data, but task={c.task}, dataset_format={c.dataset_format}; remove the key.",
+        )
+    if c.packing == "documents" and "import" in (c.model or {}):
+        yield (
+            "packing",
+            "packing=documents needs a Hugging Face model whose attention is known to keep documents apart, and "
+            "model.import names another; use packing: none or concatenate.",
+        )
+    if c.eval_dataset is not None and c.eval_fraction not in (0.0, 0.05):
+        yield "eval_fraction", f"eval_fraction={c.eval_fraction} does not go beside eval_dataset; remove one of them."
+    if c.eval_dataset is not None and c.task == "classification":
+        yield "eval_dataset", "eval_dataset is for texts, and digits hold out a share of their own: use eval_fraction."
+    if c.compute_metrics is not None and c.task == "causal_lm":
+        yield (
+            "compute_metrics",
+            "compute_metrics is for classification: a language model's predictions, a number for each token and id, do "
+            "not fit into memory; remove the key.",
+        )
+    if c.compute_metrics is not None and c.eval_dataset is None and not c.eval_fraction:
+        yield "compute_metrics", "compute_metrics needs held-out data; set eval_fraction or eval_dataset."
 
 
 def _group_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:

@@ -30,10 +30,10 @@ KEYS = tuple(f.name for f in fields(TrainConfig))
 BLOCKS = {"elastic": tuple(f.name for f in fields(ElasticConfig))}
 """Keys that hold settings of their own, and which."""
 PATH_KEYS = (
-    "model_name_or_path", "tokenizer_name_or_path", "dataset", "deepspeed", "resume_from_checkpoint",
-    "elastic.secret_file",
+    "model_name_or_path", "tokenizer_name_or_path", "dataset", "eval_dataset", "chat_template", "deepspeed",
+    "resume_from_checkpoint", "elastic.secret_file",
 )  # fmt: skip
-HOME_KEYS = (*PATH_KEYS, "output_dir", "elastic.preemption_notice_file")
+HOME_KEYS = (*PATH_KEYS, "output_dir", "dataset_cache_dir", "elastic.preemption_notice_file")
 NOT_PATHS = (*BUILTIN_DATASETS, "auto", "none")
 
 

@@ -22,6 +22,7 @@ from elastic_lsopt.config.ranges import (
     SETTINGS,
     BelowOne,
     Count,
+    CountOrZero,
     ImportPath,
     Name,
     NotNegative,
@@ -74,15 +75,36 @@ class TrainConfig:
 
     # The data.
     dataset: Name
-    """A text or jsonl file or folder, a Hugging Face dataset folder, `python-stdlib` or `digits`."""
+    """A text, jsonl or parquet file or folder, a Hugging Face dataset folder, `python-stdlib` or `digits`."""
+    dataset_format: Literal["auto", "text", "chat", "completion"] = "auto"
+    """What a record holds, for causal_lm: a text; the messages of a chat, of which the assistant's are trained; a
+    prompt, and the completion that is trained; auto: what the first record's fields show."""
     dataset_text_field: Name = "text"
     """The field of a record that holds its text."""
     dataset_label_field: Name = "label"
     """The field of a record that holds its class, for sequence_classification."""
+    dataset_messages_field: Name = "messages"
+    """The field of a record that holds its chat: a list of {role, content} (or `conversations` of {from, value})."""
+    dataset_prompt_field: Name = "prompt"
+    """The field of a record that holds its prompt, which is not trained."""
+    dataset_completion_field: Name = "completion"
+    """The field of a record that holds its completion, which is trained."""
+    chat_template: Name | None = None
+    """A file with the Jinja template by which chats become text, saved with the model; null: the tokenizer's own."""
+    packing: Literal["auto", "none", "concatenate", "documents"] = "auto"
+    """How documents become samples: one each; all end to end, cut into blocks; or several whole ones a sample, which do
+    not attend to each other; auto: concatenate for text, else none."""
     block_size: Annotated[int, Field(ge=2)] = 128
-    """Tokens in a sample; >= 2."""
+    """Tokens in a sample (at most, unless packing is concatenate); >= 2."""
+    max_bad_records: CountOrZero = 0
+    """Records that may be left out because they cannot be used; one more stops the job."""
     eval_fraction: BelowOne = 0.05
-    """Share of the documents that is held out for evaluation, in [0, 1)."""
+    """Share of the documents that is held out for evaluation, in [0, 1); none where there is an eval_dataset."""
+    eval_dataset: Name | None = None
+    """Data of its own for evaluation, of the same format; null: a share of the dataset."""
+    dataset_cache_dir: Name | None = None
+    """Where the tokens of a corpus are kept, and mapped from; null: in memory up to 64 MiB, else in Hugging Face's
+    cache."""
 
     # Where it runs, and where it writes.
     output_dir: Name
@@ -161,6 +183,9 @@ class TrainConfig:
     """Optimizer steps between evaluations; null: only at the end."""
     eval_batches: Count | None = None
     """Micro-batches of per_device_train_batch_size samples in an evaluation; null: all that is held out."""
+    compute_metrics: ImportPath | None = None
+    """A function of your own for classification, as Hugging Face's Trainer takes it: of an EvalPrediction with the
+    predictions and label_ids of all that is held out, to {name: number}."""
     save_steps: Count | None = None
     """Optimizer steps between checkpoints; null: only at the end."""
     save_total_limit: Count | None = None

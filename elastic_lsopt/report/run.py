@@ -115,6 +115,12 @@ class Run:
         return list(dict.fromkeys(named))
 
 
+def held_out_metrics(row: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """(name in words, value) of what a step's evaluation has measured beside the loss."""
+    found = ((key, number(value)) for key, value in row.items() if key.startswith("eval_") and key != "eval_loss")
+    return [(key.removeprefix("eval_").replace("_", " "), value) for key, value in found if not math.isnan(value)]
+
+
 def answers_of(folder: Path) -> list[Path]:
     """The folders of the answers about a run, the highest number first; one without an answer yet is left out."""
     found = [path.parent for path in (folder / ANSWERS).glob(f"*/{PROBES}")]

@@ -14,7 +14,7 @@ from elastic_lsopt.report.pictures.draw_study import draw_ranking, draw_scatter
 from elastic_lsopt.report.pictures.draw_surface import draw_connectivity, draw_surface
 from elastic_lsopt.report.pictures.draw_trajectory import draw_alignment, draw_motion, draw_ratios
 from elastic_lsopt.report.pictures.style import plain
-from elastic_lsopt.report.run import EIGENVALUES, Run
+from elastic_lsopt.report.run import EIGENVALUES, Run, held_out_metrics
 
 CAVEAT = (
     "Sharpness is a diagnostic, not a score. For transformers, and for much modern training, sharpness often does not "
@@ -49,8 +49,11 @@ def _loss(run: Run, target: Path) -> str | None:
     if not losses:
         return None
     draw_loss(losses, target, title=f"Loss of {plain(run.name, 60)}")
-    held_out = [row["eval_loss"] for row in losses if row.get("eval_loss") is not None]
-    return f"Held-out loss {held_out[-1]:.4f} nats at the end." if held_out else "No held-out loss in this run."
+    held_out = [row for row in losses if row.get("eval_loss") is not None]
+    if not held_out:
+        return "No held-out loss in this run."
+    metrics = "".join(f", {plain(name, 40)} {value:.4f}" for name, value in held_out_metrics(held_out[-1]))
+    return f"Held-out loss {held_out[-1]['eval_loss']:.4f} nats{metrics} at the end."
 
 
 def _members(run: Run, target: Path) -> str | None:

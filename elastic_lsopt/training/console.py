@@ -33,6 +33,7 @@ class Console:
         self._bar: Progress | None = None
         self._task: Any = None
         self._eval_loss: float | None = None
+        self._accuracy: float | None = None
         self._said, self._introduced = 0.0, False
         log = logging.getLogger("elastic_lsopt")
         log.handlers, log.propagate = [_Lines(self)], False
@@ -77,6 +78,8 @@ class Console:
             f"{config.dataset}: {len(data.train):,} training and {len(data.eval):,} held-out samples; "
             f"{self._steps:,} steps of {config.global_batch_size}"
         )
+        for note in data.notes:
+            self.say(f"note: {note}")
         if data.bigram_entropy is not None:
             self.say(f"byte-bigram entropy of the corpus: {data.bigram_entropy:.4f} nats a byte")
         if engine.clock.steps >= self._steps:
@@ -87,7 +90,9 @@ class Console:
         if not self._speaks:
             return
         self._eval_loss = row.get("eval_loss", self._eval_loss)
+        self._accuracy = row.get("eval_accuracy", self._accuracy)
         told = f"loss {row['loss']:.3f}" + (f"  held out {self._eval_loss:.3f}" if self._eval_loss is not None else "")
+        told += f"  accuracy {self._accuracy:.3f}" if self._accuracy is not None else ""
         if self._bar is not None:
             self._bar.update(self._task, completed=row["step"], told=told)
             return

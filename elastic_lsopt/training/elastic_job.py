@@ -22,6 +22,7 @@ from elastic_lsopt.world import World, on_gpu
 PER_NODE = (
     "workers",
     "output_dir",
+    "dataset_cache_dir",
     "elastic.address",
     "elastic.preemption_notice_file",
     "elastic.secret_file",

@@ -37,15 +37,13 @@ from elastic_lsopt.schedules.learning_rate import LearningRate
 from elastic_lsopt.training.building.engines import build_engine, plain_loss_of
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data, build_data
+from elastic_lsopt.training.evaluation import Evaluation, evaluate, placed
 from elastic_lsopt.training.probing.during_training import Probing
 from elastic_lsopt.training.quiet import report_loads
 from elastic_lsopt.training.result import finish, say_unsaved
 from elastic_lsopt.training.run_folder import CHECKPOINTS, RunFolder, unwritable
 from elastic_lsopt.training.run_state import State
 from elastic_lsopt.world import World
-
-EVAL_UNITS_AT_ONCE = 8
-"""Micro-batches of a rank in memory during an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class TrainingRun:
         self.total_samples = _steps(config, len(data.train)) * config.global_batch_size
         self.engine = build_engine(config, method, data, world, self.total_samples, keep)
         self.loader = StepLoader(
-            data.train, lambda rows: _placed(data.collate(rows), world), global_batch_size=self.batch,
+            data.train, lambda rows: placed(data.collate(rows), world), global_batch_size=self.batch,
             microbatch_size=config.per_device_train_batch_size, seed=config.seed, rank=world.rank, world=world.size,
             total_samples=self.total_samples, parts=method.parts,
             microbatches=None if world.plan is None else world.plan.microbatches_of_rank[world.rank],
@@ -150,7 +148,9 @@ class TrainingRun:
             "batch": self.batch, "world": self.world.size, "seconds": time.monotonic() - start, **_told(report),
         }  # fmt: skip
         if len(self.data.eval) and (last or _due(step, config.eval_steps)):
-            row["eval_loss"] = self.eval_loss = self._held_out_loss()
+            held_out = self._evaluated()
+            row["eval_loss"] = self.eval_loss = held_out.loss
+            row |= {f"eval_{name}": value for name, value in held_out.metrics.items()}
         if self._probing is not None and (probes := self._probing.after(before)):
             row["probes"] = probes
         if self._folder is not None:
@@ -163,7 +163,7 @@ class TrainingRun:
         self._save_or_diverge(step, last, row.get("eval_loss"))
         return row
 
-    def _held_out_loss(self) -> float:
+    def _evaluated(self) -> Evaluation:
         name = self.config.evaluate_average
         with nullcontext() if name is None else self.engine.averaged(name):
             return evaluate(self.engine, self.data, self.config, self.world)
@@ -332,25 +332,6 @@ class TrainingRun:
         return (self._owner is None or self._owner.held) and (fence is None or fence(step))
 
 
-def evaluate(engine: Engine, data: Data, config: TrainConfig, world: World) -> float:
-    """The mean held-out loss, over `eval_batches` micro-batches or all (collective)."""
-    size = config.per_device_train_batch_size
-    firsts = list(range(0, len(data.eval), size))[: config.eval_batches]
-
-    def microbatch(i: int, number: int, idle: bool = False) -> MicroBatch:
-        rows = [data.eval[j] for j in range(firsts[i], min(firsts[i] + size, len(data.eval)))]
-        return MicroBatch(number, _placed(data.collate(rows), world), idle)
-
-    def rounds() -> Iterator[list[MicroBatch]]:
-        at_once = EVAL_UNITS_AT_ONCE * world.size
-        for begin in range(0, len(firsts), at_once):
-            count = min(at_once, len(firsts) - begin)
-            mine = [microbatch(begin + k, k) for k in range(world.rank, count, world.size)]
-            yield mine or [microbatch(begin, 0, idle=True)]
-
-    return engine.evaluate(rounds())
-
-
 def _steps(config: TrainConfig, samples: int) -> int:
     if config.max_steps is not None:
         return config.max_steps
@@ -376,13 +357,6 @@ def _told(report: StepReport) -> dict[str, Any]:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _placed(batch: dict[str, Any], world: World) -> dict[str, Any]:
-    if world.device.type == "cpu":
-        return batch
-    # From pageable memory `non_blocking` means nothing: the host would wait for all that was asked of the GPU before.
-    return {k: v.pin_memory().to(world.device, non_blocking=True) for k, v in batch.items()}
 
 
 @contextmanager

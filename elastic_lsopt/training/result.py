@@ -14,6 +14,7 @@ from elastic_lsopt.elastic.worker.journal import read_journal
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.report.pictures.draw_loss_curve import draw_loss
 from elastic_lsopt.report.pictures.draw_members import draw_members
+from elastic_lsopt.report.run import held_out_metrics
 from elastic_lsopt.training.building.base_optimizer import name_of_base
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data
@@ -94,7 +95,9 @@ def _say_result(rows: list[dict[str, Any]], data: Data, console: Console) -> Non
     step, loss = held_out[-1]
     at = "" if step == rows[-1]["step"] else f" after step {step}"
     if data.bigram_entropy is None or data.bytes_per_token is None:
-        console.say(f"held-out loss{at}: {loss:.4f} nats")
+        last = next(r for r in reversed(rows) if r["step"] == step)
+        metrics = "".join(f", {name} {value:.4f}" for name, value in held_out_metrics(last))
+        console.say(f"held-out loss{at}: {loss:.4f} nats{metrics}")
         return
     reached = loss / data.bytes_per_token
     verdict = "below" if reached < data.bigram_entropy else "NOT below"

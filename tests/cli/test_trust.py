@@ -125,3 +125,20 @@ def test_a_runs_own_settings_are_not_trained_without_trust(
     (tmp_path / "runs" / "x" / "checkpoints").mkdir(parents=True)
     settings = job(tmp_path / "runs" / "x" / "config.yaml", "users_code:net")
     assert "is the settings of a run" in refusal(capsys, "train", settings) and not ran.exists()
+
+
+def test_a_metric_of_a_finished_run_is_code_as_well(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, ran: Path
+) -> None:
+    path = tmp_path / "run/config.yaml"
+    job(path, "elastic_lsopt.training.classifiers:mlp")
+    given = yaml.safe_load(path.read_text())
+    given["model"]["args"] = {"inputs": 64, "hidden": 8, "classes": 10}
+    path.write_text(yaml.safe_dump(given | {"compute_metrics": "users_code:net", "output_dir": str(tmp_path / "run")}))
+    assert main(["validate", str(path)]) == 0
+    assert "users_code:net was not imported, so its numbers are not known" in capsys.readouterr().out
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    assert "and compute_metrics is code: 'users_code:net'" in refusal(capsys, "train", str(path))
+    assert not ran.exists()
+    path.write_text(yaml.safe_dump(given | {"compute_metrics": "users_code:nothing"}))
+    assert "compute_metrics 'users_code:nothing' does not load" in refusal(capsys, "validate", str(path), "--trust")

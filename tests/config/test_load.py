@@ -91,7 +91,7 @@ def test_a_contradiction_names_a_line(write):
 
 def test_a_missing_key_is_named_with_its_meaning(write):
     path = write(LEAST.replace("dataset: python-stdlib\n", ""))
-    assert refusal(path).startswith(f"{path}: dataset is missing: A text or jsonl file")
+    assert refusal(path).startswith(f"{path}: dataset is missing: A text, jsonl or parquet file")
 
 
 @pytest.mark.parametrize("key", ["fp16", "gradient_accumulation_steps"])

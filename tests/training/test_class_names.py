@@ -56,7 +56,10 @@ def test_a_trained_model_keeps_its_order_and_its_classes(tmp_path: Path) -> None
     data, again = built(settings(tmp_path / "b", ["ham", "spam", "ham"], **folder))
     assert labels_of(data) == [1, 0, 1] and data.classes == ("spam", "ham", "eggs")
     assert again.config.id2label == names
+    assert not data.notes
     data, other = built(settings(tmp_path / "c", ["jam", "ham", "tea"], **folder))
+    [note] = data.notes
+    assert note.startswith("the model's own classes are spam, ham, eggs, the data's are ham, jam, tea: its head has")
     assert labels_of(data) == [1, 0, 2] and other.config.id2label == {0: "ham", 1: "jam", 2: "tea"}
 
 

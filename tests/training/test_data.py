@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from elastic_lsopt.config.settings import SettingError, TrainConfig
-from elastic_lsopt.training.datasets.corpus import STDLIB, bigram_entropy, documents, held_out
+from elastic_lsopt.training.datasets.bad_records import BadRecords
+from elastic_lsopt.training.datasets.byte_pairs import bigram_entropy
+from elastic_lsopt.training.datasets.held_out import held_out
+from elastic_lsopt.training.datasets.records import STDLIB, Record, Source
 from elastic_lsopt.training.datasets.samples import Data, build_data
 from elastic_lsopt.training.datasets.tokens import END_OF_DOCUMENT, ByteTokens, FolderTokens
 
@@ -32,6 +35,10 @@ def jsonl(path: Path, records: list[Any]) -> Path:
     return path
 
 
+def records(source: Any) -> list[Record]:
+    return list(Source.of(str(source)).records(BadRecords(0)))
+
+
 def tokens_in(samples: Any) -> list[int]:
     return [int(t) for i in range(len(samples)) for t in samples[i]]
 
@@ -43,21 +50,24 @@ def test_a_folder_is_its_text_files_in_order(tmp_path: Path) -> None:
     (tmp_path / "c.bin").write_bytes(b"\0")
     (tmp_path / "empty.py").write_text("")
     jsonl(tmp_path / "d.jsonl", [{"text": "one"}, {"text": ""}, {"text": "dé"}])
-    found = [(d.name, d.text) for d in documents(str(tmp_path))]
+    found = [(r.name, r.text if r.text is not None else r.fields["text"]) for r in records(tmp_path)]
     assert found == [
         ("a.txt", b"aa"),
         ("b/z.md", b"zz"),
-        ("d.jsonl#1", b"one"),
-        ("d.jsonl#3", "dé".encode()),
+        ("d.jsonl#1", "one"),
+        ("d.jsonl#2", ""),
+        ("d.jsonl#3", "dé"),
     ]
+    data = build_data(settings(tmp_path, eval_fraction=0, packing="none"))
+    assert bytes(t for i in range(len(data.train)) for t in data.train[i][0] if t < 256) == "aazzonedé".encode()
 
 
 def test_a_file_alone_is_cut_at_line_ends_and_loses_nothing(tmp_path: Path) -> None:
     text = b"".join(b"line %d of the file\n" % i for i in range(5000))
     (tmp_path / "a.txt").write_bytes(text)
-    parts = list(documents(str(tmp_path / "a.txt")))
-    assert len(parts) > 3 and b"".join(p.text for p in parts) == text
-    assert all(p.text.endswith(b"\n") for p in parts)
+    parts = records(tmp_path / "a.txt")
+    assert len(parts) > 3 and b"".join(p.text or b"" for p in parts) == text
+    assert all((p.text or b"").endswith(b"\n") for p in parts)
     assert [p.ends for p in parts] == [False] * (len(parts) - 1) + [True]
     data = build_data(settings(tmp_path / "a.txt", eval_fraction=0))
     assert END_OF_DOCUMENT not in tokens_in(data.train)[:-1]
@@ -114,7 +124,7 @@ def test_bigram_entropy_is_that_of_a_known_chain() -> None:
 
 def test_the_standard_library() -> None:
     data = build_data(settings(STDLIB, block_size=128))
-    names = [d.name for d in documents(STDLIB)]
+    names = [r.name for r in records(STDLIB)]
     assert names == sorted(names) and "json/decoder.py" in names
     assert not [n for n in names if n.startswith(("test/", "site-packages/")) or "/tests/" in n]
     assert data.bigram_entropy is not None and 2.35 < data.bigram_entropy < 2.50

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.training.building import hub
 from elastic_lsopt.training.building.models import build_model
-from elastic_lsopt.training.datasets.corpus import documents
+from elastic_lsopt.training.datasets.records import Source
 from elastic_lsopt.training.datasets.tokens import tokens_of
 
 
@@ -51,7 +51,7 @@ def test_an_unknown_name_is_one_line_at_once(what: str) -> None:
         elif what == "model's tokenizer":
             tokens_of(config())
         else:
-            list(documents("no-such/model"))
+            Source.of("no-such/model")
     assert time.monotonic() - begin < hub.REACH_S + 3, "it waited for a network that is not there"
     key = {"tokenizer": "tokenizer_name_or_path", "dataset": "dataset"}.get(what, "model_name_or_path")
     assert refused.value.key == key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -50,6 +51,8 @@ def build_engine(
             log.warning("%s", line)
     if config.task == "sequence_classification":
         data.refuse_labels_beyond(model.config.num_labels)  # type: ignore[union-attr,arg-type]
+    if config.task == "causal_lm":
+        _refuse_other_inputs(model, data)
     if config.activation_checkpointing:
         apply_activation_checkpointing(model)
     loss, base = loss_of(config, model), base_of(config, model)
@@ -90,6 +93,19 @@ def build_engine(
 
 def _unfilled(backend: Backend) -> None:
     """A rehearsal trains nothing: alone, it would fill the whole model, and memory that is not written costs none."""
+
+
+def _refuse_other_inputs(model: nn.Module, data: Data) -> None:
+    """A model of the user's own may not take what a padded batch has beside its tokens."""
+    inputs = sorted(set(data.collate([data.train[0]])) - {"labels"})
+    try:
+        inspect.signature(model.forward).bind(**dict.fromkeys(inputs))
+    except TypeError as error:
+        raise SettingError(
+            "model.import",
+            f"{type(model).__name__}.forward does not take a batch of this data, {', '.join(inputs)} ({error}); let it "
+            "take them, or use packing: concatenate.",
+        ) from None
 
 
 def averages_of(config: TrainConfig) -> list[Average]:

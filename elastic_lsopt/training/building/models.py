@@ -33,6 +33,7 @@ from elastic_lsopt.errors import Unsupported, UserError
 from elastic_lsopt.oracle.replay.slot import replayed
 from elastic_lsopt.training.building.hub import local_only
 from elastic_lsopt.training.building.imported_model import imported
+from elastic_lsopt.training.building.packed_models import refuse_mixed_documents
 from elastic_lsopt.training.datasets.tokens import ByteTokens, tokens_of
 
 log = logging.getLogger("elastic_lsopt")
@@ -263,6 +264,8 @@ def _folder(where: str) -> str:
 
 def _check_fits(config: TrainConfig, shape: Any, vocabulary_size: int | None) -> None:
     """Ids beyond the embedding and positions beyond the table would fail inside a kernel, without a name."""
+    if config.packing == "documents":
+        refuse_mixed_documents(shape)
     tokens = tokens_of(config)
     size = vocabulary_size or tokens.size
     rows = getattr(shape, "vocab_size", None)

@@ -1,226 +1,166 @@
-"""Documents from where text lies, and which of them are held out.
-
-    python-stdlib     the source text of the running Python's standard library
-    FILE              .jsonl: a record a document; any other text: sections of 16 KiB, cut at line ends
-    FOLDER            each .txt, .md and .py file a document, each record of a .jsonl file a document
-    FOLDER of HF      what `Dataset.save_to_disk` wrote; of a DatasetDict the `train` split
-    NAME              the `train` split of `datasets.load_dataset(NAME)`
-
-A document is held out by a hash of its name, whole: it stays in its part when others join or leave the corpus.
-"""
+"""From where data lies to its tokens: records, read once, encoded and divided, in memory or in the cache on disk."""
 
 from __future__ import annotations
 
-import json
-import os
-import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from hashlib import blake2b
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from elastic_lsopt.config.settings import SettingError
-from elastic_lsopt.config.spelling import did_you_mean
-from elastic_lsopt.training.building.hub import local_only
-
-STDLIB = "python-stdlib"
-# Not the library's own code: tests, two programs that ship with it, tables that a program wrote, other packages.
-_NOT_SOURCE = frozenset(
-    {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "site-packages", "dist-packages"}
+from elastic_lsopt.config.settings import SettingError, TrainConfig
+from elastic_lsopt.training.datasets.bad_records import BadRecords, bad_records
+from elastic_lsopt.training.datasets.byte_pairs import BytePairs
+from elastic_lsopt.training.datasets.encoded import Encoded, PartWriter
+from elastic_lsopt.training.datasets.encoding import (
+    Encoder,
+    Format,
+    Packing,
+    cuts_in_words,
+    encoder_of,
+    format_of,
+    packing_of,
+    text_of,
+    wanted_fields,
 )
-_TEXT = (".txt", ".md", ".py")
-_SECTION = 16 * 1024
+from elastic_lsopt.training.datasets.held_out import Division
+from elastic_lsopt.training.datasets.records import Record, Source
+from elastic_lsopt.training.datasets.token_cache import cached, key_of
+from elastic_lsopt.training.datasets.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class Document:
-    """`name` is stable from run to run; `label` is given for classification; `ends` is False inside a cut file.
+class Corpus:
+    """An encoded source: its two parts (all of it is in the first where no fraction is held out), and what it is."""
 
-    `classes` are the names of the source's numbers, by number, where it declares them.
+    source: Source
+    kind: Format
+    packing: Packing
+    encoded: Encoded
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of it, a line each."""
+        facts, where = self.encoded.facts, f"{self.source.key}={self.source.name}"
+        cut = cuts_in_words(facts["cut"], facts["left_out"])
+        bad = bad_records(facts["bad"], facts["first_bad"]) if facts["bad"] else None
+        return [f"{where}: {said}" for said in (cut, bad and f"without {bad}") if said]
+
+
+def read_corpus(config: TrainConfig, tokens: Tokens, *, evaluation: bool = False) -> Corpus:
+    """The corpus of `dataset`, or of `eval_dataset`, which is not divided.
+
+    Raises SettingError, one line, for a source that is missing or holds no text, and for more bad records than are
+    allowed.
     """
-
-    name: str
-    text: bytes
-    label: int | str | None = None
-    ends: bool = True
-    classes: tuple[str, ...] = ()
-
-
-def documents(source: str, *, text_field: str = "text", label_field: str | None = None) -> Iterator[Document]:
-    """The documents of a source in a fixed order, empty texts left out; `label_field` asks for a label each.
-
-    Raises SettingError for a source that is missing or holds no document, a broken record or a missing field.
-    """
-    empty = True
-    for document in _read(source, text_field, label_field):
-        if document.text:
-            empty = False
-            yield document
-    if empty:
-        raise SettingError("dataset", f"dataset={source!r} holds no text; give a source with at least one document.")
-
-
-def held_out(names: list[str], fraction: float) -> NDArray[np.bool_]:
-    """Which documents are kept from training: those whose hash, as a number in [0, 1), is below `fraction`.
-
-    Where chance would leave a part without any document, the one with the nearest hash goes there.
-    Raises SettingError where there is only one document to divide.
-    """
-    if fraction == 0:
-        return np.zeros(len(names), bool)
-    if len(names) < 2:
-        raise SettingError(
-            "eval_fraction",
-            f"eval_fraction={fraction} of a dataset with one document leaves nothing to hold out or to train on; "
-            "give at least 2 documents, or set eval_fraction: 0.",
-        )
-    hashes = np.array([int.from_bytes(blake2b(n.encode(), digest_size=6).digest()) for n in names]) / 2**48
-    out = hashes < fraction
-    if not out.any():
-        out[hashes.argmin()] = True
-    if out.all():
-        out[hashes.argmax()] = False
-    return out
-
-
-def bigram_entropy(texts: Iterable[bytes]) -> float:
-    """H(next byte | byte) of these texts in nats a byte, pairs counted within each text; nan without a pair.
-
-    The best loss that a model of pairs of bytes can reach on them: a language model must end below it.
-    """
-    pairs = np.zeros(256 * 256, np.int64)
-    for text in texts:
-        codes = np.frombuffer(text, np.uint8).astype(np.int64)
-        pairs += np.bincount(256 * codes[:-1] + codes[1:], minlength=256 * 256)
-    table = pairs.reshape(256, 256)
-    seen = table > 0
-    share = table / np.maximum(table.sum(1, keepdims=True), 1)
-    return float(-(table[seen] * np.log(share[seen])).sum() / table.sum()) if seen.any() else float("nan")
-
-
-def stdlib_files() -> list[tuple[str, Path]]:
-    """(name, path) of the standard library's source files that count as text, sorted by name."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = []
-    for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if name not in _NOT_SOURCE]  # packages may be large: do not walk them
-        files += [
-            Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")
-        ]
-    return sorted((file.relative_to(root).as_posix(), file) for file in files)
-
-
-def _read(source: str, text_field: str, label_field: str | None) -> Iterator[Document]:
-    path = Path(source).expanduser()
-    if source == STDLIB:
-        files = stdlib_files()
-    elif path.is_file():
-        files = [(path.name, path)]
-    elif any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json")):
-        yield from _rows(source, _on_disk(path), text_field, label_field)
-        return
-    elif path.is_dir():
-        kinds = (*_TEXT, ".jsonl")
-        files = sorted((f.relative_to(path).as_posix(), f) for f in path.rglob("*") if f.suffix in kinds)
-        if not files:
-            raise SettingError("dataset", f"dataset={source!r} holds no {', '.join(kinds)} file.")
+    if evaluation:
+        assert config.eval_dataset is not None
+        source, fraction = Source.of(config.eval_dataset, "eval_dataset"), 0.0
     else:
-        yield from _rows(source, _by_name(source), text_field, label_field)
-        return
-
-    for name, file in files:
-        if file.suffix == ".jsonl":
-            yield from _records(name, file, text_field, label_field)
-        elif label_field is not None:
-            raise SettingError("dataset", f"{file}: plain text has no labels; classification needs .jsonl records.")
-        elif len(files) == 1:
-            yield from _sections(name, file.read_bytes())
-        else:
-            yield Document(name, file.read_bytes())
-
-
-def _sections(name: str, text: bytes) -> Iterator[Document]:
-    """A file alone is cut, or nothing could be held out of it; no document ends at a cut."""
-    start = 0
-    while start < len(text):
-        line_end = text.find(b"\n", start + _SECTION)
-        stop = len(text) if line_end < 0 else line_end + 1
-        yield Document(f"{name}@{start}", text[start:stop], ends=stop == len(text))
-        start = stop
+        source, fraction = Source.of(config.dataset), 0.0 if config.eval_dataset else config.eval_fraction
+    kind = format_of(config, _first(config, source))
+    packing = packing_of(config, kind)
+    encoder = encoder_of(config, tokens, kind, packing)
+    reading = _Reading(config, source, tokens, fraction, kind, packing, encoder)
+    settings = {
+        "task": config.task, "kind": kind, "packing": packing, "fraction": fraction,
+        "fields": [
+            config.dataset_text_field, config.dataset_label_field, config.dataset_messages_field,
+            config.dataset_prompt_field, config.dataset_completion_field,
+        ],
+        "block_size": None if packing == "concatenate" else config.block_size,
+    }  # fmt: skip
+    key = key_of(source, tokens.fingerprint, settings)
+    encoded = cached(config.dataset_cache_dir, key, reading.encode)
+    BadRecords(config.max_bad_records).refuse(encoded.facts["bad"], encoded.facts["first_bad"])
+    return Corpus(source, kind, packing, encoded)
 
 
-def _records(name: str, file: Path, text_field: str, label_field: str | None) -> Iterator[Document]:
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise SettingError("dataset", f"{file}:{number}: not JSON ({error}).") from None
-                if not isinstance(record, dict):
-                    raise SettingError("dataset", f"{file}:{number}: a record must be an object, {{...}}.")
-                yield _document(f"{name}#{number}", f"{file}:{number}", record, text_field, label_field)
+def _first(config: TrainConfig, source: Source) -> Record:
+    """The first record that is no broken line. Raises SettingError where there is none."""
+    for record in source.records(BadRecords(config.max_bad_records), wanted_fields(config)):
+        return record
+    raise _no_text(source)
 
 
-def _rows(source: str, table: Any, text_field: str, label_field: str | None) -> Iterator[Document]:
-    feature = (getattr(table, "features", None) or {}).get(label_field)  # a ClassLabel knows its names
-    classes = tuple(getattr(feature, "names", None) or ())
-    for number, row in enumerate(table):
-        document = _document(f"#{number}", f"dataset={source!r}, row {number}", row, text_field, label_field)
-        yield replace(document, classes=classes)
+def _no_text(source: Source) -> SettingError:
+    return SettingError(
+        source.key, f"{source.key}={source.name!r} holds no text; give a source with at least one document."
+    )
 
 
-def _document(name: str, place: str, record: Mapping[str, Any], text_field: str, label_field: str | None) -> Document:
-    wanted = {"dataset_text_field": text_field} | ({"dataset_label_field": label_field} if label_field else {})
-    for key, field in wanted.items():
-        if field not in record:
-            raise SettingError(key, f"{place}: no field {field!r} ({key}){did_you_mean(field, list(record))}")
-    text, label = record[text_field], record[label_field] if label_field else None
-    if not isinstance(text, str):
-        raise SettingError("dataset_text_field", f"{place}: field {text_field!r} must be text, got {text!r:.40}.")
-    if label_field and not isinstance(label, int | str):
-        raise SettingError(
-            "dataset_label_field",
-            f"{place}: field {label_field!r} must be a class, an integer or a name; got {label!r:.40}.",
-        )
-    return Document(name, text.encode("utf-8", errors="replace"), label)
+@dataclass(frozen=True)
+class _Reading:
+    """All that a pass over the records needs."""
+
+    config: TrainConfig
+    source: Source
+    tokens: Tokens
+    fraction: float
+    kind: Format
+    packing: Packing
+    encoder: Encoder
+
+    def encode(self, columns_of: Callable[[str], Any]) -> Encoded:
+        """Read all records into columns; twice where chance has left one of the parts without a document."""
+        division = Division(self.fraction)
+        encoded = self._pass(columns_of, division)
+        if (other := division.exception()) is not None:
+            encoded = self._pass(columns_of, Division(self.fraction, other))
+        return encoded
+
+    def _pass(self, columns_of: Callable[[str], Any], division: Division) -> Encoded:
+        bad, cuts = BadRecords(self.config.max_bad_records), self.encoder.cuts
+        cuts.cut = cuts.left_out = 0
+        pairs = BytePairs() if self.kind == "text" and self.config.task == "causal_lm" else None
+        row_tokens = self.config.block_size if self.packing == "documents" else None
+        writers = {part: PartWriter(columns_of(part), self._columns, row_tokens) for part in ("training", "held_out")}
+        labels: dict[int | str, int] = {}
+        declared: tuple[str, ...] = ()
+        read = 0
+        for record in self.source.records(bad, wanted_fields(self.config)):
+            try:
+                documents = self.encoder.documents(record)
+            except SettingError as error:
+                bad.add(error)
+                continue
+            if documents:
+                read += 1
+                declared = record.classes.get(self.config.dataset_label_field, ())
+                if pairs is not None:
+                    pairs.add(text_of(record, self.config.dataset_text_field))
+                writer = writers["held_out" if division.takes(record.name) else "training"]
+                for document in documents:
+                    label = 0 if document.label is None else labels.setdefault(_as_json(document.label), len(labels))
+                    writer.append(document, label)
+        if not read:
+            if cuts.left_out:
+                raise SettingError(
+                    "block_size",
+                    f"{self.source.key}={self.source.name!r}: no record has anything to train on within "
+                    f"block_size={self.config.block_size}; raise block_size.",
+                )
+            bad.refuse(bad.count, bad.first)
+            raise _no_text(self.source)
+        facts = {
+            "bad": bad.count, "first_bad": bad.first, "cut": cuts.cut, "left_out": cuts.left_out,
+            "labels": list(labels), "declared": list(declared), "bytes": pairs.bytes if pairs else None,
+            "bigram_entropy": pairs.entropy() if pairs else None,
+        }  # fmt: skip
+        return Encoded(writers["training"].close(), writers["held_out"].close(), facts)
+
+    @property
+    def _columns(self) -> dict[str, Any]:
+        columns: dict[str, Any] = {"tokens": self.tokens.dtype}
+        if self.packing != "concatenate":
+            columns["ends"] = np.int64
+        if self.kind != "text":
+            columns["trained"] = np.bool_
+        if self.config.task == "sequence_classification":
+            columns["labels"] = np.int32
+        return columns
 
 
-def _on_disk(path: Path) -> Any:
-    from datasets import load_from_disk  # pyright: ignore[reportAttributeAccessIssue]
-
-    try:
-        table = load_from_disk(str(path))
-    except Exception as error:  # pyarrow, json and OS errors, by what is broken
-        raise SettingError("dataset", f"dataset={str(path)!r} is broken: {error}".splitlines()[0]) from None
-    return _train_split(str(path), table)
-
-
-def _by_name(source: str) -> Any:
-    """A name that `datasets` knows; what looks like a path is missing, and asks nobody."""
-    if Path(source).suffix in (*_TEXT, ".jsonl", ".json") or source[0] in "./~" or source.count("/") > 1:
-        raise SettingError("dataset", f"dataset={source!r} does not exist; give a file, a folder or {STDLIB!r}.")
-    local_only("dataset", source, "datasets")
-    from datasets import load_dataset  # pyright: ignore[reportAttributeAccessIssue]
-
-    try:
-        return _train_split(source, load_dataset(source))
-    except SettingError:
-        raise
-    except Exception as error:  # not found, no network, a broken cache
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise SettingError(
-            "dataset", f"dataset={source!r} is no file, no folder and no dataset that can be loaded ({line})."
-        ) from None
-
-
-def _train_split(source: str, table: Any) -> Any:
-    if not isinstance(table, Mapping):
-        return table
-    if "train" not in table:
-        raise SettingError("dataset", f"dataset={source!r} has no train split, only {', '.join(map(str, table))}.")
-    return table["train"]
+def _as_json(label: int | str) -> int | str:
+    """What a file of JSON gives back for it: True is 1 there."""
+    return int(label) if isinstance(label, int) else label

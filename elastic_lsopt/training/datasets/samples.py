@@ -1,54 +1,53 @@
 """What a job trains and evaluates on: two map-style datasets, and the function that makes a batch of samples.
 
-    task                       sample                              batch of b samples
-    causal_lm                  block_size tokens, packed           input_ids, labels [b, block_size] int64
-    sequence_classification    a text's tokens and its class       input_ids, attention_mask [b, longest], labels [b]
-    classification (digits)    64 numbers in 0 … 1 and a class     x [b, 64] fp32, labels [b] int64
+    task                       sample
+    causal_lm                  block_size tokens; a document; or several, packed (`packing`)
+    sequence_classification    a text's tokens and its class
+    classification (digits)    64 numbers in 0 … 1 and a class
 
-Deterministic: the same files and settings give the same samples on every rank. Each rank holds all tokens in host
-memory (2 bytes a token up to 65,536 ids, else 4); a corpus larger than that is not supported yet.
+Deterministic: the same files and settings give the same samples on every rank. Tokens take 2 bytes up to 65,536 ids,
+else 4; a large corpus lies in files that are mapped (`token_cache.py`), so memory does not grow with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.elastic.worker.same_data import Identity, digest_of
 from elastic_lsopt.training.building.models import class_names
-from elastic_lsopt.training.datasets.corpus import Document, bigram_entropy, documents, held_out
+from elastic_lsopt.training.datasets.batches import (
+    Collate,
+    Documents,
+    LabelledTexts,
+    LabelledVectors,
+    PackedDocuments,
+    Samples,
+    TokenBlocks,
+    collate_blocks,
+    collate_documents,
+    collate_packed,
+    collate_texts,
+    collate_vectors,
+)
+from elastic_lsopt.training.datasets.corpus import Corpus, read_corpus
+from elastic_lsopt.training.datasets.encoded import EncodedPart
+from elastic_lsopt.training.datasets.held_out import held_out
 from elastic_lsopt.training.datasets.tokens import Tokens, tokens_of
-
-Batch = dict[str, Tensor]
-
-
-class Samples(Protocol):
-    """Samples by number."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Any: ...
-
-    @property
-    def arrays(self) -> tuple[NDArray[Any], ...]:
-        """All content."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """`eval` has length 0 where eval_fraction is 0; `collate` is a pure function of the samples it is given."""
+    """`eval` has length 0 where nothing is held out; `collate` is a pure function of the samples it is given."""
 
     train: Samples
     eval: Samples
-    collate: Callable[[list[Any]], Batch]
+    collate: Collate
     tokens: Tokens | None = None
     """The vocabulary of text; None for numbers."""
     classes: tuple[str, ...] = ()
@@ -56,9 +55,11 @@ class Data:
     labels_are_names: bool = False
     """Whether the source names the classes, so that the model's config should; else `classes` are the numbers."""
     bigram_entropy: float | None = None
-    """causal_lm: H(next byte | byte) of the whole corpus, in nats a byte."""
+    """Text: H(next byte | byte) of the whole corpus, in nats a byte."""
     bytes_per_token: float | None = None
-    """causal_lm: of the whole corpus; a loss in nats a token, divided by this, is in nats a byte."""
+    """Text: of the whole corpus; a loss in nats a token, divided by this, is in nats a byte."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of the data, a line each: what was cut, which records are bad."""
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -67,10 +68,10 @@ class Data:
 
     @cached_property
     def identity(self) -> Identity:
-        """What must be the same on all ranks: lengths, and digests of all content; about 1 s/GB, once."""
+        """What must be the same on all ranks: lengths, and digests of all content."""
         parts = (("training", self.train), ("held-out", self.eval))
         sizes = {f"{name} samples": len(samples) for name, samples in parts}
-        digests = {f"digest of the {name} part": digest_of(*samples.arrays) for name, samples in parts}
+        digests = {f"digest of the {name} part": samples.digest for name, samples in parts}
         return {
             **sizes,
             **digests,
@@ -100,116 +101,45 @@ def build_data(config: TrainConfig) -> Data:
     return builders[config.task](config, tokens_of(config)) if config.task in builders else _digits(config)
 
 
-class TokenBlocks:
-    """Consecutive, disjoint blocks of `block_size` tokens; what is left at the end, less than a block, is unused."""
-
-    def __init__(self, tokens: NDArray[Any], block_size: int) -> None:
-        self.blocks = tokens[: len(tokens) // block_size * block_size].reshape(-1, block_size)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> NDArray[Any]:
-        return self.blocks[index]
-
-    @property
-    def arrays(self) -> tuple[NDArray[Any], ...]:
-        return (self.blocks,)
-
-
-class LabelledTexts:
-    """Texts of different lengths in one array of tokens, and their classes."""
-
-    def __init__(self, texts: Sequence[NDArray[Any]], labels: Sequence[int]) -> None:
-        self.tokens = np.concatenate([*texts]) if texts else np.zeros(0, np.uint16)
-        self.ends = np.cumsum([0, *map(len, texts)])
-        self.labels = np.asarray(labels, np.int64)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[NDArray[Any], int]:
-        return self.tokens[self.ends[index] : self.ends[index + 1]], int(self.labels[index])
-
-    @property
-    def arrays(self) -> tuple[NDArray[Any], ...]:
-        return self.tokens, self.ends, self.labels
-
-
-class LabelledVectors:
-    """Rows of numbers and their classes."""
-
-    def __init__(self, x: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
-        self.x, self.labels = x, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[NDArray[np.float32], int]:
-        return self.x[index], int(self.labels[index])
-
-    @property
-    def arrays(self) -> tuple[NDArray[Any], ...]:
-        return self.x, self.labels
-
-
-def collate_blocks(blocks: list[NDArray[Any]]) -> Batch:
-    """Labels are the inputs: the loss compares position i with the input at i + 1."""
-    ids = torch.from_numpy(np.stack(blocks).astype(np.int64))
-    return {"input_ids": ids, "labels": ids.clone()}
-
-
-def collate_texts(rows: list[tuple[NDArray[Any], int]], padding: int) -> Batch:
-    """Texts padded on the right to the longest of the micro-batch, never to that of a rank: any world pads alike."""
-    longest = max(len(text) for text, _ in rows)
-    ids = np.full((len(rows), longest), padding, np.int64)
-    mask = np.zeros((len(rows), longest), np.int64)
-    for row, (text, _) in enumerate(rows):
-        ids[row, : len(text)], mask[row, : len(text)] = text, 1
-    labels = torch.tensor([label for _, label in rows])
-    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), "labels": labels}
-
-
-def collate_vectors(rows: list[tuple[NDArray[np.float32], int]]) -> Batch:
-    """Rows on top of each other."""
-    return {
-        "x": torch.from_numpy(np.stack([x for x, _ in rows])),
-        "labels": torch.tensor([label for _, label in rows]),
-    }
-
-
 def _causal_lm(config: TrainConfig, tokens: Tokens) -> Data:
-    def texts() -> Iterator[Document]:  # read twice, so that the texts are never in memory together
-        return documents(config.dataset, text_field=config.dataset_text_field)
-
-    names, pieces, size = [], [], 0
-    for document in texts():
-        ids = tokens.encode(document.text)
-        if document.ends and tokens.end is not None:
-            ids = np.append(ids, ids.dtype.type(tokens.end))
-        names.append(document.name)
-        pieces.append(ids)
-        size += len(document.text)
-    out = held_out(names, config.eval_fraction)
-    parts = []
-    for part, chosen in (("training", ~out), ("held-out", out)):
-        kept = [ids for ids, take in zip(pieces, chosen, strict=True) if take]
-        blocks = TokenBlocks(np.concatenate(kept) if kept else np.zeros(0, np.uint16), config.block_size)
-        if kept and not len(blocks):
-            raise SettingError(
-                "block_size",
-                f"the {part} part of dataset={config.dataset!r} has {sum(map(len, kept))} tokens, fewer than "
-                f"block_size={config.block_size}; lower block_size, give more text, or change eval_fraction.",
-            )
-        parts.append(blocks)
+    corpus = read_corpus(config, tokens)
+    held = read_corpus(config, tokens, evaluation=True) if config.eval_dataset else None
+    if held is not None and (held.kind, held.packing) != (corpus.kind, corpus.packing):
+        raise SettingError(
+            "eval_dataset",
+            f"eval_dataset={config.eval_dataset!r} holds {held.kind} data and dataset={config.dataset!r} {corpus.kind} "
+            "data; give two of one format.",
+        )
+    evaluation = corpus.encoded.held_out if held is None else held.encoded.training
+    facts, padding = corpus.encoded.facts, tokens.padding or 0
+    collates: dict[str, Collate] = {
+        "concatenate": collate_blocks,
+        "none": partial(collate_documents, padding=padding),
+        "documents": partial(collate_packed, padding=padding),
+    }
+    size = sum(len(part["tokens"]) for part in (corpus.encoded.training, corpus.encoded.held_out))
     return Data(
-        train=parts[0],
-        eval=parts[1],
-        collate=collate_blocks,
+        train=_samples(config, corpus, corpus.encoded.training, "training"),
+        eval=_samples(config, held or corpus, evaluation, "held-out"),
+        collate=collates[corpus.packing],
         tokens=tokens,
-        bigram_entropy=bigram_entropy(document.text for document in texts()),
-        bytes_per_token=size / sum(map(len, pieces)),
+        bigram_entropy=facts["bigram_entropy"],
+        bytes_per_token=None if facts["bytes"] is None else facts["bytes"] / size,
+        notes=(*corpus.notes, *(held.notes if held is not None else ())),
     )
+
+
+def _samples(config: TrainConfig, corpus: Corpus, part: EncodedPart, name: str) -> Samples:
+    if corpus.packing != "concatenate":
+        return Documents(part) if corpus.packing == "none" else PackedDocuments(part)
+    blocks = TokenBlocks(part["tokens"], config.block_size, part.digest)
+    if len(part["tokens"]) and not len(blocks):
+        raise SettingError(
+            "block_size",
+            f"the {name} part of {corpus.source.key}={corpus.source.name!r} has {len(part['tokens'])} tokens, fewer "
+            f"than block_size={config.block_size}; lower block_size, give more text, or change eval_fraction.",
+        )
+    return blocks
 
 
 def _sequence_classification(config: TrainConfig, tokens: Tokens) -> Data:
@@ -219,27 +149,35 @@ def _sequence_classification(config: TrainConfig, tokens: Tokens) -> Data:
             f"the tokenizer {config.tokenizer_name_or_path or config.model_name_or_path!r} has neither a padding nor "
             "an end token, and texts of a batch must be padded; set its pad_token and save it again.",
         )
-    names, texts, given, declared = [], [], [], ()
-    for document in documents(
-        config.dataset, text_field=config.dataset_text_field, label_field=config.dataset_label_field
-    ):
-        names.append(document.name)
-        texts.append(tokens.encode_whole(document.text, config.block_size))
-        given.append(document.label)
-        declared = document.classes
-    if declared and all(isinstance(label, int) and 0 <= label < len(declared) for label in given):
-        given = [declared[label] for label in given]
-    classes, labels = _classes(given, config.dataset_label_field, class_names(config), declared)
-    out = held_out(names, config.eval_fraction)
-    train, evaluation = (
-        LabelledTexts([texts[i] for i in chosen], [labels[i] for i in chosen])
-        for chosen in (np.flatnonzero(~out), np.flatnonzero(out))
-    )
-    collate = partial(collate_texts, padding=tokens.padding)
+    corpora = [read_corpus(config, tokens)]
+    if config.eval_dataset:
+        corpora.append(read_corpus(config, tokens, evaluation=True))
+    given = [_named(corpus.encoded.facts["labels"], corpus.encoded.facts["declared"]) for corpus in corpora]
+    declared = tuple(corpora[0].encoded.facts["declared"])
+    own = class_names(config)
+    learnt = own if config.model_name_or_path is not None else ()
+    classes, numbers = _classes(given[0], config.dataset_label_field, own, declared)
+    named = isinstance(given[0][0], str)
+    numbers_of_eval = numbers if len(given) == 1 else _numbered(config, given[1], classes, given[0])
+    held = corpora[-1].encoded.training if config.eval_dataset else corpora[0].encoded.held_out
     return Data(
-        train=train, eval=evaluation, collate=collate, tokens=tokens, classes=classes,
-        labels_are_names=isinstance(given[0], str),
-    )  # fmt: skip
+        train=LabelledTexts(corpora[0].encoded.training, numbers),
+        eval=LabelledTexts(held, numbers_of_eval),
+        collate=partial(collate_texts, padding=tokens.padding),
+        tokens=tokens,
+        classes=classes,
+        labels_are_names=named,
+        notes=(
+            *(note for corpus in corpora for note in corpus.notes),
+            *(_other_names(learnt, classes) if named and learnt else ()),
+        ),
+    )
+
+
+def _named(labels: list[Any], declared: Sequence[str]) -> list[Any]:
+    """The names of numbers, where the source declares a name for each."""
+    known = bool(declared) and all(isinstance(label, int) and 0 <= label < len(declared) for label in labels)
+    return [declared[label] for label in labels] if known else labels
 
 
 def _classes(given: list[Any], field: str, *known: tuple[str, ...]) -> tuple[tuple[str, ...], list[int]]:
@@ -255,6 +193,33 @@ def _classes(given: list[Any], field: str, *known: tuple[str, ...]) -> tuple[tup
     names = next((list(names) for names in known if set(given) <= set(names)), sorted(set(given)))
     number = {name: i for i, name in enumerate(names)}
     return tuple(names), [number[label] for label in given]
+
+
+def _other_names(own: tuple[str, ...], classes: tuple[str, ...]) -> list[str]:
+    """What a person is told where a pretrained classifier was trained on classes of other names."""
+    unnamed = own == tuple(f"LABEL_{i}" for i in range(len(own)))  # as Hugging Face calls them where nobody has
+    if unnamed or own == classes:
+        return []
+    return [
+        f"the model's own classes are {', '.join(own)}, the data's are {', '.join(classes)}: its head has learnt the "
+        "former, and learns the latter in their places"
+    ]
+
+
+def _numbered(config: TrainConfig, labels: list[Any], classes: tuple[str, ...], trained: list[Any]) -> list[int]:
+    """The numbers of the labels of eval_dataset, by what training has."""
+    where = f"eval_dataset={config.eval_dataset!r}"
+    if any(isinstance(label, str) != isinstance(trained[0], str) for label in labels):
+        raise SettingError("eval_dataset", f"{where} names its classes in another way than dataset: {labels[0]!r} and "
+                           f"{trained[0]!r}; use numbers in both or names in both.")  # fmt: skip
+    if not isinstance(trained[0], str):
+        return [int(label) for label in labels]
+    if unknown := [label for label in labels if label not in classes]:
+        raise SettingError(
+            "eval_dataset",
+            f"{where} has label {unknown[0]!r}, which no training sample has; the classes are {', '.join(classes)}.",
+        )
+    return [classes.index(label) for label in labels]
 
 
 def _digits(config: TrainConfig) -> Data:

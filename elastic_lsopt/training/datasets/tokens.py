@@ -6,6 +6,8 @@ tokenizer    AutoTokenizer.from_pretrained(folder); its own end and padding toke
 
 from __future__ import annotations
 
+import json
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +22,18 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 
 class Tokens(Protocol):
-    """A vocabulary: `size` ids, of which `end` closes a document and `padding` fills a row (None: it has none)."""
+    """A vocabulary: `size` ids in numbers of type `dtype`, of which `start` begins a prompt, `end` closes a document
+    and `padding` fills a row (None: it has none). `fingerprint` tells it from every other.
+    """
 
     size: int
+    dtype: Any
+    start: int | None
     end: int | None
     padding: int | None
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode(self, text: bytes) -> NDArray[Any]:
         """The ids of a piece of running text, [n], without special tokens."""
@@ -43,8 +52,11 @@ class ByteTokens:
     """256 byte values and the end of a document: a vocabulary of 257 that needs no file and fits any text."""
 
     size = 257
+    dtype: Any = np.uint16
+    start: int | None = None
     end: int | None = END_OF_DOCUMENT
     padding: int | None = END_OF_DOCUMENT
+    fingerprint = "bytes"
 
     def encode(self, text: bytes) -> NDArray[np.uint16]:
         return np.frombuffer(text, np.uint8).astype(np.uint16)
@@ -83,7 +95,32 @@ class FolderTokens:
         self.end: int | None = self.tokenizer.eos_token_id
         padding = self.tokenizer.pad_token_id
         self.padding: int | None = self.end if padding is None else padding
-        self._kind = np.uint16 if self.size <= 2**16 else np.int32
+        self.dtype: Any = np.uint16 if self.size <= 2**16 else np.int32
+        begin = self.tokenizer.bos_token_id
+        self._fingerprint: str | None = None
+        self.start: int | None = begin if begin is not None and self._special[:1] == [begin] else None
+
+    @property
+    def _special(self) -> list[int]:
+        """What the tokenizer puts around a text of its own accord."""
+        return self.tokenizer("", verbose=False)["input_ids"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides which ids a text or a conversation gets; made when it is asked for first."""
+        if self._fingerprint is None:
+            self._fingerprint = self._digest()
+        return self._fingerprint
+
+    def _digest(self) -> str:
+        tokenizer = self.tokenizer
+        if tokenizer.is_fast:
+            rules: Any = tokenizer.backend_tokenizer.to_str()
+        else:
+            rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), repr(tokenizer.init_kwargs)]
+        special = [self.size, self.start, self.end, self.padding, self._special, tokenizer.special_tokens_map]
+        told = json.dumps([rules, special, tokenizer.chat_template], default=repr, sort_keys=True)
+        return blake2b(told.encode(), digest_size=16).hexdigest()
 
     def encode(self, text: bytes) -> NDArray[Any]:
         return self._ids(text, add_special_tokens=False)
@@ -93,7 +130,7 @@ class FolderTokens:
 
     def _ids(self, text: bytes, **how: Any) -> NDArray[Any]:
         ids = self.tokenizer(text.decode("utf-8", errors="replace"), verbose=False, **how)["input_ids"]
-        return np.asarray(ids, dtype=self._kind)
+        return np.asarray(ids, dtype=self.dtype)
 
     def decode(self, ids: Any) -> str:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

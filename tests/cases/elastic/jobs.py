@@ -15,7 +15,8 @@ from elastic_lsopt.errors import UserError
 from elastic_lsopt.training.building.engines import build_engine
 from elastic_lsopt.training.building.models import build_model
 from elastic_lsopt.training.datasets.samples import build_data
-from elastic_lsopt.training.loop import evaluate, train
+from elastic_lsopt.training.evaluation import evaluate
+from elastic_lsopt.training.loop import train
 from elastic_lsopt.world import World
 
 
@@ -55,7 +56,7 @@ def evaluation(path: str) -> tuple[float, float]:
             logits = model(ids[None]).logits[0]
         total += float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum"))
         targets += len(ids) - 1
-    return evaluate(engine, data, found.config, this_world()), total / targets
+    return evaluate(engine, data, found.config, this_world()).loss, total / targets
 
 
 def decayed(path: str) -> list[tuple[float, list[str]]]:

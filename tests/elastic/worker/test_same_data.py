@@ -12,7 +12,9 @@ import torch
 
 from elastic_lsopt.data.shards import ShardStream
 from elastic_lsopt.elastic.worker.same_data import difference, digest_of, identity_of
-from elastic_lsopt.training.datasets.samples import Data, LabelledTexts, TokenBlocks
+from elastic_lsopt.training.datasets.batches import LabelledTexts, TokenBlocks
+from elastic_lsopt.training.datasets.encoded import Document, Memory, PartWriter
+from elastic_lsopt.training.datasets.samples import Data
 from tests.jobs import corpus, write_job
 
 fast = pytest.mark.fast
@@ -42,9 +44,20 @@ def test_a_jobs_data_is_compared_whole() -> None:
     pairs = [(blocks, blocks), (other, blocks), (blocks, other), (blocks[:54], blocks)]
     alone = [identity(TokenBlocks(part, 6), TokenBlocks(held_out, 6)) for part, held_out in pairs]
     assert len({str(i) for i in alone}) == 4
-    texts = [np.arange(3), np.arange(5)]
-    labelled = [identity(LabelledTexts(texts, labels), LabelledTexts([], [])) for labels in ([0, 1], [1, 1])]
-    assert labelled[0] != labelled[1]
+    labelled = [identity(texts(numbers, classes), texts([], classes)) for numbers, classes in LABELLED]
+    assert len({str(i) for i in labelled}) == 3
+
+
+LABELLED = (([0, 1], [0, 1]), ([1, 1], [0, 1]), ([0, 1], [1, 0]))
+"""Numbers of classes in the order of their first text, and what each number means."""
+
+
+def texts(numbers: list[int], classes: list[int]) -> LabelledTexts:
+    columns = {"tokens": np.uint16, "ends": np.int64, "labels": np.int32}
+    writer = PartWriter(Memory(1 << 20).column, columns)
+    for n in numbers:
+        writer.append(Document(np.arange(3 + n)), n)
+    return LabelledTexts(writer.close(), classes)
 
 
 class Images:
