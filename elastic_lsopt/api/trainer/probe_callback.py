@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback
 
+from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
@@ -59,6 +60,8 @@ class ProbeCallback(TrainerCallback):
         self.results: list[dict[str, Any]] = []
         self._mode: Mode | None = None
         """What the first checks have settled."""
+        self.placed: LandscapeStep | None = None
+        """Where a LandscapeTrainer has found the model, wrapped as it is; None in another Trainer."""
         self._initial: Sequence[Tensor] | None = None
         """The weights at the start; None where no measure asks for them, or a run goes on whose start nobody knows."""
 

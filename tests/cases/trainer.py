@@ -1,0 +1,286 @@
+"""Hugging Face's Trainer with landscape-aware steps, on every backend, beside the papers' loops on one process."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import elastic_lsopt as lso
+from tests.oracles import paper_loops
+
+STEPS, ACCUMULATED, ROWS, LENGTH, VOCABULARY, LR, MOMENTUM = 6, 3, 12, 8, 31, 0.2, 0.5
+"""Updates, micro-batches and rows of one, tokens of a row."""
+METHODS: dict[str, dict[str, Any]] = {
+    "none": {}, "sam": {"rho": 0.3}, "asam": {"rho": 0.5}, "lpf_sgd": {"parts": 2, "gamma": 0.1, "alpha": 1.0},
+}  # fmt: skip
+
+
+def rows() -> list[dict[str, Tensor]]:
+    """Unequal counts of tokens; the last update has a micro-batch less."""
+    draw, out = torch.Generator().manual_seed(0), []
+    for i in range(STEPS * ROWS - ROWS // ACCUMULATED):
+        ids = torch.randint(0, VOCABULARY, (LENGTH,), generator=draw)
+        labels = ids.clone()
+        labels[: (5 * i) % (LENGTH - 1)] = -100
+        out.append({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
+    return out
+
+
+def llama(lora: bool = False, tied: bool = False) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=16, initializer_range=0.2, tie_word_embeddings=tied,
+            use_cache=False,
+        )
+    )  # fmt: skip
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    return model
+
+
+# -- the papers' loop ------------------------------------------------------------------------------------------------
+
+
+class ByToken(nn.Module):
+    """The logits of one token after another, so that a unit of the papers' loop weighs what its tokens weigh."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x[:, :-1]).logits
+        return logits[torch.arange(len(x)), x[:, -1]]
+
+
+def tokens(some: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Of some rows, each token that is trained: (row, the place before it), and the token."""
+    found = [
+        (torch.cat([row["input_ids"], torch.tensor([at - 1])]), row["labels"][at])
+        for row in some
+        for at in range(1, LENGTH)
+        if row["labels"][at] != -100
+    ]
+    return torch.stack([x for x, _ in found]), torch.stack([y for _, y in found])
+
+
+class Scheduled:
+    """An optimizer whose rate falls linearly to 0, as the Trainer's default does."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base = base
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(base, lambda k: 1 - k / STEPS)
+
+    def step(self) -> None:
+        self.base.step()
+        self.schedule.step()
+
+
+def momentum(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=LR, momentum=MOMENTUM)
+
+
+def by_paper(model: Any, method: str, clip: float = 0.0) -> list[float]:
+    """The paper's loop on one process; the losses. `model` is trained."""
+    data, size = rows(), ROWS // ACCUMULATED
+    updates = [
+        [tokens(update[at : at + size]) for at in range(0, len(update), size)]
+        for update in (data[k * ROWS : (k + 1) * ROWS] for k in range(STEPS))
+    ]
+    by_token = ByToken(model)
+    base: Any = Scheduled(momentum([p for p in model.parameters() if p.requires_grad]))
+    lpf = {"seed": 42} if method == "lpf_sgd" else {}  # TrainingArguments' seed
+    with _named_as_in(model):
+        return paper_loops.run(by_token, updates, base, method, METHODS[method] | lpf, clip=clip)
+
+
+@contextmanager
+def _named_as_in(model: Any) -> Iterator[None]:
+    """Noise is drawn by a parameter's name; the loop's wrapper puts a word before it."""
+    own = paper_loops.trained
+    paper_loops.trained = lambda _: own(model)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        paper_loops.trained = own
+
+
+# -- the Trainer -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fresh() -> Iterator[None]:
+    """accelerate and transformers keep the first Trainer's world for the process: forget it before and after."""
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    def forget() -> None:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        unset_hf_deepspeed_config()
+
+    before = dict(os.environ)
+    forget()
+    try:
+        yield
+    finally:
+        forget()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def json_of(stage: int, **more: Any) -> dict[str, Any]:
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {"zero_optimization": {"stage": stage}, **dict.fromkeys(auto, "auto"), **more}
+
+
+def arguments(kind: str, folder: str, world: int = 1, **more: Any) -> Any:
+    from transformers import TrainingArguments
+
+    if kind == "fsdp2":  # the Trainer's default, FULL_STATE_DICT, cannot be saved on a CPU
+        more = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}} | more
+    if kind.startswith("zero"):
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ build at start
+        more = {"deepspeed": json_of(int(kind[-1]))} | more
+    given = {
+        "output_dir": folder, "use_cpu": True, "learning_rate": LR, "lr_scheduler_type": "linear", "max_steps": STEPS,
+        "per_device_train_batch_size": ROWS // ACCUMULATED // world, "gradient_accumulation_steps": ACCUMULATED,
+        "max_grad_norm": 0.0, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "dataloader_pin_memory": False, "remove_unused_columns": False, "train_sampling_strategy": "sequential",
+    }  # fmt: skip
+    return TrainingArguments(**(given | more))
+
+
+def trainer_class(kind: str, parent: Any = None) -> Any:
+    """On a CPU accelerate makes DDP of FSDP2 without a word; told so by hand it makes the real one."""
+    parent = parent or lso.LandscapeTrainer
+    if kind != "fsdp2":
+        return parent
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    class Sharded(parent):
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            self.accelerator.state.distributed_type, self.is_fsdp_enabled = DistributedType.FSDP, True
+            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+
+    return Sharded
+
+
+def counting() -> Any:
+    """A callback that counts the events."""
+    from transformers import TrainerCallback
+
+    events = ("step_begin", "substep_end", "pre_optimizer_step", "optimizer_step", "step_end", "save", "evaluate")
+    kind: Any = type("Counting", (TrainerCallback,), {})
+    for event in events:
+
+        def count(self: Any, *args: Any, event: str = event, **more: Any) -> None:
+            self.counts[event] = self.counts.get(event, 0) + 1
+
+        setattr(kind, f"on_{event}", count)
+    made = kind()
+    made.counts = {}
+    return made
+
+
+def weights_of(trainer: Any) -> dict[str, Tensor]:
+    """Whole, by name, on every rank."""
+    if trainer.is_deepspeed_enabled:
+        import deepspeed
+
+        read: Callable[[Any], Any] = deepspeed.utils.safe_get_full_fp32_param
+        if trainer.deepspeed.zero_optimization_stage() == 0:
+            read = torch.Tensor.detach
+        return {n: read(p).clone() for n, p in trainer.deepspeed.module.named_parameters() if p.requires_grad}
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.named_parameters()}
+    return {n: p.detach().clone() for n, p in whole.items() if dict(model.named_parameters())[n].requires_grad}
+
+
+def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    return max(float((a[n].double() - b[n].double()).abs().max()) for n in a)
+
+
+def trained_of(model: Any) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def end(trainer: Any) -> None:
+    """Free what the next case must not meet."""
+    if trainer.is_deepspeed_enabled and hasattr(trainer, "deepspeed"):
+        trainer.deepspeed.destroy()
+
+
+def against_paper(kind: str, method: str, clip: float = 0.0, lora: bool = False) -> dict[str, Any]:
+    """Six updates of three micro-batches with unequal counts of tokens, an evaluation after each."""
+    world = dist.get_world_size()
+    plain = llama(lora)
+    start = trained_of(plain)
+    losses = by_paper(plain, method, clip)
+    items: list[int] = []
+
+    class Noting(trainer_class(kind)):
+        def compute_loss(self, *args: Any, num_items_in_batch: Any = None, **more: Any) -> Any:
+            if self.model.training:
+                items.append(int(num_items_in_batch))
+            return super().compute_loss(*args, num_items_in_batch=num_items_in_batch, **more)
+
+    with fresh(), tempfile.TemporaryDirectory() as folder:
+        data = rows()
+        args = arguments(kind, folder, world, max_grad_norm=clip, eval_strategy="steps", eval_steps=1)
+        landscape = {"method": method, **METHODS[method]}
+        counter = counting()
+        trainer = Noting(
+            model=llama(lora), args=args, train_dataset=data, eval_dataset=data[:8], landscape=landscape,
+            callbacks=[counter], optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": LR, "momentum": MOMENTUM}),
+        )  # fmt: skip
+        trainer.train()
+        found = weights_of(trainer)
+        log = [row for row in trainer.state.log_history if "loss" in row]
+        step = trainer._landscape_step
+        out = {
+            "dw": apart(found, trained_of(plain)), "moved": apart(found, start), "backend": step.backend.name,
+            "dloss": max(abs(row["loss"] - loss) for row, loss in zip(log, losses, strict=True)),
+            "lr": [row["learning_rate"] for row in log], "items": items, "counts": counter.counts,
+            "passes": trainer.last_step and trainer.last_step.passes, "norms": [row["grad_norm"] for row in log],
+        }  # fmt: skip
+        end(trainer)
+    return out
+
+
+def beside_stock(kind: str) -> dict[str, Any]:
+    """Method none against the Trainer itself, dropout and all."""
+    from transformers import Trainer
+
+    found, logs = [], []
+    for parent in (Trainer, lso.LandscapeTrainer):
+        with fresh(), tempfile.TemporaryDirectory() as folder:
+            args = arguments(kind, folder, dist.get_world_size(), max_grad_norm=0.5, label_smoothing_factor=0.1)
+            model = llama(lora=True)
+            for module in model.modules():
+                if hasattr(module, "lora_dropout"):
+                    module.lora_dropout["default"] = nn.Dropout(0.2)
+            trainer = trainer_class(kind, parent)(model=model, args=args, train_dataset=rows())
+            trainer.train()
+            found.append(weights_of(trainer))
+            logs.append([{k: row[k] for k in ("loss", "grad_norm")} for row in trainer.state.log_history[:-1]])
+            end(trainer)
+    return {"dw": apart(*found), "logs": logs[0] == logs[1]}
