@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from tests.oracles import paper_loops
 STEPS, ACCUMULATED, ROWS, LENGTH, VOCABULARY, LR, MOMENTUM = 6, 3, 12, 8, 31, 0.2, 0.5
 """Updates, micro-batches and rows of one, tokens of a row."""
 METHODS: dict[str, dict[str, Any]] = {
-    "none": {}, "sam": {"rho": 0.3}, "asam": {"rho": 0.5}, "lpf_sgd": {"parts": 2, "gamma": 0.1, "alpha": 1.0},
+    "none": {}, "sam": {"rho": 0.3}, "asam": {"rho": 0.5, "eta": 0.01},
+    "lpf_sgd": {"parts": 2, "gamma": 0.1, "alpha": 1.0},
 }  # fmt: skip
 
 
@@ -281,6 +283,93 @@ def beside_stock(kind: str) -> dict[str, Any]:
             trainer = trainer_class(kind, parent)(model=model, args=args, train_dataset=rows())
             trainer.train()
             found.append(weights_of(trainer))
-            logs.append([{k: row[k] for k in ("loss", "grad_norm")} for row in trainer.state.log_history[:-1]])
+            logs.append([{k: row.get(k) for k in ("loss", "grad_norm")} for row in trainer.state.log_history[:-1]])
             end(trainer)
     return {"dw": apart(*found), "logs": logs[0] == logs[1]}
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lagging:
+    """Half of the last step's gradient beside this one's: what it remembers is half of a step."""
+
+    parts = 1
+
+    def init(self, space: Any) -> Any:
+        return {"last": space.zeros(), "seen": 0}
+
+    def gradient(self, space: Any, oracle: Any, state: Any) -> Any:
+        mine = oracle.gradient().clone()
+        made = mine.clone().add_(state["last"], 0.5)
+        state["last"], state["seen"] = mine, state["seen"] + 1
+        return made
+
+
+def run(kind: str, folder: str, resume: str | None = None, parent: Any = None, lora: bool = False, **more: Any) -> Any:
+    """A trainer after its run, inside `fresh()`."""
+    args = arguments(kind, folder, dist.get_world_size(), **({"save_strategy": "steps", "save_steps": 2} | more))
+    trainer = trainer_class(kind, parent)(
+        model=llama(lora), args=args, train_dataset=rows(), eval_dataset=rows()[:8], landscape=Lagging(),
+        optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 0.02, "eps": 1e-3}),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def saved(kind: str, folder: str, **more: Any) -> dict[str, Any]:
+    """A run that saves after every second step; its weights, and what lies in the folder."""
+    with fresh():
+        trainer = run(kind, folder, **more)
+        found = {n: t.tolist() for n, t in weights_of(trainer).items()}
+        seen = trainer._landscape_step.state["seen"]
+        end(trainer)
+    dist.barrier()
+    return {"weights": found, "seen": seen, "files": sorted(p.name for p in (Path(folder) / "checkpoint-2").iterdir())}
+
+
+def resumed(kind: str, folder: str, wanted: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """From the checkpoint of step 2; how far the weights end from those of the run that was not stopped."""
+    with fresh(), tempfile.TemporaryDirectory() as other:
+        trainer = run(kind, other, resume=f"{folder}/checkpoint-2", save_strategy="no", **more)
+        dw = apart(weights_of(trainer), {n: torch.tensor(t) for n, t in wanted.items()})
+        out = {"dw": dw, "seen": trainer._landscape_step.state["seen"], "step": trainer.state.global_step}
+        end(trainer)
+    return out
+
+
+# -- probes ----------------------------------------------------------------------------------------------------------
+
+
+def measured(kind: str, method: str) -> dict[str, Any]:
+    """What a callback measures on the way, against `lso.attach` on a model with those weights; and the weights, against
+    those of a run that measured nothing."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    every = [{"input_ids": ids, "labels": ids} for ids in (torch.arange(16).view(2, 8) + 2 * i for i in range(2 * world))]
+    measures: dict[str, Any] = {"lambda_max": {"tolerance": 1e-4}, "distance_from_start": {}, "noise_scale": {}}
+    callback = lso.ProbeCallback(measures, batches=every[rank::world], every_steps=2)
+    found = []
+    for callbacks in ([callback], []):
+        with fresh(), tempfile.TemporaryDirectory() as folder:
+            trainer = trainer_class(kind)(
+                model=llama(), args=arguments(kind, folder, world, max_steps=4), train_dataset=rows(),
+                landscape={"method": method, **METHODS[method]}, callbacks=callbacks,
+                optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": LR, "momentum": MOMENTUM}),
+            )  # fmt: skip
+            trainer.train()
+            found.append(weights_of(trainer))
+            end(trainer)
+    plain = llama()
+    start = trained_of(plain)
+    plain.load_state_dict(found[0])
+    wanted = {"distance": sum(float((found[0][n] - t).double().square().sum()) for n, t in start.items()) ** 0.5}
+    if world == 1:
+        space, oracle = lso.attach(plain.eval(), None, every)
+        wanted["lambda_max"] = lso.probes.lanczos(space, oracle, k=1, tolerance=1e-4).eigenvalues[0]
+    probes = callback.results[-1]["probes"]
+    assert all(probes.values()), probes
+    return {
+        "dw": apart(*found), "steps": [row["step"] for row in callback.results], "wanted": wanted,
+        "lambda_max": probes["lambda_max"]["eigenvalues"][0], "distance": probes["distance_from_start"]["value"],
+    }  # fmt: skip

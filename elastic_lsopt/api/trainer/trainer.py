@@ -55,7 +55,7 @@ class LandscapeTrainerMixin(_Base):
         self._landscape_step: LandscapeStep | None = None
         self._placed: tuple[Any, Any] | None = None
         self._update_batches: list[Any] = []
-        self._ran, self._planned_steps = 0, 0
+        self._ran, self._planned_steps, self._keeps_our_checkpoints = 0, 0, True
         super().__init__(*args, **more)
         refuse_surprises(self)
         if self._takes_steps:
@@ -74,9 +74,14 @@ class LandscapeTrainerMixin(_Base):
             count_one_micro_batch(self.accelerator.state.deepspeed_plugin.hf_ds_config.config)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        given = self.optimizer
         optimizer = super().create_optimizer(model)
         if (update := updates_of(getattr(optimizer, "optimizer", optimizer))) is not None:
             update.steps_elsewhere = True  # DeepSpeed steps once while it starts, and the loop after a skipped step
+        elif given is None and self._keeps_our_checkpoints:
+            # The Trainer makes a group for what does not decay, also where there is nothing of it (LoRA), and DeepSpeed
+            # drops it: a checkpoint would have a group more on one than on the other.
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     # -- the step ----------------------------------------------------------------------------------------------
@@ -146,6 +151,7 @@ class LandscapeTrainerMixin(_Base):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         part = portable_part(resume_from_checkpoint)
+        self._keeps_our_checkpoints = part is not None or resume_from_checkpoint is None
         made = super()._prepare_for_training(max_steps, train_dataloader, None if part else resume_from_checkpoint)
         self._planned_steps = max_steps
         self._place(self.model_wrapped)
