@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import elastic_lsopt as lso
 from tests.oracles import paper_loops
@@ -20,9 +21,17 @@ from tests.oracles import paper_loops
 STEPS, ACCUMULATED, ROWS, LENGTH, VOCABULARY, LR, MOMENTUM = 6, 3, 12, 8, 31, 0.2, 0.5
 """Updates, micro-batches and rows of one, tokens of a row."""
 METHODS: dict[str, dict[str, Any]] = {
-    "none": {}, "sam": {"rho": 0.3}, "asam": {"rho": 0.5, "eta": 0.01},
+    "none": {}, "sam": {"rho": 0.3}, "asam": {"rho": 0.2, "eta": 0.01},
     "lpf_sgd": {"parts": 2, "gamma": 0.1, "alpha": 1.0},
 }  # fmt: skip
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def rows() -> list[dict[str, Tensor]]:
@@ -85,9 +94,13 @@ class Scheduled:
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
         self.base = base
+        self.norms: list[float] = []
+        """Of the gradients that it has stepped with."""
         self.schedule = torch.optim.lr_scheduler.LambdaLR(base, lambda k: 1 - k / STEPS)
 
     def step(self) -> None:
+        gradients = [p.grad for group in self.base.param_groups for p in group["params"] if p.grad is not None]
+        self.norms.append(paper_loops.norm(gradients))
         self.base.step()
         self.schedule.step()
 
@@ -96,8 +109,8 @@ def momentum(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=LR, momentum=MOMENTUM)
 
 
-def by_paper(model: Any, method: str, clip: float = 0.0) -> list[float]:
-    """The paper's loop on one process; the losses. `model` is trained."""
+def by_paper(model: Any, method: str, clip: float = 0.0) -> tuple[list[float], list[float], list[int]]:
+    """The paper's loop on one process, which trains `model`: loss, norm of the gradient and tokens of each step."""
     data, size = rows(), ROWS // ACCUMULATED
     updates = [
         [tokens(update[at : at + size]) for at in range(0, len(update), size)]
@@ -107,7 +120,8 @@ def by_paper(model: Any, method: str, clip: float = 0.0) -> list[float]:
     base: Any = Scheduled(momentum([p for p in model.parameters() if p.requires_grad]))
     lpf = {"seed": 42} if method == "lpf_sgd" else {}  # TrainingArguments' seed
     with _named_as_in(model):
-        return paper_loops.run(by_token, updates, base, method, METHODS[method] | lpf, clip=clip)
+        losses = paper_loops.run(by_token, updates, base, method, METHODS[method] | lpf, clip=clip)
+    return losses, base.norms, [sum(len(y) for _, y in update) for update in updates]
 
 
 @contextmanager
@@ -233,10 +247,10 @@ def end(trainer: Any) -> None:
 
 def against_paper(kind: str, method: str, clip: float = 0.0, lora: bool = False) -> dict[str, Any]:
     """Six updates of three micro-batches with unequal counts of tokens, an evaluation after each."""
-    world = dist.get_world_size()
+    world = world_size()
     plain = llama(lora)
     start = trained_of(plain)
-    losses = by_paper(plain, method, clip)
+    losses, norms, tokens_of = by_paper(plain, method, clip)
     items: list[int] = []
 
     class Noting(trainer_class(kind)):
@@ -263,6 +277,7 @@ def against_paper(kind: str, method: str, clip: float = 0.0, lora: bool = False)
             "dloss": max(abs(row["loss"] - loss) for row, loss in zip(log, losses, strict=True)),
             "lr": [row["learning_rate"] for row in log], "items": items, "counts": counter.counts,
             "passes": trainer.last_step and trainer.last_step.passes, "norms": [row["grad_norm"] for row in log],
+            "paper_norms": norms, "tokens": tokens_of,
         }  # fmt: skip
         end(trainer)
     return out
@@ -275,7 +290,7 @@ def beside_stock(kind: str) -> dict[str, Any]:
     found, logs = [], []
     for parent in (Trainer, lso.LandscapeTrainer):
         with fresh(), tempfile.TemporaryDirectory() as folder:
-            args = arguments(kind, folder, dist.get_world_size(), max_grad_norm=0.5, label_smoothing_factor=0.1)
+            args = arguments(kind, folder, world_size(), max_grad_norm=0.5, label_smoothing_factor=0.1)
             model = llama(lora=True)
             for module in model.modules():
                 if hasattr(module, "lora_dropout"):
@@ -309,7 +324,7 @@ class Lagging:
 
 def run(kind: str, folder: str, resume: str | None = None, parent: Any = None, lora: bool = False, **more: Any) -> Any:
     """A trainer after its run, inside `fresh()`."""
-    args = arguments(kind, folder, dist.get_world_size(), **({"save_strategy": "steps", "save_steps": 2} | more))
+    args = arguments(kind, folder, world_size(), **({"save_strategy": "steps", "save_steps": 2} | more))
     trainer = trainer_class(kind, parent)(
         model=llama(lora), args=args, train_dataset=rows(), eval_dataset=rows()[:8], landscape=Lagging(),
         optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 0.02, "eps": 1e-3}),
@@ -325,7 +340,8 @@ def saved(kind: str, folder: str, **more: Any) -> dict[str, Any]:
         found = {n: t.tolist() for n, t in weights_of(trainer).items()}
         seen = trainer._landscape_step.state["seen"]
         end(trainer)
-    dist.barrier()
+    if dist.is_initialized():
+        dist.barrier()
     return {"weights": found, "seen": seen, "files": sorted(p.name for p in (Path(folder) / "checkpoint-2").iterdir())}
 
 
@@ -342,13 +358,34 @@ def resumed(kind: str, folder: str, wanted: dict[str, Any], **more: Any) -> dict
 # -- probes ----------------------------------------------------------------------------------------------------------
 
 
+def largest_curvature(model: Any, batches: Sequence[Any]) -> float:
+    """The largest eigenvalue of the mean loss's Hessian by power iteration on H + shift, with autograd alone."""
+    params = list(model.parameters())
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        loss = sum(model(**batch).loss for batch in batches) / len(batches)
+        gradient = torch.autograd.grad(loss, params, create_graph=True)
+    torch.manual_seed(3)
+    v = [torch.randn_like(p) for p in params]
+    value = shift = 0.0
+    for _ in range(80):
+        norm = torch.cat([t.flatten() for t in v]).norm()
+        v = [t / norm for t in v]
+        product = torch.autograd.grad(gradient, params, v, retain_graph=True)
+        value = float(sum((a * b).sum() for a, b in zip(product, v, strict=True)))
+        shift = max(shift, abs(value) / 2)
+        v = [h + shift * t for h, t in zip(product, v, strict=True)]
+    return value
+
+
 def measured(kind: str, method: str) -> dict[str, Any]:
     """What a callback measures on the way, against `lso.attach` on a model with those weights; and the weights, against
     those of a run that measured nothing."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    every = [{"input_ids": ids, "labels": ids} for ids in (torch.arange(16).view(2, 8) + 2 * i for i in range(2 * world))]
+    world = world_size()
+    every = [
+        {"input_ids": ids, "labels": ids} for ids in (torch.arange(16).view(2, 8) + 2 * i for i in range(2 * world))
+    ]
     measures: dict[str, Any] = {"lambda_max": {"tolerance": 1e-4}, "distance_from_start": {}, "noise_scale": {}}
-    callback = lso.ProbeCallback(measures, batches=every[rank::world], every_steps=2)
+    callback = lso.ProbeCallback(measures, batches=every[rank() :: world], every_steps=2)
     found = []
     for callbacks in ([callback], []):
         with fresh(), tempfile.TemporaryDirectory() as folder:
@@ -364,12 +401,45 @@ def measured(kind: str, method: str) -> dict[str, Any]:
     start = trained_of(plain)
     plain.load_state_dict(found[0])
     wanted = {"distance": sum(float((found[0][n] - t).double().square().sum()) for n, t in start.items()) ** 0.5}
-    if world == 1:
-        space, oracle = lso.attach(plain.eval(), None, every)
-        wanted["lambda_max"] = lso.probes.lanczos(space, oracle, k=1, tolerance=1e-4).eigenvalues[0]
+    wanted["lambda_max"] = largest_curvature(plain.eval(), every)
     probes = callback.results[-1]["probes"]
     assert all(probes.values()), probes
     return {
         "dw": apart(*found), "steps": [row["step"] for row in callback.results], "wanted": wanted,
         "lambda_max": probes["lambda_max"]["eigenvalues"][0], "distance": probes["distance_from_start"]["value"],
     }  # fmt: skip
+
+
+def best_at_end(kind: str, folder: str) -> dict[str, Any]:
+    """The metric is the best after step 2; the weights at the end are those that were there then."""
+    from transformers import TrainerCallback
+
+    then: dict[str, Tensor] = {}
+
+    class Keeping(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if state.global_step == 2:
+                then.update(weights_of(made[0]))
+
+    made: list[Any] = []
+
+    class Scored(trainer_class(kind)):
+        def evaluate(self, *args: Any, **more: Any) -> dict[str, float]:
+            found = super().evaluate(*args, **more) | {"eval_score": -abs(self.state.global_step - 2.0)}
+            return found
+
+    with fresh():
+        args = arguments(
+            kind, folder, world_size(), max_steps=4, save_strategy="steps", save_steps=2, eval_strategy="steps",
+            eval_steps=2, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True,
+        )  # fmt: skip
+        made.append(
+            Scored(
+                model=llama(), args=args, train_dataset=rows(), eval_dataset=rows()[:8], landscape=Lagging(),
+                callbacks=[Keeping()],
+            )
+        )  # fmt: skip
+        made[0].train()
+        out = {"dw": apart(weights_of(made[0]), then), "best": Path(made[0].state.best_model_checkpoint).name}
+        end(made[0])
+    return out
