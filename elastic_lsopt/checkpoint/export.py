@@ -27,6 +27,7 @@ from elastic_lsopt.checkpoint.export_folder import publish, refusal
 from elastic_lsopt.checkpoint.folder import staging, sync, write_json
 from elastic_lsopt.checkpoint.safetensors_file import Head, write_tensors
 from elastic_lsopt.errors import Unsupported, UserError
+from elastic_lsopt.space.layout import plain_name
 from elastic_lsopt.space.vector import Vector
 
 SHARD_BYTES = 5_000_000_000
@@ -197,7 +198,8 @@ def _stream(
     for rank, held in enumerate(everyones):  # the lowest holder sends: rank 0 has no need to ask for what it holds
         for name, offset, length in held:
             sender[name].setdefault((offset, length), rank)
-    parameters, buffers = dict(module.named_parameters()), persistent_buffers(module)
+    parameters = {plain_name(name): p for name, p in module.named_parameters()}
+    buffers = persistent_buffers(module)
     source, whole = "", torch.empty(0)
     for entry in entries:
         head = entry.head

@@ -164,23 +164,24 @@ def json_of(stage: int, **more: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage}, **dict.fromkeys(auto, "auto"), **more}
 
 
-def arguments(kind: str, folder: str, world: int = 1, **more: Any) -> Any:
+def arguments(place: str, folder: str, world: int = 1, *, kind: Any = None, **more: Any) -> Any:
+    """TrainingArguments, or those of another `kind`."""
     from transformers import TrainingArguments
 
-    if kind == "fsdp2":  # the Trainer's default, FULL_STATE_DICT, cannot be saved on a CPU
+    if place == "fsdp2":  # the Trainer's default, FULL_STATE_DICT, cannot be saved on a CPU
         more = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}} | more
-    if kind.startswith("zero"):
+    if place.startswith("zero"):
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ build at start
-        more = {"deepspeed": json_of(int(kind[-1]))} | more
+        more = {"deepspeed": json_of(int(place[-1]))} | more
     given = {
         "output_dir": folder, "use_cpu": True, "learning_rate": LR, "lr_scheduler_type": "linear", "max_steps": STEPS,
         "per_device_train_batch_size": ROWS // ACCUMULATED // world, "gradient_accumulation_steps": ACCUMULATED,
         "max_grad_norm": 0.0, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
         "dataloader_pin_memory": False, "remove_unused_columns": False, "train_sampling_strategy": "sequential",
     }  # fmt: skip
-    return TrainingArguments(**(given | more))
+    return (kind or TrainingArguments)(**(given | more))
 
 
 def trainer_class(kind: str, parent: Any = None) -> Any:
@@ -225,9 +226,9 @@ def weights_of(trainer: Any) -> dict[str, Tensor]:
         if trainer.deepspeed.zero_optimization_stage() == 0:
             read = torch.Tensor.detach
         return {n: read(p).clone() for n, p in trainer.deepspeed.module.named_parameters() if p.requires_grad}
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.named_parameters()}
-    return {n: p.detach().clone() for n, p in whole.items() if dict(model.named_parameters())[n].requires_grad}
+    named = trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters()
+    own = {n.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): p for n, p in named if p.requires_grad}
+    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in own.items()}
 
 
 def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -245,10 +246,20 @@ def end(trainer: Any) -> None:
         trainer.deepspeed.destroy()
 
 
-def against_paper(kind: str, method: str, clip: float = 0.0, lora: bool = False) -> dict[str, Any]:
+def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """A `compute_loss_func` that is the model's own loss."""
+    logits, wanted = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    total = nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum")
+    return total / ((wanted != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def against_paper(
+    kind: str, method: str, clip: float = 0.0, lora: bool = False, tied: bool = False, own_loss: bool = False,
+    **more: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Six updates of three micro-batches with unequal counts of tokens, an evaluation after each."""
     world = world_size()
-    plain = llama(lora)
+    plain = llama(lora, tied)
     start = trained_of(plain)
     losses, norms, tokens_of = by_paper(plain, method, clip)
     items: list[int] = []
@@ -261,12 +272,12 @@ def against_paper(kind: str, method: str, clip: float = 0.0, lora: bool = False)
 
     with fresh(), tempfile.TemporaryDirectory() as folder:
         data = rows()
-        args = arguments(kind, folder, world, max_grad_norm=clip, eval_strategy="steps", eval_steps=1)
+        args = arguments(kind, folder, world, max_grad_norm=clip, eval_strategy="steps", eval_steps=1, **more)
         landscape = {"method": method, **METHODS[method]}
         counter = counting()
         trainer = Noting(
-            model=llama(lora), args=args, train_dataset=data, eval_dataset=data[:8], landscape=landscape,
-            callbacks=[counter], optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": LR, "momentum": MOMENTUM}),
+            model=llama(lora, tied), args=args, train_dataset=data, eval_dataset=data[:8], landscape=landscape,
+            compute_loss_func=summed if own_loss else None, callbacks=[counter], optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": LR, "momentum": MOMENTUM}),
         )  # fmt: skip
         trainer.train()
         found = weights_of(trainer)
@@ -443,3 +454,41 @@ def best_at_end(kind: str, folder: str) -> dict[str, Any]:
         out = {"dw": apart(weights_of(made[0]), then), "best": Path(made[0].state.best_model_checkpoint).name}
         end(made[0])
     return out
+
+
+def sft(lora: bool) -> dict[str, Any]:
+    """trl's SFTTrainer against the papers' loop: weights, tokens, and what it measures of each step."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, default_data_collator
+    from trl import SFTConfig, SFTTrainer
+
+    plain = llama(lora)
+    by_paper(plain, "sam", 0.5)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    data = Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in rows()])
+    found, logs = [], []
+    for landscape in ({"method": "sam", **METHODS["sam"]}, None):
+        with fresh(), tempfile.TemporaryDirectory() as folder:
+            args = arguments(
+                "ddp", folder, world_size(), max_grad_norm=0.5, kind=SFTConfig, bf16=False, max_length=None,
+                dataset_kwargs={"skip_prepare_dataset": True}, activation_checkpointing=False,
+            )  # fmt: skip
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=words, pad_token="t0", eos_token="t1", unk_token="t0"
+            )
+            kind: Any = type("LandscapeSFT", (lso.LandscapeTrainerMixin, SFTTrainer), {})
+            trainer = kind(
+                model=llama(lora), args=args, train_dataset=data, data_collator=default_data_collator,
+                processing_class=tokenizer, landscape=landscape,
+                optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": LR, "momentum": MOMENTUM}),
+            )  # fmt: skip
+            trainer.train()
+            found.append(weights_of(trainer))
+            logs.append([row for row in trainer.state.log_history if "num_tokens" in row])
+    names = "num_tokens", "entropy", "mean_token_accuracy"
+    first = [[row[0][name] for name in names] for row in logs]
+    return {
+        "dw": apart(found[0], trained_of(plain)), "tokens": logs[0][-1]["num_tokens"], "of": len(data) * LENGTH,
+        "first_step": first,
+    }  # fmt: skip
