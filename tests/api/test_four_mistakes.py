@@ -25,7 +25,10 @@ def test_without_a_mistake_on_one_process(ours: bool) -> None:
     assert right("plain", r := told_apart("plain", "", ours)), r
 
 
-@pytest.mark.parametrize("mistake,ours", [("local_norms", False), ("cloned", False), ("", True), pytest.param("", False, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "mistake,ours",
+    [("local_norms", False), ("cloned", False), ("", True), pytest.param("", False, marks=pytest.mark.full)],
+)
 def test_what_shards_tell(ranks: Any, mistake: str, ours: bool) -> None:
     for r in ranks(2).run("tests.cases.public_sam_trainer:told_apart", kind="fsdp2", mistake=mistake, ours=ours):
         assert right("fsdp2", r) == (mistake == ""), r

@@ -25,7 +25,11 @@ def updates() -> Iterator[tuple[float, list[Batch], float]]:
         some = data[k * ROWS : (k + 1) * ROWS]
         units = [some[at : at + size] for at in range(0, len(some), size)]
         own = [{key: torch.stack([row[key] for row in unit]) for key in unit[0]} for unit in units]
-        yield LR * (1 - k / STEPS), own[rank() :: world_size()], float(sum((row["labels"][1:] != -100).sum() for row in some))
+        yield (
+            LR * (1 - k / STEPS),
+            own[rank() :: world_size()],
+            float(sum((row["labels"][1:] != -100).sum() for row in some)),
+        )
 
 
 def share(batch: Batch, tokens: float) -> float:

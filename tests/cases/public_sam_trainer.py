@@ -1,9 +1,9 @@
 """SAM in a Trainer written out, right where no mistake is asked for; and the mistakes of the public one, each by name.
 
-    emptied         the gradient is emptied in every training_step, so that of an update only the last micro-batch counts
-    local_norms     the length of the ascent is a norm of what this rank holds
-    scaled          the ascent goes along the gradient as the loss was scaled for accumulation, against an unscaled norm
-    cloned          a copy of all weights is kept, on every rank
+emptied         the gradient is emptied in every training_step, so that of an update only the last micro-batch counts
+local_norms     the length of the ascent is a norm of what this rank holds
+scaled          the ascent goes along the gradient as the loss was scaled for accumulation, against an unscaled norm
+cloned          a copy of all weights is kept, on every rank
 """
 
 from __future__ import annotations

@@ -227,7 +227,9 @@ def weights_of(trainer: Any) -> dict[str, Tensor]:
             read = torch.Tensor.detach
         return {n: read(p).clone() for n, p in trainer.deepspeed.module.named_parameters() if p.requires_grad}
     named = trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters()
-    own = {n.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): p for n, p in named if p.requires_grad}
+    own = {
+        n.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): p for n, p in named if p.requires_grad
+    }
     return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in own.items()}
 
 
@@ -474,9 +476,7 @@ def sft(lora: bool) -> dict[str, Any]:
                 "ddp", folder, world_size(), max_grad_norm=0.5, kind=SFTConfig, bf16=False, max_length=None,
                 dataset_kwargs={"skip_prepare_dataset": True}, activation_checkpointing=False,
             )  # fmt: skip
-            tokenizer = PreTrainedTokenizerFast(
-                tokenizer_object=words, pad_token="t0", eos_token="t1", unk_token="t0"
-            )
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t1", unk_token="t0")
             kind: Any = type("LandscapeSFT", (lso.LandscapeTrainerMixin, SFTTrainer), {})
             trainer = kind(
                 model=llama(lora), args=args, train_dataset=data, data_collator=default_data_collator,
@@ -492,3 +492,36 @@ def sft(lora: bool) -> dict[str, Any]:
         "dw": apart(found[0], trained_of(plain)), "tokens": logs[0][-1]["num_tokens"], "of": len(data) * LENGTH,
         "first_step": first,
     }  # fmt: skip
+
+
+def refusals() -> list[str]:
+    """What of several ranks is refused with words that name it, in one line."""
+    import pytorch_optimizer
+
+    wrong: list[tuple[str, str, dict[str, Any], Any, str]] = [
+        ("DDP for FSDP", "ddp", {"fsdp": True}, None, "accelerate has made MULTI_CPU of it"),
+        ("no gradient_clipping", "zero2", {"deepspeed": {"zero_optimization": {"stage": 2}}}, None,
+         'write "gradient_clipping": "auto" into it'),
+        ("an optimizer of the JSON", "zero2", {"deepspeed": json_of(2, scheduler={"type": "WarmupLR", "params": {}})},
+         None, "DeepSpeed with scheduler is not tested"),
+        ("auto_find_batch_size", "ddp", {"auto_find_batch_size": True}, None, "set per_device_train_batch_size"),
+        ("torch_compile", "ddp", {"torch_compile": True}, None, "torch_compile is tested on one process"),
+        ("fp16 in the JSON", "zero2", {"deepspeed": json_of(2, fp16={"enabled": "auto"}), "fp16": True}, None,
+         "fp16 needs loss scaling"),
+        ("a base of whole matrices", "zero2", {}, (pytorch_optimizer.Lamb, {"lr": 0.1}), "needs whole parameters"),
+    ]  # fmt: skip
+    told = []
+    for name, place, more, chosen, says in wrong:
+        with fresh(), tempfile.TemporaryDirectory() as folder:
+            try:
+                lso.LandscapeTrainer(
+                    model=llama(), args=arguments(place, folder, world_size(), **more), train_dataset=rows(),
+                    landscape=None if name == "DDP for FSDP" else "sam", optimizer_cls_and_kwargs=chosen,
+                ).train()  # fmt: skip
+            except lso.UserError as error:
+                told.append(name if says in str(error) and "\n" not in str(error) else f"{name}: {error}")
+            except Exception as error:
+                told.append(f"{name}: {type(error).__name__}: {error}")
+            else:
+                told.append(f"{name}: not refused")
+    return told

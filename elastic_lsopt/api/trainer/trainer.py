@@ -175,9 +175,13 @@ class LandscapeTrainerMixin(_Base):
                 if self._takes_steps:
                     raise
                 self._landscape_step = None  # the stock Trainer's steps and checkpoints need nothing of ours
+        step = self._landscape_step
+        if step is not None and not step.space.in_sync:  # an exception has ended the `train` before this one
+            step.space.resync()
+            step.backend.clear_gradient()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProbeCallback):
-                callback.placed = self._landscape_step
+                callback.placed = step
 
     def _placed_on(self, model: Any) -> LandscapeStep:
         base = getattr(self.optimizer, "optimizer", self.optimizer)  # out of accelerate's wrapper
