@@ -10,6 +10,8 @@ import pytest
 from tests.cases import trainer as cases
 from tests.laws.cover import daily
 
+NATIVE = ("native", 2)
+"""FSDP2 as transformers shards a model on reading it, which takes no LoRA: its adapters would be replicated."""
 PLACES = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
 
 
@@ -33,6 +35,10 @@ def on(ranks: Callable[[int], Any], world: int, case: str, **arguments: Any) -> 
         for place in PLACES
         for method in cases.METHODS
         for clip, lora in ((0.0, False), (0.5, True))
+    ]
+    + [
+        pytest.param(*NATIVE, method, clip, False, marks=pytest.mark.full if method != "sam" else ())
+        for method, clip in (("sam", 0.5), ("none", 0.0), ("asam", 0.0), ("lpf_sgd", 0.5))
     ],
 )
 def test_weights_are_the_papers(ranks: Any, kind: str, world: int, method: str, clip: float, lora: bool) -> None:

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 
 import elastic_lsopt as lso
-from tests.api.test_landscape_trainer import PLACES, on
+from tests.api.test_landscape_trainer import NATIVE, PLACES, on
 from tests.cases import trainer as cases
 
 WAYS = [
     (("ddp", 2), ("plain", 1), False),
     (("fsdp2", 2), ("zero3", 2), False),
     (("zero2", 2), ("plain", 1), True),
+    (NATIVE, NATIVE, False),
+    (NATIVE, ("zero1", 2), False),
+    (("plain", 1), NATIVE, False),
 ]
 
 
@@ -29,7 +32,7 @@ def saved_and_resumed(ranks: Any, folder: Path, there: Any, here: Any, lora: boo
 
 @pytest.mark.parametrize(
     "there,here,lora",
-    [pytest.param(*way, marks=pytest.mark.full if way[2] else ()) for way in WAYS]
+    [pytest.param(*way, marks=pytest.mark.full if way[2] or NATIVE in way else ()) for way in WAYS]
     + [
         pytest.param(there, here, lora, marks=pytest.mark.full)
         for there in PLACES

@@ -248,6 +248,19 @@ def end(trainer: Any) -> None:
         trainer.deepspeed.destroy()
 
 
+def natively_sharded(folder: str) -> Any:
+    """The model under `fully_shard` as transformers loads it, without accelerate's part in it."""
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    own = [folder]
+    dist.broadcast_object_list(own)
+    if rank() == 0:
+        llama().save_pretrained(own[0])
+    dist.barrier()
+    return LlamaForCausalLM.from_pretrained(own[0], distributed_config=DistributedConfig(fsdp_size=world_size()))
+
+
 def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """A `compute_loss_func` that is the model's own loss."""
     logits, wanted = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
@@ -278,7 +291,8 @@ def against_paper(
         landscape = {"method": method, **METHODS[method]}
         counter = counting()
         trainer = Noting(
-            model=llama(lora, tied), args=args, train_dataset=data, eval_dataset=data[:8], landscape=landscape,
+            model=natively_sharded(folder) if kind == "native" else llama(lora, tied), args=args,
+            train_dataset=data, eval_dataset=data[:8], landscape=landscape,
             compute_loss_func=summed if own_loss else None, callbacks=[counter], optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": LR, "momentum": MOMENTUM}),
         )  # fmt: skip
         trainer.train()
@@ -339,8 +353,8 @@ def run(kind: str, folder: str, resume: str | None = None, parent: Any = None, l
     """A trainer after its run, inside `fresh()`."""
     args = arguments(kind, folder, world_size(), **({"save_strategy": "steps", "save_steps": 2} | more))
     trainer = trainer_class(kind, parent)(
-        model=llama(lora), args=args, train_dataset=rows(), eval_dataset=rows()[:8], landscape=Lagging(),
-        optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 0.02, "eps": 1e-3}),
+        model=natively_sharded(folder) if kind == "native" else llama(lora), args=args, train_dataset=rows(),
+        eval_dataset=rows()[:8], landscape=Lagging(), optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 0.02, "eps": 1e-3}),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     return trainer

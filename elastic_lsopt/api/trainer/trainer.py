@@ -25,7 +25,13 @@ from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.api.trainer.logged_counts import not_counted
 from elastic_lsopt.api.trainer.probe_callback import ProbeCallback
 from elastic_lsopt.api.trainer.refusals import method_of, refuse_surprises, refuse_untested
-from elastic_lsopt.api.trainer.trainer_checkpoint import has_weights, load_portable, portable_part, save_portable
+from elastic_lsopt.api.trainer.trainer_checkpoint import (
+    has_weights,
+    load_portable,
+    portable_part,
+    resumable,
+    save_portable,
+)
 from elastic_lsopt.api.trainer.trainer_oracle import TrainerOracle
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import Unsupported, UserError
@@ -56,7 +62,9 @@ class LandscapeTrainerMixin(_Base):
         self._placed: tuple[Any, Any] | None = None
         self._update_batches: list[Any] = []
         self._ran, self._planned_steps, self._keeps_our_checkpoints = 0, 0, True
-        super().__init__(*args, **more)
+        given = dict(zip(("model", "args"), args, strict=False)) | more
+        with resumable(given.get("model"), given.get("args")):
+            super().__init__(*args, **more)
         refuse_surprises(self)
         if self._takes_steps:
             refuse_untested(self, self.landscape)
@@ -202,7 +210,9 @@ class LandscapeTrainerMixin(_Base):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if portable_part(resume_from_checkpoint) is None or has_weights(resume_from_checkpoint):
+        if portable_part(resume_from_checkpoint) is None or (
+            has_weights(resume_from_checkpoint) and not self.is_distributed_loading_by_transformers
+        ):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _resume(self, part: Path) -> None:

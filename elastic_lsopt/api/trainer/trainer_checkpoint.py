@@ -9,7 +9,10 @@ or one backend; this can be resumed at any, and nothing of it is unpickled.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -30,6 +33,22 @@ def has_weights(checkpoint: str | Path) -> bool:
     """Whether the folder holds weights as `save_pretrained` writes them."""
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
     return any((Path(checkpoint) / name).exists() for name in names)
+
+
+@contextmanager
+def resumable(model: Any, args: Any) -> Iterator[None]:
+    """While a Trainer is made of a model that transformers has sharded on reading: it refuses to save what it cannot
+    resume itself, unless it is told to save no more than the model. Ours can be resumed."""
+    refused = getattr(model, "is_distributed_loading_by_transformers", False) and not getattr(
+        args, "save_only_model", True
+    )
+    if refused:
+        args.save_only_model = True
+    try:
+        yield
+    finally:
+        if refused:
+            args.save_only_model = False
 
 
 def save_portable(state: TrainingState, checkpoint: str | Path) -> None:
