@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from elastic_lsopt.api.engine import Engine
     from elastic_lsopt.api.initialize import initialize
     from elastic_lsopt.api.landscape_optimizer import LandscapeOptimizer
-    from elastic_lsopt.api.trainer_callback import ProbeCallback
+    from elastic_lsopt.api.trainer.probe_callback import ProbeCallback
+    from elastic_lsopt.api.trainer.trainer import LandscapeTrainer, LandscapeTrainerMixin
     from elastic_lsopt.averages.average import Average
     from elastic_lsopt.averages.ema import EMA
     from elastic_lsopt.checkpoint.save import load, save
@@ -54,6 +55,8 @@ __all__ = [
     "Average",
     "Engine",
     "LandscapeOptimizer",
+    "LandscapeTrainer",
+    "LandscapeTrainerMixin",
     "Loss",
     "MicroBatch",
     "Muon",
@@ -91,13 +94,15 @@ _HOMES = {
     "LARS": "updates.lars",
     "LPFSGD": "optimizers.lpf_sgd",
     "LandscapeOptimizer": "api.landscape_optimizer",
+    "LandscapeTrainer": "api.trainer.trainer",
+    "LandscapeTrainerMixin": "api.trainer.trainer",
     "Loss": "oracle.loss",
     "MicroBatch": "oracle.microbatch",
     "Muon": "updates.muon",
     "NonFinite": "errors",
     "PeerFailed": "errors",
     "Plain": "optimizers.plain",
-    "ProbeCallback": "api.trainer_callback",
+    "ProbeCallback": "api.trainer.probe_callback",
     "SAM": "optimizers.sam",
     "Scales": "space.vector",
     "StaleGeneration": "errors",

@@ -18,6 +18,11 @@ LIMIT_S = 240.0
 def test_example(example: Path) -> None:
     done = run([sys.executable, str(example)], cwd=ROOT, env=rank_environment(), timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr[-3000:]
+    if example.name.startswith("with_"):
+        epochs = [line for line in done.stdout.splitlines() if line.startswith("epoch")]
+        losses = [float(line.split()[3].rstrip(",")) for line in epochs]
+        assert len(epochs) == 10 and all(line.endswith("16 steps of 2 passes") for line in epochs), done.stdout
+        assert losses[-1] < 0.5 * losses[0], losses
     if example.name == "own_method.py":
         plain, own, sam = done.stdout.splitlines()
         assert "passes a step 1" in plain and "passes a step 1" in own and "passes a step 2" in sam

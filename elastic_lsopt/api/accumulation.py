@@ -87,8 +87,14 @@ def _holds(given: Any, closure: Callable[..., Any]) -> bool:
     return isinstance(given, partial) and any(_holds(part, closure) for part in (given.func, *given.args))
 
 
+def accelerate_goes_on() -> bool:
+    """Whether accelerate's `accumulate` has told its optimizers that this is not the last micro-batch of an update."""
+    state = sys.modules.get("accelerate.state")
+    return state is not None and not state.GradientState().sync_gradients
+
+
 def _refuse_dropped() -> None:
-    """accelerate's optimizer passes on only the step of the last micro-batch: the others' closures never run."""
+    """With accelerate only the step of the last micro-batch is one: the others' closures never run."""
     state = sys.modules.get("accelerate.state")
     steps = state.GradientState().num_steps if state is not None else 1
     if steps > 1:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from elastic_lsopt.api.accumulation import Accumulation
+from elastic_lsopt.api.accumulation import Accumulation, accelerate_goes_on
 from elastic_lsopt.api.owners import owners_of, refuse_not_averaged
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.backend import Backend
@@ -45,6 +45,10 @@ class LandscapeOptimizer(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # GradScaler then calls step() unconditionally, so that it can be refused
+    # accelerate's wrapper would drop the loss that step() returns, and has no accumulate() and no last_step. What it
+    # takes for prepared it hands back as it is, and asks for `step_was_skipped` and `optimizer`.
+    _is_accelerate_prepared = True
+    step_was_skipped = False
 
     def __init__(
         self,
@@ -109,6 +113,11 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         if self._oracle is None or not self._oracle.keeps_gradient:
             self.base.zero_grad(set_to_none=set_to_none)
 
+    @property
+    def optimizer(self) -> LandscapeOptimizer:
+        """Itself: what accelerate's wrapper would be around."""
+        return self
+
     # -- the step ----------------------------------------------------------------------------------------------
 
     @property
@@ -144,8 +153,9 @@ class LandscapeOptimizer(torch.optim.Optimizer):
 
         `closure` empties the gradient (`optimizer.zero_grad()`), runs forward and backward and returns the loss; it
         is run once a pass, with the same dropout. A method with several parts takes a list of closures, one a part; of
-        closures handed to `accumulate` it takes the last. Raises UserError without a closure, for a gradient that a
-        backward pass outside of step() has left, and for a GradScaler's call.
+        closures handed to `accumulate` it takes the last. Prepared by accelerate it does nothing, and returns 0, while
+        accelerate's `accumulate` says that the update goes on. Raises UserError without a closure, for a gradient that
+        a backward pass outside of step() has left, and for a GradScaler's call.
         """
         if hasattr(self, "grad_scale"):  # GradScaler's sign that it calls
             for name in ("grad_scale", "found_inf"):
@@ -161,6 +171,8 @@ class LandscapeOptimizer(torch.optim.Optimizer):
                 "step() needs a closure, because the method takes its gradients itself: def closure(): "
                 "optimizer.zero_grad(); loss = …; loss.backward(); return loss (DeepSpeed: lso.initialize)."
             )
+        if "_is_accelerate_prepared" in vars(self) and accelerate_goes_on():
+            return 0.0
         closures = [closure] if callable(closure) else closure
         if not isinstance(closures, Sequence) or not all(callable(c) for c in closures):
             raise UserError(f"step() takes a closure or a list of closures, got {type(closure).__name__}.")

@@ -38,6 +38,8 @@ class LandscapeStep:
     skipped_in_a_row: int = 0
     kept: Sequence[Stateful] = ()
     """What is remembered beside the method's own state: averages, the gain …"""
+    steps_base: bool = True
+    """False: who holds the base optimizer clips and steps it himself, with the gradient that is in `.grad` then."""
 
     def __post_init__(self) -> None:
         self.backend.refuse_base()
@@ -122,7 +124,9 @@ class LandscapeStep:
         A Vector of the method keeps its elements; those of a new parameter are what `init` makes them, or 0. This one's
         space is retired.
         """
-        new = LandscapeStep(backend, self.method, self.seed, self.clock, self.skipped_steps, kept=self.kept)
+        new = LandscapeStep(
+            backend, self.method, self.seed, self.clock, self.skipped_steps, kept=self.kept, steps_base=self.steps_base
+        )
         new._warned, new._looked = self._warned, self._looked
         for name, family in self.families.items():
             if (mine := new.families.get(name)) is None:
@@ -168,7 +172,8 @@ class LandscapeStep:
                     if norm**2 > torch.finfo(torch.float32).max:  # DeepSpeed would leave out its part of the step
                         raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")
                     self._update.take(self._clipped(gradient, norm))
-                self.backend.step(gradient, norm)
+                if self.steps_base:
+                    self.backend.step(gradient, norm)
                 space.stepped()
         except NonFinite as error:
             return self._skip(oracle, samples, error)

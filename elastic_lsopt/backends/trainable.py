@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.space.layout import plain_name
 
 
 def trainable(named_parameters: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """Those that require a gradient, with their names.
+    """Those that require a gradient, with their plain names.
 
     Raises UserError where there is none, and for a parameter on the meta device, frozen or not.
     """
@@ -20,7 +21,7 @@ def trainable(named_parameters: Iterable[tuple[str, Any]]) -> list[tuple[str, An
                 f"parameter {name} is on the meta device, which has shapes and no values; build the model on a real "
                 "device, or call to_empty(device=…) and load its weights, before it is trained or probed."
             )
-    named = [(name, p) for name, p in everyone if p.requires_grad]
+    named = [(plain_name(name), p) for name, p in everyone if p.requires_grad]
     if not named:
         raise UserError("the model has no trainable parameter; set requires_grad on at least one.")
     return named

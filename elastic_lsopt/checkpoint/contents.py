@@ -27,7 +27,7 @@ from elastic_lsopt.errors import StaleWeights, Unsupported, UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.family import Family
 from elastic_lsopt.space.geometry import ParameterSpace
-from elastic_lsopt.space.layout import Parameter, Piece
+from elastic_lsopt.space.layout import Parameter, Piece, plain_name
 from elastic_lsopt.space.vector import Vector
 
 FORMAT = 2
@@ -197,7 +197,7 @@ def persistent_buffers(module: nn.Module | None) -> dict[str, Tensor]:
     gathers in the next forward while the others do not, and the job hangs.
     """
     return {
-        f"{prefix}.{name}" if prefix else name: buffer
+        plain_name(f"{prefix}.{name}" if prefix else name): buffer
         for prefix, child in (module.named_modules() if module is not None else ())
         for name, buffer in child.named_buffers(recurse=False)
         if name not in child._non_persistent_buffers_set

@@ -23,6 +23,17 @@ from torch import Tensor
 from elastic_lsopt.space.dealing import Dealing
 
 
+WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+"""What activation checkpointing and torch.compile put between a module's name and its child's."""
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model as the user wrote it: the same with and without those wrappers."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One trainable parameter as the user knows it: full name and full shape."""

@@ -16,6 +16,14 @@ def test_closures_handed_in_are_all_in_each_pass(ranks: Any, kind: str, world: i
         assert r["dw"] < 1e-12 and r["dloss"] < 1e-12 and not r["refused"], r
 
 
+@pytest.mark.parametrize("kind,world", PLACES[:2])
+def test_accelerate_gives_back_what_accumulates_and_tells(ranks: Any, kind: str, world: int) -> None:
+    places = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPNet"}
+    for r in ranks(world).run("tests.cases.own_loops:prepared", kind=kind):
+        assert r["dw"] < 1e-12 and r["dloss"] < 1e-12 and r["place"] == places[kind], r
+        assert r["passes"] == [2] * 3 and r["schedule"] == 3 * world, r
+
+
 @pytest.mark.parametrize("kind,world", PLACES)
 def test_a_gradient_that_is_not_the_steps_is_refused(ranks: Any, kind: str, world: int) -> None:
     """FSDP2 keeps what was not reduced beside the parameters, where nobody sees it in `grad`."""

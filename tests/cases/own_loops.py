@@ -71,6 +71,53 @@ def accumulated(kind: str, called: bool, handed_in: bool = True) -> dict[str, An
     return {"dw": engines.furthest(optimizer.space, plain), "dloss": apart, "refused": refused}
 
 
+def prepared(kind: str) -> dict[str, Any]:
+    """accelerate's own `prepare` and `accumulate`, all through what `prepare` gives back, against the paper's; fp64."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    steps = engines.batches(STEPS, world * EACH, dtype=torch.float64)
+    plain = engines.net((), torch.float64)
+    model: Any = copy.deepcopy(plain)
+    make = engines.optimizer("momentum")
+    losses = paper_loops.run(plain, steps, make(list(plain.named_parameters())), "sam", {"rho": 0.3}, clip=0.5)
+    optimizer: Any = lso.LandscapeOptimizer(make(list(model.named_parameters())), lso.SAM(rho=0.3), max_grad_norm=0.5)
+    try:
+        a = Accelerator(cpu=True, gradient_accumulation_steps=EACH)
+        if kind == "fsdp2":  # on a CPU accelerate makes DDP of it, unless it is told by hand
+            a.state.distributed_type = DistributedType.FSDP
+            a.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="NO_WRAP")
+        model, optimizer = a.prepare(model, optimizer)
+        schedule = a.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+        found, passes = [], []
+        for step in steps:
+            told = []
+            for j in range(EACH):
+                with a.accumulate(model):
+
+                    @optimizer.accumulate
+                    def closure(batch: Any = step[j * world + rank]) -> Tensor:
+                        optimizer.zero_grad()
+                        loss = paper_loops.cross_entropy(model, batch)
+                        a.backward(loss)
+                        return loss / EACH
+
+                    told.append(optimizer.step(closure))
+                    schedule.step()
+                    optimizer.zero_grad()
+            found.append(told)
+            passes.append(optimizer.last_step.passes)
+        dw = engines.furthest(optimizer.space, plain)
+        place = type(a.unwrap_model(model) if kind == "fsdp2" else model).__name__
+    finally:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+    apart = max(abs(sum(told) - loss) for told, loss in zip(found, losses, strict=True))
+    return {"dw": dw, "dloss": apart, "passes": passes, "place": place, "schedule": schedule.scheduler.last_epoch}
+
+
 def in_autocast(kind: str, face: str, around: bool) -> dict[str, Any]:
     """Weights after SAM steps in one autocast context, or with one inside each pass; and what the first step told."""
     world = dist.get_world_size()

@@ -25,7 +25,7 @@ from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.base_trial import reason_against_flat
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.errors import NonFinite, Unsupported, UserError
-from elastic_lsopt.space.layout import Layout, Parameter, Piece
+from elastic_lsopt.space.layout import Layout, Parameter, Piece, plain_name
 from elastic_lsopt.space.vector import Vector
 from elastic_lsopt.updates.update_optimizer import updates_of
 
@@ -94,7 +94,7 @@ class ZeroBackend(Backend):
         self.device = engine.device
         self.compute_dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
         self._wrapper = engine.optimizer
-        named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+        named = [(plain_name(n), p) for n, p in engine.module.named_parameters() if p.requires_grad]
         self._parameters = dict(named)
         self.max_grad_norm = engine.gradient_clipping()
         self._number = {id(p): i for i, (_, p) in enumerate(named)}

@@ -30,6 +30,7 @@ from elastic_lsopt.checkpoint.huggingface.export_folder import publish, refusal
 from elastic_lsopt.checkpoint.huggingface.file_layout import Range, layout_to_save
 from elastic_lsopt.checkpoint.safetensors_file import Head, header_bytes
 from elastic_lsopt.errors import Unsupported, UserError
+from elastic_lsopt.space.layout import plain_name
 from elastic_lsopt.space.vector import Vector
 
 SHARD_BYTES = 5_000_000_000
@@ -145,7 +146,7 @@ def _entries(backend: Backend, module: nn.Module) -> list[Entry]:
     tied_by_loader = getattr(module, "all_tied_weights_keys", None) or {}
     names: dict[int, list[str]] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name)
+        names.setdefault(id(p), []).append(plain_name(name))
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     others: dict[str, list[str]] = {}
@@ -199,7 +200,7 @@ def _held(
     ]
     for name, p in module.named_parameters():
         if not p.requires_grad:
-            mine.append((name, *backend.part_of(p)))
+            mine.append((plain_name(name), *backend.part_of(p)))
     writers: dict[tuple[str, int, int], int] = {}
     for rank, theirs in enumerate(gather_json(group, [(name, at, part.numel()) for name, at, part in mine])):
         for name, at, length in theirs:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.errors import Unsupported
+from elastic_lsopt.space.layout import plain_name
 
 
 class Weights(Protocol):
@@ -126,5 +127,5 @@ def fill(backend: Backend, weights: Weights) -> None:
     for name, parameter in backend.module.named_parameters():
         if not parameter.requires_grad:
             offset, part = backend.part_of(parameter)
-            weights.copy_to(part, name, offset)
+            weights.copy_to(part, plain_name(name), offset)
     backend.refresh_gathered()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from elastic_lsopt.errors import Unsupported
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
+from elastic_lsopt.space.layout import plain_name
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
@@ -71,7 +72,7 @@ class Skeleton:
             raise Unsupported("products with the curvature need the module; attach it with lso.attach(model, …).")
         backend.drop_gathered()  # a gathered FSDP2 group hides its sharded parameters
         self.backend, self.dtype = backend, dtype
-        named = dict(backend.module.named_parameters())
+        named = {plain_name(name): p for name, p in backend.module.named_parameters()}
         self._number = {id(named[p.name]): i for i, p in enumerate(backend.layout.parameters)}
         self.trainable = len(self._number)
         self.frozen: list[Tensor] = []

@@ -15,14 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback
 
+from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.curvature.products import Mode
 from elastic_lsopt.oracle.default_loss import as_loss
 from elastic_lsopt.oracle.loss import Loss, LossFunction
-from elastic_lsopt.oracle.microbatch import MicroBatch
-from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
 from elastic_lsopt.oracle.step_report import log
 from elastic_lsopt.probes.catalogue import ProbeContext, measure
 from elastic_lsopt.probes.measurement import Measurement
@@ -35,7 +34,9 @@ class ProbeCallback(TrainerCallback):
 
     `loss_fn` as for `lso.attach`. Raises UserError for an unknown measure, no batch, every_steps < 1. The gradients of
     a step are done with when it measures; it leaves weights, gradients (None) and the model's mode as they were.
-    Tested on one process. DistributedDataParallel hides its wrapper from callbacks, so several ranks of it are refused.
+    On several ranks their batches are measured together; where a measure looks at one batch after the other, the first
+    of all ranks are one. That takes a LandscapeTrainer (with method none, too), which knows how the model is wrapped:
+    the stock Trainer hides DistributedDataParallel and DeepSpeed's engine from callbacks, so there it is refused.
     """
 
     def __init__(
@@ -59,13 +60,16 @@ class ProbeCallback(TrainerCallback):
         self.results: list[dict[str, Any]] = []
         self._mode: Mode | None = None
         """What the first checks have settled."""
+        self.placed: LandscapeStep | None = None
+        """Where a LandscapeTrainer has found the model, wrapped as it is; None in another Trainer."""
         self._initial: Sequence[Tensor] | None = None
         """The weights at the start; None where no measure asks for them, or a run goes on whose start nobody knows."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Called by the Trainer before the first step, and after it has loaded a checkpoint to go on from."""
         if state.global_step == 0 and any(measure(name, {}).needs == "initial" for name in self.measures):
-            self._initial = ParameterSpace(backend_for(more["model"])).weights.clone().tensors
+            space = self.placed.space if self.placed is not None else ParameterSpace(backend_for(more["model"]))
+            self._initial = space.weights.clone().tensors
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Called by the Trainer after an optimizer step."""
@@ -74,10 +78,14 @@ class ProbeCallback(TrainerCallback):
         model: nn.Module = more["model"]
         base = more.get("optimizer")
         base = getattr(base, "optimizer", base)  # out of Accelerate's wrapper
+        if self.placed is not None:
+            base = self.placed.backend.base  # out of DeepSpeed's, too
         group = base.param_groups[0] if base is not None else {}
         found = self._measured(model, base, state.global_step)
         for p in model.parameters():
             p.grad = None
+        if self.placed is not None:
+            self.placed.backend.begin(last=True)  # as the Trainer's own loop expects DistributedDataParallel to be
         samples = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         row = {"step": state.global_step, "samples": samples, "lr": group.get("lr"), "probes": found}
         self.results.append(row)
@@ -88,21 +96,20 @@ class ProbeCallback(TrainerCallback):
         state.log_history.append({"step": state.global_step, **dict(_numbers(found))})
 
     def _measured(self, model: nn.Module, base: Any, step: int) -> dict[str, Any]:
-        backend = backend_for(model, base)
+        backend = self.placed.backend if self.placed is not None else backend_for(model, base)
+        space = self.placed.space if self.placed is not None else ParameterSpace(backend)
         group: Mapping[str, Any] = base.param_groups[0] if base is not None else {}
-        space, clock = ParameterSpace(backend), SampleClock(steps=step)
-        measuring = Measurement(space, backend, as_loss(self.loss_fn, model), products=self._mode or self.products)
+        assert backend.module is not None
+        loss, clock = as_loss(self.loss_fn, backend.module), SampleClock(steps=step)
+        measuring = Measurement(space, backend, loss, products=self._mode or self.products)
         together = measuring.oracle(self.batches, clock, checked=self._mode is None)
         adam = (tuple(group["betas"]), group["eps"], step) if "betas" in group else None
-
-        def single(batch: Any) -> MicroBatchOracle:
-            return measuring.oracle([MicroBatch(0, batch, idle=backend.rank > 0)], clock, checked=False)
 
         context = ProbeContext(
             space=space, oracle=together, samples=together.samples, learning_rate=group.get("lr"),
             momentum=group.get("momentum", 0.0), adam=adam,  # type: ignore[arg-type]
             initial=None if self._initial is None else Vector(space, self._initial),
-            batches=lambda: [single(batch) for batch in self.batches],
+            batches=lambda: [measuring.oracle([batch], clock, checked=False) for batch in self.batches],
         )  # fmt: skip
         found = {}
         for name, settings in self.measures.items():

@@ -1,0 +1,87 @@
+"""Hugging Face's Trainer with landscape-aware steps: the papers' weights on every backend, and stock where method is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.cases import trainer as cases
+from tests.laws.cover import daily
+
+NATIVE = ("native", 2)
+"""FSDP2 as transformers shards a model on reading it, which takes no LoRA: its adapters would be replicated."""
+PLACES = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
+
+
+def on(ranks: Callable[[int], Any], world: int, case: str, **arguments: Any) -> list[dict[str, Any]]:
+    """One process is this one, without a process group."""
+    if arguments["kind"] == "plain":
+        return [getattr(cases, case)(**arguments)]
+    return ranks(world).run(f"tests.cases.trainer:{case}", **arguments)
+
+
+@pytest.mark.parametrize(
+    "kind,world,method,clip,lora",
+    [
+        pytest.param(*place, "sam", 0.5, False, marks=() if place[0] in ("plain", "ddp", "fsdp2", "zero3") else full)
+        for full in [pytest.mark.full]
+        for place in PLACES
+    ]
+    + [pytest.param("zero2", 2, "lpf_sgd", 0.0, True), pytest.param("plain", 1, "asam", 0.0, True)]
+    + [
+        pytest.param(*place, method, clip, lora, marks=pytest.mark.full)
+        for place in PLACES
+        for method in cases.METHODS
+        for clip, lora in ((0.0, False), (0.5, True))
+    ]
+    + [
+        pytest.param(*NATIVE, method, clip, False, marks=pytest.mark.full if method != "sam" else ())
+        for method, clip in (("sam", 0.5), ("none", 0.0), ("asam", 0.0), ("lpf_sgd", 0.5))
+    ],
+)
+def test_weights_are_the_papers(ranks: Any, kind: str, world: int, method: str, clip: float, lora: bool) -> None:
+    """fp32, six updates of three micro-batches, the last of two; loss, norms, counts and rates as in a one-pass run."""
+    for r in on(ranks, world, "against_paper", kind=kind, method=method, clip=clip, lora=lora):
+        assert r["dw"] < 1e-6 and r["dloss"] < 2e-6, r
+        assert r["moved"] > 1e-2, r
+        assert r["lr"] == pytest.approx([cases.LR * (1 - k / 6) for k in range(6)])
+        assert r["counts"] == {
+            "step_begin": 6, "substep_end": 11, "pre_optimizer_step": 6, "optimizer_step": 6, "step_end": 6,
+            "evaluate": 6,
+        }  # fmt: skip
+        passes = 2 if method in ("sam", "asam") else 1
+        assert r["passes"] == (None if method == "none" else passes)
+        # Of all ranks and micro-batches, in each call of each pass.
+        assert r["items"] == [
+            n for n, calls in zip(r["tokens"], (3, 3, 3, 3, 3, 2), strict=True) for _ in range(calls * passes)
+        ]
+        if clip:  # which the paper's loop has done when its norms are taken
+            assert min(r["norms"]) > clip and r["paper_norms"] == pytest.approx([clip] * 6, rel=1e-4)
+        else:
+            assert r["norms"] == pytest.approx(r["paper_norms"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind,world", daily(PLACES, seed=1)[:1] + [pytest.param(*p, marks=pytest.mark.full) for p in PLACES]
+)
+def test_method_none_is_the_trainer_itself(ranks: Any, kind: str, world: int) -> None:
+    """To the last bit, with dropout, label smoothing and clipping."""
+    for r in on(ranks, world, "beside_stock", kind=kind):
+        assert r == {"dw": 0.0, "logs": True}
+
+
+@pytest.mark.parametrize(
+    "kind,world,method",
+    [
+        pytest.param(*place, method, marks=() if (place[0], method) == ("ddp", "sam") else pytest.mark.full)
+        for place in PLACES
+        for method in ("none", "sam")
+    ],
+)
+def test_probes_on_the_way(ranks: Any, kind: str, world: int, method: str) -> None:
+    for r in on(ranks, world, "measured", kind=kind, method=method):
+        assert r["dw"] == 0.0 and r["steps"] == [2, 4], r
+        assert r["lambda_max"] == pytest.approx(r["wanted"]["lambda_max"], rel=1e-3)
+        assert r["distance"] == pytest.approx(r["wanted"]["distance"], rel=1e-5)
