@@ -66,7 +66,7 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
             f"deepspeed is given but backend={c.backend}; set backend: deepspeed or remove it.",
         )
     if c.backend != "fsdp2":
-        for key, default in (("fsdp_replicas", 1), ("fsdp_reshard_after_forward", True)):
+        for key, default in (("fsdp_replicas", 1), ("fsdp_reshard_after_forward", True), ("fsdp_cpu_offload", False)):
             if getattr(c, key) != default:
                 yield key, f"{key} is for backend fsdp2, but backend={c.backend}; remove the key."
     if c.workers > 1 and c.workers % c.fsdp_replicas:

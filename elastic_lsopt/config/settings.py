@@ -95,6 +95,9 @@ class TrainConfig:
     """Replica groups of a hybrid-sharded FSDP2 mesh; 1: shard over all ranks."""
     fsdp_reshard_after_forward: bool | Count = True
     """FSDP2: free gathered weights after a forward (true), keep them (false), reshard to that many ranks."""
+    fsdp_cpu_offload: bool = False
+    """FSDP2: keep this rank's shards, gradients and optimizer state in host memory, and step there; a GPU then holds
+    only what a forward has gathered, and each gather comes over the bus."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights."""
     activation_checkpointing: bool = False

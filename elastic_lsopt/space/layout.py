@@ -125,6 +125,7 @@ class Shards(ABC):
 
     layout: Layout
     device: torch.device
+    """Where masters and gradients are, and so every Vector; of an offloading backend the host."""
     compute_dtype: torch.dtype
     """What the forward pass casts the weights to."""
 

@@ -30,6 +30,7 @@ KEYS = [
     "workers",
     "fsdp_replicas",
     "fsdp_reshard_after_forward",
+    "fsdp_cpu_offload",
     "bf16",
     "activation_checkpointing",
     "per_device_train_batch_size",

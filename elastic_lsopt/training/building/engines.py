@@ -105,7 +105,7 @@ def built_on(config: TrainConfig, device: torch.device) -> torch.device:
 def _shard(config: TrainConfig, model: nn.Module, world: World) -> None:
     """`fully_shard` every block, then the rest; two mesh dimensions where there are replica groups."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     refuse_scalars(model.named_parameters(), "FSDP2")
     replicas = config.fsdp_replicas
@@ -126,6 +126,8 @@ def _shard(config: TrainConfig, model: nn.Module, world: World) -> None:
     }
     if config.bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if config.fsdp_cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     for block in blocks(model):
         fully_shard(block, **options)
     fully_shard(model, **options)

@@ -45,7 +45,7 @@ def rebuild(kind: str, worlds: Sequence[int], sever: bool = False) -> dict[str, 
             engine = engines.build(kind, engines.net(), lso.SAM(rho=0.3))
             losses.append(train(engine, 0, 3))
             weights = list(engine.module.parameters())
-            shards = [p.ds_tensor if kind == "zero3" else p for p in weights]
+            shards = [p.ds_tensor if kind.startswith("zero3") else p for p in weights]
             memory = [weakref.ref(t.untyped_storage()) for t in (*engine.backend.slots, *shards, *weights)]
             del weights, shards
             space = engine.space
