@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -25,8 +25,9 @@ from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.checkpoint.contents import persistent_buffers
 from elastic_lsopt.checkpoint.export_folder import publish, refusal
 from elastic_lsopt.checkpoint.folder import staging, sync, write_json
+from elastic_lsopt.checkpoint.lora import Product, adapter_of, gathered, merged, plain_name, products
 from elastic_lsopt.checkpoint.safetensors_file import Head, write_tensors
-from elastic_lsopt.errors import Unsupported, UserError
+from elastic_lsopt.errors import UserError
 from elastic_lsopt.space.vector import Vector
 
 SHARD_BYTES = 5_000_000_000
@@ -57,21 +58,24 @@ def export_huggingface(
     in files of at most `shard_bytes`; `tokenizer` goes beside it. `weights` are written in place of the trained weights
     (an average of them). A plain module becomes model.safetensors and a note.
     An earlier export of that name is replaced, by its own manifest, and what else lies there stays. Raises UserError
-    where the folder holds only something else or cannot be written, Unsupported for an adapter (merge it first), on all
-    ranks.
+    where the folder holds only something else or cannot be written, Unsupported for adapters of other kinds than LoRA's
+    products (those are merged into their layers), on all ranks.
     """
     folder = Path(folder).resolve()
-    if hasattr(module, "peft_config"):
-        raise Unsupported("exporting a PEFT adapter is not supported; call merge_and_unload() and export its result.")
+    adapter = adapter_of(module)
+    layers = products(module, adapter) if adapter is not None else []
     backend.drop_gathered()  # FSDP2 hides the shards of a gathered group
     everybody = backend.groups.job.again("export of the job", TIMEOUT)
     group = backend.groups.replica.again("export", TIMEOUT)
     writes = backend.rank == 0 and backend.replica == 0  # of replicas that have drifted apart the first is exported
     try:
-        _agree(folder, refusal(folder) if writes else None, everybody)
-        entries = _entries(backend, module)
+        agree(folder, refusal(folder) if writes else None, everybody)
+        entries = _entries(backend, module, adapter)
         points = backend.masters if weights is None else weights.tensors
         stream = _stream(backend, module, entries, points, group)
+        if layers:
+            stream = _with_products(backend, layers, entries, points, stream)
+            module = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
         failure: str | None = None
         if writes:
             try:
@@ -80,7 +84,7 @@ def export_huggingface(
                 failure = one_line(error)
         for _ in stream:  # the other ranks send; rank 0, after a failure, still takes what they send
             pass
-        _agree(folder, failure, everybody)
+        agree(folder, failure, everybody)
     finally:
         backend.groups.replica.end(group)
         backend.groups.job.end(everybody)
@@ -100,7 +104,7 @@ def cut(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
     return out
 
 
-def _agree(folder: Path, failure: str | None, group: dist.ProcessGroup | None) -> None:
+def agree(folder: Path, failure: str | None, group: dist.ProcessGroup | None) -> None:
     """All ranks raise what rank 0 met."""
     said = gather_json(group, failure)[0]
     if said is not None:
@@ -110,8 +114,11 @@ def _agree(folder: Path, failure: str | None, group: dist.ProcessGroup | None) -
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
-def _entries(backend: Backend, module: nn.Module) -> list[Entry]:
-    """Each parameter and lasting buffer; a tied one also under its other names, unless the loader ties it itself."""
+def _entries(backend: Backend, module: nn.Module, adapter: str | None) -> list[Entry]:
+    """Each parameter and lasting buffer; a tied one also under its other names, unless the loader ties it itself.
+
+    Of a model with an adapter those of the plain model.
+    """
     config_dtype = getattr(getattr(module, "config", None), "dtype", None)
     tied_by_loader = getattr(module, "all_tied_weights_keys", None) or {}
     names: dict[int, list[str]] = {}
@@ -126,7 +133,21 @@ def _entries(backend: Backend, module: nn.Module) -> list[Entry]:
         out += [Entry(Head(n, dtype, shape), first) for n in [first, *(o for o in others if o not in tied_by_loader)]]
     for name, buffer in persistent_buffers(module).items():
         out.append(Entry(Head(name, buffer.dtype, tuple(buffer.shape)), name))
-    return out
+    if adapter is None:
+        return out
+    named = [(plain_name(entry.head.name, adapter), entry) for entry in out]
+    return [replace(entry, head=replace(entry.head, name=name)) for name, entry in named if name is not None]
+
+
+def _with_products(
+    backend: Backend, layers: list[Product], entries: list[Entry], points: Sequence[Tensor], stream: Iterator[Tensor],
+) -> Iterator[Tensor]:  # fmt: skip
+    """The stream with each adapted layer's product in its weight, on rank 0 (collective)."""
+    added = {product.weight: product for product in layers}
+    factors = gathered(backend, [name for p in layers for name in (p.a, p.b)], points)
+    for entry, whole in zip(entries, stream, strict=True):
+        adds = backend.rank == 0 and entry.source in added
+        yield merged(whole, added[entry.source], factors) if adds else whole
 
 
 def _write(

@@ -35,6 +35,18 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
             f"dataset={c.dataset} does not fit task={c.task}: digits goes with classification.",
         )
 
+    if c.lora is not None and c.lora.base_dtype == "bf16":
+        if c.backend == "deepspeed" and not c.bf16:
+            yield (
+                "lora.base_dtype",
+                "lora.base_dtype=bf16 under DeepSpeed, which keeps the whole model in one precision, needs bf16: true.",
+            )
+        if c.task == "classification" and not c.bf16:
+            yield (
+                "lora.base_dtype",
+                "lora.base_dtype=bf16 with task=classification, whose samples are fp32, needs bf16: true.",
+            )
+
     if (c.max_steps is None) == (c.num_train_epochs is None):
         yield "max_steps", "give exactly one of max_steps and num_train_epochs."
     if c.global_batch_size < c.per_device_train_batch_size:

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
 from elastic_lsopt.config.elastic import ElasticConfig, Rule
+from elastic_lsopt.config.lora import LoraConfig
 from elastic_lsopt.config.ranges import (
     IMPORT_PATH,
     SETTINGS,
@@ -69,6 +70,8 @@ class TrainConfig:
     """What is learnt; `classification` is a plain torch model on pairs (x, y)."""
     tokenizer_name_or_path: Name | None = None
     """A Hugging Face tokenizer folder or name; null: the bytes of the text are the tokens."""
+    lora: LoraConfig | None = None
+    """Train adapters through peft and leave the model frozen; null: train all of it."""
 
     # The data.
     dataset: Name

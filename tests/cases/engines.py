@@ -126,8 +126,26 @@ def token_batches(units: int, *, size: int = 2, last: int | None = None, seed: i
 
 
 def net(extra: Sequence[str] = (), dtype: torch.dtype = torch.float32, seed: int = 0) -> Net:
+    """`peft`: the same base at any seed, and adapters of peft's in its two first layers, of that seed."""
+    if "peft" not in extra:
+        torch.manual_seed(seed)
+        return Net(extra).to(DEVICE, dtype)
+    torch.manual_seed(0)
+    model = Net([e for e in extra if e != "peft"])
+    adapt(model, seed=seed, target_modules=("first", "second"))
+    return model.to(DEVICE, dtype)
+
+
+def adapt(model: nn.Module, *, seed: int = 0, task: str = "classification", **lora: Any) -> None:
+    """Adapters as a job makes them, but with a product that is not zero."""
+    from elastic_lsopt.config.lora import LoraConfig
+    from elastic_lsopt.training.building.adapters import add_adapters
+
+    add_adapters(model, LoraConfig(**{"r": 2, "alpha": 3.0, **lora}), task=task, seed=seed)
     torch.manual_seed(seed)
-    return Net(extra).to(DEVICE, dtype)
+    for name, p in model.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(p, std=0.5)
 
 
 def batches(

@@ -19,6 +19,7 @@ KEYS = [
     "model",
     "task",
     "tokenizer_name_or_path",
+    "lora",
     "dataset",
     "dataset_text_field",
     "dataset_label_field",

@@ -26,6 +26,7 @@ from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.config.spelling import did_you_mean
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.replay.slot import replayed
+from elastic_lsopt.training.building.adapters import add_adapters
 from elastic_lsopt.training.building.hub import local_only
 from elastic_lsopt.training.building.imported_model import imported
 from elastic_lsopt.training.datasets.tokens import ByteTokens, tokens_of
@@ -58,6 +59,8 @@ def build_model(
             model = imported(config.model["import"], config.model.get("args", {}))
         else:
             model = _transformer(config, vocabulary_size, classes, target.type == "meta")
+        if config.lora is not None:
+            add_adapters(model, config.lora, task=config.task, seed=config.seed, base=config.model_name_or_path)
     return model.train().to(target)
 
 
