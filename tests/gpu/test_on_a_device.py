@@ -95,6 +95,14 @@ def test_the_oracle(ranks: Any, kind: str) -> None:
     assert ranks(1).run("tests.cases.oracle_contract:stopped", kind=kind)[0] == [False, True, True]
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "fsdp2-offload", "zero3-offload"])
+def test_lora_laws_1_and_3(ranks: Any, kind: str) -> None:
+    [r] = ranks(1).run("tests.cases.laws:reference", kind=kind, method="sam", extra=["peft"], last=2, clip=0.5)
+    assert r["dw"] <= 1e-6 and r["dloss"] <= 1e-6, r
+    [r] = ranks(1).run("tests.cases.laws:returned", kind=kind, extra=["peft"])
+    assert r == {"returned": True, "nested": True, "moved": True}
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", [*OFFLOAD, "zero3-offload-weights"])
 def test_what_is_offloaded_is_on_the_host(ranks: Any, kind: str, bf16: bool) -> None:
