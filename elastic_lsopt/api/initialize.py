@@ -44,7 +44,7 @@ def initialize(
     holds by then (checkpoint/huggingface).
 
     Raises UserError for what contradicts itself or is missing (the package deepspeed too), Unsupported for what is not
-    tested or cannot be right: fp16, offload, other kinds of parallelism, a base that needs whole parameters …
+    tested or cannot be right: fp16, NVMe, other kinds of parallelism, a base that needs whole parameters …
     """
     given, name, hyperparameters = split_method(read_deepspeed_json(config), registry.names())
     block = hyperparameters.pop("base", None) if name else given.pop("optimizer", None)

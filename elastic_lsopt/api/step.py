@@ -112,7 +112,7 @@ class LandscapeStep:
         riding = report.piggyback.numbers if report.piggyback is not None else []
         speaks = float(self.backend.rank == 0)
         own = [speaks * value for value in (report.samples, report.stop, *riding)]
-        used, stop, *rode = self.backend.sum_job_(on_device(own, self.backend.device)).tolist()
+        used, stop, *rode = self.backend.sum_job_(on_device(own, self.backend.compute_device)).tolist()
         return replace(report, stop=stop > 0, piggyback=Piggyback.of(rode) if rode else None), int(used)
 
     def _watching(self) -> list[Kept]:

@@ -93,16 +93,20 @@ class Backend(GradientEngine):
         return [slots[p.slot].view(-1)[p.start : p.start + p.length] for p in self.layout.pieces]
 
     def sum_pieces_(self, values: Tensor) -> Tensor:
-        self.transport.refuse_cut()
-        return self._shard.sum_(values)
+        return self._sum_(self._shard, values)
 
     def sum_replica_(self, values: Tensor) -> Tensor:
-        self.transport.refuse_cut()
-        return self.groups.replica.sum_(values)
+        return self._sum_(self.groups.replica, values)
 
     def sum_job_(self, values: Tensor) -> Tensor:
+        return self._sum_(self.groups.job, values)
+
+    def _sum_(self, group: Group, values: Tensor) -> Tensor:
         self.transport.refuse_cut()
-        return self.groups.job.sum_(values)
+        if group.handle is None or values.device.type == self.compute_device.type:
+            return group.sum_(values)
+        # Offloaded values lie on the host, and NCCL talks only of what is on a GPU.
+        return values.copy_(group.sum_(values.to(self.compute_device)))
 
     # -- the base optimizer's state ----------------------------------------------------------------------------
 
@@ -134,7 +138,7 @@ class Backend(GradientEngine):
 
     @cached_property
     def _gathering(self) -> Gathering:
-        return Gathering(self.layout, self.device, self.shard_group, self.holders_group)
+        return Gathering(self.layout, self.compute_device, self.shard_group, self.holders_group)
 
     @property
     def holders_group(self) -> dist.ProcessGroup | None:
@@ -143,24 +147,25 @@ class Backend(GradientEngine):
 
     def all_gather(self, pieces: Sequence[Tensor], wanted: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         self.transport.refuse_cut()
-        return self._gathering.all_gather(pieces, wanted, dtype)
+        return [t.to(self.compute_device) for t in self._gathering.all_gather(pieces, wanted, dtype)]
 
     def reduce_scatter(
         self, wholes: Sequence[Tensor | None], wanted: Sequence[int], dtype: torch.dtype
     ) -> list[Tensor]:
         self.transport.refuse_cut()
-        return self._gathering.reduce_scatter(wholes, wanted, dtype)
+        return [t.to(self.device) for t in self._gathering.reduce_scatter(wholes, wanted, dtype)]
 
     def dealing(self, parameters: Sequence[int], dtype: torch.dtype) -> Dealing:
         self.transport.refuse_cut()
-        like = torch.empty(0, dtype=dtype, device=self.device)
+        like = torch.empty(0, dtype=dtype, device=self.compute_device)
         if self._shard.handle is not None:
             return Sharded(self.layout, self._gathering.everyones, parameters, self._shard.handle, like)
         return Replicated(self.layout, parameters, self.holders_group, like)
 
     def sum_holders(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
         self.transport.refuse_cut()
-        return self._gathering.sum_holders(pieces)
+        summed = self._gathering.sum_holders([t.to(self.compute_device) for t in pieces])
+        return [t.to(self.device) for t in summed]
 
     def own(self, wanted: Sequence[int]) -> list[int]:
         return self._gathering.own(wanted)

@@ -44,7 +44,7 @@ class Sharded(Dealing):
 
     def _exchange(self, parts: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> list[Tensor]:
         """`parts[r]` to rank r; what each rank has sent here, `sizes[r]` elements of it, flat."""
-        sent = torch.cat([self._like, *(t.reshape(-1).to(self._like.dtype) for part in parts for t in part)])
+        sent = torch.cat([self._like, *(t.reshape(-1).to(self._like) for part in parts for t in part)])
         received, size = self._like.new_empty(sum(sizes)), self._like.element_size()
         dist.all_to_all_single(  # as bytes: gloo has no all-to-all of bf16
             received.view(torch.uint8), sent.view(torch.uint8), [n * size for n in sizes],
@@ -91,7 +91,7 @@ class Replicated(Dealing):
 
     def gather(self, pieces: Sequence[Tensor]) -> dict[int, Tensor]:
         held = dict(zip(self._held(), pieces, strict=True))
-        return {p: held[p].to(self._like.dtype).view(self._layout.parameters[p].shape) for p in self.mine}
+        return {p: held[p].to(self._like).view(self._layout.parameters[p].shape) for p in self.mine}
 
     def _held(self) -> list[int]:
         """The dealt parameters in the order of the pieces; each is one piece here."""

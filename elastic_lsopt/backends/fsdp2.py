@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable_state import _module_state_mapping  # private; see _registered_modules
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -34,7 +35,8 @@ class FSDP2(Backend):
 
     `named_parameters` are those to train; `model` is the root FSDP module, None for a user's own closure (the FSDP
     modules are then found through torch's registry). Raises Unsupported for shards along another dimension than 0,
-    parameters that FSDP does not manage, CPU offload, and meshes that are not (shard) or (replicate, shard).
+    parameters that FSDP does not manage, and meshes that are not (shard) or (replicate, shard). Under CPUOffloadPolicy
+    shards, gradients and the base's state are on the host, and so is every Vector.
     """
 
     name = "fsdp2"
@@ -59,7 +61,6 @@ class FSDP2(Backend):
             self._modules = [m for m in self._modules if any(id(p) in ours for p in _parameters(m))]
         for name, p in named:
             _refuse(name, p)
-        _refuse_offload(self._modules)
         self._parameters: list[DTensor] = [p for _, p in named]  # type: ignore[misc]
         mesh = self._parameters[0].device_mesh
         self.transport = Transport()
@@ -73,6 +74,7 @@ class FSDP2(Backend):
         self.holders = self.world // dist.get_world_size(self.shard_group)
         self._holders_group = mesh.get_group(0) if mesh.ndim == 2 else None
         self.device = local(self._parameters[0]).device
+        self._compute_device = _compute_device(mesh)
         self.compute_dtype = self._compute_dtype()
         pieces = []
         for i, p in enumerate(self._parameters):
@@ -84,6 +86,10 @@ class FSDP2(Backend):
     def _compute_dtype(self) -> torch.dtype:
         policies = [m._get_fsdp_state()._mp_policy.param_dtype for m in self._modules]  # private: torch 2.11 to 2.13
         return next((d for d in policies if d is not None), self._parameters[0].dtype)
+
+    @property
+    def compute_device(self) -> torch.device:
+        return self._compute_device
 
     def refuse_base(self) -> None:
         super().refuse_base()
@@ -258,8 +264,8 @@ def _refuse(name: str, p: nn.Parameter) -> None:
         )
 
 
-def _refuse_offload(modules: Iterable[FSDPModule]) -> None:
-    for module in modules:
-        group = module._get_fsdp_state()._fsdp_param_group
-        if group is not None and type(group.offload_policy).__name__ == "CPUOffloadPolicy":
-            raise Unsupported("FSDP2 with CPUOffloadPolicy is not tested; remove offload_policy.")
+def _compute_device(mesh: DeviceMesh) -> torch.device:
+    """This rank's device of the mesh: `fully_shard` gathers there, whatever policy keeps the shards elsewhere."""
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)

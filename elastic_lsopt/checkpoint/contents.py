@@ -208,8 +208,8 @@ def random_states(backend: Backend) -> dict[str, Tensor]:
     """This rank's generators: bytes on the host, by key."""
     rank = backend.groups.job.rank
     out = {f"rng/{rank}/cpu": torch.get_rng_state()}
-    if backend.device.type == "cuda":
-        out[f"rng/{rank}/gpu"] = torch.cuda.get_rng_state(backend.device)
+    if backend.compute_device.type == "cuda":
+        out[f"rng/{rank}/gpu"] = torch.cuda.get_rng_state(backend.compute_device)
     return out
 
 

@@ -85,7 +85,10 @@ def restore(state: TrainingState, saved: Saved, fill: Fill, *, hyperparameters: 
     for buffer, flat in buffers.values():  # a buffer that is not contiguous was read into a copy
         local(buffer).copy_(flat.view(local(buffer).shape))
     for key, generator in generators.items():
-        torch.set_rng_state(generator) if key.endswith("cpu") else torch.cuda.set_rng_state(generator, backend.device)
+        if key.endswith("cpu"):
+            torch.set_rng_state(generator)
+        else:
+            torch.cuda.set_rng_state(generator, backend.compute_device)
     if hyperparameters:
         for i, (group, kept) in enumerate(zip(backend.param_groups, metadata["groups"], strict=True)):
             if group.get("update") != kept.get("update"):

@@ -36,6 +36,18 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         )
 
     yield from _data_conflicts(c)
+    if c.lora is not None and c.lora.base_dtype == "bf16":
+        if c.backend == "deepspeed" and not c.bf16:
+            yield (
+                "lora.base_dtype",
+                "lora.base_dtype=bf16 under DeepSpeed, which keeps the whole model in one precision, needs bf16: true.",
+            )
+        if c.task == "classification" and not c.bf16:
+            yield (
+                "lora.base_dtype",
+                "lora.base_dtype=bf16 with task=classification, whose samples are fp32, needs bf16: true.",
+            )
+
     if (c.max_steps is None) == (c.num_train_epochs is None):
         yield "max_steps", "give exactly one of max_steps and num_train_epochs."
     if c.global_batch_size < c.per_device_train_batch_size:
@@ -67,7 +79,7 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
             f"deepspeed is given but backend={c.backend}; set backend: deepspeed or remove it.",
         )
     if c.backend != "fsdp2":
-        for key, default in (("fsdp_replicas", 1), ("fsdp_reshard_after_forward", True)):
+        for key, default in (("fsdp_replicas", 1), ("fsdp_reshard_after_forward", True), ("fsdp_cpu_offload", False)):
             if getattr(c, key) != default:
                 yield key, f"{key} is for backend fsdp2, but backend={c.backend}; remove the key."
     if c.workers > 1 and c.workers % c.fsdp_replicas:

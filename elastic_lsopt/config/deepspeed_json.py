@@ -27,7 +27,7 @@ def read_deepspeed_json(source: str | Path | Json) -> Json:
     """A DeepSpeed config from its file, or a copy of a mapping.
 
     Raises SettingError for a missing file, broken JSON, a key that stands twice, and for what cannot be right
-    here: elasticity, fp16 and amp (loss scaling), scheduler, offload, a ZeRO stage other than 0 to 3.
+    here: elasticity, fp16 and amp (loss scaling), scheduler, offload to NVMe, a ZeRO stage other than 0 to 3.
     """
     if isinstance(source, dict):
         config, name = deepcopy(source), "deepspeed"
@@ -45,11 +45,19 @@ def read_deepspeed_json(source: str | Path | Json) -> Json:
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in range(4):
         raise SettingError("deepspeed", f"{name}: zero_optimization.stage={stage!r} must be 0, 1, 2 or 3.")
-    for key in ("offload_optimizer", "offload_param", "cpu_offload"):
+    for key in ("cpu_offload", "cpu_offload_params"):
+        if zero.get(key):
+            raise _refusal(f"zero_optimization.{key}", "write offload_optimizer: {device: cpu}", name)
+    for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         block = zero.get(key)
         device = block.get("device", "none") if isinstance(block, dict) else block
-        if device not in (None, False, "none"):
-            raise _refusal(f"zero_optimization.{key}", "offload is not tested; remove it", name)
+        if device in (None, False, "none"):
+            continue
+        if device != "cpu":
+            raise _refusal(f"zero_optimization.{key}", f"offload to {device!r} is not tested; use device: cpu", name)
+        if stage not in stages:
+            wanted = "1, 2 or 3" if len(stages) > 1 else "3"
+            raise _refusal(f"zero_optimization.{key}", f"it is for stage {wanted}, but stage={stage}", name)
     return config
 
 
@@ -106,6 +114,7 @@ def engine_json(ds_config: Json, *, world: int, max_grad_norm: float, bf16: bool
         "gradient_accumulation_steps": 1,
         "gradient_clipping": float(max_grad_norm),
         "bf16": {**given.get("bf16", {}), "enabled": bf16},
+        "zero_force_ds_cpu_optimizer": False,  # else it refuses torch's optimizers on the host
         "zero_allow_untested_optimizer": True,  # else DeepSpeed refuses every optimizer that is not on its list
         "steps_per_print": 2**31 - 1,  # the trainer reports; DeepSpeed's own lines would break its progress bar
     }

@@ -21,13 +21,17 @@ from pydantic import ValidationError
 
 from elastic_lsopt.config.deepspeed_json import check_job, read_deepspeed_json
 from elastic_lsopt.config.elastic import ElasticConfig
+from elastic_lsopt.config.lora import LoraConfig
 from elastic_lsopt.config.schema import allowed, setting
 from elastic_lsopt.config.settings import BUILTIN_DATASETS, REFUSED, SettingError, TrainConfig
 from elastic_lsopt.config.spelling import did_you_mean
 from elastic_lsopt.errors import UserError
 
 KEYS = tuple(f.name for f in fields(TrainConfig))
-BLOCKS = {"elastic": tuple(f.name for f in fields(ElasticConfig))}
+BLOCKS = {
+    "elastic": tuple(f.name for f in fields(ElasticConfig)),
+    "lora": tuple(f.name for f in fields(LoraConfig)),
+}
 """Keys that hold settings of their own, and which."""
 PATH_KEYS = (
     "model_name_or_path", "tokenizer_name_or_path", "dataset", "eval_dataset", "chat_template", "deepspeed",

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
 from elastic_lsopt.config.elastic import ElasticConfig, Rule
+from elastic_lsopt.config.lora import LoraConfig
 from elastic_lsopt.config.ranges import (
     IMPORT_PATH,
     SETTINGS,
@@ -72,6 +73,8 @@ class TrainConfig:
     """How attention is computed, as the model offers: sdpa, eager, flash_attention_2 …; null: transformers' choice."""
     tokenizer_name_or_path: Name | None = None
     """A Hugging Face tokenizer folder or name; null: the bytes of the text are the tokens."""
+    lora: LoraConfig | None = None
+    """Train adapters through peft and leave the model frozen; null: train all of it."""
 
     # The data.
     dataset: Name
@@ -119,6 +122,9 @@ class TrainConfig:
     """Replica groups of a hybrid-sharded FSDP2 mesh; 1: shard over all ranks."""
     fsdp_reshard_after_forward: bool | Count = True
     """FSDP2: free gathered weights after a forward (true), keep them (false), reshard to that many ranks."""
+    fsdp_cpu_offload: bool = False
+    """FSDP2: keep this rank's shards, gradients and optimizer state in host memory, and step there; a GPU then holds
+    only what a forward has gathered, and each gather comes over the bus."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights."""
     activation_checkpointing: bool = False

@@ -76,7 +76,7 @@ class ClosureOracle(Oracle):
         """Its loss, a 0-d fp64 tensor where it was computed."""
         before = [p.grad for p in self.backend.slot_keys] if self.keeps_gradient else None
         seed = block_seed(self.space.seed, "dropout", self.step, number * self.backend.world + self.backend.rank)
-        with replayed(seed, self.backend.device), torch.enable_grad():
+        with replayed(seed, self.backend.compute_device), torch.enable_grad():
             value = self._closures[number]()
         if not isinstance(value, Tensor | float | int):
             raise UserError(f"the closure returned {value!r}; return the mean loss of its batch.")

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from elastic_lsopt.oracle.whole_parameters import WholeParameters
@@ -28,6 +29,11 @@ class GradientEngine(Shards, WholeParameters):
 
     outermost: Sequence[nn.Module] = ()
     """The modules around `module` whose forwards a pass may run too; none: there is only that one."""
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Where forwards run, and through which ranks talk; another than `device` where the weights are offloaded."""
+        return self.device
 
     @property
     def replica(self) -> int:
@@ -76,8 +82,8 @@ class GradientEngine(Shards, WholeParameters):
 
     @abstractmethod
     def sum_replica_(self, values: Tensor) -> Tensor:
-        """Sum in place over the ranks of the replica (fp64, on `device`)."""
+        """Sum in place over the ranks of the replica (fp64)."""
 
     @abstractmethod
     def sum_job_(self, values: Tensor) -> Tensor:
-        """Sum in place over all ranks of the job (fp64, on `device`)."""
+        """Sum in place over all ranks of the job (fp64)."""

@@ -58,7 +58,7 @@ class MicroBatchOracle(Oracle):
         """By their places in the replica."""
         self._stand_in = microbatches[0].batch if microbatches else None
         self._weights: dict[int, float] = {}
-        self._time = ForwardTime(backend.device)
+        self._time = ForwardTime(backend.compute_device)
         self._unit_samples = {i: samples(u.batch) for i, u in self._microbatches.items()}
         self._agree(microbatches)
         self._mode: Mode = products
@@ -126,8 +126,8 @@ class MicroBatchOracle(Oracle):
             len(given) - len(self._microbatches),
             *(max(self._microbatches, default=-1) + 1 if r == rank else 0 for r in range(world)),
         ]
-        sums = self.backend.sum_replica_(on_device(own, self.backend.device))
-        both = torch.cat([sums, on_device(counts, self.backend.device)]).tolist()
+        sums = self.backend.sum_replica_(on_device(own, self.backend.compute_device))
+        both = torch.cat([sums, on_device(counts, self.backend.compute_device)]).tolist()
         total, number, empty, misplaced, twice, *ends = both[: len(own)]
         self._weights = dict(zip(self._microbatches, both[len(own) :], strict=True))
         self._count, self._evenly = int(max(ends)), not misplaced
@@ -158,7 +158,7 @@ class MicroBatchOracle(Oracle):
         """
         if self.backend.holders < self.backend.world:
             return False
-        held = torch.zeros(self._count + 1, dtype=torch.float64, device=self.backend.device)
+        held = torch.zeros(self._count + 1, dtype=torch.float64, device=self.backend.compute_device)
         for index in self._microbatches:
             held[index if index >= 0 else self._count] += 1
         *microbatches, below = self.backend.sum_replica_(held).tolist()
@@ -183,7 +183,7 @@ class MicroBatchOracle(Oracle):
         ]
 
     def loss(self) -> float:
-        return self._mean(lambda slot: slot.value(self._loss, self.backend.forward, self.backend.device))
+        return self._mean(lambda slot: slot.value(self._loss, self.backend.forward, self.backend.compute_device))
 
     def mean_over_logits(self, function: Callable[[Tensor, Any], Tensor]) -> float:
         """The mean of `function(logits, batch)`, a mean over a micro-batch, weighed as the loss is (collective; one
@@ -198,7 +198,7 @@ class MicroBatchOracle(Oracle):
         loss = self._loss
 
         def value(slot: Slot) -> Tensor:
-            logits = slot.logits(loss, self.backend.forward, self.backend.device)
+            logits = slot.logits(loss, self.backend.forward, self.backend.compute_device)
             return function(logits, slot.batch) if slot.share else logits
 
         return self._mean(value)
@@ -213,7 +213,7 @@ class MicroBatchOracle(Oracle):
                 found = value(slot)
                 if slot.share:
                     local = local + _exact(found) * slot.share
-        return self.backend.sum_replica_(on_device([local], self.backend.device)).item()
+        return self.backend.sum_replica_(on_device([local], self.backend.compute_device)).item()
 
     def _share(self, index: int | None) -> float:
         """A slot's share of the total weight; 0 for an idle one and for a micro-batch whose labels are all masked."""
@@ -233,10 +233,10 @@ class MicroBatchOracle(Oracle):
             self.backend.begin(last=last and k == len(mine) - 1)
             slot = self._slot(index)
             if not slot.share or index is None:
-                self.backend.backward(slot.value(self._loss, self.backend.forward, self.backend.device))
+                self.backend.backward(slot.value(self._loss, self.backend.forward, self.backend.compute_device))
                 continue
             with self._time.of(self._unit_samples[index]):
-                value = slot.value(self._loss, self.backend.forward, self.backend.device)
+                value = slot.value(self._loss, self.backend.forward, self.backend.compute_device)
             local = local + _exact(value) * slot.share
             nonfinite = nonfinite + (~_exact(value).isfinite()).int()
             # The backend averages over the world; the mean over the batch is a weighted sum.

@@ -192,7 +192,7 @@ class Oracle(ABC):
         asked = self._stop_requested is not None and self._stop_requested()
         own = [total.local_loss, square, total.nonfinite, asked]
         riding = self._own_piggyback().numbers if self._own_piggyback is not None else []
-        values = on_device([*own, *riding], self.backend.device)
+        values = on_device([*own, *riding], self.backend.compute_device)
         loss, square, nonfinite, stop, *rode = self.backend.sum_replica_(values).tolist()
         self.losses.append(loss)
         self.stop = self.stop or stop > 0

@@ -27,7 +27,7 @@ class Dealing(ABC):
 
     @abstractmethod
     def scatter(self, wholes: Mapping[int, Tensor]) -> list[Tensor]:
-        """This rank's 1-D pieces of all that are dealt, from every rank's `wholes` of its own."""
+        """This rank's 1-D pieces of all that are dealt, from every rank's `wholes` of its own, and where those are."""
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[int]:

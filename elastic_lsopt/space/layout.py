@@ -22,7 +22,6 @@ from torch import Tensor
 
 from elastic_lsopt.space.dealing import Dealing
 
-
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 """What activation checkpointing and torch.compile put between a module's name and its child's."""
 
@@ -136,6 +135,7 @@ class Shards(ABC):
 
     layout: Layout
     device: torch.device
+    """Where masters and gradients are, and so every Vector; of an offloading backend the host."""
     compute_dtype: torch.dtype
     """What the forward pass casts the weights to."""
 

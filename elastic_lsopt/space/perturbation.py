@@ -8,6 +8,9 @@ outermost perturbation on a backend with a separate master rebuilds the working 
 every other perturbation keeps a copy of this rank's working shard as it found it. So nested perturbations return to
 exactly the perturbed weights that they started from.
 
+[Note: where a move is computed] Where masters and Vectors are: on the host, where a framework has offloaded them and
+keeps the working weights on a GPU. So the same noise is drawn whether or not a piece's working copy is elsewhere.
+
 [Note: returning after an exception] The rank that raises restores its own shard without a collective, because the
 other ranks may be anywhere. Gathered copies stay wrong until the collective `space.resync()`, and are refused till
 then. So one rank's failure never hangs another in a restore.
@@ -92,12 +95,12 @@ class Perturbation:
         base: list[Tensor] = working if self._saved is not None or self._moves else list(shards.masters)
         if narrow and not self._moves_once:
             if self._position is None:
-                self._position = [t.float() if t.element_size() < 4 else t.clone() for t in base]
+                self._position = [t.to(shards.device, _wide(t), copy=True) for t in base]
             base = self._position
         before = [t.to(shards.compute_dtype, copy=True) for t in base] if self._watch.measures(shards) else None
         with torch.no_grad():
             for i, (out, origin) in enumerate(zip(working, base, strict=True)):
-                _add_piece(shards.layout, i, out, origin, direction, scale, keep_position=self._position is not None)
+                _add_piece(shards, i, out, origin, direction, scale, keep_position=self._position is not None)
         if before is not None:
             self.fidelity = self._watch.last = _measure(shards, before, working, direction, scale)
         self._moves += 1
@@ -140,8 +143,12 @@ class Perturbation:
             shards.report_failure(error)
 
 
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
 def _add_piece(
-    layout: Layout,
+    shards: Shards,
     i: int,
     out: Tensor,
     origin: Tensor,
@@ -150,15 +157,16 @@ def _add_piece(
     *,
     keep_position: bool,
 ) -> None:
-    """out = origin + scale * direction for piece i; in fp32 through a bounded scratch where `out` is narrower."""
-    if out.element_size() >= 4:
+    """out = origin + scale * direction for piece i; through a bounded scratch where `out` is narrower or elsewhere."""
+    layout, home = shards.layout, shards.device
+    if out.element_size() >= 4 and out.device.type == home.type:
         if out is not origin:
             out.copy_(origin)
         _add_run(layout, i, out, 0, direction, scale)
         return
     for begin in range(0, out.numel(), CHUNK):
         span = slice(begin, min(begin + CHUNK, out.numel()))
-        exact = origin[span] if keep_position else origin[span].to(torch.float32, copy=True)
+        exact = origin[span] if keep_position else origin[span].to(home, _wide(out), copy=True)
         _add_run(layout, i, exact, begin, direction, scale)
         out[span].copy_(exact)
 
@@ -200,10 +208,9 @@ def _measure(
     """Requested against realised perturbation; one all-reduce of three numbers, scratch of one piece."""
     sums = torch.zeros(3, dtype=torch.float64, device=shards.device)
     for i, (was, now) in enumerate(zip(before, working, strict=True)):
-        wide = torch.float64 if now.dtype == torch.float64 else torch.float32
-        asked = torch.zeros(now.numel(), dtype=wide, device=now.device)
+        asked = torch.zeros(now.numel(), dtype=_wide(now), device=shards.device)
         _add_run(shards.layout, i, asked, 0, direction, scale)
-        got = now.to(shards.compute_dtype).to(wide) - was.to(wide)
+        got = now.to(shards.compute_dtype).to(asked) - was.to(asked)
         sums += torch.stack([x.sum(dtype=torch.float64) for x in (asked.square(), got.square(), asked * got)])
     asked2, got2, both = shards.sum_pieces_(sums).tolist()
     cosine = both / (asked2 * got2) ** 0.5 if asked2 * got2 > 0 else float(asked2 == got2)

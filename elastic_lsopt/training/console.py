@@ -71,8 +71,8 @@ class Console:
         backend, ranks = engine.backend, engine.backend.world
         self.say(
             f"{type(engine.module).__name__.removeprefix('FSDP')}, {engine.space.layout.numel:,} trainable parameters; "
-            f"{backend.name} on {ranks} {backend.device.type} rank{'s' if ranks > 1 else ''}; {engine.method!r} "
-            f"over {name_of_base(engine.base)}"
+            f"{backend.name} on {ranks} {backend.compute_device.type} rank{'s' if ranks > 1 else ''}; "
+            f"{engine.method!r} over {name_of_base(engine.base)}"
         )
         self.say(
             f"{config.dataset}: {len(data.train):,} training and {len(data.eval):,} held-out samples; "

@@ -9,6 +9,7 @@ from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.checkpoint.checkpointer import SaveReport
 from elastic_lsopt.checkpoint.folder import listing
 from elastic_lsopt.checkpoint.huggingface.export import export_huggingface
+from elastic_lsopt.checkpoint.huggingface.export_adapter import export_adapter
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.worker.journal import read_journal
 from elastic_lsopt.errors import UserError
@@ -26,7 +27,7 @@ from elastic_lsopt.training.run_folder import METRICS, read_metrics
 def finish(config: TrainConfig, engine: Engine, data: Data, console: Console, *, is_first: bool) -> None:
     """Export the model (collective), draw the pictures, say how it went (rank 0). What cannot be written is told."""
     run = Path(config.output_dir)
-    how_to_use = _export(config, engine, data, run / "model", console) if config.export else None
+    how_to_use = _export(config, engine, data, run, console) if config.export else None
     if not is_first:
         return
     rows = read_metrics(run / METRICS)
@@ -51,20 +52,26 @@ def say_unsaved(saved: SaveReport | None, folder: Path, console: Console) -> Non
         console.say(f"the end of this run is in no checkpoint, its save failed ({saved.error}); {kept}.")
 
 
-def _export(config: TrainConfig, engine: Engine, data: Data, folder: Path, console: Console) -> str | None:
-    """Write the model; the line that says how to use it, None where it could not be written."""
+def _export(config: TrainConfig, engine: Engine, data: Data, run: Path, console: Console) -> str | None:
+    """Write the model, its adapter or both; the line that says how to use it, None where it could not be written."""
     tokenizer = data.tokens.tokenizer if isinstance(data.tokens, FolderTokens) else None
+    wanted = "merged" if config.lora is None else config.lora.export
+    folder = run / "model"
     try:
         mean = None if config.evaluate_average is None else engine.average(config.evaluate_average)
-        card = model_card(
-            config, method=engine.method, base=name_of_base(engine.base), clock=engine.clock,
-            parameters=engine.space.layout.numel, held_out_loss=_last_held_out(folder.parent),
-            journal=read_journal(folder.parent),
-        )  # fmt: skip
-        export_huggingface(engine.backend, engine.module, folder, tokenizer, weights=mean, card=card)
+        if wanted != "merged":
+            export_adapter(engine.backend, engine.module, run / "adapter", tokenizer, weights=mean)
+        if wanted != "adapter":
+            card = model_card(
+                config, method=engine.method, base=name_of_base(engine.base), clock=engine.clock,
+                parameters=engine.space.layout.numel, held_out_loss=_last_held_out(run), journal=read_journal(run),
+            )  # fmt: skip
+            export_huggingface(engine.backend, engine.module, folder, tokenizer, weights=mean, card=card)
     except UserError as error:
         console.say(str(error))
         return None
+    if wanted == "adapter":
+        return f"use it: peft.PeftModel.from_pretrained(base, '{run / 'adapter'}')"
     if not (folder / "config.json").exists():
         return f"use it: model.load_state_dict(safetensors.torch.load_file('{folder}/model.safetensors'))"
     kind = "AutoModelForCausalLM" if config.task == "causal_lm" else "AutoModelForSequenceClassification"

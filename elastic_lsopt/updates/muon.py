@@ -85,7 +85,9 @@ class Muon(Update):
         steps = {p: orthogonal(whole, self.iterations) for p, whole in dealing.gather(u.tensors).items()}
         for piece, t, step in zip(space.layout.pieces, w.tensors, dealing.scatter(steps), strict=True):
             lr, decay = rates.lr[piece.parameter], rates.weight_decay[piece.parameter]
-            t.mul_(1 - lr * decay).add_(step, alpha=-lr * self._scale(*space.layout.parameters[piece.parameter].shape))
+            t.mul_(1 - lr * decay).add_(
+                step.to(t.device), alpha=-lr * self._scale(*space.layout.parameters[piece.parameter].shape)
+            )
 
     def _scale(self, rows: int, columns: int) -> float:
         if self.scale == "original":

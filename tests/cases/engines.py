@@ -16,7 +16,7 @@ from tests.oracles.paper_loops import cross_entropy
 
 DEVICE = torch.device(os.environ.get("TESTS_ON", "cpu"))
 """Where models and batches are; `make test-gpu` says cuda."""
-FRAMEWORK = ("plain", "ddp", "fsdp2", "fsdp2-kept", "hsdp")
+FRAMEWORK = ("plain", "ddp", "fsdp2", "fsdp2-kept", "fsdp2-offload", "hsdp")
 ZERO = ("zero0", "zero1", "zero2", "zero3")
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -126,8 +126,26 @@ def token_batches(units: int, *, size: int = 2, last: int | None = None, seed: i
 
 
 def net(extra: Sequence[str] = (), dtype: torch.dtype = torch.float32, seed: int = 0) -> Net:
+    """`peft`: the same base at any seed, and adapters of peft's in its two first layers, of that seed."""
+    if "peft" not in extra:
+        torch.manual_seed(seed)
+        return Net(extra).to(DEVICE, dtype)
+    torch.manual_seed(0)
+    model = Net([e for e in extra if e != "peft"])
+    adapt(model, seed=seed, target_modules=("first", "second"))
+    return model.to(DEVICE, dtype)
+
+
+def adapt(model: nn.Module, *, seed: int = 0, task: str = "classification", **lora: Any) -> None:
+    """Adapters as a job makes them, but with a product that is not zero."""
+    from elastic_lsopt.config.lora import LoraConfig
+    from elastic_lsopt.training.building.adapters import add_adapters
+
+    add_adapters(model, LoraConfig(**{"r": 2, "alpha": 3.0, **lora}), task=task, seed=seed)
     torch.manual_seed(seed)
-    return Net(extra).to(DEVICE, dtype)
+    for name, p in model.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(p, std=0.5)
 
 
 def batches(
@@ -176,7 +194,7 @@ def build(
     make = optimizer(base) if isinstance(base, str) else base
     if kind.startswith("zero"):
         config = {
-            "zero_optimization": {"stage": int(kind[4]), **(zero or {})},
+            "zero_optimization": {"stage": int(kind[4]), **offload(kind), **(zero or {})},
             "gradient_clipping": clip,
             "bf16": {"enabled": bf16},
         }
@@ -193,9 +211,22 @@ def build(
     return lso.Engine(backend, method, loss_fn=loss_fn, total_samples=total_samples, keep=keep)
 
 
+def offload(kind: str) -> dict[str, Any]:
+    """What DeepSpeed moves to the host: of `zero3-offload` the optimizer, of `zero3-offload-param` the weights too,
+    of `zero3-offload-weights` these alone."""
+    _, _, what = kind.partition("-offload")
+    host = {"device": "cpu", "pin_memory": DEVICE.type == "cuda"}
+    blocks = {
+        "": ("offload_optimizer",),
+        "-param": ("offload_optimizer", "offload_param"),
+        "-weights": ("offload_param",),
+    }
+    return dict.fromkeys(blocks[what], host) if "-offload" in kind else {}
+
+
 def sharded(kind: str, model: nn.Module, bf16: bool = False) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     world = dist.get_world_size()
     if kind == "hsdp":
@@ -206,6 +237,8 @@ def sharded(kind: str, model: nn.Module, bf16: bool = False) -> nn.Module:
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": kind != "fsdp2-kept"}
     if bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if kind == "fsdp2-offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=DEVICE.type == "cuda")
     children = [getattr(model, n) for n in ("first", "second") if hasattr(model, n)]
     for child in [*children, *getattr(model, "layers", ())]:
         fully_shard(child, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,12 +44,14 @@ def reference(
     return out
 
 
-def rest(kind: str, method: str, rest_point: dict[str, Any], units: int = 3) -> dict[str, float]:
+def rest(
+    kind: str, method: str, rest_point: dict[str, Any], units: int = 3, extra: Sequence[str] = ()
+) -> dict[str, float]:
     """Law 2: at its rest point the method equals the engine with no method, and still takes its passes."""
     steps = engines.batches(STEPS, units)
     runs = []
     for chosen in (lso.Plain(), lso.registry.build(method, **rest_point)):
-        engine = engines.build(kind, engines.net(), chosen, total_samples=STEPS * units * 4)
+        engine = engines.build(kind, engines.net(extra), chosen, total_samples=STEPS * units * 4)
         for s in steps:
             engine.train_batch(engines.mine(s))
         assert engine.last_step
@@ -58,9 +61,11 @@ def rest(kind: str, method: str, rest_point: dict[str, Any], units: int = 3) -> 
     return {"dw": max(float((plain[n] - ours[n]).abs().max()) for n in plain), "passes": passes}
 
 
-def returned(kind: str, dtype: str = "fp32", zero: dict[str, Any] | None = None, bf16: bool = False) -> dict[str, Any]:
+def returned(
+    kind: str, dtype: str = "fp32", zero: dict[str, Any] | None = None, bf16: bool = False, extra: Sequence[str] = ()
+) -> dict[str, Any]:
     """Law 3: after perturbations, nested ones and perturbations, masters, working copies and forward are as before."""
-    engine = engines.build(kind, engines.net(dtype=DTYPES[dtype]), lso.SAM(), zero=zero, bf16=bf16)
+    engine = engines.build(kind, engines.net(extra, DTYPES[dtype]), lso.SAM(), zero=zero, bf16=bf16)
     space = engine.space
     [units] = engines.batches(1, 3, dtype=torch.bfloat16 if bf16 and kind.startswith("zero") else DTYPES[dtype])
     own = engines.mine(units)

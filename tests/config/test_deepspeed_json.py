@@ -38,9 +38,10 @@ def test_there_is_a_file_for_each_stage():
         ({"fp16": {"enabled": True}}, "fp16 is refused.*use bf16"),
         ({"amp": {"enabled": True}}, "amp is refused.*use bf16"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler is refused.*lr_scheduler_type"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer is refused"),
-        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "offload_param is refused"),
-        ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload is refused"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "it is for stage 1, 2 or 3, but stage=0"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "it is for stage 3, but stage=2"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "'nvme' is not tested; use.* cpu"),
+        ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload is refused: write offload_optimizer"),
         ({"zero_optimization": {"stage": 4}}, "stage=4 must be 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": "3"}}, "stage='3' must be 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": True}}, "stage=True must be 0, 1, 2 or 3"),
@@ -62,9 +63,11 @@ def test_blocks_that_are_refused(block, says):
         {"fp16": {"enabled": False}}, {"fp16": {"enabled": "auto", "loss_scale": 0}},
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}, "cpu_offload": False}},
         {"zero_optimization": {"stage": 3, "offload_param": None}},
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}},
     ],
 )  # fmt: skip
-def test_blocks_that_switch_nothing_on_are_taken(block):
+def test_blocks_that_are_taken(block):
     assert read_deepspeed_json(block) == block
 
 
@@ -153,7 +156,7 @@ def test_the_engine_gets_numbers_that_are_all_written():
         "train_batch_size": 6, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0, "bf16": {"enabled": True, "check_grad_overflow": False},
         "zero_optimization": {"stage": 3, "overlap_comm": False},
-        "zero_allow_untested_optimizer": True, "steps_per_print": 2**31 - 1,
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 2**31 - 1,
     }  # fmt: skip
     assert said == before
     assert json.loads(json.dumps(engine_json({}, world=1, max_grad_norm=1, bf16=False)))["bf16"] == {"enabled": False}

@@ -10,21 +10,25 @@ import pytest
 from tests.jobs import Run, in_ranks, losses, write_job
 
 
-def zero(stage: int) -> dict[str, Any]:
-    return {"backend": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage}}}
+def zero(stage: int, **more: Any) -> dict[str, Any]:
+    return {"backend": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage, **more}}}
 
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "ddp": {"backend": "replicated"},
     "hsdp": {"fsdp_replicas": 2},
     "kept": {"fsdp_reshard_after_forward": False},
+    "fsdp2-offload": {"fsdp_cpu_offload": True},
     "zero0": zero(0),
     "zero1": zero(1),
     "zero2": zero(2),
+    "zero2-offload": zero(2, offload_optimizer={"device": "cpu"}),
+    "zero3-offload": zero(3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}),
 }
+OFFLOADED = [pytest.param(name, marks=pytest.mark.full) if "offload" in name else name for name in BACKENDS]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", OFFLOADED)
 def test_the_backend_changes_no_loss(run: Run, folder: Path, whole: Path, name: str) -> None:
     """With clipping, warm-up, momentum and a weight decay of matrices alone; zero3: see test_loop.py."""
     run(2, write_job(folder / f"{name}.yaml", **BACKENDS[name]))

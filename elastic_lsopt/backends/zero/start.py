@@ -72,13 +72,14 @@ def _shard_without_values(model: nn.Module, config: dict[str, Any], device: str)
     DeepSpeed's own way would send rank 0's values to all.
     """
     cutter = deepspeed.zero.Init(config_dict_or_path=config)
-    dtype = torch.bfloat16 if (config.get("bf16") or {}).get("enabled") else torch.float32
+    bf16 = (config.get("bf16") or {}).get("enabled")
     done: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for key, p in module._parameters.items():
             if p is None:
                 continue
             if id(p) not in done:  # a tied one is cut once
+                dtype = torch.bfloat16 if bf16 and p.is_floating_point() else p.dtype
                 whole = nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device), p.requires_grad)
                 cutter._convert_to_deepspeed_param(whole)
                 whole.partition()  # type: ignore[attr-defined]

@@ -13,8 +13,9 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from elastic_lsopt.errors import Unsupported
 
 SUPPORTED = (
-    "ZeRO stages 0 to 3 in fp32 and bf16 on data-parallel ranks, without offload, MoE, tensor, pipeline or sequence "
-    "parallelism, quantisation, hpZ, DeepCompile, ZenFlow and SuperOffload"
+    "ZeRO stages 0 to 3 in fp32 and bf16 on data-parallel ranks, the optimizer (stages 1 to 3) and the parameters "
+    "(stage 3) on the device or on the host, without NVMe, MoE, tensor, pipeline or sequence parallelism, "
+    "quantisation, hpZ, DeepCompile, ZenFlow and SuperOffload"
 )
 
 # Any value of these is tested, or changes no number: batch arithmetic that we write ourselves, sizes, reports.
@@ -28,6 +29,9 @@ FREE_IN_ZERO = {
     "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters", "max_reuse_distance",
     "gather_16bit_weights_on_model_save", "load_from_fp32_weights", "log_trace_cache_warnings",
 }  # fmt: skip
+# Blocks that move something to the host, with the stages at which they are tested. The host's memory is free to be
+# pinned or not; all else in them is for NVMe, or leaves part of the optimizer on the device.
+OFFLOAD = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
 # Tested with these values only.
 LIMITED = {
     "gradient_accumulation_steps": (1,),
@@ -64,9 +68,25 @@ def _refuse_in_zero(block: Mapping[str, Any]) -> None:
             raise Unsupported(f"DeepSpeed has no option zero_optimization.{key}; remove it.")
         if name in FREE_IN_ZERO or _off_device(value):
             continue
+        if name in OFFLOAD:
+            _refuse_in_offload(name, value, block.get("stage", 0))
+            continue
         default = DeepSpeedZeroConfig.model_fields[name].get_default(call_default_factory=True)
         if value != default:
             raise _untested(f"zero_optimization.{key}={value!r}", f"remove it, or leave it at {default!r}")
+
+
+def _refuse_in_offload(name: str, block: Any, stage: int) -> None:
+    tested = {"device": ("cpu",), "pin_memory": (True, False), "ratio": (1, 1.0)}
+    for key, value in block.items() if isinstance(block, Mapping) else [("device", block)]:
+        if key in tested and value in tested[key]:
+            continue
+        if key == "device":
+            raise _untested(f"zero_optimization.{name}.device={value!r}", "use {device: cpu}, or remove it")
+        if not _off(value):
+            raise _untested(f"zero_optimization.{name}.{key}={value!r}")
+    if stage not in OFFLOAD[name]:
+        raise _untested(f"zero_optimization.{name} at stage {stage}", f"it is for stage {OFFLOAD[name]}")
 
 
 def _refuse_in_bf16(block: Mapping[str, Any]) -> None:

@@ -87,7 +87,11 @@ class Zero3(ZeroBackend):
         self._wrapper.grad_partitions_flat_buffer.zero_()
 
     def gradients(self) -> list[Tensor]:
-        return self.views(self._wrapper.grad_partitions_flat_buffer.split([slot.numel() for slot in self.slots]))
+        return self.views(self._flat_gradients)
+
+    @property
+    def _flat_gradients(self) -> Sequence[Tensor]:
+        return self._wrapper.grad_partitions_flat_buffer.split([slot.numel() for slot in self.slots])
 
     def full_shape(self, parameter: Any) -> tuple[int, ...]:
         return tuple(parameter.ds_shape)

@@ -5,6 +5,7 @@ An adapter a wrapper class that DeepSpeed puts around the base optimizer:
     stage 0        none (fp32), FP16_UnfusedOptimizer (bf16)                         zero0.py
     stages 1, 2    DeepSpeedZeroOptimizer, BF16_Optimizer (1, bf16 summed in fp32)   zero12.py
     stage 3        DeepSpeedZeroOptimizer_Stage3                                     zero3.py
+    1 to 3         the same two, with the optimizer on the host                      zero_offload.py
 
 [Note: whose arithmetic] DeepSpeed is told a micro-batch of 1 and an accumulation of 1. The oracle weighs each
 micro-batch and says which backward closes the pass; DeepSpeed averages over the data-parallel ranks, clips what it
@@ -52,6 +53,11 @@ PRIVATE = {
         "grad_partitions_flat_buffer", "persistent_parameters", "_partition_all_parameters",
         "ipg_buckets", "_backward_active_depth",
     ),
+    "offloaded DeepSpeedZeroOptimizer": (
+        "norm_for_param_grads", "accumulated_grads_in_cpu", "micro_step_id", "reset_cpu_buffers",
+        "finalize_gradient_accumulation_boundary", "_wait_for_offload_copies", "get_param_id",
+    ),
+    "offloaded DeepSpeedZeroOptimizer_Stage3": ("norm_for_param_grads", "reset_cpu_buffers", "get_param_id"),
     "Parameter": ("ds_shape", "ds_numel", "ds_status", "partition_numel", "all_gather"),
 }  # fmt: skip
 
@@ -91,9 +97,9 @@ class ZeroBackend(Backend):
         self.rank, self.world = self.transport.rank, self.transport.world
         self.holders = 1
         self.shard_group = self.groups.replica.handle
-        self.device = engine.device
         self.compute_dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
         self._wrapper = engine.optimizer
+        self.device = self.slot_keys[0].device
         named = [(plain_name(n), p) for n, p in engine.module.named_parameters() if p.requires_grad]
         self._parameters = dict(named)
         self.max_grad_norm = engine.gradient_clipping()
@@ -144,6 +150,10 @@ class ZeroBackend(Backend):
                 f"base {type(self.base).__name__} needs whole parameters and ZeRO stage {stage} gives it flat pieces: "
                 f"{reason}; use one that works element by element (SGD, Adam, AdamW …), or stage 0."
             )
+
+    @property
+    def compute_device(self) -> torch.device:
+        return self.engine.device
 
     @property
     def base(self) -> torch.optim.Optimizer:  # type: ignore[override]

@@ -7,6 +7,7 @@ elements with a seed for each (parameter, block), so a rank draws the blocks of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,23 +40,24 @@ class _Call:
 
 
 class DrawnWeights:
-    """The initial weights of a transformers model without memory, drawn from `seed`.
+    """The initial weights of a transformers model without memory, drawn from `seed`; with `initialise` those that it
+    gives, and no others.
 
     Raises Unsupported, before anything is drawn, for a model whose initialisation is more than operations on single
     elements (an orthogonal matrix, say): it can only be drawn whole.
     """
 
-    def __init__(self, model: Any, seed: int) -> None:
+    def __init__(self, model: Any, seed: int, initialise: Callable[[], None] | None = None) -> None:
         self._seed = seed
         self._numel = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
         self._first = {
             name: next(n for n, q in model.named_parameters() if q is p)
             for name, p in model.named_parameters(remove_duplicate=False)
         }
-        self._calls = _recorded(model)
+        self._calls = _recorded(model) if initialise is None else _recorded_of(model, initialise)
 
     def holds(self, name: str) -> bool:
-        return name in self._first
+        return self._first.get(name) in self._calls
 
     def copy_to(self, target: Tensor, name: str, offset: int) -> None:
         """Write elements [offset, offset + target.numel()) of the flattened parameter `name`, a tied one under any of
@@ -118,3 +120,10 @@ def _recorded(model: Any) -> dict[str, list[_Call]]:
     if missing is not None:
         raise Unsupported(f"the initialisation leaves {missing} as it is")
     return recorder.calls
+
+
+@torch.no_grad()
+def _recorded_of(model: Any, initialise: Callable[[], None]) -> dict[str, list[_Call]]:
+    with _Recorder(model) as recorder:
+        initialise()
+    return {name: calls for name, calls in recorder.calls.items() if calls}

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,9 @@ from elastic_lsopt.checkpoint.contents import persistent_buffers
 from elastic_lsopt.checkpoint.folder import staging, sync, write_json
 from elastic_lsopt.checkpoint.huggingface.export_folder import publish, refusal
 from elastic_lsopt.checkpoint.huggingface.file_layout import Range, layout_to_save
+from elastic_lsopt.checkpoint.huggingface.lora import Product, adapter_of, gathered, merged, name_without, products
 from elastic_lsopt.checkpoint.safetensors_file import Head, header_bytes
-from elastic_lsopt.errors import Unsupported, UserError
+from elastic_lsopt.errors import UserError
 from elastic_lsopt.space.layout import plain_name
 from elastic_lsopt.space.vector import Vector
 
@@ -77,28 +77,29 @@ def export_huggingface(
     `tokenizer` goes beside it, and `card` as README.md. `weights` are written in place of the trained weights (an
     average of them). A plain module becomes model.safetensors and a note. All ranks must see the folder's parent.
     An earlier export of that name is replaced, by its own manifest, and what else lies there stays. Raises UserError
-    where the folder holds only something else or cannot be written, Unsupported for an adapter (merge it first), on all
-    ranks.
+    where the folder holds only something else or cannot be written, Unsupported for adapters of other kinds than LoRA's
+    products (those are merged into their layers; each rank then holds the adapters), on all ranks.
     """
     folder = Path(folder).resolve()
-    if hasattr(module, "peft_config"):
-        raise Unsupported("exporting a PEFT adapter is not supported; call merge_and_unload() and export its result.")
+    adapter = adapter_of(module)
     backend.drop_gathered()  # FSDP2 hides the shards of a gathered group
     everybody = backend.groups.job.again("export of the job", TIMEOUT)
     group = backend.groups.replica.again("export", TIMEOUT)
     first = backend.rank == 0 and backend.replica == 0
     staged = staging(folder)
     try:
-        _agree(folder, refusal(folder) if first else None, everybody)
-        files = _files(_entries(backend, module), shard_bytes)
-        held = _held(backend, module, backend.masters if weights is None else weights.tensors, group)
+        agree(folder, refusal(folder) if first else None, everybody)
+        points = backend.masters if weights is None else weights.tensors
+        held = _held(backend, module, points, adapter, group)
+        module = module if not hasattr(module, "get_base_model") else module.get_base_model()  # type: ignore[operator]
+        files = _files(_entries(backend, module, adapter), shard_bytes)
         try:
-            _agree(folder, _failure(lambda: _begin(staged, files)) if first else None, everybody)
+            agree(folder, _failure(lambda: _begin(staged, files)) if first else None, everybody)
             # Of replicas that have drifted apart the first is exported.
             write = backend.replica == 0
-            _agree(folder, _failure(lambda: _write(staged, files, held)) if write else None, everybody)
+            agree(folder, _failure(lambda: _write(staged, files, held)) if write else None, everybody)
             end = lambda: _end(module, staged, folder, files, tokenizer, card)  # noqa: E731
-            _agree(folder, _failure(end) if first else None, everybody)
+            agree(folder, _failure(end) if first else None, everybody)
         finally:
             if first:
                 shutil.rmtree(staged, ignore_errors=True)
@@ -121,7 +122,7 @@ def cut(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
     return out
 
 
-def _agree(folder: Path, failure: str | None, group: dist.ProcessGroup | None) -> None:
+def agree(folder: Path, failure: str | None, group: dist.ProcessGroup | None) -> None:
     """All ranks raise what the first of them met that met anything."""
     said = next((told for told in gather_json(group, failure) if told is not None), None)
     if said is not None:
@@ -139,24 +140,25 @@ def _failure(act: Any) -> str | None:
 # -- what is written, and where ----------------------------------------------------------------------------------------
 
 
-def _entries(backend: Backend, module: nn.Module) -> list[Entry]:
+def _entries(backend: Backend, module: nn.Module, adapter: str | None) -> list[Entry]:
     """Each parameter and lasting buffer as it is saved; a tied one also under its other names, unless the loader ties
-    it itself."""
+    it itself. Of a model with an adapter those of the plain model."""
     config_dtype = getattr(getattr(module, "config", None), "dtype", None)
     tied_by_loader = getattr(module, "all_tied_weights_keys", None) or {}
     names: dict[int, list[str]] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(plain_name(name))
+        if (plain := _saved_name(name, adapter)) is not None:
+            names.setdefault(id(p), []).append(plain)
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     others: dict[str, list[str]] = {}
-    for p in {id(p): p for p in module.parameters()}.values():
+    for p in {id(p): p for p in module.parameters() if id(p) in names}.values():
         first, *more = names[id(p)]
         shapes[first], dtypes[first] = backend.full_shape(p), p.dtype
         if isinstance(config_dtype, torch.dtype) and p.dtype.is_floating_point:
             dtypes[first] = config_dtype
         others[first] = [name for name in more if name not in tied_by_loader]
-    for name, buffer in persistent_buffers(module).items():
+    for name, buffer in _saved_buffers(module, adapter).items():
         shapes[name], dtypes[name] = tuple(buffer.shape), buffer.dtype
     out = []
     for key, place in _saved_as(module, shapes).items():
@@ -189,10 +191,37 @@ def _files(entries: list[Entry], limit: int) -> list[File]:
     return out
 
 
+def _saved_name(name: str, adapter: str | None) -> str | None:
+    return plain_name(name) if adapter is None else name_without(plain_name(name), adapter)
+
+
+def _saved_buffers(module: nn.Module, adapter: str | None) -> dict[str, Tensor]:
+    named = ((_saved_name(name, adapter), buffer) for name, buffer in persistent_buffers(module).items())
+    return {name: buffer for name, buffer in named if name is not None}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank holds of a parameter of the plain model: elements from `offset`, and the product that is added."""
+
+    name: str
+    offset: int
+    values: Tensor
+    product: Product | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank writes; `factors` are the adapters' matrices, whole."""
+
+    parts: list[Part]
+    factors: dict[str, Tensor]
+
+
 def _held(
-    backend: Backend, module: nn.Module, points: Sequence[Tensor], group: dist.ProcessGroup | None
-) -> list[tuple[str, int, Tensor]]:
-    """What this rank writes: (name, offset, 1-D values); of ranks that hold the same elements the lowest writes."""
+    backend: Backend, module: nn.Module, points: Sequence[Tensor], adapter: str | None, group: dist.ProcessGroup | None
+) -> Held:
+    """What this rank writes (collective); of ranks that hold the same elements the lowest writes."""
     layout = backend.layout
     mine = [
         (layout.parameters[piece.parameter].name, piece.offset, point)
@@ -205,10 +234,17 @@ def _held(
     for rank, theirs in enumerate(gather_json(group, [(name, at, part.numel()) for name, at, part in mine])):
         for name, at, length in theirs:
             writers.setdefault((name, at, length), rank)
-    out = [(name, at, part) for name, at, part in mine if writers[name, at, part.numel()] == backend.rank]
+    added = {p.weight: p for p in products(module, adapter)} if adapter is not None else {}
+    factors = gathered(backend, [name for p in added.values() for name in (p.a, p.b)], points) if added else {}
+    parts = [
+        Part(saved, at, part.detach(), added.get(name))
+        for name, at, part in mine
+        if writers[name, at, part.numel()] == backend.rank and (saved := _saved_name(name, adapter)) is not None
+    ]
     if backend.rank == 0:
-        out += [(name, 0, local(b).detach().reshape(-1)) for name, b in persistent_buffers(module).items()]
-    return out
+        buffers = _saved_buffers(module, adapter)
+        parts += [Part(name, 0, local(b).detach().reshape(-1)) for name, b in buffers.items()]
+    return Held(parts, factors)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -223,7 +259,7 @@ def _begin(staged: Path, files: Sequence[File]) -> None:
             out.truncate(file.bytes)
 
 
-def _write(staged: Path, files: Sequence[File], held: Sequence[tuple[str, int, Tensor]]) -> None:
+def _write(staged: Path, files: Sequence[File], held: Held) -> None:
     """This rank's values into the files, each of which is on disk when this returns."""
     places: dict[str, list[tuple[File, Entry, int]]] = {}
     for file in files:
@@ -231,15 +267,15 @@ def _write(staged: Path, files: Sequence[File], held: Sequence[tuple[str, int, T
             places.setdefault(entry.source.name, []).append((file, entry, begin))
     open_files: dict[str, int] = {}
     try:
-        for name, offset, values in held:
-            for file, entry, begin in places.get(name, ()):
+        for part in held.parts:
+            for file, entry, begin in places.get(part.name, ()):
                 first = entry.source.offset
-                low, high = max(offset, first), min(offset + values.numel(), first + prod(entry.head.shape))
+                low, high = max(part.offset, first), min(part.offset + part.values.numel(), first + entry.source.numel)
                 if low < high:
                     if file.name not in open_files:
                         open_files[file.name] = os.open(staged / file.name, os.O_WRONLY)
                     at = begin + (low - first) * entry.head.dtype.itemsize
-                    _put(open_files[file.name], at, values[low - offset : high - offset], entry.head.dtype)
+                    _put(open_files[file.name], at, part, low, high, entry.head.dtype, held.factors)
         for descriptor in open_files.values():
             os.fsync(descriptor)
     finally:
@@ -247,10 +283,16 @@ def _write(staged: Path, files: Sequence[File], held: Sequence[tuple[str, int, T
             os.close(descriptor)
 
 
-def _put(descriptor: int, at: int, values: Tensor, dtype: torch.dtype) -> None:
+def _put(
+    descriptor: int, at: int, part: Part, low: int, high: int, dtype: torch.dtype, factors: dict[str, Tensor]
+) -> None:
+    """Elements [low, high) of a parameter to byte `at`, a few megabytes at a time."""
     step = PIECE_BYTES // dtype.itemsize
-    for part in values.detach().split(step):
-        data = part.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data
+    for begin in range(low, high, step):
+        values = part.values[begin - part.offset : min(begin + step, high) - part.offset]
+        if part.product is not None:
+            values = merged(values, begin, part.product, factors)
+        data = values.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data
         while data:
             written = os.pwrite(descriptor, data, at)
             data, at = data[written:], at + written

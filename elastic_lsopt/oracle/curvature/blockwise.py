@@ -186,7 +186,7 @@ class _Call:
         self.inputs = [flat[i] for i in self._at]
         self.count = len(self._at)
         self.wanted = [i for i, t in enumerate(self.inputs) if t.requires_grad]
-        self._device = runner.weights.space.shards.device
+        self._device = runner.weights.backend.compute_device
         on_gpu = self._device.type == "cuda"
         self._random = torch.get_rng_state(), torch.cuda.get_rng_state(self._device) if on_gpu else None
         kind = self._device.type

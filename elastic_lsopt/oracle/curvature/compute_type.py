@@ -28,7 +28,7 @@ def observed(backend: GradientEngine) -> Iterator[None]:
     if backend.observed or backend.compute_dtype == torch.float64:  # which autocast leaves alone
         yield
         return
-    kind, seen = backend.device.type, set[torch.dtype]()
+    kind, seen = backend.compute_device.type, set[torch.dtype]()
 
     def note(*_: Any) -> None:
         if torch.is_autocast_enabled(kind):

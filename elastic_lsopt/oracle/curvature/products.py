@@ -63,7 +63,7 @@ def _unrounded(ask: Callable[Concatenate[Products, P], R]) -> Callable[Concatena
 
     @wraps(ask)
     def asked(self: Products, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.autocast(self.backend.device.type, enabled=False):
+        with torch.autocast(self.backend.compute_device.type, enabled=False):
             return ask(self, *args, **kwargs)
 
     return asked
@@ -185,7 +185,7 @@ class Products:
 
     def _gathered_fits(self) -> bool:
         needed = 3 * self.space.layout.numel * self.dtype.itemsize
-        return self._all_agree(needed < GATHERED_SHARE * available_bytes(self.space.shards.device))
+        return self._all_agree(needed < GATHERED_SHARE * available_bytes(self.backend.compute_device))
 
     def _graph_fits(self, weights: Weights) -> bool:
         """Build the graph of one micro-batch and count what it saves."""
@@ -203,10 +203,10 @@ class Products:
             saved.pop(leaf.untyped_storage().data_ptr(), None)
         del graph
         needed = sum(saved.values()) * len(slots)
-        return self._all_agree(needed < GRAPH_SHARE * available_bytes(self.space.shards.device))
+        return self._all_agree(needed < GRAPH_SHARE * available_bytes(self.backend.compute_device))
 
     def _all_agree(self, mine: bool) -> bool:
-        vote = torch.tensor([float(not mine)], dtype=torch.float64, device=self.backend.device)
+        vote = torch.tensor([float(not mine)], dtype=torch.float64, device=self.backend.compute_device)
         return not self.backend.sum_replica_(vote).item()
 
     def _running(self, weights: Weights) -> list[Slot]:
@@ -252,7 +252,7 @@ class Products:
     def _sum(self, weights: Weights, slots: Sequence[Slot]) -> Tensor:
         """The weighted sum of the slots' losses: this rank's share of the loss."""
         with torch.enable_grad(), weights.attention():
-            values = [s.value(self.loss, weights.model, self.backend.device) * (s.share or 1.0) for s in slots]
+            values = [s.value(self.loss, weights.model, self.backend.compute_device) * (s.share or 1.0) for s in slots]
             return torch.stack(values).sum()
 
     def _hessian_graph(self, weights: Weights, slots: Sequence[Slot]) -> Graph:
@@ -262,7 +262,7 @@ class Products:
 
     def _gauss_newton_graph(self, weights: Weights, slots: Sequence[Slot]) -> Graph:
         """J v as the derivative, by u, of J' u, which is linear in u; u is one zero that is read many times."""
-        leaves, keep, device = weights.leaves, bool(self._keep), self.backend.device
+        leaves, keep, device = weights.leaves, bool(self._keep), self.backend.compute_device
         microbatch: list[tuple[Slot, Tensor, Tensor, Sequence[Tensor | None]]] = []
         for slot in slots:
             with torch.enable_grad(), weights.attention():
@@ -304,10 +304,10 @@ class Products:
         with torch.no_grad(), self._together():
             for slot in self._running(weights):
                 changed = replace(slot, batch=change(slot.batch))
-                value = changed.value(self.loss, weights.model, self.backend.device)
+                value = changed.value(self.loss, weights.model, self.backend.compute_device)
                 if slot.share:
                     local = local + value.double() * slot.share
-        return self.backend.sum_replica_(on_device([local], self.backend.device)).item()
+        return self.backend.sum_replica_(on_device([local], self.backend.compute_device)).item()
 
     def _parts_at(self, weights: Weights, direction: Vector | None, scale: float) -> Parts:
         """This rank's share of dL/dw at w + scale * direction."""

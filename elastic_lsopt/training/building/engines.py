@@ -78,7 +78,7 @@ def build_engine(
     if config.backend == "fsdp2":
         _shard(config, model, world)
     if filled is not None:
-        give_memory(model, world.device)
+        give_memory(model, torch.device("cpu") if config.fsdp_cpu_offload else world.device)
     elif config.backend == "replicated":
         model.to(world.device)
     if config.backend == "replicated" and world.size > 1:
@@ -132,7 +132,7 @@ def averages_of(config: TrainConfig) -> list[Average]:
 def _shard(config: TrainConfig, model: nn.Module, world: World) -> None:
     """`fully_shard` every block, then the rest; two mesh dimensions where there are replica groups."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     refuse_scalars(model.named_parameters(), "FSDP2")
     replicas = config.fsdp_replicas
@@ -153,6 +153,8 @@ def _shard(config: TrainConfig, model: nn.Module, world: World) -> None:
     }
     if config.bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if config.fsdp_cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     for block in blocks(model):
         fully_shard(block, **options)
     fully_shard(model, **options)

@@ -26,11 +26,13 @@ from torch.utils.checkpoint import checkpoint
 
 from elastic_lsopt.checkpoint.huggingface.drawn_weights import DrawnWeights
 from elastic_lsopt.checkpoint.huggingface.folder_weights import FolderWeights
+from elastic_lsopt.checkpoint.huggingface.lora import AdaptedWeights
 from elastic_lsopt.checkpoint.huggingface.weights import Weights, WholeWeights, give_buffers, give_memory
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.config.spelling import did_you_mean
 from elastic_lsopt.errors import Unsupported, UserError
 from elastic_lsopt.oracle.replay.slot import replayed
+from elastic_lsopt.training.building.adapters import add_adapters
 from elastic_lsopt.training.building.hub import local_only
 from elastic_lsopt.training.building.imported_model import imported
 from elastic_lsopt.training.building.packed_models import refuse_mixed_documents
@@ -60,10 +62,9 @@ def build_model(
     """
     target = torch.device(device or "cpu")
     if target.type == "meta":
-        with replayed(config.seed, torch.device("cpu")), target:
-            if config.model is not None and "import" in config.model:
-                return imported(config.model["import"], config.model.get("args", {})).train()
-            return _transformer(config, vocabulary_size, classes).train()
+        model = _meta(config, vocabulary_size, classes)
+        _adapt(model, config)
+        return model
     model, weights = shape_and_weights(config, vocabulary_size=vocabulary_size, classes=classes)
     if weights is not None:
         give_memory(model, torch.device("cpu"))
@@ -83,8 +84,10 @@ def shape_and_weights(
     cpu = torch.device("cpu")
     if config.model is not None and "import" in config.model:
         with replayed(config.seed, cpu):
-            return imported(config.model["import"], config.model.get("args", {})).train(), None
-    model = build_model(config, vocabulary_size=vocabulary_size, classes=classes, device="meta")
+            model = imported(config.model["import"], config.model.get("args", {}))
+            _adapt(model, config)
+        return model.train(), None
+    model = _meta(config, vocabulary_size, classes)
     where = config.model_name_or_path
     try:
         weights: Weights = DrawnWeights(model, config.seed)
@@ -97,7 +100,23 @@ def shape_and_weights(
         with replayed(config.seed, cpu):
             weights = WholeWeights(_transformer(config, vocabulary_size, classes, whole=True))
         give_buffers(model, weights)
+    if config.lora is not None:
+        _adapt(model, config)
+        weights = AdaptedWeights(model, weights, config.seed)
     return model, weights
+
+
+def _meta(config: TrainConfig, vocabulary_size: int | None, classes: int | Sequence[str] | None) -> nn.Module:
+    """The model's shapes, in training mode and without adapters."""
+    with replayed(config.seed, torch.device("cpu")), torch.device("meta"):
+        if config.model is not None and "import" in config.model:
+            return imported(config.model["import"], config.model.get("args", {})).train()
+        return _transformer(config, vocabulary_size, classes).train()
+
+
+def _adapt(model: nn.Module, config: TrainConfig) -> None:
+    if config.lora is not None:
+        add_adapters(model, config.lora, task=config.task, seed=config.seed, base=config.model_name_or_path)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -66,8 +66,8 @@ def settings_of(question: Question, world_size: int) -> tuple[TrainConfig, Path 
     backend: Any = "fsdp2" if world_size > 1 else "replicated"
     own: dict[str, Any] = {
         "backend": backend, "deepspeed": None, "workers": 1, "bf16": False,
-        "fsdp_replicas": 1, "fsdp_reshard_after_forward": True, "activation_checkpointing": False, "elastic": None,
-        "report_to": (), "probes": {},
+        "fsdp_replicas": 1, "fsdp_reshard_after_forward": True, "fsdp_cpu_offload": False,
+        "activation_checkpointing": False, "elastic": None, "report_to": (), "probes": {},
     }  # fmt: skip
     asked = {
         "dataset": question.data,

@@ -56,11 +56,12 @@ class Remembering:
 
 
 def _engine(kind: str, base: str, dtype: str, seed: int = 0) -> lso.Engine:
-    """`zero3+small` has a sub-group a parameter, `+scalar` a parameter without dimensions; bf16 is ZeRO's, beside fp32
-    masters. An update of ours has an average beside it."""
+    """`zero3+small` has a sub-group a parameter, `+scalar` a parameter without dimensions, `+peft` adapters; bf16 is
+    ZeRO's, beside fp32 masters. An update of ours has an average beside it."""
     kind, *more = kind.split("+")
     zero = {"sub_group_size": 1} if "small" in more else {}
-    model = engines.net(("tied", "unused"), torch.float32 if dtype == "bf16" else DTYPES[dtype], seed)
+    extra = ("peft",) if "peft" in more else ("tied", "unused")
+    model = engines.net(extra, torch.float32 if dtype == "bf16" else DTYPES[dtype], seed)
     if "scalar" in more:
         model.register_parameter("temperature", nn.Parameter(torch.tensor(1.0 + seed)))
         model.register_forward_hook(lambda module, given, out: out * module.temperature)

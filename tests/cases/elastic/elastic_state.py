@@ -45,7 +45,7 @@ def rebuild(kind: str, worlds: Sequence[int], sever: bool = False) -> dict[str, 
             engine = engines.build(kind, engines.net(), lso.SAM(rho=0.3))
             losses.append(train(engine, 0, 3))
             weights = list(engine.module.parameters())
-            shards = [p.ds_tensor if kind == "zero3" else p for p in weights]
+            shards = [p.ds_tensor if kind.startswith("zero3") else p for p in weights]
             memory = [weakref.ref(t.untyped_storage()) for t in (*engine.backend.slots, *shards, *weights)]
             del weights, shards
             space = engine.space
@@ -71,10 +71,11 @@ WORLD = 4
 
 
 def _engine(kind: str, base: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> lso.Engine:
-    """An update of ours has an average beside it."""
+    """An update of ours has an average beside it; of `fsdp2+peft` adapters are trained."""
     own = base in UPDATES
     keep = [EMA(decay=0.9)] if own else []
-    model = engines.net(("unused",), dtype, seed)
+    kind, _, peft = kind.partition("+")
+    model = engines.net(("peft",) if peft else ("unused",), dtype, seed)
     return engines.build(kind, model, Remembering(), base=ours(base) if own else base, keep=keep)
 
 

@@ -87,13 +87,13 @@ def raised(
     return {"error": error, "local": local, "refused": refused, "settled": settled, "goes_on": goes_on}
 
 
-def non_finite(stage: int) -> dict[str, Any]:
+def non_finite(stage: int, zero: dict[str, Any] | None = None, bf16: bool = False) -> dict[str, Any]:
     """A step whose loss is not finite on one rank is skipped by all, and the next one is as if it had not been."""
-    good, bad = engines.batches(2, 3)
+    good, bad = engines.batches(2, 3, dtype=torch.bfloat16 if bf16 else torch.float32)
     bad[-1] = (bad[-1][0] * float("nan"), bad[-1][1])
     losses = []
     for batches in ((good, good), (good, bad, good)):
-        engine = start(stage, lso.SAM())
+        engine = start(stage, lso.SAM(), zero=zero, bf16=bf16)
         losses.append([engine.train_batch(engines.mine(b)) for b in batches][-1])
         skipped = engine.skipped_steps
         engines.close(engine)

@@ -45,13 +45,17 @@ def start(
 # -- law 1 in bf16 ---------------------------------------------------------------------------------------------------
 
 
-def bf16_distance(stage: int, method: str, sums: str | None, clip: float = 0.5) -> float:
+def bf16_distance(
+    stage: int, method: str, sums: str | None, clip: float = 0.5, zero: dict[str, Any] | None = None
+) -> float:
     """How far the engine and a loop that casts at the same places are apart after 6 steps: RMS over two models."""
     square, number = 0.0, 0
     for seed in range(2):
         steps = engines.batches(STEPS, 5, last=2, dtype=torch.bfloat16, seed=seed)
         plain = engines.net(seed=seed)
-        engine = start(stage, lso.registry.build(method), model=copy.deepcopy(plain), clip=clip, bf16=True, sums=sums)
+        engine = start(
+            stage, lso.registry.build(method), model=copy.deepcopy(plain), clip=clip, bf16=True, sums=sums, zero=zero
+        )
         assert all(t.dtype == torch.bfloat16 for t in engine.backend.working)
         for s in steps:
             engine.train_batch(engines.mine(s))
@@ -102,12 +106,12 @@ class Installs(lso.Plain):
         return space.noise(oracle.step).vector().mul_(10.0)
 
 
-def installed(stage: int, bf16: bool = False, sums: str | None = None) -> float:
+def installed(stage: int, bf16: bool = False, sums: str | None = None, zero: dict[str, Any] | None = None) -> float:
     """Largest error of w - lr v clip / |v| for an installed v, relative to the step; `unused` has a part of v too."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     engine = start(
         stage, Installs(), model=engines.net(["unused"]), base="sgd", clip=0.5, bf16=bf16, sums=sums,
-        zero={"sub_group_size": 50} if stage == 3 else None,
+        zero={"sub_group_size": 50 if stage == 3 else 10**9, **(zero or {})},
     )  # fmt: skip
     space = engine.space
     wanted = engines.whole(space)
@@ -268,7 +272,9 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def memory(stage: int, bf16: bool = False, sums: str | None = None) -> dict[str, float]:
+def memory(
+    stage: int, bf16: bool = False, sums: str | None = None, zero: dict[str, Any] | None = None
+) -> dict[str, float]:
     """Bytes that SAM holds at its second forward beyond those at the step's first, as a share of this rank's master."""
     held: list[int] = []
 
@@ -277,7 +283,7 @@ def memory(stage: int, bf16: bool = False, sums: str | None = None) -> dict[str,
         return cross_entropy(model, batch)
 
     model = nn.Sequential(nn.Linear(7, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 3))
-    small = {"reduce_bucket_size": 200000, "stage3_param_persistence_threshold": 0}
+    small = {"reduce_bucket_size": 200000, "stage3_param_persistence_threshold": 0, **(zero or {})}
     engine = start(stage, lso.SAM(), model=model, bf16=bf16, sums=sums, loss_fn=loss_fn, zero=small)
     [units] = engines.batches(1, dist.get_world_size(), dtype=torch.bfloat16 if bf16 else torch.float32)
     for _ in range(4):

@@ -20,6 +20,7 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 UPDATES: dict[str, dict[str, Any]] = {
     "lars": {"optim": "lars", "learning_rate": 1.0, "momentum": None, "optim_args": {"momentum": 0.9}},
+    "lora": {"lora": {"r": 4, "alpha": 8, "target_modules": ["linear"]}},
     "lamb": {"optim": "lamb", "learning_rate": 0.01, "momentum": None},
     "muon": {
         "optim": "adamw", "learning_rate": 0.01, "momentum": None,
@@ -33,7 +34,10 @@ BACKENDS: dict[str, dict[str, Any]] = {
 }
 LIVES = [
     ("zero3", "muon"),
-    *(pytest.param(*life, marks=pytest.mark.full) for life in (("ddp", "muon"), ("fsdp2", "lamb"), ("zero2", "lars"))),
+    *(
+        pytest.param(*life, marks=pytest.mark.full)
+        for life in (("ddp", "muon"), ("fsdp2", "lamb"), ("zero2", "lars"), ("fsdp2", "lora"), ("zero3", "lora"))
+    ),
 ]  # fmt: skip
 
 
