@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import elastic_lsopt as lso
 from elastic_lsopt.checkpoint.huggingface.drawn_weights import BLOCK, DrawnWeights
+from elastic_lsopt.checkpoint.huggingface.lora import AdaptedWeights
 from tests.cases.checkpoints.hugging_face import SHAPES, SMALL
 
 pytestmark = pytest.mark.fast
@@ -81,3 +82,25 @@ def test_it_leaves_torchs_generator_and_transformers_marks_alone() -> None:
     whole(DrawnWeights(model, 0), "lm_head.weight", 2100 * 64)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(getattr(module, "_is_hf_initialized", False) for module in model.modules())
+
+
+def test_adapters_begin_as_peft_begins_them() -> None:
+    """A is uniform in ±1/sqrt(inputs), B is zero: the model begins where the plain one is (LoRA, section 4.1)."""
+    import peft
+
+    model, _ = on_meta("llama")
+    settings = peft.LoraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    plain = DrawnWeights(model, seed=3)
+    peft.inject_adapter_in_model(settings, model, low_cpu_mem_usage=True)
+    weights = AdaptedWeights(model, plain, seed=3)
+    for layer, inputs in (("self_attn.q_proj", 64), ("mlp.down_proj", 96)):
+        name = f"model.layers.0.{layer}"
+        a, b, w, was = torch.empty(8 * inputs), torch.ones(64 * 8), torch.empty(64 * inputs), torch.empty(64 * inputs)
+        weights.copy_to(a, f"{name}.lora_A.default.weight", 0)
+        weights.copy_to(b, f"{name}.lora_B.default.weight", 0)
+        weights.copy_to(w, f"{name}.base_layer.weight", 0)
+        plain.copy_to(was, f"{name}.weight", 0)
+        assert torch.equal(b, torch.zeros(64 * 8)) and torch.equal(w, was)
+        bound = 1 / sqrt(inputs)
+        assert a.abs().max() <= bound and a.abs().max() > 0.98 * bound
+        assert abs(a.var() * 3 / bound**2 - 1) < 0.2 and abs(a.mean()) < 0.1 * bound
