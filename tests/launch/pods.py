@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from tests.jobs import Started
+from tests.launch.slow_job import LIMIT_S
 from tests.processes.ranks import ROOT, free_port
 
 FOLDER = ROOT / "launch/kubernetes"
@@ -58,7 +59,7 @@ class Pods:
         environment["ELASTIC_LSOPT_NODE"] = name  # its host name
         arguments = [self._here(_expanded(word, environment)) for word in self._spec["command"] + self._spec["args"]]
         variables = [f"{key}={value}" for key, value in environment.items()]
-        return Started(["env", *variables, *arguments], self._folder)
+        return Started(["env", *variables, *arguments], self._folder, limit_s=LIMIT_S)
 
     def _value(self, variable: Mapping[str, Any], address: str) -> str:
         match variable.get("valueFrom"):

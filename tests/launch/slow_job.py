@@ -10,6 +10,7 @@ from tests.jobs import TINY, rows, write_job
 
 STEPS = 60
 SHAPE: dict[str, Any] = {"max_steps": STEPS, "eval_steps": None, "save_steps": None, "workers": 1, "export": False}
+LIMIT_S = 400.0
 ELASTIC = {"lease_s": 4.0, "max_nodes": 4}
 
 

@@ -104,7 +104,7 @@ def test_who_is_told_to_leave_has_the_time_and_is_started_again(manifest: str) -
 
 
 @pytest.mark.full  # the manifests' commands are the same; the launchers' tests run such jobs each day
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("manifest", MANIFESTS)
 def test_two_pods_train_one_is_evicted_and_comes_back(tmp_path: Path, undisturbed: list[float], manifest: str) -> None:
     job, pods, started = SlowJob(tmp_path, elastic=ELASTIC | {"min_nodes": 1}), Pods(manifest, tmp_path), {}

@@ -13,7 +13,7 @@ from jsonschema import Draft7Validator
 
 from elastic_lsopt.elastic.agent.node_folder import addresses
 from tests.jobs import Started, losses
-from tests.launch.slow_job import ELASTIC, SlowJob
+from tests.launch.slow_job import ELASTIC, LIMIT_S, SlowJob
 from tests.processes.ranks import ROOT, free_port
 
 FILE = ROOT / "launch/skypilot.yaml"
@@ -62,13 +62,13 @@ class Machines:
         }  # fmt: skip
         variables = [f"{name}={value}" for name, value in shared.items()]
         return [
-            Started(["env", *variables, f"SKYPILOT_NODE_RANK={rank}", "bash", "-c", run], self._folder)
+            Started(["env", *variables, f"SKYPILOT_NODE_RANK={rank}", "bash", "-c", run], self._folder, limit_s=LIMIT_S)
             for rank in range(2)
         ]
 
 
 @pytest.mark.full
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("elsewhere", [2, 1], ids=["all elsewhere", "one elsewhere"])
 def test_both_machines_are_taken_and_others_come(tmp_path: Path, undisturbed: list[float], elsewhere: int) -> None:
     """Of those that come `elsewhere` have other addresses than those that were taken."""

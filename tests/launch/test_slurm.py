@@ -57,7 +57,7 @@ def running(request: pytest.FixtureRequest, tmp_path: Path, cluster: Slurm) -> t
     elastic = {"elastic": ELASTIC | {"min_nodes": 2}} if request.param == "elastic" else {}
     trained = SlowJob(tmp_path, **elastic)
     script = NODES if elastic else FIXED
-    job = cluster.submit(script, str(trained.file), options=["--nodes=2", "--ntasks-per-node=1"])
+    job = cluster.submit(script, str(trained.file), options=["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2"])
     job.until(lambda: trained.step() >= 4)
     return job, trained
 
@@ -124,8 +124,9 @@ def test_a_node_is_given_back(tmp_path: Path, cluster: Slurm, undisturbed: list[
     trained = SlowJob(tmp_path, elastic=ELASTIC)
     job = cluster.submit(NODES, str(trained.file), options=["--nodes=2"])
     job.until(lambda: len(trained.nodes()) == 2 and trained.step() >= 4)
-    steps = cluster.call("squeue", "--noheader", "--steps", "--format=%N %i").splitlines()
-    cluster.leave(dict(step.split() for step in steps)["127.0.0.2"])
+    steps = cluster.call("squeue", "--noheader", "--steps", "--format=%j %N %i").splitlines()
+    (agent,) = [step.split()[-1] for step in steps if step.startswith("agent 127.0.0.2 ")]
+    cluster.leave(agent)
     job.until(lambda: hosts(trained) == {"127.0.0.1"})
     cluster.call("scontrol", "update", f"jobid={job.number}", "nodelist=127.0.0.1")
     trained.hurry()

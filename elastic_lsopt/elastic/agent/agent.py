@@ -70,7 +70,7 @@ class Agent:
         self._generation: Generation | None = None
         self._draining = self._stopping = self._user_error = False
         self._stopped = self._trained_to_the_end = False
-        """How the job has ended for this node's workers: told to stop, and its state is saved, or after its last step."""
+        """How the job has ended for this node's workers: told to stop, with its state saved, or after its last step."""
         self._forced = 0
         """The newest generation that was formed because somebody was lost."""
         self._broken: dict[int, tuple[float, str]] = {}

@@ -155,8 +155,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, undisturbed:
 
 @LIMIT
 def test_a_job_that_waits_for_nodes_has_saved_and_can_be_ended(tmp_path: Path, undisturbed: dict[int, Any]) -> None:
-    """One of two nodes leaves, `min_nodes` are two: the other waits, is told to end, and both start again later. Neither
-    has ended with 0 before the job has: a scheduler would take that for its end."""
+    """One of two nodes leaves, `min_nodes` are two: the other waits, is told to end, and both start again later.
+    Neither ends with 0 before the job does: a scheduler would take that for its end."""
     elastic = {"endpoint": f"127.0.0.1:{free_port()}", "address": "127.0.0.1", "min_nodes": 2}
     shape = SHAPE | {"workers": 1, "save_steps": None, "exit_code_when_stopped": 85}
     job, run = write_job(tmp_path / "run.yaml", model=SLOW, elastic=elastic, export=False, **shape), tmp_path / "run"
