@@ -91,8 +91,10 @@ def check_paths(config: TrainConfig) -> None:
             raise SettingError(key, f"{key}={named} does not exist; give a folder or a name in the local cache.")
     for key in ("dataset", "eval_dataset"):
         named = getattr(config, key)
-        looks_like_path = named is not None and (Path(named).suffix or named.startswith((".", "/", "~")))
-        if named not in BUILTIN_DATASETS and looks_like_path and not Path(named).expanduser().exists():
+        if named is None or named in BUILTIN_DATASETS:
+            continue
+        looks_like_path = Path(named).suffix or named.startswith((".", "/", "~"))
+        if looks_like_path and not Path(named).expanduser().exists():
             raise SettingError(key, f"{key}={named} does not exist; give a file, a folder or a name.")
     if config.chat_template is not None and not Path(config.chat_template).expanduser().is_file():
         raise SettingError("chat_template", f"chat_template={config.chat_template} is no file.")

@@ -146,6 +146,8 @@ def _metrics(config: TrainConfig, found: NDArray[np.float32], labels: NDArray[np
         raise UserError(f"compute_metrics={path} returned a {type(own).__name__}; return {{name: number}}.")
     told = {}
     for name, value in own.items():
+        if str(name).removeprefix("eval_") == "loss":
+            raise UserError(f"compute_metrics={path} returned {name!r}, which is the held-out loss; take another name.")
         try:
             told[str(name).removeprefix("eval_")] = float(value)
         except (TypeError, ValueError):

@@ -59,6 +59,8 @@ def read_corpus(config: TrainConfig, tokens: Tokens, *, evaluation: bool = False
     else:
         source, fraction = Source.of(config.dataset), 0.0 if config.eval_dataset else config.eval_fraction
     kind = format_of(config, _first(config, source))
+    if config.chat_template is not None and kind != "chat":
+        raise SettingError("chat_template", f"chat_template is for chat data, but {source.name!r} holds {kind} data.")
     packing = packing_of(config, kind)
     encoder = encoder_of(config, tokens, kind, packing)
     reading = _Reading(config, source, tokens, fraction, kind, packing, encoder)

@@ -22,6 +22,10 @@ def fails(evaluated: Any) -> dict[str, float]:
     raise ValueError("no such\nscore")
 
 
+def taken(evaluated: Any) -> dict[str, float]:
+    return {"eval_loss": 1.0}
+
+
 def nothing(evaluated: Any) -> None:
     return None
 

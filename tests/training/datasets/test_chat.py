@@ -137,6 +137,7 @@ def test_bad_input_is_one_line(tmp_path: Path, folder: Path) -> None:
         ([{"messages": CHAT[:2]}], "chatml", {}, "c.jsonl:1: field 'messages' has no message of an assistant"),
         ([{"messages": CHAT[2:3] * 2}], str(tmp_path / "strict"), {}, "refuses it: roles must alternate"),
         ([good | {"text": "a"}], "chatml", {}, "are those of chat and of text data; say which: dataset_format: chat"),
+        ([{"text": "a"}], "chatml", {"chat_template": "t.jinja"}, "is for chat data, but .* holds text data"),
         ([good], "chatml", {"packing": "concatenate"}, "would cut chat data .*; use packing: documents"),
         ([good], "chatml", {"block_size": 4}, "no record has anything to train on within block_size=4; raise"),
     ]
