@@ -45,7 +45,9 @@ def main():
                 if accelerator.sync_gradients:
                     losses.append(loss)
         passes = optimizer.last_step.passes
-        accelerator.print(f"epoch {epoch}: loss {sum(losses) / len(losses):.4f}, {len(losses)} steps of {passes} passes")
+        accelerator.print(
+            f"epoch {epoch}: loss {sum(losses) / len(losses):.4f}, {len(losses)} steps of {passes} passes"
+        )
     accelerator.end_training()
 
 

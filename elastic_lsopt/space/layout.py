@@ -22,7 +22,6 @@ from torch import Tensor
 
 from elastic_lsopt.space.dealing import Dealing
 
-
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 """What activation checkpointing and torch.compile put between a module's name and its child's."""
 
