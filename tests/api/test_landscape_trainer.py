@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with landscape-aware steps: the papers' weights on every backend, and stock where method is none."""
+"""Hugging Face's Trainer with landscape-aware steps: the papers' weights on every backend, stock with method none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.cases import trainer as cases
+from tests.cases import trainer_laws as laws
 from tests.laws.cover import daily
 
 NATIVE = ("native", 2)
@@ -15,11 +16,11 @@ NATIVE = ("native", 2)
 PLACES = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
 
 
-def on(ranks: Callable[[int], Any], world: int, case: str, **arguments: Any) -> list[dict[str, Any]]:
+def on(ranks: Callable[[int], Any], world: int, case: Callable[..., Any], **arguments: Any) -> list[dict[str, Any]]:
     """One process is this one, without a process group."""
     if arguments["kind"] == "plain":
-        return [getattr(cases, case)(**arguments)]
-    return ranks(world).run(f"tests.cases.trainer:{case}", **arguments)
+        return [case(**arguments)]
+    return ranks(world).run(f"{case.__module__}:{case.__name__}", **arguments)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def on(ranks: Callable[[int], Any], world: int, case: str, **arguments: Any) -> 
 )
 def test_weights_are_the_papers(ranks: Any, kind: str, world: int, method: str, clip: float, lora: bool) -> None:
     """fp32, six updates of three micro-batches, the last of two; loss, norms, counts and rates as in a one-pass run."""
-    for r in on(ranks, world, "against_paper", kind=kind, method=method, clip=clip, lora=lora):
+    for r in on(ranks, world, laws.against_paper, kind=kind, method=method, clip=clip, lora=lora):
         assert r["dw"] < 1e-6 and r["dloss"] < 2e-6, r
         assert r["moved"] > 1e-2, r
         assert r["lr"] == pytest.approx([cases.LR * (1 - k / 6) for k in range(6)])
@@ -68,7 +69,7 @@ def test_weights_are_the_papers(ranks: Any, kind: str, world: int, method: str, 
 )
 def test_method_none_is_the_trainer_itself(ranks: Any, kind: str, world: int) -> None:
     """To the last bit, with dropout, label smoothing and clipping."""
-    for r in on(ranks, world, "beside_stock", kind=kind):
+    for r in on(ranks, world, laws.beside_stock, kind=kind):
         assert r == {"dw": 0.0, "logs": True}
 
 
@@ -81,7 +82,17 @@ def test_method_none_is_the_trainer_itself(ranks: Any, kind: str, world: int) ->
     ],
 )
 def test_probes_on_the_way(ranks: Any, kind: str, world: int, method: str) -> None:
-    for r in on(ranks, world, "measured", kind=kind, method=method):
+    for r in on(ranks, world, laws.measured, kind=kind, method=method):
         assert r["dw"] == 0.0 and r["steps"] == [2, 4], r
         assert r["lambda_max"] == pytest.approx(r["wanted"]["lambda_max"], rel=1e-3)
         assert r["distance"] == pytest.approx(r["wanted"]["distance"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "world,lora", [(1, False), *(pytest.param(2, lora, marks=pytest.mark.full) for lora in (False, True))]
+)
+def test_trls_trainer(ranks: Any, world: int, lora: bool) -> None:
+    """Through the mixin; each token is counted once, and the first step's measures are those of one pass."""
+    for r in [laws.sft(lora)] if world == 1 else ranks(world).run("tests.cases.trainer_laws:sft", lora=lora):
+        assert r["dw"] < 1e-6 and r["tokens"] == r["of"], r
+        assert r["first_step"][0] == pytest.approx(r["first_step"][1], rel=1e-6)

@@ -12,7 +12,8 @@ import pytest
 
 import elastic_lsopt as lso
 from tests.api.test_landscape_trainer import NATIVE, PLACES, on
-from tests.cases import trainer as cases
+from tests.cases import trainer as trainers
+from tests.cases import trainer_checkpoints as cases
 
 WAYS = [
     (("ddp", 2), ("plain", 1), False),
@@ -25,8 +26,8 @@ WAYS = [
 
 
 def saved_and_resumed(ranks: Any, folder: Path, there: Any, here: Any, lora: bool) -> tuple[dict[str, Any], list[Any]]:
-    was = on(ranks, there[1], "saved", kind=there[0], folder=str(folder), lora=lora)[0]
-    again = on(ranks, here[1], "resumed", kind=here[0], folder=str(folder), wanted=was["weights"], lora=lora)
+    was = on(ranks, there[1], cases.saved, kind=there[0], folder=str(folder), lora=lora)[0]
+    again = on(ranks, here[1], cases.resumed, kind=here[0], folder=str(folder), wanted=was["weights"], lora=lora)
     return was, again
 
 
@@ -53,7 +54,7 @@ def test_resumed_anywhere(ranks: Callable[[int], Any], tmp_path: Path, there: An
 
 @pytest.mark.parametrize("place", [("plain", 1), *(pytest.param(p, marks=pytest.mark.full) for p in PLACES[1:])])
 def test_resumed_where_it_was(ranks: Callable[[int], Any], tmp_path: Path, place: Any) -> None:
-    was, again = saved_and_resumed(ranks, tmp_path, place, place, False)
+    _, again = saved_and_resumed(ranks, tmp_path, place, place, False)
     assert all(r["dw"] == 0.0 and r["seen"] == 6 for r in again)
     # Ours is safetensors and JSON; the rest is Hugging Face's own.
     for path in (tmp_path / "checkpoint-2" / "landscape").rglob("*.*"):
@@ -69,7 +70,7 @@ def test_a_damaged_one_is_one_line(tmp_path: Path) -> None:
     for file in told["files"].values():
         file["blake2b"] = "0" * 64
     manifest.write_text(json.dumps(told))
-    with cases.fresh(), pytest.raises(lso.UserError, match="does not match its checksum") as caught:
+    with trainers.fresh(), pytest.raises(lso.UserError, match="does not match its checksum") as caught:
         cases.run("plain", str(tmp_path / "other"), resume=str(tmp_path / "checkpoint-2"))
     assert "\n" not in str(caught.value)
 
@@ -78,18 +79,18 @@ def test_a_stock_trainers_is_gone_on_from(tmp_path: Path, caplog: pytest.LogCapt
     """Weights and optimizer are the Trainer's; what the method remembers begins anew, and says so."""
     from transformers import Trainer
 
-    with cases.fresh():
-        args = cases.arguments("plain", str(tmp_path), save_strategy="steps", save_steps=2, max_steps=2)
-        stock = Trainer(model=cases.llama(lora=True), args=args, train_dataset=cases.rows())
+    with trainers.fresh():
+        args = trainers.arguments("plain", str(tmp_path), save_strategy="steps", save_steps=2, max_steps=2)
+        stock = Trainer(model=trainers.llama(lora=True), args=args, train_dataset=trainers.rows())
         stock.train()
-        start = cases.weights_of(stock)
-    with cases.fresh():
-        args = cases.arguments("plain", str(tmp_path), max_steps=3, learning_rate=0.0)
+        start = trainers.weights_of(stock)
+    with trainers.fresh():
+        args = trainers.arguments("plain", str(tmp_path), max_steps=3, learning_rate=0.0)
         trainer = lso.LandscapeTrainer(
-            model=cases.llama(lora=True), args=args, train_dataset=cases.rows(), landscape=cases.Lagging()
+            model=trainers.llama(lora=True), args=args, train_dataset=trainers.rows(), landscape=cases.Lagging()
         )
         trainer.train(resume_from_checkpoint=True)
-        assert trainer.state.global_step == 3 and cases.apart(cases.weights_of(trainer), start) == 0.0
+        assert trainer.state.global_step == 3 and trainers.apart(trainers.weights_of(trainer), start) == 0.0
         step = trainer._landscape_step
         assert step is not None and step.state["seen"] == 1
         assert trainer.optimizer.optimizer.state[next(iter(trainer.optimizer.optimizer.state))]["step"] == 3
@@ -99,5 +100,5 @@ def test_a_stock_trainers_is_gone_on_from(tmp_path: Path, caplog: pytest.LogCapt
 @pytest.mark.parametrize("kind,world", [("plain", 1), pytest.param("fsdp2", 2, marks=pytest.mark.full),
                                         pytest.param("zero3", 2, marks=pytest.mark.full)])  # fmt: skip
 def test_the_best_model_at_the_end(ranks: Callable[[int], Any], tmp_path: Path, kind: str, world: int) -> None:
-    for r in on(ranks, world, "best_at_end", kind=kind, folder=str(tmp_path)):
+    for r in on(ranks, world, cases.best_at_end, kind=kind, folder=str(tmp_path)):
         assert r["dw"] == 0.0 and r["best"] == "checkpoint-2", r

@@ -14,6 +14,8 @@ from torch.utils.data import IterableDataset
 
 import elastic_lsopt as lso
 from tests.cases import trainer as cases
+from tests.cases.trainer_checkpoints import Lagging
+from tests.cases.trainer_laws import against_paper
 
 SAM = lso.SAM(**cases.METHODS["sam"])
 
@@ -49,7 +51,7 @@ def afresh() -> Iterator[None]:
     ],
 )
 def test_arguments_that_change_no_number(more: dict[str, Any]) -> None:
-    r = cases.against_paper("plain", "sam", 0.5, **more)
+    r = against_paper("plain", "sam", 0.5, **more)
     assert r["dw"] < 1e-6 and r["moved"] > 1e-2, r
 
 
@@ -95,7 +97,7 @@ def test_both_passes_see_one_mask_and_statistics_move_once(tmp_path: Path) -> No
 
 def test_trained_a_second_time_it_goes_on(tmp_path: Path) -> None:
     """A method's memory outlives `train`, as the optimizer's does."""
-    trainer = made(tmp_path, landscape=cases.Lagging(), max_steps=2)
+    trainer = made(tmp_path, landscape=Lagging(), max_steps=2)
     trainer.train()
     step, memory = trainer._landscape_step, trainer._landscape_step.state["last"]
     trainer.args.max_steps = 3

@@ -12,6 +12,7 @@ import torch
 import elastic_lsopt as lso
 from elastic_lsopt.api.trainer.refusals import method_of
 from tests.cases import trainer as cases
+from tests.cases.trainer_checkpoints import Lagging
 
 SAM = lso.SAM(rho=0.1)
 
@@ -71,7 +72,7 @@ def test_a_wrapped_optimizer_is_refused(tmp_path: Path) -> None:
 def test_data_parallel_is_refused(tmp_path: Path) -> None:
     args = cases.arguments("plain", str(tmp_path))
     args._n_gpu = 2  # what two GPUs in one process would make it
-    with pytest.raises(lso.Unsupported, match="DataParallel on 2 GPUs of one process .* --nproc-per-node 2"):
+    with pytest.raises(lso.Unsupported, match=r"DataParallel on 2 GPUs of one process .* --nproc-per-node 2"):
         lso.LandscapeTrainer(model=cases.llama(), args=args, train_dataset=cases.rows(), landscape=SAM)
 
 
@@ -87,7 +88,7 @@ def test_a_trainer_that_samples_in_its_own_way_is_refused(tmp_path: Path) -> Non
 
 
 def test_on_several_ranks(ranks: Any) -> None:
-    for told in ranks(2).run("tests.cases.trainer:refusals"):
+    for told in ranks(2).run("tests.cases.trainer_laws:refusals"):
         assert told == [
             "DDP for FSDP", "no gradient_clipping", "an optimizer of the JSON", "auto_find_batch_size", "torch_compile",
             "fp16 in the JSON", "a base of whole matrices",
@@ -98,4 +99,4 @@ def test_on_several_ranks(ranks: Any) -> None:
 def test_a_method_by_name_or_as_in_a_yaml() -> None:
     assert method_of(None) == lso.Plain() and method_of("asam") == lso.ASAM()
     assert method_of({"method": "sam", "rho": 0.2}) == lso.SAM(rho=0.2)
-    assert method_of({"import": "tests.cases.trainer:Lagging"}) == cases.Lagging()
+    assert method_of({"import": "tests.cases.trainer_checkpoints:Lagging"}) == Lagging()

@@ -66,6 +66,13 @@ def test_updates_and_an_average(ranks: Callable[[int], Ranks]) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("world,place", [(1, "one_process"), pytest.param(2, "ddp", marks=pytest.mark.full)])
+def test_trainer_steps(ranks: Callable[[int], Ranks], world: int, place: str) -> None:
+    figures = ranks(world).run("tests.cases.trainer_laws:benchmark", size="toy")[0]
+    assert figures[f"sam_{place}_of_two_trainer_steps"] > 0 and figures[f"none_{place}_of_trainer_step"] > 0
+
+
+@pytest.mark.long
 def test_on_a_device(ranks: Callable[[int], Ranks]) -> None:
     for part, figure in (
         ("methods", "toy_sam_of_two_base_steps"), ("updates", "toy_muon_step_of_adamw"),

@@ -1,4 +1,4 @@
-"""The same six updates of SAM by each door: a closure, an engine, space and oracle, the Trainer, accelerate, Lightning."""
+"""Six updates of SAM by each door: a closure, an engine, space and oracle, the Trainer, accelerate, Lightning."""
 
 from __future__ import annotations
 

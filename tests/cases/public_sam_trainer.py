@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import distribute_tensor
 from transformers import Trainer
 
 import elastic_lsopt as lso
@@ -63,9 +64,9 @@ class PublicSAMTrainer(Trainer):
         one_pass()
         with torch.no_grad():
             for p, old in zip(params, kept, strict=True):
-                if self.mistake == "cloned" and hasattr(p, "full_tensor"):
-                    old = torch.distributed.tensor.distribute_tensor(old, p.device_mesh, p.placements)
-                local(p).copy_(local(old))
+                cut = self.mistake == "cloned" and hasattr(p, "full_tensor")
+                own = distribute_tensor(old, p.device_mesh, p.placements) if cut else old
+                local(p).copy_(local(own))
         return loss
 
 

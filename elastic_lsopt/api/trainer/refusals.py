@@ -135,7 +135,8 @@ def _refuse_optimizer(trainer: Trainer) -> None:
 def _deepspeed_json(trainer: Trainer) -> dict[str, Any] | None:
     if not trainer.is_deepspeed_enabled:
         return None
-    return trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+    plugin: Any = trainer.accelerator.state.deepspeed_plugin
+    return plugin.hf_ds_config.config
 
 
 def _model(trainer: Trainer) -> Any:

@@ -4,9 +4,10 @@
     class LandscapeSFT(lso.LandscapeTrainerMixin, trl.SFTTrainer): ...
 
 [Note: where the passes run] The loop fetches all micro-batches of an update before it runs them (`get_batch_samples`),
-and calls `training_step` for each. Ours idles until the last of them, then takes the step: every pass runs the Trainer's
-own `training_step` on every micro-batch. What the method makes of it is left in `.grad`, where the loop clips it, calls
-its callbacks and steps the optimizer. Under DeepSpeed it lies in the engine's buffer, and the engine clips and steps.
+and calls `training_step` for each. Ours idles until the last of them, then takes the step: every pass runs the
+Trainer's own `training_step` on every micro-batch. What the method makes of it is left in `.grad`, where the loop clips
+it, calls its callbacks and steps the optimizer. Under DeepSpeed it lies in the engine's buffer, and the engine clips
+and steps.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,8 @@ class LandscapeTrainerMixin(_Base):
         if self.is_deepspeed_enabled:
             from elastic_lsopt.api.trainer.deepspeed_passes import count_one_micro_batch
 
-            count_one_micro_batch(self.accelerator.state.deepspeed_plugin.hf_ds_config.config)
+            plugin: Any = self.accelerator.state.deepspeed_plugin
+            count_one_micro_batch(plugin.hf_ds_config.config)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         given = self.optimizer
@@ -169,7 +171,7 @@ class LandscapeTrainerMixin(_Base):
             log.warning("%s is no LandscapeTrainer's checkpoint: the method begins anew.", resume_from_checkpoint)
         return made
 
-    def _place(self, model: nn.Module) -> None:
+    def _place(self, model: Any) -> None:
         """Find where the weights lie; what a method remembers goes on while model and optimizer are the same."""
         if self.is_deepspeed_enabled and self._takes_steps:
             from elastic_lsopt.api.trainer.deepspeed_passes import BackwardOnly
@@ -192,7 +194,7 @@ class LandscapeTrainerMixin(_Base):
                 callback.placed = step
 
     def _placed_on(self, model: Any) -> LandscapeStep:
-        base = getattr(self.optimizer, "optimizer", self.optimizer)  # out of accelerate's wrapper
+        base: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # out of accelerate's wrapper
         while (inner := getattr(model, "_modules", {}).get("_orig_mod")) is not None:  # out of torch.compile's
             model = inner
         backend = backend_for(model, base, max_grad_norm=self.args.max_grad_norm)
@@ -207,7 +209,8 @@ class LandscapeTrainerMixin(_Base):
         self._landscape_step.clock = self._clock
         save_portable(self._landscape_step, output_dir)
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            schedule: Any = self.lr_scheduler
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if portable_part(resume_from_checkpoint) is None or (
@@ -219,9 +222,9 @@ class LandscapeTrainerMixin(_Base):
         if self._landscape_step is None:
             raise UserError(f"{part} cannot be resumed here: this model, optimizer or place is not supported.")
         load_portable(self._landscape_step, part)
-        scheduler = part.parent / SCHEDULER_NAME
-        if scheduler.exists():
-            self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
+        saved, schedule = part.parent / SCHEDULER_NAME, cast(Any, self.lr_scheduler)
+        if saved.exists():
+            schedule.load_state_dict(torch.load(saved, weights_only=True))
 
     def _load_best_model(self) -> None:
         part = portable_part(self.state.best_model_checkpoint)

@@ -1,7 +1,7 @@
 """The loss of one update of Hugging Face's Trainer: a pass is its own `training_step` on each of the micro-batches.
 
-So the loss is the Trainer's: `num_items_in_batch`, label smoothing, `compute_loss_func`, autocast, activation offload and
-whatever a subclass adds are the same in each pass, because the same code runs them.
+So the loss is the Trainer's: `num_items_in_batch`, label smoothing, `compute_loss_func`, autocast, activation offload
+and whatever a subclass adds are the same in each pass, because the same code runs them.
 """
 
 from __future__ import annotations
