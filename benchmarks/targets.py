@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.imports import COMMANDS
+from benchmarks.plan_memory import SETTINGS as PLANNED
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ TARGETS = (
     Target("updates", "muon_own_step_of_torch_on_one", at_most=0.65),  # 1/N + 0.15 on two ranks
     Target("updates", "ema_zero2_step_of_base", at_most=1.02),
     Target("updates", "ema_zero2_bytes_of_fp32_shard", at_most=1.0001),
+    *(Target("plan_memory", f"{name}_off", at_most=0.1) for name in PLANNED),
     Target("imports", "import_beyond_torch_s", at_most=0.3),
     *(Target("imports", f"help{c and '_' + c}_beyond_python_s", at_most=0.3) for c in COMMANDS),
     Target("noise", "cpu_fill_speed_of_randn", at_least=0.5),
