@@ -58,7 +58,7 @@ def refusal(capsys, *arguments: str) -> str:
     ("shape", "parameters", "folder"),
     [
         (LLAMA_70B, 70_553_706_496, True),
-        pytest.param(LLAMA_405B, 405_853_388_800, False, marks=pytest.mark.full),
+        (LLAMA_405B, 405_853_388_800, False),
     ],
 )
 def test_a_very_large_model_is_planned_in_20_seconds(capsys, tmp_path, shape, parameters, folder):

@@ -13,7 +13,7 @@ reduction:
     ZeRO 2        backward: c x bucket (twice with overlap_comm); once it has been full, its content once more, and the
                   rank's share of this micro-batch's gradients beside that of those before.
     ZeRO 3        a bucket is kept. Gathered: small parameters, what is needed again within max_reuse_distance, a module
-                  and the prefetch. As the bucket is reduced, its content once more.
+                  and the prefetch, which arrive in a buffer and are copied. As the bucket is reduced, its content again.
 
     step          Adam on a CPU takes two tensors as large as what it steps on (a parameter; a flat partition under
                   ZeRO), on a GPU one as large as all; ZeRO 1 and 2 first copy their share of the gradient to fp32.
@@ -59,8 +59,9 @@ def _moments(s: Segment, p: Pass, size: ModelSize, at: Placement, more: bool) ->
     flushed = backward and (new >= bucket or s is p.segments[-1])
     match at.stage if at.backend == "deepspeed" else 0:
         case 3:
-            gathered = at.compute * _zero3_gathered(size, at)
-            yield {GATHERED: gathered, BUFFERS: flushed * min(bucket, new), ACTIVATIONS: s.activations}
+            gathered, arrives = _zero3_gathered(size, at, backward=backward)
+            buffers = at.compute * arrives + flushed * min(bucket, new)
+            yield {GATHERED: at.compute * gathered, BUFFERS: buffers, ACTIVATIONS: s.activations}
         case 2:
             buffers = bucket * (2 if at.zero.overlap else 1) * backward + flushed * min(bucket, new)
             yield {GRADIENT: share * (more + flushed), BUFFERS: buffers, ACTIVATIONS: s.activations}
@@ -117,13 +118,14 @@ def kept_for_backward(size: ModelSize, at: Placement) -> int:
     return sum(n for n, used in zip(reversed(modules), after, strict=False) if used < at.zero.reuse)
 
 
-def _zero3_gathered(size: ModelSize, at: Placement) -> int:
-    """ZeRO 3: elements that are whole at the end of the forward, when most are."""
+def _zero3_gathered(size: ModelSize, at: Placement, *, backward: bool) -> tuple[int, int]:
+    """ZeRO 3: elements that are whole where most are, and those of the buffer in which further ones arrive."""
     if at.shards == 1:
-        return 0  # the shard is the parameter
-    largest = max(_gathered_modules(size, at), default=0)
-    for_a_while = kept_for_backward(size, at) + min(at.zero.live, largest + at.zero.prefetch)
-    return min(size.elements, always_whole(size, at) + for_a_while)
+        return 0, 0  # the shard is the parameter
+    always, kept = always_whole(size, at), kept_for_backward(size, at)
+    at_once = min(at.zero.live, max(_gathered_modules(size, at), default=0) + at.zero.prefetch)
+    arrives = min(at_once, size.elements - always - (kept if backward else 0))
+    return min(size.elements, always + kept + at_once), arrives
 
 
 def _gathered_modules(size: ModelSize, at: Placement) -> list[int]:
