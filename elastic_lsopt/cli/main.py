@@ -150,7 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     looks.add_argument("--json", action="store_true", help="print one JSON object")
     purpose = "list the runs of a folder, or compare some: runs [FOLDER], runs compare RUN RUN …"
     listed = commands.add_parser("runs", help=purpose, description=purpose)
-    listed.add_argument("folders", metavar="FOLDER", nargs="*", help="where runs lie (default: runs), or compare and runs")
+    listed.add_argument(
+        "folders", metavar="FOLDER", nargs="*", help="where runs lie (default: runs), or compare and runs"
+    )
     listed.add_argument("--json", action="store_true", help="print one JSON object")
     finished = commands.add_parser("probe", help="curvature and flatness of a finished model")
     arguments_of(finished)
@@ -160,7 +162,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--worlds", metavar="N,N,…", help="numbers of ranks (default: powers of two)")
-    command.add_argument("--gpu-memory", metavar="SIZE", help="of one GPU, such as 80GiB: from how many ranks on it fits")
+    command.add_argument(
+        "--gpu-memory", metavar="SIZE", help="of one GPU, such as 80GiB: from how many ranks on it fits"
+    )
     command.add_argument(
         "--tokens-per-second", type=float, metavar="N", help="of one rank, forward and backward of a pass: gives hours"
     )

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.training.console import duration
 from elastic_lsopt.training.run_folder import CONFIG, METRICS, read_metrics
 from elastic_lsopt.training.run_state import STATE, read_state
 
@@ -196,17 +197,9 @@ def _print_summaries(found: Sequence[Summary]) -> None:
         step = UNSET if run.step is None else f"{run.step}" + (f"/{run.steps}" if run.steps else "")
         rows.add_row(
             run.name, run.state, step, _short(run.loss), _short(run.eval_loss), _short(run.batch), _short(run.members),
-            UNSET if run.age_s is None else f"{age(run.age_s)} ago",
+            UNSET if run.age_s is None else f"{duration(run.age_s)} ago",
         )  # fmt: skip
     console.print(rows)
-
-
-def age(seconds: float) -> str:
-    """In the unit that reads well: 40 s, 12 min, 5 h, 3 d."""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
 
 
 def _short(value: Any) -> str:

@@ -78,6 +78,8 @@ def _gpus(*, asked: bool) -> Iterator[Finding]:
     if not torch.distributed.is_nccl_available():
         yield fail("NCCL", "torch is built without it", "install torch for CUDA from its own index")
     else:
-        yield ok("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+        from torch.cuda import nccl
+
+        yield ok("NCCL", ".".join(map(str, nccl.version())))
     if not on_gpu():
         yield warn("device", "DS_ACCELERATOR=cpu keeps jobs on the CPU", "unset DS_ACCELERATOR")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 from elastic_lsopt.cli.doctor.finding import Finding, fail, ok, warn
 
@@ -35,7 +37,8 @@ def look_at_software() -> Iterator[Finding]:
             yield fail(name, f"{version}, and {wish} is what the tests ran on", f"pip install '{name}{wish}'")
         else:
             yield ok(name, version + (f" (asked for: {limits})" if limits else ""))
-    here = [name for name in LAUNCHERS if shutil.which(name)]
+    beside = Path(sys.executable).parent  # of an environment that is not activated
+    here = [name for name in LAUNCHERS if shutil.which(name) or (beside / name).exists()]
     away = [f"{name} ({how})" for name, how in LAUNCHERS.items() if name not in here]
     found = f"{', '.join(here) or 'none'}" + (f"; not here: {', '.join(away)}" if away else "")
     yield ok("launchers", found) if here else warn("launchers", found, "install one, or start with elastic-lsopt train")
