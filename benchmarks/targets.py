@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.imports import COMMANDS
+from benchmarks.plan_memory import SETTINGS as PLANNED
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ TARGETS = (
     Target("loading", "limited_host_load_passes", at_least=1),
     Target("loading", "limited_host_whole_copies_pass", at_most=0),
     Target("loading", "sam_1_3b_two_workers_bytes", at_most=20 * 2**30),
+    *(Target("plan_memory", f"{name}_off", at_most=0.1) for name in PLANNED),
     Target("imports", "import_beyond_torch_s", at_most=0.3),
     *(Target("imports", f"help{c and '_' + c}_beyond_python_s", at_most=0.3) for c in COMMANDS),
     Target("noise", "cpu_fill_speed_of_randn", at_least=0.5),

@@ -1,4 +1,4 @@
-"""The command line: `train | agent | validate | study FILE.yaml [key=value …]`, `status | report FOLDER`, `schema`.
+"""The command line: `train | agent | validate | plan | study FILE.yaml [key=value …]`, `status | report FOLDER`, …
 
 Sub-commands import what they need when they run, so `--help` answers at once. A user's mistake is one line on stderr
 and exit code 2; whatever else goes wrong keeps its traceback, because it is ours to mend.
@@ -16,6 +16,7 @@ from elastic_lsopt.errors import UserError
 FROM_A_RUN = "run the code that names the model, also where the file is a run's own settings"
 TRUST = {
     "train": FROM_A_RUN, "agent": FROM_A_RUN, "validate": "import the code that names the model, to know its size",
+    "plan": "import the code that the file names, to know its size",
 }  # fmt: skip
 
 
@@ -62,6 +63,15 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
             from elastic_lsopt.cli.validate import validate
 
             return validate(arguments.file, arguments.overrides, trust=arguments.trust)
+        case "plan":
+            from elastic_lsopt.cli.plan_job import Asked, plan_job
+
+            asked = Asked(
+                worlds=arguments.worlds, gpu_memory=arguments.gpu_memory, as_json=arguments.json,
+                tokens_per_second=arguments.tokens_per_second, price_per_hour=arguments.price_per_hour,
+                trust=arguments.trust,
+            )  # fmt: skip
+            return plan_job(arguments.file, arguments.overrides, asked)
         case "study":
             from elastic_lsopt.cli.study import study
 
@@ -77,6 +87,19 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
             from elastic_lsopt.cli.probe import probe
 
             return probe(arguments, given[1:])
+        case "doctor":
+            from elastic_lsopt.cli.doctor.doctor import Asked as AskedOfDoctor
+            from elastic_lsopt.cli.doctor.doctor import doctor
+
+            looked_for = AskedOfDoctor(
+                hostfile=arguments.hostfile, store=arguments.store, output_dir=arguments.output_dir, gpu=arguments.gpu,
+                as_json=arguments.json,
+            )  # fmt: skip
+            return doctor(looked_for)
+        case "runs":
+            from elastic_lsopt.cli.runs import runs
+
+            return runs(arguments.folders, as_json=arguments.json)
         case "report":
             from elastic_lsopt.cli.report import report
 
@@ -98,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "run a job; starts its own workers where no launcher did"),
         ("agent", "be this node's agent in an elastic job: start, feed and fence its workers, and vote"),
         ("validate", "check a file; print the batch arithmetic and the memory per rank, without a GPU"),
+        ("plan", "memory, batch, communication, time and price on each world size, before the job runs"),
         ("study", "train a grid of small networks; rank flatness measures by Kendall's tau with the gap"),
     ):
         command = commands.add_parser(name, help=purpose, description=purpose)
@@ -107,6 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         if why := TRUST.get(name):
             command.add_argument("--trust", action="store_true", help=why)
+        if name == "plan":
+            _plan_options(command)
     live = commands.add_parser("status", help="members, generation, throughput and last changes of an elastic job")
     live.add_argument("run_folder", metavar="RUN_FOLDER", help="the job's output_dir")
     live.add_argument("--endpoint", metavar="HOST:PORT", help="any living node's store (default: of the run folder)")
@@ -115,10 +141,35 @@ def _parser() -> argparse.ArgumentParser:
     purpose = "draw a run: one HTML page that needs no network, and its pictures"
     drawn = commands.add_parser("report", help=purpose, description=purpose)
     drawn.add_argument("run_folder", metavar="RUN_FOLDER", help="a job's output_dir, or the folder of a probe or study")
+    purpose = "is this machine, and are its hosts, ready for a job; what to fix"
+    looks = commands.add_parser("doctor", help=purpose, description=purpose)
+    looks.add_argument("--hostfile", metavar="FILE", help="reach each of its hosts by ssh, and compare clocks")
+    looks.add_argument("--store", metavar="HOST:PORT", help="of the first node's agent, or etcd://host:port")
+    looks.add_argument("--output-dir", metavar="FOLDER", default=".", help="where runs will write (default: here)")
+    looks.add_argument("--gpu", action="store_true", help="a GPU must be there")
+    looks.add_argument("--json", action="store_true", help="print one JSON object")
+    purpose = "list the runs of a folder, or compare some: runs [FOLDER], runs compare RUN RUN …"
+    listed = commands.add_parser("runs", help=purpose, description=purpose)
+    listed.add_argument(
+        "folders", metavar="FOLDER", nargs="*", help="where runs lie (default: runs), or compare and runs"
+    )
+    listed.add_argument("--json", action="store_true", help="print one JSON object")
     finished = commands.add_parser("probe", help="curvature and flatness of a finished model")
     arguments_of(finished)
     commands.add_parser("schema", help="print the JSON schema of a job's YAML, for editors")
     return parser
+
+
+def _plan_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--worlds", metavar="N,N,…", help="numbers of ranks (default: powers of two)")
+    command.add_argument(
+        "--gpu-memory", metavar="SIZE", help="of one GPU, such as 80GiB: from how many ranks on it fits"
+    )
+    command.add_argument(
+        "--tokens-per-second", type=float, metavar="N", help="of one rank, forward and backward of a pass: gives hours"
+    )
+    command.add_argument("--price-per-hour", type=float, metavar="N", help="of one rank; gives the job's price")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 if __name__ == "__main__":

@@ -8,27 +8,25 @@ that is code of the user's own is built only if `trust` says so; without it the 
 
 import os
 import resource
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from elastic_lsopt.cli.job_file import Job, read_job
+from elastic_lsopt.cli.tables import console_of_tables, host_table, memory_table, rank_name, table
 from elastic_lsopt.config.deepspeed_json import read_deepspeed_json, zero_stage
-from elastic_lsopt.config.import_paths import import_paths
-from elastic_lsopt.config.settings import ADAMS, BUILTIN_DATASETS, SettingError, TrainConfig, landscape_fields, lr_rule
+from elastic_lsopt.config.settings import ADAMS, BUILTIN_DATASETS, SettingError, TrainConfig, lr_rule
 from elastic_lsopt.elastic.worker.open_files import too_few
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.microbatch import microbatches_of_rank, part_bounds, slots, unit_sizes
 from elastic_lsopt.plan import Plan, Policy, Worker, plan
-from elastic_lsopt.training.building.base_optimizer import base_of
 from elastic_lsopt.training.building.imported_model import foreign_code
-from elastic_lsopt.training.memory import memory_per_rank, mirror_per_rank
+from elastic_lsopt.training.estimate.job import on_world
+from elastic_lsopt.training.estimate.look import look_at_model
 
 WORLDS = (1, 2, 4, 8)
 UNKNOWN = {
@@ -53,22 +51,24 @@ def validate(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = F
         cut = _cut(job)
         plans = _plans(job)
         code = {} if trust else foreign_code(job.config)
-        size = _model_size(job.config) if "model.import" not in code else None
+        looked = look_at_model(job.config) if "model.import" not in code else None
     worlds = sorted({*WORLDS, job.config.workers})
-    console = Console(soft_wrap=True, highlight=False)
-    parameters = f"{size.parameters:,} trainable parameters, " if size is not None else ""
+    console = console_of_tables()
+    parameters = f"{looked.size.parameters:,} trainable parameters, " if looked is not None else ""
     console.print(f"{path}: {job.config.task}, {parameters}backend {_backend(job.config)}")
     if not any(key.startswith("landscape") for key in code):
         console.print(f"{job.method!r}: {(type(job.method).__doc__ or '').strip().splitlines()[0]}", markup=False)
     console.print(_batch_table(console, job.config, cut, worlds))
-    if size is not None:
-        console.print(_memory_table(console, job.config, size, worlds))
+    if looked is not None:
+        ours = [on_world(job.config, looked, w, parts=job.method.parts) for w in worlds if _may_be(job.config, w)]
+        console.print(memory_table(console, job.config, ours))
     if job.config.elastic is not None:
         console.print(_plan_table(console, job.config, plans))
         for made in (made for made in plans if made.why):
             console.print(f" {made.world} ranks: {made.why}")
-        if size is not None:
-            console.print(_mirror_table(console, job.config, size, plans))
+        if looked is not None:
+            ours = [made.world for made in plans if _may_be(job.config, made.world)]
+            console.print(host_table(console, job.config, [on_world(job.config, looked, w) for w in ours]))
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = job.config.elastic.max_nodes * job.config.workers
         if wrong := too_few(most, limit, deepspeed=job.config.deepspeed is not None):
@@ -76,8 +76,11 @@ def validate(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = F
     for key, named in code.items():
         unknown = next((v for k, v in UNKNOWN.items() if key.startswith(k)), "what it takes is")
         console.print(f"{named} was not imported, so {unknown} not known: --trust runs it.", markup=False)
-    if size is not None:
-        console.print("Activations, communication buckets and the framework are not counted; * = workers of this file.")
+    if looked is not None:
+        why = (
+            f" Activations are not counted: the model cannot run without numbers ({looked.why})." if looked.why else ""
+        )
+        console.print(f"* = workers of this file. `elastic-lsopt plan` says more.{why}", markup=False)
     console.print(f"{path} is right.")
     return 0
 
@@ -143,7 +146,7 @@ def _cut(job: Job) -> Cut:
 
 def _batch_table(console: Console, config: TrainConfig, cut: Cut, worlds: Sequence[int]) -> Table:
     microbatches = len(cut.sizes)
-    table = _table(
+    rows = table(
         console,
         f"A step: {config.global_batch_size} samples in {microbatches} micro-batches of {cut.sizes[0]}"
         + (f" (the last of {cut.sizes[-1]})" if cut.sizes[-1] != cut.sizes[0] else "")
@@ -154,73 +157,8 @@ def _batch_table(console: Console, config: TrainConfig, cut: Cut, worlds: Sequen
         counts = {len(microbatches_of_rank(microbatches, rank, world)) for rank in range(world)}
         forwards = cut.forwards(world)
         each = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
-        table.add_row(_rank_name(world, config), each, str(forwards), str(forwards * world - microbatches))
-    return table
-
-
-# -- the memory --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Trainable elements, and those that are whole at once where the weights are sharded."""
-
-    parameters: int
-    gathered: int
-
-
-def _model_size(config: TrainConfig) -> ModelSize:
-    from elastic_lsopt.training.building.models import blocks, build_model  # transformers: seconds to import
-
-    model = build_model(config, device="meta")
-    if not any(key.startswith(("optim", "param_groups")) for key, _ in import_paths(config)):
-        base_of(config, model)  # a rule of param_groups that no parameter takes
-    parameters = _elements(model)
-    if config.fsdp_reshard_after_forward is False:
-        return ModelSize(parameters, parameters)
-    sizes = [_elements(block) for block in blocks(model)]
-    # What belongs to no block (embeddings, head) stays gathered from the first forward to the end of the backward.
-    return ModelSize(parameters, parameters - sum(sizes) + max(sizes, default=0))
-
-
-def _elements(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def _memory_table(console: Console, config: TrainConfig, size: ModelSize, worlds: Iterable[int]) -> Table:
-    worlds = [world for world in worlds if world % config.fsdp_replicas == 0]
-    columns = [
-        memory_per_rank(
-            size.parameters,
-            backend=config.backend,
-            world=world,
-            stage=_stage(config),
-            bf16=config.bf16,
-            optim=config.optim,
-            momentum=config.momentum,
-            method=landscape_fields(config)[0],
-            gathered=size.gathered,
-            replicas=config.fsdp_replicas,
-            averages=len(config.averages),
-        )
-        for world in worlds
-    ]
-    ranks = [f"{_rank_name(world, config)} rank{'s' if world > 1 else ''}" for world in worlds]
-    unit, unit_bytes = _unit(max(sum(column.values()) for column in columns))
-    table = _table(console, f"Memory a rank, in {unit}", ["for", *ranks])
-    for what in columns[0]:
-        if any(column[what] for column in columns):
-            table.add_row(what, *(f"{column[what] / unit_bytes:,.2f}" for column in columns))
-    table.add_row("sum", *(f"{sum(column.values()) / unit_bytes:,.2f}" for column in columns), style="bold")
-    return table
-
-
-def _unit(most_bytes: int) -> tuple[str, int]:
-    return next(
-        (name, size)
-        for name, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
-        if most_bytes >= size or size == 2**10
-    )
+        rows.add_row(rank_name(world, config), each, str(forwards), str(forwards * world - microbatches))
+    return rows
 
 
 # -- elastic jobs ------------------------------------------------------------------------------------------------------
@@ -246,7 +184,7 @@ def _plan_table(console: Console, config: TrainConfig, plans: Sequence[Plan]) ->
     assert elastic is not None
     rule = f", lr_rule {lr_rule(config, elastic)}" if elastic.policy == "scale_batch" else ""
     adam = config.optim in ADAMS
-    table = _table(
+    rows = table(
         console,
         f"Elastic: {elastic.min_nodes} to {elastic.max_nodes} nodes, {elastic.policy}{rule}",
         ["ranks", "batch", "forwards", "peak rate", *(["betas"] if adam else []), "weight decay"],
@@ -254,53 +192,12 @@ def _plan_table(console: Console, config: TrainConfig, plans: Sequence[Plan]) ->
     for made in plans:
         now = made.hyperparameters(SampleClock())
         betas = [", ".join(f"{beta:.4g}" for beta in now.betas)] if adam and now.betas else []
-        table.add_row(
-            _rank_name(made.world, config), str(now.global_batch_size), str(made.accumulation),
+        rows.add_row(
+            rank_name(made.world, config), str(now.global_batch_size), str(made.accumulation),
             f"{now.learning_rate:.3g}", *betas, f"{now.weight_decay:.3g}",
         )  # fmt: skip
-    return table
+    return rows
 
 
-def _mirror_table(console: Console, config: TrainConfig, size: ModelSize, plans: Sequence[Plan]) -> Table:
-    elastic = config.elastic
-    assert elastic is not None
-    worlds = [made.world for made in plans if made.world % config.fsdp_replicas == 0]
-    columns = [
-        mirror_per_rank(
-            size.parameters,
-            backend=config.backend,
-            world=world,
-            stage=_stage(config),
-            optim=config.optim,
-            momentum=config.momentum,
-            vectors=len(config.averages) + (elastic.policy == "scale_batch" and lr_rule(config, elastic) == "adascale"),
-            copies=elastic.copies,
-            replicas=config.fsdp_replicas,
-            budget_bytes=elastic.mirror_gib * 2**30,
-        )
-        for world in worlds
-    ]
-    unit, unit_bytes = _unit(max((sum(column.values()) for column in columns), default=0))
-    ranks = [f"{_rank_name(world, config)} rank{'s' if world > 1 else ''}" for world in worlds]
-    table = _table(console, f"Host memory a rank, for versions of the state, in {unit}", ["for", *ranks])
-    for what in columns[0] if columns else ():
-        table.add_row(what, *(f"{column[what] / unit_bytes:,.2f}" for column in columns))
-    table.add_row("sum", *(f"{sum(column.values()) / unit_bytes:,.2f}" for column in columns), style="bold")
-    return table
-
-
-# -- on paper ----------------------------------------------------------------------------------------------------------
-
-
-def _rank_name(world: int, config: TrainConfig) -> str:
-    return f"{world}*" if world == config.workers else str(world)
-
-
-def _table(console: Console, title: str, columns: Sequence[str]) -> Table:
-    """A table with lines on a terminal, aligned plain text elsewhere."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD if console.is_terminal else None
-    )
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    return table
+def _may_be(config: TrainConfig, world: int) -> bool:
+    return world % config.fsdp_replicas == 0

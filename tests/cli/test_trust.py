@@ -69,11 +69,11 @@ def test_validate_imports_nothing_unless_it_is_told_to(
     assert (
         f"{what} was not imported, so the model's size, and memory, are not known: --trust" in said and not ran.exists()
     )
-    assert "A step: 8 samples" in said and "Memory a rank" not in said and said.endswith("is right.\n")
+    assert "A step: 8 samples" in said and "Memory per rank" not in said and said.endswith("is right.\n")
 
     assert main(["validate", path, "--trust"]) == 0
     said = capsys.readouterr().out
-    assert "650 trainable parameters" in said and "Memory a rank" in said and ran.exists()  # 64 * 10 + 10
+    assert "650 trainable parameters" in said and "Memory per rank" in said and ran.exists()  # 64 * 10 + 10
 
 
 def test_the_packages_own_models_need_no_trust(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -84,14 +84,14 @@ def test_the_memory_is_that_of_the_model(capsys):
     overrides = [f"model.{key}" for key in (*shape, "tie_word_embeddings=false")]
     out = run(capsys, QUICKSTART, *overrides, "workers=3")
     assert f"{whole:,} trainable parameters" in out
-    table = rows(out, "Memory a rank, in MiB")
+    table = rows(out, "Memory per rank, in MiB")
     per_world = {
         "weights": 4, "gradient": 4, "optimizer state": 8, "way back of a perturbation": 4,
     }  # fmt: skip
     for what, each in per_world.items():
         assert table[what] == [f"{-(-whole // world) * each / 2**20:,.2f}" for world in (1, 2, 3, 4, 8)]
     gathered = 4 * (whole - sum(layers) + layers[0]) / 2**20
-    assert table["gathered or cast copies"] == [f"{gathered:,.2f}"] * 5
+    assert table["gathered weights"] == [f"{gathered:,.2f}"] * 5
     assert "backend fsdp2" in out and "SAM(rho=0.05" in out
 
 
@@ -119,9 +119,9 @@ def test_an_elastic_job_says_what_each_world_runs_and_what_its_mirror_holds(caps
     )  # fmt: skip
     whole = sum(p.numel() for p in LlamaForCausalLM(config).parameters())
     assert f"{whole:,} trainable" in out
-    title = out[out.index("Host memory a rank") :].splitlines()[0]
+    title = out[out.index("Host memory per rank") :].splitlines()[0]
     unit = {"KiB": 2**10, "MiB": 2**20}[title[-3:]]
-    mirror = rows(out, "Host memory a rank")
+    mirror = rows(out, "Host memory per rank")
     # The committed version, eight that trail, one being taken; bytes, Adam; what describes a version.
     own = [f"{10 * (4 * 3 * -(-whole // world) + 2**15) / unit:,.2f}" for world in (1, 2, 4, 6)]
     assert mirror["own versions"] == own
@@ -130,7 +130,7 @@ def test_an_elastic_job_says_what_each_world_runs_and_what_its_mirror_holds(caps
 
 def test_replica_groups_leave_out_the_worlds_that_they_cannot_divide(capsys):
     out = run(capsys, QUICKSTART, "workers=6", "fsdp_replicas=2")
-    header = out[out.index("Memory a rank") :].splitlines()[1]
+    header = out[out.index("Memory per rank") :].splitlines()[1]
     assert re.findall(r"\d+", header) == ["2", "4", "6", "8"]
 
 

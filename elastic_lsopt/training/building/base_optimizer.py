@@ -113,7 +113,7 @@ def base_of(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.opti
     check_updates(config)
     trained = {name: p.dim() for name, p in model.named_parameters() if p.requires_grad}
     treated = treatments(config, trained, not_for_muon(model))
-    kinds = {t.optim: _kind(t.optim) for t in treated.values()}
+    kinds = {optim: _kind(optim) for optim in dict.fromkeys(t.optim for t in treated.values())}
     alone = next(iter(kinds.values()), None) if len(kinds) == 1 else None
     try:
         own = {t: {"update": kinds[t.optim], **_options(config, t)} for t in treated.values()}

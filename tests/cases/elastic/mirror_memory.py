@@ -13,7 +13,8 @@ import torch.distributed as dist
 from elastic_lsopt.elastic.memory.mirror import Mirror
 from elastic_lsopt.elastic.memory.trail import Trail
 from elastic_lsopt.elastic.memory.versions import HostVersions
-from elastic_lsopt.training.memory import mirror_per_rank
+from elastic_lsopt.training.estimate.placement import Placement
+from elastic_lsopt.training.estimate.state import mirror_per_rank
 from tests.cases import engines
 
 
@@ -46,8 +47,8 @@ def slow_network(budget_versions: float, steps: int = 14, rows: int = 96) -> dic
     model = torch.nn.Sequential(*(torch.nn.Linear(rows, rows, bias=False) for _ in range(4)))
     parameters = sum(p.numel() for p in model.parameters())
     engine = engines.build("fsdp2", model, engines.lso.SAM(rho=0.0), base="adamw", loss_fn=lambda m, b: m(b).sum())
-    how: dict[str, Any] = {"backend": "fsdp2", "world": world, "optim": "adamw"}
-    budget = budget_versions * sum(mirror_per_rank(parameters, **how).values()) / 3
+    at = Placement(backend="fsdp2", world=world)
+    budget = budget_versions * sum(mirror_per_rank(parameters, at).values()) / 3
     versions, counted = HostVersions(), Counted()
     mirror = Mirror(dist.new_group(backend="gloo"), rank, world, [str(r) for r in range(world)], 1)
     trail = Trail(versions, mirror, generation=1, budget_bytes=budget, timeout_s=30.0)
@@ -79,5 +80,5 @@ def slow_network(budget_versions: float, steps: int = 14, rows: int = 96) -> dic
     one = versions.newest.index.bytes + mirror.ward_bytes
     return {
         "most": counted.most, "one": one, "held": max(held),
-        "said": sum(mirror_per_rank(parameters, **how, budget_bytes=budget).values()),
+        "said": sum(mirror_per_rank(parameters, at, budget_bytes=budget).values()),
     }  # fmt: skip

@@ -1,0 +1,73 @@
+"""Bytes that a rank sends in one optimizer step, by collective. Pure arithmetic.
+
+A ring: to gather or to reduce-scatter S bytes over N ranks, each sends S (N - 1) / N; an all-reduce is both. With P
+elements, c bytes a weight in the forward, a micro-batches per rank and pass, and the
+method's p passes with m moves of the weights:
+
+    replicated   gradients   p x 2 x 4 P                                reduced once per pass
+    fsdp2        weights     p a x 2 c P                                forward, and again in the backward
+                 gradients   p a x r P, r = 4                           and 2 x 4 P / N over the replicas of HSDP
+    ZeRO 0       gradients   p x 2 x c P
+    ZeRO 1       gradients   p x 2 x c P        weights   (1 + m) x c P      after the step, and after each move
+    ZeRO 2       gradients   p a x 2 x c P      weights   (1 + m) x c P      its buckets are all-reduced
+    ZeRO 3       weights     p a x c (2 P - kept from the forward to the backward), of those that are not small;
+                             (1 + m) x c of the small, which stay whole
+                 gradients   p a x c P
+
+Small all-reduces (losses, norms, votes) are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from elastic_lsopt.training.estimate.placement import FP32, Placement
+from elastic_lsopt.training.estimate.size import ModelSize
+from elastic_lsopt.training.estimate.transients import always_whole, kept_for_backward
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a method asks for in a step, on average."""
+
+    gradients: float = 1.0
+    """Passes over the batch, each with its reduction of gradients."""
+    moves: float = 0.0
+    """Moves of the weights."""
+
+    @classmethod
+    def of(cls, method: str, fields: Mapping[str, Any]) -> Passes:
+        """Of a method of ours by its name; one that is not known is taken for SAM."""
+        match method:
+            case "none":
+                return cls()
+            case "lpf_sgd":
+                return cls(1.0, float(fields.get("parts", 8)))
+            case _:
+                every = fields.get("every", 1)
+                return cls(1.0 + 1.0 / every, 1.0 / every)
+
+
+def sent_per_step(size: ModelSize, at: Placement, *, microbatches: int, passes: Passes) -> dict[str, int]:
+    """Bytes that each rank sends in a step: `weights` gathered and `gradients` reduced."""
+    whole, trained, c = size.elements, size.parameters, at.compute
+    ranks = at.shards if at.sharded else at.world
+    ring = (ranks - 1) / ranks
+    forwards, replicas = passes.gradients * microbatches, 0.0
+    if at.backend == "fsdp2":
+        reshard = at.reshard_after_forward
+        again = ring if reshard is True else (reshard - 1) / reshard if reshard else 0.0
+        weights = forwards * c * whole * (ring + again)
+        gradients = forwards * FP32 * trained * ring
+        replicas = 2 * forwards * FP32 * at.share(trained) * (at.replicas - 1) / at.replicas
+    elif at.backend == "deepspeed" and at.stage == 3:
+        always, kept = always_whole(size, at), kept_for_backward(size, at)
+        weights = c * (forwards * (2 * (whole - always) - kept) + (1 + passes.moves) * always) * ring
+        gradients = forwards * c * trained * ring
+    else:
+        reductions = forwards if at.stage == 2 else passes.gradients
+        weights = c * trained * (1 + passes.moves) * ring if at.sharded else 0.0
+        gradients = 2 * reductions * (c if at.backend == "deepspeed" else FP32) * trained * ring
+    return {"weights": round(weights), "gradients": round(gradients + replicas)}
