@@ -22,6 +22,7 @@ NAMES = {
     "curvature_memory": "curvature.memory", "elastic": "elastic.recovery", "elastic_agent": "elastic.agent",
     "elastic_layer": "elastic.layer",
     "membership_simulation": "elastic.membership_simulation", "updates": "step.updates", "device": "device",
+    "adapters": "step.adapters",
 }  # fmt: skip
 """Benchmarks, as results call them, and their modules."""
 RESULTS = Path(__file__).resolve().parent / "results"

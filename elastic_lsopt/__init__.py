@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from elastic_lsopt.optimizers import registry
     from elastic_lsopt.optimizers.asam import ASAM
+    from elastic_lsopt.optimizers.flat_lora import FlatLoRA
     from elastic_lsopt.optimizers.lpf_sgd import LPFSGD
     from elastic_lsopt.optimizers.plain import Plain
     from elastic_lsopt.optimizers.sam import SAM
@@ -53,6 +54,7 @@ __all__ = [
     "SAM",
     "Average",
     "Engine",
+    "FlatLoRA",
     "LandscapeOptimizer",
     "Loss",
     "MicroBatch",
@@ -89,6 +91,7 @@ _HOMES = {
     "Engine": "api.engine",
     "LAMB": "updates.lamb",
     "LARS": "updates.lars",
+    "FlatLoRA": "optimizers.flat_lora",
     "LPFSGD": "optimizers.lpf_sgd",
     "LandscapeOptimizer": "api.landscape_optimizer",
     "Loss": "oracle.loss",

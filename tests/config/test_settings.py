@@ -53,6 +53,7 @@ KEYS = [
     "adam_epsilon",
     "momentum",
     "landscape",
+    "landscape_space",
     "seed",
     "elastic",
     "probes",
