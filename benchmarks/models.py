@@ -80,9 +80,17 @@ def momentum(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
 
 
-def engine(kind: str, size: Size, method: Any, *, base: Any = momentum, keep: Sequence[Any] = ()) -> lso.Engine:
+def engine(
+    kind: str,
+    size: Size,
+    method: Any,
+    *,
+    base: Any = momentum,
+    keep: Sequence[Any] = (),
+    model: nn.Module | None = None,
+) -> lso.Engine:
     """An engine of that kind: plain, ddp, fsdp2 (a group a block), zero1, zero2 or zero3 (the ready configs)."""
-    model = llama(size)
+    model = llama(size) if model is None else model
     if kind.startswith("zero"):
         config = json.loads((CONFIGS / f"{kind}.json").read_text()) | {"bf16": {"enabled": size.bf16}}
         return lso.initialize(model=model, config=config, method=method, base=base, loss_fn=LOSS, keep=keep)
@@ -93,7 +101,9 @@ def engine(kind: str, size: Size, method: Any, *, base: Any = momentum, keep: Se
         loss = _autocast(size)
         if kind == "ddp":
             model = nn.parallel.DistributedDataParallel(model)
-    return lso.Engine(backend_for(model, base(model.parameters())), method, loss_fn=loss, keep=keep)
+    return lso.Engine(
+        backend_for(model, base([p for p in model.parameters() if p.requires_grad])), method, loss_fn=loss, keep=keep
+    )
 
 
 def beside(other: lso.Engine, method: Any) -> lso.Engine:

@@ -74,6 +74,7 @@ TARGETS = (
         Target("membership_simulation", f"{change}_store_operations_per_worker_of_10000_over_100", at_most=1.1)
         for change in ("join", "worker_death", "node_silence", "host_death")
     ),
+    *(Target("adapters", f"flat_lora_{b}_of_lora_step", at_most=1.10) for b in ("ddp", "fsdp2", "zero2")),
     *(Target("updates", f"{name}_zero2_step_of_adamw", at_most=1.10) for name in ("lars", "lamb")),
     Target("updates", "muon_own_step_of_torch_on_one", at_most=0.65),  # 1/N + 0.15 on two ranks
     Target("updates", "ema_zero2_step_of_base", at_most=1.02),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from elastic_lsopt.optimizers import registry
     from elastic_lsopt.optimizers.asam import ASAM
+    from elastic_lsopt.optimizers.flat_lora import FlatLoRA
     from elastic_lsopt.optimizers.lpf_sgd import LPFSGD
     from elastic_lsopt.optimizers.plain import Plain
     from elastic_lsopt.optimizers.sam import SAM
@@ -54,6 +55,7 @@ __all__ = [
     "SAM",
     "Average",
     "Engine",
+    "FlatLoRA",
     "LandscapeOptimizer",
     "LandscapeTrainer",
     "LandscapeTrainerMixin",
@@ -92,6 +94,7 @@ _HOMES = {
     "Engine": "api.engine",
     "LAMB": "updates.lamb",
     "LARS": "updates.lars",
+    "FlatLoRA": "optimizers.flat_lora",
     "LPFSGD": "optimizers.lpf_sgd",
     "LandscapeOptimizer": "api.landscape_optimizer",
     "LandscapeTrainer": "api.trainer.trainer",

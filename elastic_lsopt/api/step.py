@@ -13,6 +13,7 @@ import torch
 from elastic_lsopt.averages.average import FAMILY as AVERAGES
 from elastic_lsopt.averages.average import Average
 from elastic_lsopt.backends.backend import Backend
+from elastic_lsopt.backends.merged_weights import MergedWeights
 from elastic_lsopt.errors import NonFinite, PeerFailed, StaleWeights, UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.family import Family, Kept, MethodFamily, Stateful
@@ -44,6 +45,8 @@ class LandscapeStep:
     def __post_init__(self) -> None:
         self.backend.refuse_base()
         self.space = ParameterSpace(self.backend, self.seed)
+        if getattr(self.method, "moves_merged", False):
+            self.space.merged = MergedWeights(self.backend)
         self.families: dict[str, Family] = {}
         for kind in (MethodFamily(self.method), *self.kept):
             self.add(Kept(kind, self.space))

@@ -122,6 +122,8 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
             "landscape",
             "landscape needs `method`, a name such as none, sam, asam or lpf_sgd, or `import`: 'package.module:Class'.",
         )
+    else:
+        yield from _merged_conflicts(c, landscape_fields(c)[0])
     if c.elastic is not None:
         yield from _elastic_conflicts(c, c.elastic)
         for name in c.report_to:
@@ -161,6 +163,23 @@ def _data_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         )
     if c.compute_metrics is not None and c.eval_dataset is None and not c.eval_fraction:
         yield "compute_metrics", "compute_metrics needs held-out data; set eval_fraction or eval_dataset."
+
+
+def _merged_conflicts(c: TrainConfig, method: str) -> Iterator[tuple[str, str]]:
+    if method == "flat_lora" and c.lora is None:
+        yield "landscape", "landscape: flat_lora moves the weights that adapters are merged into; add a lora block."
+    if method == "flat_lora" and c.landscape_space != "merged":
+        yield "landscape", "landscape: flat_lora moves the merged weights; set landscape_space: merged."
+    if method != "flat_lora" and c.landscape_space == "merged":
+        why = {
+            "sam": "its way up is the gradient of the merged weights, which LoRA never computes",
+            "asam": "its way up is the gradient of the merged weights, which LoRA never computes",
+            "none": "it moves nothing",
+        }.get(method, "of other methods it is not tested")
+        yield (
+            "landscape_space",
+            f"landscape_space=merged is for method flat_lora, but method={method}: {why}; remove the key.",
+        )
 
 
 def _group_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:

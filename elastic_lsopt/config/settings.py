@@ -173,8 +173,10 @@ class TrainConfig:
     landscape: Annotated[dict[str, Any], Field(json_schema_extra=LANDSCAPE_SCHEMA)] = field(
         default_factory=lambda: {"method": "none"}
     )
-    """The landscape method (none, sam, asam, lpf_sgd, a registered name, or import: a class of your own) and its
-    fields."""
+    """The landscape method (none, sam, asam, lpf_sgd, flat_lora, a registered name, or import: a class of your own) and
+    its fields."""
+    landscape_space: Literal["trained", "merged"] = "trained"
+    """What the method moves: the trained parameters; or, of flat_lora, the weights that adapters are merged into."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of weights, sample order, dropout and noise; the world size has no part in any of them."""
     elastic: ElasticConfig | None = None

@@ -13,6 +13,7 @@ methods = Registry(
         "sam": f"{_HOME}.sam",
         "asam": f"{_HOME}.asam",
         "lpf_sgd": f"{_HOME}.lpf_sgd",
+        "flat_lora": f"{_HOME}.flat_lora",
     },
     defines=("parts", "init", "gradient"),
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 from elastic_lsopt.space.copies import WeightCopies
 from elastic_lsopt.space.direction import Direction, Noise
 from elastic_lsopt.space.layout import Layout, Shards
+from elastic_lsopt.space.merged import MergedNoise
 from elastic_lsopt.space.perturbation import FidelityWatch, Perturbation
 from elastic_lsopt.space.restricted import RestrictedShards
 from elastic_lsopt.space.vector import BorrowedGradient, Scales, Vector
@@ -40,6 +41,8 @@ class ParameterSpace:
         self.seed = seed
         self.copies = WeightCopies(shards)
         self.fidelity = FidelityWatch()
+        self.merged: MergedNoise | None = None
+        """The weights that adapters are added to, for a method that moves them."""
         self._borrowed: BorrowedGradient | None = None
         wide = any(t.dtype == torch.float64 for t in shards.masters)
         self.dtype = torch.float64 if wide else torch.float32

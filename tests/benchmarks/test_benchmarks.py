@@ -32,6 +32,14 @@ def test_steps(ranks: Callable[[int], Ranks], kind: str) -> None:
     assert figures[f"lpf_sgd_{kind}_of_base_step"] > 0
 
 
+@pytest.mark.long
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["fsdp2", "ddp", "zero2"])
+def test_adapters(ranks: Callable[[int], Ranks], kind: str) -> None:
+    figures = ranks(2).run("benchmarks.step.adapters:compare", kind=kind, size="toy")[0]
+    assert figures[f"flat_lora_{kind}_of_lora_step"] > 0
+
+
 def test_one_process() -> None:
     figures = one_process.compare(TOY)
     assert figures["sam_engine_of_pytorch_optimizer"] > 0

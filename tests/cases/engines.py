@@ -23,6 +23,7 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "sam": {"rho": 0.3},
     "asam": {"rho": 0.5, "eta": 0.01},
     "lpf_sgd": {"parts": 3, "gamma": 0.05, "alpha": 5.0},
+    "flat_lora": {"sigma": 0.5},
 }
 FEATURES, CLASSES = 7, 3
 

@@ -92,6 +92,38 @@ def exported(path: str, kind: str, name: str, own: bool = False) -> dict[str, An
     }  # fmt: skip
 
 
+def noisy(kind: str, sigma: float = 0.5, recompute: bool = False, bf16: bool = False) -> dict[str, Any]:
+    """Steps of Flat-LoRA and of none on a Llama: whether the frozen weights are the same bits, how far the two are
+    apart, and the bytes that are saved for backward passes (the weights that are there anyway among them)."""
+    from elastic_lsopt.training.building.models import apply_activation_checkpointing
+
+    runs, saved = {}, {}
+    for name, method in (("flat", lso.FlatLoRA(sigma=sigma)), ("none", lso.Plain())):
+        model = plain_model("llama")
+        engines.adapt(model, task="causal_lm", base_dtype="bf16" if bf16 else "fp32")
+        if recompute:
+            apply_activation_checkpointing(model)
+        engine = engines.build(kind, model, method, loss_fn=None, total_samples=12)
+        backend, most = engine.backend, 0
+        frozen = [p for p in backend.module.parameters() if not p.requires_grad]  # type: ignore[union-attr]
+        before = [backend.full_parameter(p).clone() for p in frozen]
+
+        def count(t: Any) -> Any:
+            nonlocal most
+            most += t.untyped_storage().nbytes()
+            return t
+
+        for _ in range(3):
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+                engine.train_batch([{"input_ids": TOKENS, "labels": TOKENS}])
+        backend.drop_gathered()
+        same = all(torch.equal(backend.full_parameter(p), was) for p, was in zip(frozen, before, strict=True))
+        runs[name], saved[name] = (same, engines.whole(engine.space)), most
+        engines.close(engine)
+    (same, flat), (_, none) = runs.values()
+    return {"same": same, "apart": max(float((flat[n] - none[n]).abs().max()) for n in flat), "saved": saved}
+
+
 def kept_bytes(path: str, kind: str) -> dict[str, int]:
     """Bytes of a checkpoint's tensors, of a version in host memory, and of the adapters and of the whole model."""
     model = plain_model("llama")
@@ -110,3 +142,11 @@ def kept_bytes(path: str, kind: str) -> dict[str, int]:
     out = {"adapters": adapters, "whole": whole, "saved": saved, "mirrored": version.buffer.nbytes}
     engines.close(engine)
     return out
+
+
+def refused_without_adapters() -> str:
+    try:
+        engines.build("plain", engines.net(), lso.FlatLoRA(), total_samples=12)
+    except lso.UserError as error:
+        return str(error)
+    return "nothing"

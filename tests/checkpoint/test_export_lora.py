@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.laws.cover import daily_of
+from tests.laws.cover import full_but
 
 CASES = "tests.cases.lora:"
 KINDS = {
@@ -29,22 +29,27 @@ WHERE = [
 
 
 @pytest.mark.parametrize(
-    "kind,world,name",
-    daily_of(
-        [(kind, world, name) for kind, world in WHERE for name in KINDS if name != "tied" or "zero" not in kind], seed=1
-    ),
+    "kind,world,name", full_but([("fsdp2", 3, "bert"), ("zero3", 2, "llama")], WHERE, ("llama", "gpt2", "bert"))
 )
 def test_others_load_what_was_trained(ranks: Any, tmp_path: Path, kind: str, world: int, name: str) -> None:
-    """`tied` has a bf16 base, whose engine rounds its activations: fp32 and bf16 forwards are compared there."""
-    limit = 2e-2 if name == "tied" else 1e-5
     for told in ranks(world).run(CASES + "exported", path=str(tmp_path / "run"), kind=kind, name=name):
-        assert told["adapter"] <= (0.0 if name == "tied" else 1e-5) and told["merged"] <= limit, told
+        assert told["adapter"] <= 1e-5 and told["merged"] <= 1e-5, told
         assert told["kind"] == KINDS[name] and not told["strange"], told
         assert {"adapter_config.json", "adapter_model.safetensors"} <= set(told["files"])
         assert ("base_model.model.classifier.weight" in told["in the adapter"]) == (name == "bert")
 
 
-@pytest.mark.parametrize("kind,world", [pytest.param("plain", 1, marks=pytest.mark.full), ("fsdp2", 2)])
+@pytest.mark.full
+@pytest.mark.parametrize("kind,world", [w for w in WHERE if "zero" not in w[0]])
+def test_a_bf16_base_under_tied_embeddings(ranks: Any, tmp_path: Path, kind: str, world: int) -> None:
+    """The merged model is fp32, and the engine's forward rounds to bf16: alike to that. peft computes the same bits."""
+    for told in ranks(world).run(CASES + "exported", path=str(tmp_path / "run"), kind=kind, name="tied"):
+        assert told["adapter"] == 0.0 and told["merged"] <= 2e-2, told
+        assert told["kind"] == "LlamaForCausalLM" and not told["strange"], told
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind,world", [("plain", 1), ("fsdp2", 2)])
 def test_a_users_own_peft_model(ranks: Any, tmp_path: Path, kind: str, world: int) -> None:
     for told in ranks(world).run(CASES + "exported", path=str(tmp_path / "run"), kind=kind, name="llama", own=True):
         assert told["adapter"] <= 1e-5 and told["merged"] <= 1e-5, told

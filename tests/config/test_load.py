@@ -245,7 +245,7 @@ plain = st.recursive(
 @example(rate=1e-5, own={"1e5": "0E0", "\x85": "null"}, reports=(), elastic=None)  # a text that looks like a number
 @given(
     rate=st.floats(min_value=0, allow_nan=False, allow_infinity=False),
-    own=st.dictionaries(st.text(max_size=6), plain, max_size=3),
+    own=st.dictionaries(st.text(max_size=6).filter(lambda key: key != "import"), plain, max_size=3),
     reports=st.sampled_from([(), ("tensorboard",)]),
     elastic=st.sampled_from([None, {}, {"min_nodes": 2, "endpoint": "a:1", "lease_s": 1, "hang_timeout_s": 1.5}]),
 )

@@ -62,6 +62,7 @@ KEYS = [
     "adam_epsilon",
     "momentum",
     "landscape",
+    "landscape_space",
     "seed",
     "elastic",
     "probes",

@@ -73,6 +73,17 @@ def daily_of(
     return out
 
 
+def full_but(everyday: Sequence[tuple[Any, ...]], *axes: Iterable[Any]) -> list[Any]:
+    """The product of the axes as parameters of a test, of which `make test` runs the `everyday` rows and `make
+    test-all` the rest. A tuple of an axis is several parameters."""
+    rows = [
+        tuple(v for value in row for v in (value if isinstance(value, tuple) else (value,)))
+        for row in itertools.product(*map(list, axes))
+    ]
+    assert all(row in rows for row in everyday), everyday
+    return [pytest.param(*row, marks=() if row in everyday else pytest.mark.full) for row in rows]
+
+
 def joined(value: Any) -> str | None:
     """A list's name among the ids of a test."""
     return "+".join(value) if isinstance(value, list) else None

@@ -14,12 +14,12 @@ import elastic_lsopt as lso
 from elastic_lsopt.optimizers import registry
 
 pytestmark = pytest.mark.fast
-OURS = ["asam", "lpf_sgd", "none", "sam"]
+OURS = ["asam", "flat_lora", "lpf_sgd", "none", "sam"]
 
 
 def test_names_and_classes() -> None:
     assert registry.names() == OURS
-    assert [registry.get(n) for n in OURS] == [lso.ASAM, lso.LPFSGD, lso.Plain, lso.SAM]
+    assert [registry.get(n) for n in OURS] == [lso.ASAM, lso.FlatLoRA, lso.LPFSGD, lso.Plain, lso.SAM]
 
 
 def test_an_unknown_name_tells_the_nearest() -> None:
@@ -41,13 +41,23 @@ def test_a_method_is_a_frozen_keyword_only_dataclass() -> None:
 
 
 def test_defaults_are_the_papers() -> None:
-    """SAM, section 3; ASAM, appendix, on CIFAR-10; LPF-SGD, its authors' code. Only LPF-SGD cuts the batch."""
+    """SAM, section 3; ASAM, appendix, on CIFAR-10; LPF-SGD, its authors' code; Flat-LoRA, on T5.
+
+    Only LPF-SGD cuts the batch.
+    """
     defaults = {name: dataclasses.asdict(registry.build(name)) for name in OURS}
     assert defaults == {
         "none": {}, "sam": {"rho": 0.05, "every": 1, "radius": "model", "rho_scale": "none"},
-        "asam": {"rho": 0.5, "eta": 0.01}, "lpf_sgd": {"parts": 8, "gamma": 0.0005, "alpha": 15.0},
+        "asam": {"rho": 0.5, "eta": 0.01}, "flat_lora": {"sigma": 0.05},
+        "lpf_sgd": {"parts": 8, "gamma": 0.0005, "alpha": 15.0},
     }  # fmt: skip
-    assert {name: registry.build(name).parts for name in OURS} == {"none": 1, "sam": 1, "asam": 1, "lpf_sgd": 8}
+    assert {name: registry.build(name).parts for name in OURS} == {
+        "none": 1,
+        "sam": 1,
+        "asam": 1,
+        "flat_lora": 1,
+        "lpf_sgd": 8,
+    }
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
@@ -145,7 +155,8 @@ def test_the_public_surface() -> None:
     """Adding a name is a decision; taking one away breaks users."""
     assert sorted(lso.__all__) == sorted(
         [
-            "ASAM", "Average", "EMA", "Engine", "LAMB", "LARS", "LPFSGD", "LandscapeOptimizer", "Loss", "MicroBatch",
+            "ASAM", "Average", "EMA", "Engine", "FlatLoRA", "LAMB", "LARS", "LPFSGD", "LandscapeOptimizer", "Loss",
+            "MicroBatch",
             "Muon", "NonFinite", "PeerFailed", "Plain", "ProbeCallback", "SAM", "Scales", "StaleGeneration",
             "StaleGradient", "StaleWeights", "StepLoader", "StepReport", "Unsupported", "Update",
             "UpdateOptimizer", "UserError", "attach",
@@ -157,6 +168,7 @@ def test_the_public_surface() -> None:
         lso.SAM: ["rho", "every", "radius", "rho_scale"],
         lso.ASAM: ["rho", "eta"],
         lso.LPFSGD: ["parts", "gamma", "alpha"],
+        lso.FlatLoRA: ["sigma"],
         lso.Plain: [],
     }
     for method, names in signatures.items():

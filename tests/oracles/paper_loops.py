@@ -135,7 +135,31 @@ def lpf_sgd(
     return total, g
 
 
-LOOPS = {"none": none, "sam": sam, "asam": asam, "lpf_sgd": lpf_sgd}
+def flat_lora(
+    model: nn.Module, units: Batches, step: int, progress: float, *, sigma: float, seed: int = 0, **_: Any
+) -> tuple[float, dict[str, Tensor]]:
+    """Li et al.: noise on the weights merged with their adapters, taken back after the gradient of the adapters."""
+    f = (1 - math.cos(math.pi * progress)) / 2
+    saved = {}
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if not hasattr(layer, "base_layer"):
+                continue
+            w, a, b = (m.weight for m in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]))
+            saved[name] = w.clone()
+            z = torch.empty(w.numel(), dtype=w.dtype, device=w.device)
+            fill_normal_(z, seed=block_seed(seed, step, 0), name=f"{name}.weight", offset=0)
+            length = torch.stack([row.norm() for row in w + layer.scaling["default"] * b @ a])
+            w.add_(z.view(w.shape) * (f * sigma * length / math.sqrt(w.shape[1]))[:, None])
+    out = gradient(model, units, by_samples(units))
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if name in saved:
+                layer.base_layer.weight.copy_(saved[name])
+    return out
+
+
+LOOPS = {"none": none, "sam": sam, "asam": asam, "lpf_sgd": lpf_sgd, "flat_lora": flat_lora}
 
 
 def run(

@@ -36,7 +36,7 @@ def test_what_a_job_leaves(adapted: Path, whole: Path) -> None:
     assert losses(adapted)[-1] < losses(adapted)[0]
 
 
-@pytest.mark.parametrize("name", [n if n == "zero3" else pytest.param(n, marks=pytest.mark.full) for n in BACKENDS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) for n in BACKENDS])
 def test_the_backend_changes_no_loss(run: Run, folder: Path, adapted: Path, name: str) -> None:
     world, backend = BACKENDS[name]
     run(world, write_job(folder / f"lora-{name}.yaml", lora=LORA, **backend))
