@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import elastic_lsopt as lso
 from tests.api.test_landscape_trainer import NATIVE, PLACES, on
@@ -102,3 +103,20 @@ def test_a_stock_trainers_is_gone_on_from(tmp_path: Path, caplog: pytest.LogCapt
 def test_the_best_model_at_the_end(ranks: Callable[[int], Any], tmp_path: Path, kind: str, world: int) -> None:
     for r in on(ranks, world, cases.best_at_end, kind=kind, folder=str(tmp_path)):
         assert r["dw"] == 0.0 and r["best"] == "checkpoint-2", r
+
+
+def test_a_schedule_of_ones_own_goes_on(tmp_path: Path) -> None:
+    """By milestones, whose table JSON would spoil."""
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        with trainers.fresh():
+            model = trainers.llama()
+            base = torch.optim.SGD(model.parameters(), lr=0.2)
+            schedule = torch.optim.lr_scheduler.MultiStepLR(base, [1, 3])
+            trainer = lso.LandscapeTrainer(
+                model=model, train_dataset=trainers.rows(), landscape="sam", optimizers=(base, schedule),
+                args=trainers.arguments("plain", str(tmp_path), max_steps=5, save_strategy="steps", save_steps=2),
+            )  # fmt: skip
+            trainer.train(resume_from_checkpoint=resume)
+            found.append([row["learning_rate"] for row in trainer.state.log_history if "loss" in row])
+    assert found[0] == found[1] == pytest.approx([0.2, 0.02, 0.02, 0.002, 0.002])

@@ -225,3 +225,13 @@ def test_bf16_by_autocast_trains(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.last_step.passes == 2 and trainer.last_step.gradient_norm > 0
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+def test_an_update_of_ours_steps_with_method_none_too(tmp_path: Path) -> None:
+    """The stock loop's `optimizer.step()` would find nothing to do."""
+    model = cases.llama()
+    start = cases.trained_of(model)
+    optimizers = lso.UpdateOptimizer(model.parameters(), "lamb", lr=0.02), None
+    trainer = made(tmp_path, model=model, landscape=None, optimizers=optimizers, max_steps=1)
+    trainer.train()
+    assert trainer.last_step.passes == 1 and cases.apart(cases.weights_of(trainer), start) > 1e-3

@@ -84,9 +84,8 @@ def bytes_alive() -> int:
 def told_apart(kind: str, mistake: str, ours: bool) -> dict[str, Any]:
     """How far SAM's weights end from the paper's; the bytes that a second pass keeps beside the first, as a share of
     the whole model's weights."""
-    plain = cases.llama()
-    size = sum(p.numel() * p.element_size() for p in plain.parameters())
-    cases.by_paper(plain, "sam")
+    wanted = cases.by_paper("sam").weights
+    size = sum(t.numel() * t.element_size() for t in wanted.values())
     alive: list[int] = []
     parent = lso.LandscapeTrainer if ours else PublicSAMTrainer
 
@@ -105,6 +104,6 @@ def told_apart(kind: str, mistake: str, ours: bool) -> dict[str, Any]:
         )
         trainer.mistake, trainer.rho = mistake, cases.METHODS["sam"]["rho"]
         trainer.train()
-        dw = cases.apart(cases.weights_of(trainer), cases.trained_of(plain))
+        dw = cases.apart(cases.weights_of(trainer), wanted)
     first, second = alive[1], alive[cases.ACCUMULATED + 1]
     return {"dw": dw, "kept": (second - first) / size}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -105,19 +107,31 @@ def momentum(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=LR, momentum=MOMENTUM)
 
 
-def by_paper(model: Any, method: str, clip: float = 0.0) -> tuple[list[float], list[float], list[int]]:
-    """The paper's loop on one process, which trains `model`: loss, norm of the gradient and tokens of each step."""
-    data, size = rows(), ROWS // ACCUMULATED
+@dataclass(frozen=True)
+class Paper:
+    """What the paper's loop makes: weights before and after, and of each step loss, norm of the gradient and tokens."""
+
+    start: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    losses: list[float]
+    norms: list[float]
+    tokens: list[int]
+
+
+@cache
+def by_paper(method: str, clip: float = 0.0, lora: bool = False, tied: bool = False) -> Paper:
+    """The paper's loop on one process. A norm is that after clipping."""
+    model, data, size = llama(lora, tied), rows(), ROWS // ACCUMULATED
     updates = [
         [tokens(update[at : at + size]) for at in range(0, len(update), size)]
         for update in (data[k * ROWS : (k + 1) * ROWS] for k in range(STEPS))
     ]
-    by_token = ByToken(model)
+    start = trained_of(model)
     base: Any = Scheduled(momentum([p for p in model.parameters() if p.requires_grad]))
     lpf = {"seed": 42} if method == "lpf_sgd" else {}  # TrainingArguments' seed
     with _named_as_in(model):
-        losses = paper_loops.run(by_token, updates, base, method, METHODS[method] | lpf, clip=clip)
-    return losses, base.norms, [sum(len(y) for _, y in update) for update in updates]
+        losses = paper_loops.run(ByToken(model), updates, base, method, METHODS[method] | lpf, clip=clip)
+    return Paper(start, trained_of(model), losses, base.norms, [sum(len(y) for _, y in update) for update in updates])
 
 
 @contextmanager

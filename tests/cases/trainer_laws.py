@@ -48,9 +48,7 @@ def against_paper(
 ) -> dict[str, Any]:  # fmt: skip
     """Six updates of three micro-batches with unequal counts of tokens, an evaluation after each."""
     world = world_size()
-    plain = llama(lora, tied)
-    start = trained_of(plain)
-    losses, norms, tokens_of = by_paper(plain, method, clip)
+    paper = by_paper(method, clip, lora, tied)
     items: list[int] = []
 
     class Noting(trainer_class(kind)):
@@ -75,11 +73,11 @@ def against_paper(
         log = [row for row in trainer.state.log_history if "loss" in row]
         step = trainer._landscape_step
         out = {
-            "dw": apart(found, trained_of(plain)), "moved": apart(found, start), "backend": step.backend.name,
-            "dloss": max(abs(row["loss"] - loss) for row, loss in zip(log, losses, strict=True)),
+            "dw": apart(found, paper.weights), "moved": apart(found, paper.start), "backend": step.backend.name,
+            "dloss": max(abs(row["loss"] - loss) for row, loss in zip(log, paper.losses, strict=True)),
             "lr": [row["learning_rate"] for row in log], "items": items, "counts": counter.counts,
             "passes": trainer.last_step and trainer.last_step.passes, "norms": [row["grad_norm"] for row in log],
-            "paper_norms": norms, "tokens": tokens_of,
+            "paper_norms": paper.norms, "tokens": paper.tokens,
         }  # fmt: skip
         end(trainer)
     return out
@@ -164,8 +162,6 @@ def sft(lora: bool) -> dict[str, Any]:
     from transformers import PreTrainedTokenizerFast, default_data_collator
     from trl import SFTConfig, SFTTrainer
 
-    plain = llama(lora)
-    by_paper(plain, "sam", 0.5)
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
     data = Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in rows()])
     found, logs = [], []
@@ -188,8 +184,8 @@ def sft(lora: bool) -> dict[str, Any]:
     names = "num_tokens", "entropy", "mean_token_accuracy"
     first = [[row[0][name] for name in names] for row in logs]
     return {
-        "dw": apart(found[0], trained_of(plain)), "tokens": logs[0][-1]["num_tokens"], "of": len(data) * LENGTH,
-        "first_step": first,
+        "dw": apart(found[0], by_paper("sam", 0.5, lora).weights), "first_step": first,
+        "tokens": logs[0][-1]["num_tokens"], "of": len(data) * LENGTH,
     }  # fmt: skip
 
 
@@ -207,6 +203,7 @@ def refusals() -> list[str]:
         ("torch_compile", "ddp", {"torch_compile": True}, None, "torch_compile is tested on one process"),
         ("fp16 in the JSON", "zero2", {"deepspeed": json_of(2, fp16={"enabled": "auto"}), "fp16": True}, None,
          "fp16 needs loss scaling"),
+        ("an update", "zero2", {}, (lso.UpdateOptimizer, {"lr": 0.1}), "an UpdateOptimizer in the Trainer is tested"),
         ("a base of whole matrices", "zero2", {}, (pytorch_optimizer.Lamb, {"lr": 0.1}), "needs whole parameters"),
     ]  # fmt: skip
     told = []
@@ -232,3 +229,23 @@ def benchmark(size: str) -> dict[str, Any]:
 
     with fresh():
         return compare(size)
+
+
+def updated(kind: str, landscape: str) -> dict[str, Any]:
+    """Weights and norms of a method with LAMB beside AdamW as the Trainer's optimizer."""
+    model = llama()
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() == 2], "update": "lamb"},
+        {"params": [p for p in model.parameters() if p.dim() != 2], "update": "AdamW"},
+    ]
+    with fresh(), tempfile.TemporaryDirectory() as folder:
+        args = arguments(kind, folder, world_size(), max_steps=3, max_grad_norm=0.5, lr_scheduler_type="constant")
+        optimizers = lso.UpdateOptimizer(groups, lr=0.02), None
+        trainer = trainer_class(kind)(
+            model=model, args=args, train_dataset=rows(), landscape=landscape, optimizers=optimizers
+        )
+        trainer.train()
+        found = {n: t.tolist() for n, t in weights_of(trainer).items()}
+        norms = [row["grad_norm"] for row in trainer.state.log_history if "loss" in row]
+        end(trainer)
+    return {"weights": found, "norms": norms}

@@ -17,7 +17,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.detect import backend_for
-from elastic_lsopt.errors import UserError
+from elastic_lsopt.errors import Unsupported, UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.curvature.products import Mode
 from elastic_lsopt.oracle.default_loss import as_loss
@@ -67,6 +67,11 @@ class ProbeCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Called by the Trainer before the first step, and after it has loaded a checkpoint to go on from."""
+        if self.placed is None and args.world_size > 1 and not hasattr(more["model"], "reshard"):
+            raise Unsupported(
+                f"ProbeCallback on {args.world_size} ranks of the stock Trainer, which hides from callbacks how it has "
+                'wrapped the model; use lso.LandscapeTrainer (landscape="none" takes the same steps).'
+            )
         if state.global_step == 0 and any(measure(name, {}).needs == "initial" for name in self.measures):
             space = self.placed.space if self.placed is not None else ParameterSpace(backend_for(more["model"]))
             self._initial = space.weights.clone().tensors

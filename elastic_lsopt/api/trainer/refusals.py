@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+import transformers
 from transformers import Trainer
 
 from elastic_lsopt.api.landscape_optimizer import LandscapeOptimizer
@@ -14,6 +15,12 @@ from elastic_lsopt.optimizers import registry
 from elastic_lsopt.optimizers.plain import Plain
 from elastic_lsopt.oracle.method import Method
 
+STANDS_IN_FOR = (
+    "create_accelerator_and_postprocess", "create_optimizer", "get_batch_samples", "training_step", "_clip_grad_norm",
+    "_get_grad_norm", "_prepare_for_training", "_save_optimizer_and_scheduler", "_load_from_checkpoint",
+    "_load_best_model", "_load_scaler",
+)  # fmt: skip
+"""Methods of the Trainer, some without a promise, that `trainer.py` overrides or calls."""
 TESTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
 """accelerate's names of where a model lies."""
 STEPS_IN_BACKWARD = ("lomo", "layerwise")
@@ -39,6 +46,15 @@ def method_of(landscape: Any) -> Method:
         what = landscape.__name__ if isinstance(landscape, type) else type(landscape).__name__
         raise UserError(f"landscape={what} is no method; give one, such as lso.SAM(rho=0.05), or its name.")
     return landscape
+
+
+def refuse_version() -> None:
+    """Raise Unsupported for a transformers whose Trainer has not the methods that ours stands in for."""
+    if missing := [name for name in STANDS_IN_FOR if not hasattr(Trainer, name)]:
+        raise Unsupported(
+            f"transformers {transformers.__version__}: its Trainer has no {missing[0]}; LandscapeTrainer is tested "
+            'with 5.23: pip install "transformers>=5.23".'
+        )
 
 
 def refuse_surprises(trainer: Trainer) -> None:

@@ -25,7 +25,7 @@ from transformers.trainer import SCHEDULER_NAME
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.api.trainer.logged_counts import not_counted
 from elastic_lsopt.api.trainer.probe_callback import ProbeCallback
-from elastic_lsopt.api.trainer.refusals import method_of, refuse_surprises, refuse_untested
+from elastic_lsopt.api.trainer.refusals import method_of, refuse_surprises, refuse_untested, refuse_version
 from elastic_lsopt.api.trainer.trainer_checkpoint import (
     has_weights,
     load_portable,
@@ -51,17 +51,20 @@ class LandscapeTrainerMixin(_Base):
     """Put before a Trainer class: it takes `landscape`, a method, its name or {"method": name, field: value}.
 
     One process, DDP, FSDP2, DeepSpeed 0 to 3. `last_step` tells what the last step was. A checkpoint can be resumed at
-    another world size and on another backend. With method none the Trainer's own steps run. Cost: the method's passes.
+    another world size and on another backend. With method none the Trainer's own steps run, and `last_step` stays None.
+    Cost: the method's passes.
     Raises UserError and Unsupported, when it is made, for what is not tested or cannot be right: fp16, DataParallel,
     FSDP that accelerate did not give, an optimizer that steps in backward … (`refusals.py`).
     """
 
     def __init__(self, *args: Any, landscape: Any = None, **more: Any) -> None:
+        refuse_version()
         self.landscape = method_of(landscape)
         self.last_step: StepReport | None = None
         self._landscape_step: LandscapeStep | None = None
         self._placed: tuple[Any, Any] | None = None
         self._update_batches: list[Any] = []
+        self._updates = False
         self._ran, self._planned_steps, self._keeps_our_checkpoints = 0, 0, True
         given = dict(zip(("model", "args"), args, strict=False)) | more
         with resumable(given.get("model"), given.get("args")):
@@ -72,8 +75,8 @@ class LandscapeTrainerMixin(_Base):
 
     @property
     def _takes_steps(self) -> bool:
-        """Whether steps are ours: with method none they are the Trainer's, to the bit and the millisecond."""
-        return not isinstance(self.landscape, Plain)
+        """Whether steps are ours: with method none they are the Trainer's, unless an update of ours takes them."""
+        return self._updates or not isinstance(self.landscape, Plain)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -87,7 +90,7 @@ class LandscapeTrainerMixin(_Base):
         given = self.optimizer
         optimizer = super().create_optimizer(model)
         if (update := updates_of(getattr(optimizer, "optimizer", optimizer))) is not None:
-            update.steps_elsewhere = True  # DeepSpeed steps once while it starts, and the loop after a skipped step
+            update.steps_elsewhere, self._updates = True, True  # the loop also steps where a step was left out
         elif given is None and self._keeps_our_checkpoints:
             # The Trainer makes a group for what does not decay, also where there is nothing of it (LoRA), and DeepSpeed
             # drops it: a checkpoint would have a group more on one than on the other.
@@ -198,6 +201,11 @@ class LandscapeTrainerMixin(_Base):
         while (inner := getattr(model, "_modules", {}).get("_orig_mod")) is not None:  # out of torch.compile's
             model = inner
         backend = backend_for(model, base, max_grad_norm=self.args.max_grad_norm)
+        if self._updates and backend.name != "replicated":
+            raise Unsupported(
+                f"an UpdateOptimizer in the Trainer is tested on one process and DDP, and this is {backend.name}; use "
+                "lso.initialize or lso.Engine.of there, or an optimizer of torch."
+            )
         return LandscapeStep(backend, self.landscape, self.args.seed, steps_base=self.is_deepspeed_enabled)
 
     # -- checkpoints -------------------------------------------------------------------------------------------
@@ -207,24 +215,23 @@ class LandscapeTrainerMixin(_Base):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         self._landscape_step.clock = self._clock
-        save_portable(self._landscape_step, output_dir)
+        schedule: Any = self.lr_scheduler
+        save_portable(self._landscape_step, output_dir, schedule.state_dict())
         if self.args.should_save:
-            schedule: Any = self.lr_scheduler
             torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if portable_part(resume_from_checkpoint) is None or (
-            has_weights(resume_from_checkpoint) and not self.is_distributed_loading_by_transformers
+            has_weights(resume_from_checkpoint) and not getattr(self, "is_distributed_loading_by_transformers", False)
         ):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _resume(self, part: Path) -> None:
         if self._landscape_step is None:
             raise UserError(f"{part} cannot be resumed here: this model, optimizer or place is not supported.")
-        load_portable(self._landscape_step, part)
-        saved, schedule = part.parent / SCHEDULER_NAME, cast(Any, self.lr_scheduler)
-        if saved.exists():
-            schedule.load_state_dict(torch.load(saved, weights_only=True))
+        saved, schedule = load_portable(self._landscape_step, part), cast(Any, self.lr_scheduler)
+        schedule.load_state_dict(schedule.state_dict() | saved)
+        self._load_scaler(str(part.parent))  # of fp16, which method none may have
 
     def _load_best_model(self) -> None:
         part = portable_part(self.state.best_model_checkpoint)

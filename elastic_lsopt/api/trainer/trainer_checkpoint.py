@@ -9,6 +9,7 @@ or one backend; this can be resumed at any, and nothing of it is unpickled.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from elastic_lsopt.checkpoint.contents import TrainingState
 from elastic_lsopt.checkpoint.save import load, save
 from elastic_lsopt.errors import UserError
 
-FOLDER = "landscape"
+FOLDER, SCHEDULE = "landscape", "schedule"
 
 
 def portable_part(checkpoint: str | Path | None) -> Path | None:
@@ -51,12 +52,26 @@ def resumable(model: Any, args: Any) -> Iterator[None]:
             args.save_only_model = False
 
 
-def save_portable(state: TrainingState, checkpoint: str | Path) -> None:
-    """Write our part of the folder (collective). Raises UserError where it cannot be written."""
-    save(state, Path(checkpoint) / FOLDER)
+def save_portable(state: TrainingState, checkpoint: str | Path, schedule: dict[str, Any]) -> None:
+    """Write our part of the folder, the learning-rate schedule's numbers with it (collective).
+
+    Raises UserError where it cannot be written.
+    """
+    save(state, Path(checkpoint) / FOLDER, extra={SCHEDULE: {k: v for k, v in schedule.items() if _outlives_json(v)}})
 
 
-def load_portable(state: TrainingState, part: Path) -> None:
-    """Go on from it (collective). Raises UserError for a damaged one, and for one of another model."""
-    if load(state, part) is None:
+def load_portable(state: TrainingState, part: Path) -> dict[str, Any]:
+    """Go on from it (collective); what was saved of the schedule. Raises UserError for a damaged one, and for one of
+    another model."""
+    report = load(state, part)
+    if report is None:
         raise UserError(f"{part} holds no checkpoint (it was not finished); resume from another one.")
+    return report.extra.get(SCHEDULE, {})
+
+
+def _outlives_json(value: Any) -> bool:
+    """What a schedule counts does. What does not is what it was built from (functions, milestones by step)."""
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        return False
