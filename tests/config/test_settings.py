@@ -18,6 +18,7 @@ KEYS = [
     "model_name_or_path",
     "model",
     "task",
+    "attn_implementation",
     "tokenizer_name_or_path",
     "lora",
     "dataset",
