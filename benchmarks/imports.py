@@ -13,7 +13,9 @@ from collections.abc import Sequence
 
 PAIRS = 7
 NAMES = "import torch; from elastic_lsopt import ASAM, LPFSGD, SAM, Engine, LandscapeOptimizer, attach, initialize"
-COMMANDS = ("", "train", "agent", "validate", "study", "status", "report", "probe", "schema")
+COMMANDS = (
+    "", "train", "agent", "validate", "plan", "study", "status", "doctor", "runs", "report", "probe", "schema",
+)  # fmt: skip
 """The sub-commands, after the command itself."""
 
 

@@ -1,8 +1,8 @@
 """`elastic-lsopt plan` beside real processes: the peak of a rank's memory as it says it, and as the allocator gives it.
 
-A setting is a job's settings, built and stepped as `elastic-lsopt train` does. What an engine keeps between two steps is
-counted tensor by tensor; how far a step rises above that is read from the C library's own account after each operation,
-so gathers, DDP's and DeepSpeed's buffers and gloo's copies are in it. The least of some steps counts, since gloo's
+A setting is a job's settings, built and stepped as `elastic-lsopt train` does. What an engine keeps between two steps
+is counted tensor by tensor; how far a step rises above that is read from the C library's own account after each
+operation, so gathers, DDP's and DeepSpeed's buffers and gloo's copies are in it. The least of some steps counts, since gloo's
 threads hold finished buffers for a while.
 """
 
@@ -18,9 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.workers import on_ranks
-from elastic_lsopt.backends.backend import local
-from tests.cases.memory import bytes_of
 from elastic_lsopt.api.engine import Engine
+from elastic_lsopt.backends.backend import local
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.optimizers import registry
 from elastic_lsopt.oracle.microbatch import MicroBatch
@@ -29,6 +28,7 @@ from elastic_lsopt.training.datasets.samples import build_data
 from elastic_lsopt.training.estimate.job import on_world
 from elastic_lsopt.training.estimate.look import look_at_model
 from elastic_lsopt.world import World
+from tests.cases.memory import bytes_of
 
 MODEL = {
     "model_type": "llama", "hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 4,

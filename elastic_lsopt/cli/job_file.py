@@ -15,6 +15,7 @@ from elastic_lsopt.config.spelling import did_you_mean
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.optimizers import registry
 from elastic_lsopt.training.building.base_optimizer import check_updates
+from elastic_lsopt.training.reporters import check_reporters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ def read_job(path: str | Path, overrides: Sequence[str] = (), *, imports: bool =
     config = file.config()
     code = () if imports else {re.split(r"[.[]", key)[0] for key, _ in import_paths(config)}
     with file.located():
+        check_reporters(config)
         if config.probes and "probes" not in code:
             from elastic_lsopt.training.probing.during_training import check_probes
 

@@ -87,6 +87,19 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
             from elastic_lsopt.cli.probe import probe
 
             return probe(arguments, given[1:])
+        case "doctor":
+            from elastic_lsopt.cli.doctor.doctor import Asked as AskedOfDoctor
+            from elastic_lsopt.cli.doctor.doctor import doctor
+
+            looked_for = AskedOfDoctor(
+                hostfile=arguments.hostfile, store=arguments.store, output_dir=arguments.output_dir, gpu=arguments.gpu,
+                as_json=arguments.json,
+            )  # fmt: skip
+            return doctor(looked_for)
+        case "runs":
+            from elastic_lsopt.cli.runs import runs
+
+            return runs(arguments.folders, as_json=arguments.json)
         case "report":
             from elastic_lsopt.cli.report import report
 
@@ -128,6 +141,19 @@ def _parser() -> argparse.ArgumentParser:
     purpose = "draw a run: one HTML page that needs no network, and its pictures"
     drawn = commands.add_parser("report", help=purpose, description=purpose)
     drawn.add_argument("run_folder", metavar="RUN_FOLDER", help="a job's output_dir, or the folder of a probe or study")
+    purpose = "is this machine, and are its hosts, ready for a job; what to fix"
+    looks = commands.add_parser("doctor", help=purpose, description=purpose)
+    looks.add_argument("--hostfile", metavar="FILE", help="reach each of its hosts by ssh, and compare clocks")
+    looks.add_argument("--store", metavar="HOST:PORT", help="of the first node's agent, or etcd://host:port")
+    looks.add_argument("--output-dir", metavar="FOLDER", default=".", help="where runs will write (default: here)")
+    looks.add_argument("--gpu", action="store_true", help="a GPU must be there")
+    looks.add_argument("--json", action="store_true", help="print one JSON object")
+    purpose = "list the runs of a folder, or compare some: runs [FOLDER], runs compare RUN RUN …"
+    listed = commands.add_parser("runs", help=purpose, description=purpose)
+    listed.add_argument(
+        "folders", metavar="FOLDER", nargs="*", help="where runs lie (default: runs), or compare and runs"
+    )
+    listed.add_argument("--json", action="store_true", help="print one JSON object")
     finished = commands.add_parser("probe", help="curvature and flatness of a finished model")
     arguments_of(finished)
     commands.add_parser("schema", help="print the JSON schema of a job's YAML, for editors")
@@ -136,7 +162,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--worlds", metavar="N,N,…", help="numbers of ranks (default: powers of two)")
-    command.add_argument("--gpu-memory", metavar="SIZE", help="of one GPU, such as 80GiB: from how many ranks on it fits")
+    command.add_argument(
+        "--gpu-memory", metavar="SIZE", help="of one GPU, such as 80GiB: from how many ranks on it fits"
+    )
     command.add_argument(
         "--tokens-per-second", type=float, metavar="N", help="of one rank, forward and backward of a pass: gives hours"
     )

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from elastic_lsopt.cli.job_file import read_job
 from elastic_lsopt.cli.tables import console_of_tables, host_table, memory_table, rank_name, table, unit_of
-from elastic_lsopt.config.settings import SettingError, TrainConfig
+from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.training.building.imported_model import foreign_code
 from elastic_lsopt.training.estimate.job import (
@@ -140,7 +140,9 @@ def _print(path: str, config: TrainConfig, looked: Looked, ours: Sequence[OnWorl
         )
     if config.max_steps is None and any(one.length is None for one in ours):
         console.print("Time and price need max_steps: how many samples an epoch has, only the data know.")
-    console.print(f"* = workers of this file. Not counted: {'the driver, fragments' if gpu else 'the framework'}, probes.")
+    console.print(
+        f"* = workers of this file. Not counted: {'the driver, fragments' if gpu else 'the framework'}, probes."
+    )
 
 
 def _backend(config: TrainConfig) -> str:

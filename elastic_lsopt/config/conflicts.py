@@ -111,6 +111,13 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         )
     if c.elastic is not None:
         yield from _elastic_conflicts(c, c.elastic)
+        for name in c.report_to:
+            if name != "tensorboard":
+                yield (
+                    "report_to",
+                    f"report_to: {name} is not supported in an elastic job, where each change of members would begin "
+                    "another run of it; use tensorboard.",
+                )
 
 
 def _group_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:

@@ -165,8 +165,8 @@ class TrainConfig:
     """Checkpoints to keep, the newest; null: all. One more stays until a step has shown that the newest is good."""
     resume_from_checkpoint: Name = "auto"
     """`auto`: the newest good checkpoint of output_dir, if any; `none`: start anew; or a path."""
-    report_to: Annotated[tuple[Literal["tensorboard"], ...], Field(strict=False)] = ()
-    """Reporters beside metrics.jsonl, which is always written."""
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], Field(strict=False)] = ()
+    """Reporters beside metrics.jsonl, which is always written; each must be installed."""
 
     # When steps cannot be taken, and when the job is told to stop.
     max_skipped_steps: Count = 10

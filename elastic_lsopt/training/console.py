@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import resource
 import time
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -30,9 +34,11 @@ class Console:
     def __init__(self) -> None:
         self._speaks, self._steps = False, 0
         self._terminal = Terminal(stderr=True, soft_wrap=True, highlight=False)
+        self._device = torch.device("cpu")
         self._bar: Progress | None = None
         self._task: Any = None
         self._eval_loss: float | None = None
+        self._speed, self._per_sample = Speed(), ("samples", 1)
         self._said, self._introduced = 0.0, False
         log = logging.getLogger("elastic_lsopt")
         log.handlers, log.propagate = [_Lines(self)], False
@@ -64,6 +70,9 @@ class Console:
 
     def introduce(self, config: TrainConfig, engine: Engine, data: Data) -> None:
         """The first lines: what is trained, on what, how; once a process."""
+        if config.task == "causal_lm":
+            self._per_sample = "tokens", config.block_size
+        self._device = engine.backend.device
         if self._introduced:
             return
         self._introduced = True
@@ -88,13 +97,18 @@ class Console:
             return
         self._eval_loss = row.get("eval_loss", self._eval_loss)
         told = f"loss {row['loss']:.3f}" + (f"  held out {self._eval_loss:.3f}" if self._eval_loss is not None else "")
+        what, each = self._per_sample
+        speed = self._speed.after(row["batch"] * each, row["seconds"])
+        told += f"  rate {row['lr']:.3g}  batch {row['batch']} on {row['world']}  {counted(speed)} {what}/s"
+        told += f"  {memory_in_use(self._device) / 2**30:.2f} GiB"
         if self._bar is not None:
             self._bar.update(self._task, completed=row["step"], told=told)
             return
         now = time.monotonic()
         if now - self._said > LINE_EVERY_S or "eval_loss" in row or row["step"] == self._steps:
             self._said = now
-            self.say(f"step {row['step']}/{self._steps}  {told}  {row['seconds']:.2f} s a step")
+            left = duration((self._steps - row["step"]) * row["batch"] * each / speed) if speed else "?"
+            self.say(f"step {row['step']}/{self._steps}  {told}  {row['seconds']:.2f} s a step, {left} left")
 
     def pause(self) -> None:
         """Take the bar away until `attend`."""
@@ -114,6 +128,48 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Speed:
+    """Tokens or samples a second, smoothed over the last steps: one slow step is no change of speed."""
+
+    SMOOTHING = 0.1
+
+    def __init__(self) -> None:
+        self._seconds_each: float | None = None
+
+    def after(self, count: int, seconds: float) -> float:
+        """With one step more, of so many in so many seconds."""
+        new = seconds / count
+        old = new if self._seconds_each is None else self._seconds_each
+        self._seconds_each = old + self.SMOOTHING * (new - old)
+        return 1 / self._seconds_each if self._seconds_each > 0 else 0.0
+
+
+def counted(number: float) -> str:
+    """Three digits and a unit: 874, 41.2k, 1.30M."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            value = number / size
+            return f"{value:.{max(0, 3 - len(str(int(value))))}f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """In the unit that reads well: 40 s, 12 min, 5 h, 3 d."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the most that tensors took of a GPU so far, on a CPU what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return 0
 
 
 class _Lines(logging.Handler):

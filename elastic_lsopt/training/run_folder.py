@@ -15,6 +15,7 @@ from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.worker.journal import JOURNAL
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.report.run import ANSWERS
+from elastic_lsopt.training.reporters import Reporters
 from elastic_lsopt.training.run_state import STATE, RunState
 
 CONFIG, METRICS, EVENTS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"
@@ -47,6 +48,7 @@ class RunFolder:
             raise unwritable(config, error) from error
         self.state = RunState(self.path)
         self._to_board, self._board = "tensorboard" in config.report_to, None
+        self._reporters = Reporters(config)
 
     def _set_earlier_run_aside(self) -> None:
         earlier = [self.path / name for name in PARTS if (self.path / name).exists()]
@@ -62,11 +64,12 @@ class RunFolder:
         with suppress(OSError):
             self._metrics.write(json.dumps(finite) + "\n")
             self._metrics.flush()  # what is here survives a kill
+        numbers = {key: value for key, value in _scalars(finite) if key not in ("step", "generation")}
         if self._to_board:
             with suppress(OSError):
-                for key, value in _scalars(finite):
-                    if key not in ("step", "generation"):
-                        self._events(row["step"]).add_scalar(key, value, row["step"])
+                for key, value in numbers.items():
+                    self._events(row["step"]).add_scalar(key, value, row["step"])
+        self._reporters.log(numbers, row["step"])
 
     def _events(self, step: int) -> Any:
         """The TensorBoard writer; steps that an earlier life of the run has written from here on are hidden."""
@@ -83,7 +86,8 @@ class RunFolder:
             self._board = None
 
     def close(self) -> None:
-        """Bring all to the files."""
+        """Bring all to the files, and end what trackers are told of this run."""
+        self._reporters.close()
         for writer in (self._metrics, self._board):
             if writer is not None:
                 with suppress(OSError):

@@ -15,7 +15,9 @@ import elastic_lsopt as lso
 pytestmark = pytest.mark.fast
 
 HEAVY = ("torch", "numpy", "pydantic", "rich", "transformers", "deepspeed", "matplotlib")
-COMMANDS = ("", "train", "agent", "validate", "study", "status", "report", "probe", "schema")
+COMMANDS = (
+    "", "train", "agent", "validate", "plan", "study", "status", "doctor", "runs", "report", "probe", "schema",
+)  # fmt: skip
 
 
 def imported_by(code: str, names: tuple[str, ...] = HEAVY) -> list[str]:

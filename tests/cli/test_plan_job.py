@@ -133,7 +133,14 @@ def test_time_and_price(capsys):
 def test_the_tables(capsys):
     assert main(["plan", QUICKSTART, *SMALL, "elastic={max_nodes: 4}", "--gpu-memory", "80 GB"]) == 0
     out = capsys.readouterr().out
-    for said in ("A step", "Memory per rank, in ", "activations", "peak", "Host memory per rank", "Fits from 2 ranks on"):
+    for said in (
+        "A step",
+        "Memory per rank, in ",
+        "activations",
+        "peak",
+        "Host memory per rank",
+        "Fits from 2 ranks on",
+    ):
         assert said in out
 
 
@@ -163,7 +170,8 @@ def test_a_mistake_is_one_line(capsys, given, says):
 def test_code_of_the_jobs_own_is_run_with_trust_only(capsys, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "mine_planned.py").write_text(
-        "from torch import nn\n\n\ndef model(inputs):\n    return nn.Sequential(nn.Linear(inputs, 32), nn.Linear(32, 10))\n"
+        "from torch import nn\n\n\ndef model(inputs):\n"
+        "    return nn.Sequential(nn.Linear(inputs, 32), nn.Linear(32, 10))\n"
     )
     given = [str(ROOT / "configs/digits.yaml"), "model={import: 'mine_planned:model', args: {inputs: 64}}"]
     assert "--trust" in refusal(capsys, *given)

@@ -78,8 +78,8 @@ def test_a_wrong_value_names_line_value_and_range(write):
         refusal(path)
         == f"{path}:7: optim='lion' must be one of adamw, adam, sgd, lamb, lars, muon or package.module:Class."
     )
-    path = write(f"{LEAST}report_to:\n- tensorboard\n- wandb\n")
-    assert refusal(path).startswith(f"{path}:7: report_to=['tensorboard', 'wandb'] must be a list of")
+    path = write(f"{LEAST}report_to:\n- tensorboard\n- comet\n")
+    assert refusal(path).startswith(f"{path}:7: report_to=['tensorboard', 'comet'] must be a list of")
 
 
 def test_a_contradiction_names_a_line(write):

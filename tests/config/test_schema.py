@@ -34,7 +34,7 @@ def test_the_shipped_files_fit_the_schema_and_load(path):
     "wrong",
     [{"learning_rte": 1}, {"learning_rate": -1}, {"optim": "lion"}, {"max_steps": 0}, {"landscape": {"rho": 1}},
      {"elastic": {"min_nodes": 0}}, {"elastic": {"max_node": 4}}, {"elastic": {"witness": "a:1"}},
-     {"bf16": 1}, {"fsdp_reshard_after_forward": 0}, {"report_to": ["wandb"]}, {"fp16": True}],
+     {"bf16": 1}, {"fsdp_reshard_after_forward": 0}, {"report_to": ["comet"]}, {"fp16": True}],
 )  # fmt: skip
 def test_the_schema_refuses_what_we_refuse(wrong):
     least = {"dataset": "python-stdlib", "output_dir": "runs/a", "model": {"model_type": "llama"}, "max_steps": 1}
@@ -52,7 +52,7 @@ def test_the_schema_refuses_what_we_refuse(wrong):
         ("bf16", "true or false"),
         ("fsdp_reshard_after_forward", "true or false or an integer >= 1"),
         ("optim", "one of adamw, adam, sgd, lamb, lars, muon or package.module:Class"),
-        ("report_to", "a list of 'tensorboard'"),
+        ("report_to", "a list of one of tensorboard, wandb, trackio, mlflow"),
         ("deepspeed", "a non-empty string or a mapping or null"),
         ("elastic", "a mapping or null"),
         ("elastic.min_nodes", "an integer >= 1"),

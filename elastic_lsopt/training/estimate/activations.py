@@ -1,14 +1,15 @@
 """What is alive in memory during one micro-batch's forward and backward, counted on tensors that have no storage.
 
 The model is built on the meta device and runs once under torch's FakeTensorMode: each operation gives tensors with a
-shape, a type and an owner, and no bytes. What the autograd graph holds, when a block's activations go, what a loss takes
-of the logits: nothing is guessed, for any model. The closed forms that it must agree with (s tokens of b samples, h
-hidden, a heads, v ids; Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022, eq. 1
-and 2, and the same count by hand for Llama in fp32) are in tests/training/estimate/test_activations.py:
+shape, a type and an owner, and no bytes. What the autograd graph holds, when a block's activations go, what a loss
+takes of the logits: nothing is guessed, for any model. For a transformer it comes to these forms, to which the tests
+hold it (s tokens of b samples, h hidden, a heads, v ids; e bytes an element; Korthikanti et al., "Reducing Activation
+Recomputation in Large Transformer Models", 2022, section 4.1):
 
-    GPT-2, 16 bits, eager, dropout      s b h (34 + 5 a s / h)   bytes per block
-    with activation checkpointing       s b h x the type's bytes per block, and one block's own while it is done again
-    logits of a causal LM               s b v x (the type's bytes + 4 + 4: a copy in fp32, their log-softmax)
+    a GPT-2 block, 16 bits, eager       s b h (34 + 5 a s / h); without dropout s b h (32 + 2 a s / h)
+    ... its attention by sdpa           without the terms in a s^2: it keeps its output and a log-sum per token and head
+    with activation checkpointing       e s b h per block, and one block's own while it is done again
+    logits of a causal LM               s b v times: e for themselves, 4 for a copy in fp32, 4 for their log-softmax
 """
 
 from __future__ import annotations
@@ -99,9 +100,9 @@ def run_without_storage(
 
 @contextmanager
 def _one_document_per_row() -> Iterator[None]:
-    """transformers looks into the positions for several documents in a row; of a tensor without numbers it takes them to
-    be several, and builds a mask that the real pass has not."""
-    masks = sys.modules.get("transformers.masking_utils")
+    """transformers looks into the positions for several documents in a row; of a tensor without numbers it takes them
+    to be several, and builds a mask that the real pass has not."""
+    masks: Any = sys.modules.get("transformers.masking_utils")
     if masks is None:
         yield
         return
@@ -223,4 +224,6 @@ class _Account(TorchDispatchMode):
 
     def closed(self) -> list[Segment]:
         self._open.left = self.alive
-        return [Segment(o.kind, o.block, *o.peaks, o.left) for o in [*self._segments, self._open]]
+        return [
+            Segment(o.kind, o.block, o.peaks[0], o.peaks[1], o.peaks[2], o.left) for o in [*self._segments, self._open]
+        ]

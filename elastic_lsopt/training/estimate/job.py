@@ -70,8 +70,8 @@ class OnWorld:
 def worlds_of(config: TrainConfig, given: Sequence[int]) -> list[int]:
     """The world sizes of a plan: those that are asked for, else powers of two, those of the file among them.
 
-    Of an elastic job those between its bounds; of HSDP those that its replica groups divide. Raises SettingError for one
-    that is asked for and cannot be.
+    Of an elastic job those between its bounds; of HSDP those that its replica groups divide. Raises SettingError for
+    one that is asked for and cannot be.
     """
     least, most = bounds_of(config)
     if not given:

@@ -64,9 +64,7 @@ def with_more_blocks(few: Pass, more: int, block_gradient: int) -> Pass:
                 for s in own
             ]
         segments.append(
-            _moved(
-                backward, 0 if done else more * saved, done * more * block_gradient, _shifted(backward, more)
-            )
+            _moved(backward, 0 if done else more * saved, done * more * block_gradient, _shifted(backward, more))
         )
     return Pass(tuple(segments), few.saved + more * saved)
 

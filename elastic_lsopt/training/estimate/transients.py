@@ -12,8 +12,9 @@ reduction:
     ZeRO 1        backward: c x twice the bucket. Gradients stay whole until the last micro-batch has been.
     ZeRO 2        backward: c x bucket (twice with overlap_comm); once it has been full, its content once more, and the
                   rank's share of this micro-batch's gradients beside that of those before.
-    ZeRO 3        a bucket is kept. Gathered: small parameters, what is needed again within max_reuse_distance, a module
-                  and the prefetch, which arrive in a buffer and are copied. As the bucket is reduced, its content again.
+    ZeRO 3        a bucket is kept. Gathered: small parameters, what is needed again within max_reuse_distance, a
+                  module and the prefetch, which arrive in a buffer and are copied. As the bucket is reduced, its
+                  content once more.
 
     step          Adam on a CPU takes two tensors as large as what it steps on (a parameter; a flat partition under
                   ZeRO), on a GPU one as large as all; ZeRO 1 and 2 first copy their share of the gradient to fp32.
@@ -77,7 +78,7 @@ def _fsdp2(s: Segment, p: Pass, size: ModelSize, at: Placement, more: bool) -> I
     arrives = 1 if at.shards > 1 else 0  # on one rank nothing is gathered into a buffer
     own = blocks[s.block] if s.block is not None else 0
     stay = 0 if reshard is True else sum(blocks) if reshard is False else sum(blocks) * int(reshard) // at.shards
-    # What stays gathered from the forward for the backward is there whole at the end of the one and the start of the other.
+    # What stays gathered for the backward is all there where the forward ends and the backward begins.
     gathered = c * (rest + (stay if reshard is False else own + stay))
     if s.kind == "forward":
         buffer = own or max(blocks[-1:] or (rest,))

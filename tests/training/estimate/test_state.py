@@ -115,4 +115,6 @@ def test_the_mirror_is_versions_times_shards(how, own, mirrored_peers):
         "own versions": own + three,
         "mirrored peers' versions": mirrored_peers + mirrored_peers // own * three,
     }
-    assert mirror_per_rank(1000, Placement(**how), **kept, budget_bytes=2**30) == {key: value // 3 * 10 for key, value in told.items()}
+    assert mirror_per_rank(1000, Placement(**how), **kept, budget_bytes=2**30) == {
+        key: value // 3 * 10 for key, value in told.items()
+    }
