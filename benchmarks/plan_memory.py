@@ -2,8 +2,8 @@
 
 A setting is a job's settings, built and stepped as `elastic-lsopt train` does. What an engine keeps between two steps
 is counted tensor by tensor; how far a step rises above that is read from the C library's own account after each
-operation, so gathers, DDP's and DeepSpeed's buffers and gloo's copies are in it. The least of some steps counts, since gloo's
-threads hold finished buffers for a while.
+operation, so gathers, DDP's and DeepSpeed's buffers and gloo's copies are in it. The least of some steps counts, since
+gloo's threads hold finished buffers for a while.
 """
 
 from __future__ import annotations

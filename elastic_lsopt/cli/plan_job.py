@@ -140,9 +140,7 @@ def _print(path: str, config: TrainConfig, looked: Looked, ours: Sequence[OnWorl
         )
     if config.max_steps is None and any(one.length is None for one in ours):
         console.print("Time and price need max_steps: how many samples an epoch has, only the data know.")
-    console.print(
-        f"* = workers of this file. Not counted: {'the driver, fragments' if gpu else 'the framework'}, probes."
-    )
+    console.print(f"* = workers of this file. Not counted: {'the driver, fragments' if gpu else 'the framework'}.")
 
 
 def _backend(config: TrainConfig) -> str:
@@ -191,6 +189,7 @@ def _as_json(
             "learning_rate": one.batch.learning_rate, "held_by": one.batch.held_by,
             "device_bytes": {
                 "kept": one.memory.kept, "in_pass": one.memory.in_pass, "in_step": one.memory.in_step,
+                "in_probe": one.memory.in_probe,
                 "peak": one.memory.peak,
             },
             "host_bytes": one.host, "sent_bytes_per_step": one.sent,

@@ -41,11 +41,11 @@ def memory_table(console: Console, config: TrainConfig, ours: Sequence[OnWorld])
     """The device's memory by part: what is kept, what a pass and a step add, and the peak."""
     unit, unit_bytes = unit_of(max(one.memory.peak for one in ours))
     made = table(console, f"Memory per rank, in {unit}", ["ranks", *_ranks(config, ours)])
-    sections = (("kept", "kept"), ("in_pass", "in a pass"), ("in_step", "in the step"))
+    sections = (("kept", "kept"), ("in_pass", "in a pass"), ("in_step", "in the step"), ("in_probe", "in a probe"))
     for number, (name, said) in enumerate(sections):
         columns = [getattr(one.memory, name) for one in ours]
         _rows(made, columns, unit_bytes)
-        if number:
+        if number and any(columns):
             made.add_row(said, *_cells([sum(column.values()) for column in columns], unit_bytes), style="dim")
         made.add_section()
     made.add_row("peak", *_cells([one.memory.peak for one in ours], unit_bytes), style="bold")

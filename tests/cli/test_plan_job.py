@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -189,3 +190,14 @@ def test_a_model_that_cannot_run_without_numbers_is_planned_without_its_activati
     assert out["activations_unknown"] and "activations" not in out["worlds"][0]["device_bytes"]["in_pass"]
     assert main(["plan", *given]) == 0
     assert "Activations are not counted: the model cannot run without numbers" in capsys.readouterr().out
+
+
+def test_the_commands_of_the_documentation(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
+    commands = [line.split() for line in text.splitlines() if line.startswith("elastic-lsopt ")]
+    assert {command[1] for command in commands} == {"plan", "doctor", "runs"}
+    for _, *command in (command for command in commands if command[1] == "plan"):
+        assert main(command) == 0, command
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (ROOT / "docs" / target).exists(), target

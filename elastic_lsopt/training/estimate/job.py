@@ -14,6 +14,7 @@ from elastic_lsopt.plan import Policy, Worker, plan
 from elastic_lsopt.training.estimate.communication import Passes, sent_per_step
 from elastic_lsopt.training.estimate.look import Looked
 from elastic_lsopt.training.estimate.placement import Placement
+from elastic_lsopt.training.estimate.probes import probe_vectors
 from elastic_lsopt.training.estimate.rank import RankMemory, memory_of_rank
 from elastic_lsopt.training.estimate.state import mirror_per_rank
 
@@ -118,7 +119,7 @@ def on_world(
     method, fields = landscape_fields(config)
     kept: dict[str, Any] = {"optim": config.optim, "momentum": config.momentum}
     memory = memory_of_rank(
-        looked.size, looked.moments, at, method=method, averages=len(config.averages), microbatches=batch.forwards,
+        looked.size, looked.moments, at, method=method, averages=len(config.averages), microbatches=batch.forwards, probes=probe_vectors(config.probes),
         gpu=gpu, **kept,
     )  # fmt: skip
     passes, elastic = Passes.of(method, fields), config.elastic

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from elastic_lsopt.training.estimate.activations import Pass
-from elastic_lsopt.training.estimate.placement import Placement
+from elastic_lsopt.training.estimate.placement import FP32, Placement
 from elastic_lsopt.training.estimate.size import ModelSize
 from elastic_lsopt.training.estimate.state import state_per_rank
 from elastic_lsopt.training.estimate.transients import in_pass, in_step, kept_buffers
@@ -15,7 +15,7 @@ WHILE_PERTURBED = ("way back of a perturbation", "direction of the method")
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Bytes on the device; the peak is of the pass or of the step, whichever is larger."""
+    """Bytes on the device; the peak is of the pass, the step or a probe, whichever is larger."""
 
     kept: dict[str, int]
     """From step to step."""
@@ -23,10 +23,12 @@ class RankMemory:
     """Beside that at the worst moment of a pass, the method's own among it; empty: the activations are not known."""
     in_step: dict[str, int]
     """Beside that while the optimizer steps."""
+    in_probe: dict[str, int] = field(default_factory=dict)
+    """Beside that while the largest probe measures, at least: its vectors, and what a gradient takes."""
 
     @property
     def peak(self) -> int:
-        return sum(self.kept.values()) + max(sum(self.in_pass.values()), sum(self.in_step.values()))
+        return sum(self.kept.values()) + max(sum(p.values()) for p in (self.in_pass, self.in_step, self.in_probe))
 
 
 def memory_of_rank(
@@ -38,16 +40,22 @@ def memory_of_rank(
     momentum: float = 0.0,
     method: str = "none",
     averages: int = 0,
+    probes: tuple[int, int] = (0, 0),
     microbatches: int = 1,
     gpu: bool = False,
 ) -> RankMemory:
     """`moments` is a micro-batch's pass on storage-less tensors, None where it cannot be had; `microbatches` those of a
-    rank in a pass."""
+    rank in a pass; `probes` the vectors that probes keep, and that one holds while it measures."""
     kept = state_per_rank(
         size.parameters, at, frozen=size.frozen, optim=optim, momentum=momentum, method=method, averages=averages
     )
     passing = {name: kept.pop(name) for name in WHILE_PERTURBED}
     kept["communication buffers"] = kept_buffers(size, at)
+    vector, (always, measuring) = FP32 * at.share(size.parameters), probes
+    kept["probes"] = always * vector
+    probing = {"probes while they measure": measuring * vector} if measuring else {}
     if moments is not None:
-        passing |= in_pass(moments, size, at, microbatches=microbatches)
-    return RankMemory(kept=kept, in_pass=passing, in_step=in_step(size, at, optim=optim, gpu=gpu))
+        a_gradient = in_pass(moments, size, at, microbatches=microbatches)
+        passing |= a_gradient
+        probing |= a_gradient if measuring else {}
+    return RankMemory(kept=kept, in_pass=passing, in_step=in_step(size, at, optim=optim, gpu=gpu), in_probe=probing)

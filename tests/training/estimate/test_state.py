@@ -7,6 +7,7 @@ import torch
 
 from elastic_lsopt.training.estimate.activations import Pass, Segment
 from elastic_lsopt.training.estimate.placement import Placement
+from elastic_lsopt.training.estimate.probes import probe_vectors
 from elastic_lsopt.training.estimate.rank import memory_of_rank
 from elastic_lsopt.training.estimate.size import ModelSize
 from elastic_lsopt.training.estimate.state import mirror_per_rank, state_per_rank
@@ -81,6 +82,19 @@ def test_shards_divide_by_the_ranks_of_a_replica_group_and_round_up():
     assert weights(world=1) == 4 * 1001
     assert weights(world=4) == 4 * 251
     assert weights(world=4, replicas=2) == 4 * 501
+
+
+def test_probes_hold_vectors():
+    """By the docstrings of lanczos.py, lobpcg.py and spectral_density.py."""
+    every = {"every_steps": 10}
+    assert probe_vectors({"top_eigenvalues": {**every, "k": 2, "capacity": 40}}) == (0, 44)
+    assert probe_vectors({"mine": {**every, "measure": "spectral_density", "steps": 30}, "trace": every}) == (0, 34)
+    assert probe_vectors({"lobpcg": {**every, "k": 3}}) == (0, 8 * (3 + 2))
+    assert probe_vectors({"lambda_max": {**every, "basis_device": "cpu"}}) == (0, 4)
+    assert probe_vectors({"trajectory": every})[0] == 3
+    size, at = ModelSize(parameters=1000), Placement(backend="fsdp2", world=4)
+    ours = memory_of_rank(size, NOTHING, at, probes=(3, 44), microbatches=2)
+    assert ours.kept["probes"] == 3 * 1000 and ours.in_probe["probes while they measure"] == 44 * 1000
 
 
 def test_frozen_weights_have_neither_master_nor_state():
