@@ -59,16 +59,17 @@ def validate(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = F
     if not any(key.startswith("landscape") for key in code):
         console.print(f"{job.method!r}: {(type(job.method).__doc__ or '').strip().splitlines()[0]}", markup=False)
     console.print(_batch_table(console, job.config, cut, worlds))
-    if looked is not None:
-        ours = [on_world(job.config, looked, w, parts=job.method.parts) for w in worlds if _may_be(job.config, w)]
+    run = [made.world for made in plans] or worlds  # an elastic job's policy may refuse others
+    run = [world for world in run if world % job.config.fsdp_replicas == 0]
+    ours = [] if looked is None else [on_world(job.config, looked, w, parts=job.method.parts) for w in run]
+    if ours:
         console.print(memory_table(console, job.config, ours))
     if job.config.elastic is not None:
         console.print(_plan_table(console, job.config, plans))
         for made in (made for made in plans if made.why):
             console.print(f" {made.world} ranks: {made.why}")
-        if looked is not None:
-            ours = [made.world for made in plans if _may_be(job.config, made.world)]
-            console.print(host_table(console, job.config, [on_world(job.config, looked, w) for w in ours]))
+        if ours:
+            console.print(host_table(console, job.config, ours))
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = job.config.elastic.max_nodes * job.config.workers
         if wrong := too_few(most, limit, deepspeed=job.config.deepspeed is not None):
@@ -197,7 +198,3 @@ def _plan_table(console: Console, config: TrainConfig, plans: Sequence[Plan]) ->
             f"{now.learning_rate:.3g}", *betas, f"{now.weight_decay:.3g}",
         )  # fmt: skip
     return rows
-
-
-def _may_be(config: TrainConfig, world: int) -> bool:
-    return world % config.fsdp_replicas == 0

@@ -128,6 +128,13 @@ def test_an_elastic_job_says_what_each_world_runs_and_what_its_mirror_holds(caps
     assert mirror["mirrored peers' versions"] == ["0.00", *own[1:]]
 
 
+def test_worlds_that_the_policy_refuses_have_no_memory(capsys):
+    out = run(capsys, QUICKSTART, "workers=1", "elastic={min_nodes: 4, max_nodes: 8, max_accumulation: 1}")
+    header = out[out.index("Memory per rank") :].splitlines()[1]
+    assert re.findall(r"\d+", header) == ["4", "8"]
+    assert "Memory per rank" not in run(capsys, QUICKSTART, "workers=1", "fsdp_replicas=3")
+
+
 def test_replica_groups_leave_out_the_worlds_that_they_cannot_divide(capsys):
     out = run(capsys, QUICKSTART, "workers=6", "fsdp_replicas=2")
     header = out[out.index("Memory per rank") :].splitlines()[1]

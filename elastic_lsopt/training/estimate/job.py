@@ -119,8 +119,8 @@ def on_world(
     method, fields = landscape_fields(config)
     kept: dict[str, Any] = {"optim": config.optim, "momentum": config.momentum}
     memory = memory_of_rank(
-        looked.size, looked.moments, at, method=method, averages=len(config.averages), microbatches=batch.forwards, probes=probe_vectors(config.probes),
-        gpu=gpu, **kept,
+        looked.size, looked.moments, at, method=method, averages=len(config.averages),
+        probes=probe_vectors(config.probes), microbatches=batch.forwards, gpu=gpu, **kept,
     )  # fmt: skip
     passes, elastic = Passes.of(method, fields), config.elastic
     host = {} if elastic is None else mirror_per_rank(

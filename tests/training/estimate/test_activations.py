@@ -15,7 +15,7 @@ from elastic_lsopt.training.building.models import apply_activation_checkpointin
 from elastic_lsopt.training.estimate.activations import Pass, run_without_storage
 from elastic_lsopt.training.estimate.repeated import few_of, with_more_blocks
 
-pytestmark = pytest.mark.fast
+full = pytest.mark.full
 B, S, H, A, V = 3, 32, 64, 4, 97
 SHAPES = {name: ((B, S), torch.int64) for name in ("input_ids", "labels")}
 
@@ -52,6 +52,7 @@ def per_block(make: Any, **how: Any) -> int:
     return counted(make(3), **how).saved - counted(make(2), **how).saved
 
 
+@pytest.mark.fast
 def test_a_gpt2_block_is_the_formula_of_the_paper():
     # Korthikanti et al. 2022, section 4.1, without dropout: its masks (2 s b h and a s^2 b) and its copy of the
     # attention (2 a s^2 b) are not there. Layer norms keep a mean and a deviation per token beside.
@@ -112,14 +113,22 @@ class Saved:
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, partial(llama, attention="eager"), partial(gpt2, dropout=0.1)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        llama,
+        pytest.param(gpt2, marks=full),
+        pytest.param(partial(llama, attention="eager"), marks=full),
+        pytest.param(partial(gpt2, dropout=0.1), marks=full),
+    ],
+)
 def test_it_is_what_autograd_saves(make):
     batch = {name: torch.randint(V, shape) for name, (shape, _) in SHAPES.items()}
     real = [Saved(make(layers, device="cpu"), batch).bytes for layers in (2, 3)]
     assert per_block(make) == real[1] - real[0]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=full), True])
 def test_the_peak_is_the_allocators(checkpointing):
     meta, real = llama(3), llama(3, device="cpu")
     for model in (meta, real) if checkpointing else ():
@@ -153,7 +162,10 @@ def test_tied_weights_stay_one_and_gradients_are_counted_by_owner():
     assert backwards[0].with_own_gradients - backwards[0].activations <= 4 * (own + head)
 
 
-@pytest.mark.parametrize(("make", "checkpointing"), [(llama, False), (llama, True), (gpt2, False)])
+@pytest.mark.parametrize(
+    ("make", "checkpointing"),
+    [pytest.param(llama, False, marks=full), (llama, True), pytest.param(gpt2, False, marks=full)],
+)
 def test_many_blocks_are_a_few_and_what_one_adds(make, checkpointing):
     def made(layers: int) -> nn.Module:
         model = make(layers)
