@@ -14,7 +14,7 @@ GPU_TESTS := tests/gpu tests/space/test_noise.py tests/space/test_basis.py tests
 	tests/elastic/memory/test_download.py tests/training/building/test_placement.py
 CHAOS_EVENTS ?= 200
 CHAOS_RESULTS ?= benchmarks/results/chaos.jsonl
-.PHONY: manifest help install quickstart elastic-quickstart test test-fast test-all chaos lint format study bench bench-elastic test-gpu bench-gpu gpu-wheels test-next-torch schema clean
+.PHONY: manifest help install quickstart elastic-quickstart test test-fast test-all chaos lint format study bench bench-elastic test-gpu bench-gpu gpu-wheels test-next-torch test-next-transformers schema clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,12 @@ test-next-torch:  ## the fabric's newest path, in an environment of its own: tor
 	test -x .venv-next/bin/python || $(PYTHON) -m venv .venv-next
 	.venv-next/bin/python -m pip install --quiet "torch>=2.14" && .venv-next/bin/python -m pip install --quiet -e '.[test]'
 	.venv-next/bin/python -m pytest tests/backends/test_fabric.py tests/elastic/memory/test_reshard.py -m "not full"
+
+test-next-transformers:  ## folders read and written in shards, by the transformers after the tested one
+	test -x .venv-next-transformers/bin/python || $(PYTHON) -m venv .venv-next-transformers
+	.venv-next-transformers/bin/python -m pip install --quiet -c constraints.txt torch
+	.venv-next-transformers/bin/python -m pip install --quiet -e '.[test]' 'transformers>=5.24'
+	.venv-next-transformers/bin/python -m pytest tests/checkpoint tests/training/building -m "not full"
 
 schema: $(INSTALLED)  ## write the JSON schema of a job's YAML
 	$(BIN)/python -m elastic_lsopt.config.schema

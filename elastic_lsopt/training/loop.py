@@ -238,6 +238,8 @@ class TrainingRun:
         if save and not self._streak.length:
             self._save()
         self._checkpoints.wait()
+        if save and (step := self.engine.clock.steps) < (last := self._last_step):
+            self.console.say(f"paused after step {step} of {last}: it goes on when nodes come, or by the same command.")
 
     def finish(self) -> None:
         """After the last step: wait for the last checkpoint, export the model, say how it went."""
