@@ -16,7 +16,7 @@ FIXED, NODES = "launch/slurm-fixed.sbatch", "launch/slurm.sbatch"
 REASON = missing()
 
 pytestmark = [
-    pytest.mark.full,  # about three minutes, and most machines have no Slurm
+    pytest.mark.full,  # a quarter of an hour on two busy cores, and most machines have no Slurm
     pytest.mark.skipif(REASON is not None, reason=f"no Slurm: {REASON}"),
     pytest.mark.timeout(600),
 ]
