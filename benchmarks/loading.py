@@ -9,13 +9,10 @@ a whole copy per rank breaks.
 from __future__ import annotations
 
 import json
-import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -206,30 +203,8 @@ def limited_host(folder: str) -> dict[str, Any]:
         group.rmdir()
 
 
-# -- 1.3B parameters ---------------------------------------------------------------------------------------------------
-
-
-def two_sam_steps(folder: str) -> dict[str, float]:
-    """Load, and take two steps of SAM over SGD; all ranks' anonymous bytes at the peak, and seconds (collective)."""
-    config = config_of(folder, "fsdp2", bf16=True)
-    begin = time.perf_counter()
-    before = anonymous_bytes()
-    with Peak() as peak:
-        engine = engines.build_engine(config, lso.SAM(rho=0.05), build_data(config), world_here(), total_samples=8)
-        at = time.perf_counter()
-        ids = torch.arange(32).view(2, 16)
-        losses = [float(engine.train_batch([{"input_ids": ids, "labels": ids}])) for _ in range(2)]
-    total = torch.tensor([before + peak.bytes])
-    dist.all_reduce(total)
-    assert all(map(math.isfinite, losses)), losses
-    return {
-        "sam_1_3b_two_workers_bytes": int(total), "sam_1_3b_load_s": at - begin,
-        "sam_1_3b_step_s": (time.perf_counter() - at) / 2,
-    }  # fmt: skip
-
-
-def run(size: str = "cpu", large: str = "1.3b", pairs: int = 7) -> dict[str, Any]:
-    """Every figure, each load in processes of its own; 3 GB on disk for a while."""
+def run(size: str = "cpu", pairs: int = 7) -> dict[str, Any]:
+    """Every figure, each load in processes of its own."""
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/{size}"
@@ -239,7 +214,4 @@ def run(size: str = "cpu", large: str = "1.3b", pairs: int = 7) -> dict[str, Any
                 figures |= on_ranks("benchmarks.loading:measure", processes=world, folder=path, kind=kind,
                                     pairs=pairs if world == 2 else 0)  # fmt: skip
         figures |= limited_host(path)
-        shutil.rmtree(path)
-        make(Path(folder, large), large)
-        figures |= on_ranks("benchmarks.loading:two_sam_steps", folder=f"{folder}/{large}")
     return figures

@@ -22,7 +22,8 @@ NAMES = {
     "curvature_memory": "curvature.memory", "elastic": "elastic.recovery", "elastic_agent": "elastic.agent",
     "elastic_layer": "elastic.layer",
     "membership_simulation": "elastic.membership_simulation", "updates": "step.updates", "adapters": "step.adapters",
-    "loading": "loading", "trainer": "step.trainer_steps", "plan_memory": "plan_memory", "device": "device",
+    "loading": "loading", "large_model": "large_model", "trainer": "step.trainer_steps", "plan_memory": "plan_memory",
+    "device": "device",
 }  # fmt: skip
 """Benchmarks, as results call them, and their modules."""
 RESULTS = Path(__file__).resolve().parent / "results"
