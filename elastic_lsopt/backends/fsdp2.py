@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,7 @@ class FSDP2(Backend):
         for name, p in named:
             _refuse(name, p)
         self._parameters: list[DTensor] = [p for _, p in named]  # type: ignore[misc]
+        self._used, self._versions = 0, [0] * len(self._parameters)
         mesh = self._parameters[0].device_mesh
         self.transport = Transport()
         self.rank, self.world = self.transport.rank, self.transport.world
@@ -164,8 +166,21 @@ class FSDP2(Backend):
     def backward(self, loss: Tensor) -> None:
         # Every micro-batch reduces into the shards at once: no rank ever holds a whole gradient.
         loss.backward()
+        self._note_used()
+
+    def used(self) -> int:
+        self._note_used()  # of a closure, whose backwards are its own
+        return self._used
+
+    def _note_used(self) -> None:
+        """FSDP2 reduces what this rank has a gradient for, and nothing else: it makes that one, or adds to it."""
+        now = [0 if p.grad is None else 1 + local(p.grad)._version for p in self._parameters]
+        if now != self._versions:
+            changed = bytes(new != old for new, old in zip(now, self._versions, strict=True))
+            self._used, self._versions = crc32(changed, self._used), now
 
     def clear_gradient(self) -> None:
+        self._used, self._versions = 0, [0] * len(self._parameters)
         for p in self._parameters:
             p.grad = None
         for unsharded in self._fsdp_parameters():

@@ -76,6 +76,14 @@ class GradientEngine(Shards, WholeParameters):
     def gradients(self) -> Sequence[Tensor]:
         """The buffer after the last backward, one 1-D tensor a piece (zeros for a parameter that took no part)."""
 
+    def used(self) -> int:
+        """A checksum of the parameters that each micro-batch since `clear_gradient` gave a gradient to.
+
+        0 where the sums over the ranks are right whichever parameters a rank has used. Where a framework sums what
+        the ranks have, one after the other, it would add the gradient of one parameter to that of another.
+        """
+        return 0
+
     @abstractmethod
     def install(self, vector: Vector) -> None:
         """Make `vector` the gradient that the base optimizer will step with."""

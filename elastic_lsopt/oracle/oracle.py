@@ -5,9 +5,9 @@
         for part in oracle.parts(m): part.backward()
     total.gradient
 
-Every pass ends in one all-reduce of four numbers, (loss, sum of squares of the gradient, non-finite losses, stop
-requests), and of the runtime's `Piggyback`, on which all ranks decide alike. There the host waits for the device, once
-per pass: until then losses stay where they were computed.
+Every pass ends in one all-reduce of six numbers, (loss, sum of squares of the gradient, non-finite losses, stop
+requests, checksum of the used parameters, its square), and of the runtime's `Piggyback`, on which all ranks decide
+alike. There the host waits for the device, once per pass: until then losses stay where they were computed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from elastic_lsopt.oracle.step_report import Piggyback
 from elastic_lsopt.space.geometry import ParameterSpace, local_square
 from elastic_lsopt.space.upload import on_device
 from elastic_lsopt.space.vector import BorrowedGradient, Vector
+
+EXACT = 2**26
+"""Sums over the ranks below this have a square that fp64 holds exactly."""
 
 
 @dataclass
@@ -190,13 +193,20 @@ class Oracle(ABC):
         gradients = self.backend.gradients()
         square = local_square(gradients) / self.backend.holders
         asked = self._stop_requested is not None and self._stop_requested()
-        own = [total.local_loss, square, total.nonfinite, asked]
+        used = self.backend.used() % (EXACT // self.backend.world)
+        own = [total.local_loss, square, total.nonfinite, asked, used, used**2]
         riding = self._own_piggyback().numbers if self._own_piggyback is not None else []
         values = on_device([*own, *riding], self.backend.compute_device)
-        loss, square, nonfinite, stop, *rode = self.backend.sum_replica_(values).tolist()
+        loss, square, nonfinite, stop, used, squares, *rode = self.backend.sum_replica_(values).tolist()
         self.losses.append(loss)
         self.stop = self.stop or stop > 0
         self.piggyback = Piggyback.of(rode) if rode else None
+        if self.backend.world * squares != used**2:  # all alike, and only then, by Cauchy and Schwarz
+            raise UserError(
+                f"step {self.step}, pass {self.passes}: the ranks used different parameters in the same micro-batch, "
+                f"where FSDP2 and ZeRO add the gradient of one to that of another; let each micro-batch use all "
+                "(add 0 * output.sum() of the part that it leaves out), or train with DDP or ZeRO stage 0."
+            )
         if nonfinite or not math.isfinite(loss) or not math.isfinite(square):
             raise NonFinite(
                 f"step {self.step}, pass {self.passes}: loss {loss}, gradient norm {math.sqrt(abs(square))}"

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -79,6 +81,14 @@ class Zero12(FlatZero):
 
     name = "zero12"
 
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self._reduces_each = engine.zero_optimization_stage() == 2
+        self._got: set[int] = set()
+        self._used = 0
+        for number, p in enumerate(self._parameters.values()):
+            p.register_post_accumulate_grad_hook(partial(_note, self._got, number))
+
     @property
     def _groups(self) -> Sequence[Sequence[Any]]:
         return self._wrapper.bit16_groups
@@ -91,7 +101,24 @@ class Zero12(FlatZero):
     def slot_keys(self) -> Sequence[Tensor]:
         return self._wrapper.single_partition_of_fp32_groups
 
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss)
+        if self._reduces_each:  # stage 1 reduces at the end what any micro-batch has left
+            self._close_round()
+
+    def used(self) -> int:
+        self._close_round()
+        return self._used
+
+    def _close_round(self) -> None:
+        """DeepSpeed reduces buckets of what this rank has a gradient for, and nothing else."""
+        if self._got:
+            self._used = crc32(bytes(n in self._got for n in range(len(self._parameters))), self._used)
+            self._got.clear()
+
     def clear_gradient(self) -> None:
+        self._used = 0
+        self._got.clear()
         z = self._wrapper
         z.zero_grad(set_to_none=True)
         for i in range(len(self._flats)):
@@ -159,3 +186,7 @@ class Bf16Zero1(FlatZero):
     def repair(self) -> None:
         super().repair()
         self.clear_gradient()
+
+
+def _note(got: set[int], number: int, _: Tensor) -> None:
+    got.add(number)

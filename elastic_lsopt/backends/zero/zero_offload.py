@@ -28,7 +28,6 @@ class OffloadedZero12(Zero12):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        self._reduces_each = engine.zero_optimization_stage() == 2
         self._backwards, self._gathers = 0, False
 
     def begin(self, *, last: bool) -> None:

@@ -1,0 +1,45 @@
+"""Micro-batches that use different parameters: right where the ranks use the same ones in turn, else right or refused.
+
+FSDP2 and DeepSpeed reduce what a rank has a gradient for, one after the other, so that ranks with gradients of
+different parameters would add the one to the other and say nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+ALIKE, OPPOSITE, SWAPPED = [0, 0, 1, 1], [0, 1], [0, 1, 1, 0]
+"""The head of each micro-batch; two ranks take turns."""
+
+
+@pytest.mark.parametrize("method", ["none", "sam"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero0", "zero1", "zero2"])
+def test_ranks_that_use_the_same_in_each_round(ranks: Any, kind: str, method: str) -> None:
+    for dw in ranks(2).run("tests.cases.used_parameters:distance", kind=kind, heads=ALIKE, method=method):
+        assert dw <= 1e-6
+
+
+@pytest.mark.parametrize("heads", [OPPOSITE, SWAPPED], ids=["opposite", "swapped"])
+@pytest.mark.parametrize("kind", ["ddp", "zero0"])
+def test_whole_gradients_are_right_whatever_a_rank_uses(ranks: Any, kind: str, heads: list[int]) -> None:
+    for dw in ranks(2).run("tests.cases.used_parameters:distance", kind=kind, heads=heads):
+        assert dw <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "zero1", "zero2", "zero2-offload"])
+def test_ranks_that_use_different_ones_are_refused(ranks: Any, kind: str) -> None:
+    for said in ranks(2).run("tests.cases.used_parameters:distance", kind=kind, heads=OPPOSITE):
+        assert "the ranks used different parameters in the same micro-batch" in said
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "zero2"])
+def test_also_where_they_have_used_the_same_at_the_end(ranks: Any, kind: str) -> None:
+    for said in ranks(2).run("tests.cases.used_parameters:distance", kind=kind, heads=SWAPPED):
+        assert "different parameters in the same micro-batch" in said
+
+
+def test_zero1_sums_at_the_end_of_a_pass(ranks: Any) -> None:
+    for dw in ranks(2).run("tests.cases.used_parameters:distance", kind="zero1", heads=SWAPPED):
+        assert dw <= 1e-6
