@@ -41,8 +41,15 @@ def test_a_plain_module_loads_strictly(ranks: Any, tmp_path: Path, kind: str) ->
 
 def test_other_files_stay(ranks: Any, tmp_path: Path) -> None:
     for told in ranks(2).run(CASES + "export_over", path=str(tmp_path)):
-        assert told.startswith(f"the export to {tmp_path} failed: it holds thesis.tex and no export_manifest.json")
+        assert f"the export to {tmp_path} failed: it holds thesis.tex and no export_manifest.json" in told
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_goes_wrong_on_one_rank_ends_the_export_on_all(ranks: Any, tmp_path: Path) -> None:
+    """Also what is no error of the file system: the others used to wait for an hour."""
+    told = ranks(2).run(CASES + "spoilt", path=str(tmp_path / "model"))
+    assert told == ["ValueError: no such token", "PeerFailed: rank 0: no such token"]
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_files_are_cut_by_bytes() -> None:

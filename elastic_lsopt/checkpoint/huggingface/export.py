@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from elastic_lsopt.backends.agreement import gather_json, one_line
+from elastic_lsopt.backends.agreement import gather_json, one_line, together
 from elastic_lsopt.backends.backend import Backend, local
 from elastic_lsopt.checkpoint.contents import persistent_buffers
 from elastic_lsopt.checkpoint.folder import staging, sync, write_json
@@ -88,18 +88,17 @@ def export_huggingface(
     first = backend.rank == 0 and backend.replica == 0
     staged = staging(folder)
     try:
-        agree(folder, refusal(folder) if first else None, everybody)
+        attempt(folder, everybody, (lambda: refuse(folder)) if first else None)
         points = backend.masters if weights is None else weights.tensors
         held = _held(backend, module, points, adapter, group)
         module = module if not hasattr(module, "get_base_model") else module.get_base_model()  # type: ignore[operator]
         files = _files(_entries(backend, module, adapter), shard_bytes)
         try:
-            agree(folder, _failure(lambda: _begin(staged, files)) if first else None, everybody)
+            attempt(folder, everybody, (lambda: _begin(staged, files)) if first else None)
             # Of replicas that have drifted apart the first is exported.
-            write = backend.replica == 0
-            agree(folder, _failure(lambda: _write(staged, files, held)) if write else None, everybody)
+            attempt(folder, everybody, (lambda: _write(staged, files, held)) if backend.replica == 0 else None)
             end = lambda: _end(module, staged, folder, files, tokenizer, card)  # noqa: E731
-            agree(folder, _failure(end) if first else None, everybody)
+            attempt(folder, everybody, end if first else None)
         finally:
             if first:
                 shutil.rmtree(staged, ignore_errors=True)
@@ -122,19 +121,23 @@ def cut(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
     return out
 
 
-def agree(folder: Path, failure: str | None, group: dist.ProcessGroup | None) -> None:
-    """All ranks raise what the first of them met that met anything."""
-    said = next((told for told in gather_json(group, failure) if told is not None), None)
-    if said is not None:
-        raise UserError(f"the export to {folder} failed: {said}.")
+def refuse(folder: Path) -> None:
+    """Raise UserError where no export may go to this folder."""
+    if reason := refusal(folder):
+        raise UserError(f"the export to {folder} failed: {reason}.")
 
 
-def _failure(act: Any) -> str | None:
-    try:
-        act()
-    except OSError as error:
-        return one_line(error)
-    return None
+def attempt(folder: Path, group: dist.ProcessGroup | None, act: Callable[[], None] | None) -> None:
+    """`act` on the ranks that have one (collective); where it fails on one, all raise."""
+
+    def told() -> None:
+        try:
+            if act is not None:
+                act()
+        except OSError as error:
+            raise UserError(f"the export to {folder} failed: {one_line(error)}.") from error
+
+    together(group, told)
 
 
 # -- what is written, and where ----------------------------------------------------------------------------------------

@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from elastic_lsopt.backends.agreement import one_line
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.checkpoint.folder import staging, sync
-from elastic_lsopt.checkpoint.huggingface.export import TIMEOUT, agree
-from elastic_lsopt.checkpoint.huggingface.export_folder import publish, refusal
+from elastic_lsopt.checkpoint.huggingface.export import TIMEOUT, attempt, refuse
+from elastic_lsopt.checkpoint.huggingface.export_folder import publish
 from elastic_lsopt.checkpoint.huggingface.lora import adapter_name, adapter_of, gathered
 from elastic_lsopt.checkpoint.safetensors_file import Head, write_tensors
 from elastic_lsopt.errors import UserError
@@ -39,17 +38,12 @@ def export_adapter(
     everybody = backend.groups.job.again("export of the adapter", TIMEOUT)
     writes = backend.rank == 0 and backend.replica == 0
     try:
-        agree(folder, refusal(folder) if writes else None, everybody)
+        attempt(folder, everybody, (lambda: refuse(folder)) if writes else None)
         trained = [p.name for p in backend.layout.parameters]
         wholes = gathered(backend, trained, backend.masters if weights is None else weights.tensors)
-        failure: str | None = None
-        if writes:
-            try:
-                named = {adapter_name(key, name): t.cpu() for key, t in wholes.items()}
-                _write(folder, named, module.peft_config[name], tokenizer)  # type: ignore[index]
-            except OSError as error:
-                failure = one_line(error)
-        agree(folder, failure, everybody)
+        config = module.peft_config[name]  # type: ignore[index]
+        named = {adapter_name(key, name): t.cpu() for key, t in wholes.items()}
+        attempt(folder, everybody, (lambda: _write(folder, named, config, tokenizer)) if writes else None)
     finally:
         backend.groups.job.end(everybody)
     return folder

@@ -99,3 +99,21 @@ def export_over(path: str) -> str:
     except lso.UserError as error:
         return str(error)
     return "nothing"
+
+
+class Spoilt:
+    """A tokenizer that cannot be saved."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        raise ValueError("no such token")
+
+
+def spoilt(path: str) -> str:
+    """What each rank raises."""
+    torch.manual_seed(0)
+    engine = engines.build("fsdp2", Plain(), lso.Plain())
+    try:
+        export_huggingface(engine.backend, engine.module, path, Spoilt())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "exported"
