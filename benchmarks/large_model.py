@@ -1,4 +1,7 @@
-"""A model of 1.3B parameters on two workers of one host: it loads in shards and takes two steps of SAM over SGD."""
+"""A model of 1.3B parameters on two workers of one host: it loads in shards and takes two steps of SAM over SGD.
+
+What the load costs in seconds is measured apart, in turns with safetensors reading the same bytes once.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch.distributed as dist
 
 import elastic_lsopt as lso
 from benchmarks.anonymous_memory import Peak, anonymous_bytes
-from benchmarks.loading import config_of, make, world_here
+from benchmarks.loading import KINDS, config_of, loaded, make, seconds, world_here
 from benchmarks.workers import on_ranks
 from elastic_lsopt.training.building.engines import build_engine
 from elastic_lsopt.training.datasets.samples import build_data
@@ -38,8 +41,19 @@ def two_sam_steps(folder: str) -> dict[str, float]:
     }  # fmt: skip
 
 
-def run(size: str = "1.3b") -> dict[str, Any]:
+def seconds_of_a_load(folder: str, kind: str, pairs: int) -> dict[str, Any]:
+    """Beside safetensors (collective)."""
+    engine, _ = loaded(config_of(folder, kind))
+    return seconds(engine, folder, kind, pairs)
+
+
+def run(size: str = "1.3b", pairs: int = 7) -> dict[str, Any]:
     """The figures; 3 GB on disk for a while."""
     with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder, size), size)
-        return on_ranks("benchmarks.large_model:two_sam_steps", processes=2, folder=f"{folder}/{size}")
+        path = f"{folder}/{size}"
+        make(Path(path), size)
+        figures: dict[str, Any] = {}
+        for kind in KINDS:
+            timed = "benchmarks.large_model:seconds_of_a_load"
+            figures |= on_ranks(timed, processes=2, folder=path, kind=kind, pairs=pairs)
+        return figures | on_ranks("benchmarks.large_model:two_sam_steps", processes=2, folder=path)

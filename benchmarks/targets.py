@@ -84,7 +84,7 @@ TARGETS = (
         for kind in ("fsdp2", "zero3")
         for world in (2, 4)
     ),
-    *(Target("loading", f"load_{kind}_world2_of_safetensors", at_most=1.5) for kind in ("fsdp2", "zero3")),
+    *(Target("large_model", f"load_{kind}_world2_of_safetensors", at_most=1.5) for kind in ("fsdp2", "zero3")),
     *(Target("loading", f"export_{kind}_world2_extra_bytes", at_most=64 * 2**20) for kind in ("fsdp2", "zero3")),
     Target("loading", "limited_host_load_passes", at_least=1),
     Target("loading", "limited_host_whole_copies_pass", at_most=0),

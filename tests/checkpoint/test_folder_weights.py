@@ -41,7 +41,7 @@ def on_meta(shape: Any, kind: Any = AutoModelForCausalLM) -> Any:
 
 def weights_of(folder: Path, shape: Any, kind: Any = AutoModelForCausalLM) -> tuple[FolderWeights, Any]:
     model = on_meta(shape, kind)
-    return FolderWeights(folder, model, missing=DrawnWeights(model, 0)), model
+    return FolderWeights(folder, model, missing=lambda: DrawnWeights(model, 0)), model
 
 
 @pytest.mark.parametrize("model_type", [*SHAPES, "olmoe", "gpt_neox"])

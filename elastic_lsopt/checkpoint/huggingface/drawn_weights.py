@@ -50,10 +50,8 @@ class DrawnWeights:
     def __init__(self, model: Any, seed: int, initialise: Callable[[], None] | None = None) -> None:
         self._seed = seed
         self._numel = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
-        self._first = {
-            name: next(n for n, q in model.named_parameters() if q is p)
-            for name, p in model.named_parameters(remove_duplicate=False)
-        }
+        first = {id(p): name for name, p in model.named_parameters()}
+        self._first = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
         self._calls = _recorded(model) if initialise is None else _recorded_of(model, initialise)
 
     def holds(self, name: str) -> bool:

@@ -1,6 +1,6 @@
 """The weights of a Hugging Face folder, read range by range: a rank touches the bytes of its own shards alone.
 
-    weights = FolderWeights(folder, model, missing=drawn)
+    weights = FolderWeights(folder, model, missing=lambda: DrawnWeights(model, seed))
     weights.copy_to(shard, "model.layers.0.mlp.down_proj.weight", offset)
 
 The files are mapped, never read whole, and every value is copied: a shard that were the mapping itself would change
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import mmap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,13 @@ class Stored:
 class FolderWeights:
     """The folder's tensors by the names of `model`, which has shapes and needs no memory.
 
-    What the files do not hold is taken from `missing`: a new head, a pooler. Raises UserError, one line, for a folder
-    without safetensors, a file that is missing or cut short, a shape that is not the model's, a block or an embedding
-    without weights (another architecture), and a quantised folder.
+    What the files do not hold, a new head or a pooler, is taken from `missing()`, called only then. Raises UserError,
+    one line, for a folder without safetensors, a file that is missing or cut short, a shape that is not the model's, a
+    block or an embedding without weights (another architecture), and a quantised folder.
     """
 
-    def __init__(self, folder: str | Path, model: Any, missing: Weights) -> None:
+    def __init__(self, folder: str | Path, model: Any, missing: Callable[[], Weights]) -> None:
         self._folder = folder = Path(folder)
-        self._missing = missing
         self._maps: dict[str, mmap.mmap] = {}
         stored = stored_tensors(folder)
         shapes = {name: tuple(t.shape) for name, t in _named(model).items()}
@@ -83,6 +82,7 @@ class FolderWeights:
             if sum(place.numel for place, _ in self._runs(name)) != p.numel()
         ]
         _refuse_missing(folder, model, self.newly_drawn)
+        self._missing = missing() if self.newly_drawn else None
 
     def told(self) -> list[str]:
         """What a user should know of the load, a line each; nothing where every tensor has its place."""
@@ -99,6 +99,7 @@ class FolderWeights:
 
     def copy_to(self, target: Tensor, name: str, offset: int) -> None:
         if not self.holds(name):
+            assert self._missing is not None
             self._missing.copy_to(target, name, offset)
             return
         end = offset + target.numel()

@@ -2,7 +2,7 @@
 
 with torch.device("meta"):
     model = AutoModelForCausalLM.from_config(config)
-weights = FolderWeights(folder, model, missing=DrawnWeights(model, seed))
+weights = FolderWeights(folder, model, missing=lambda: DrawnWeights(model, seed))
 give_buffers(model, weights)               # then wrap it: fully_shard, or DeepSpeed's partitioning
 give_memory(model, device)                 # this rank's shards, not yet filled
 fill(backend, weights)                     # from here on it trains

@@ -90,10 +90,12 @@ def shape_and_weights(
     model = _meta(config, vocabulary_size, classes)
     where = config.model_name_or_path
     try:
-        weights: Weights = DrawnWeights(model, config.seed)
-        if where is not None:
+        weights: Weights
+        if where is None:
+            weights = DrawnWeights(model, config.seed)
+        else:
             with _one_line("model_name_or_path", f"model_name_or_path={where!r}"):
-                weights = FolderWeights(_cached_folder(where), model, missing=weights)
+                weights = FolderWeights(_cached_folder(where), model, missing=lambda: DrawnWeights(model, config.seed))
         give_buffers(model, weights)
     except Unsupported as reason:
         log.warning("%s: each rank builds the whole %s in its host memory.", reason, type(model).__name__)
