@@ -6,7 +6,8 @@ from difflib import get_close_matches
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
     """`; did you mean 'learning_rate'?`; where none is near, the list of known names if it is short."""
-    near = get_close_matches(word.lower(), known, n=1, cutoff=0.6)
+    word = word.lower()
+    near = get_close_matches(word, known, n=1, cutoff=0.6) or [name for name in known if name.startswith(f"{word}_")]
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known: {', '.join(sorted(known)) or '(none)'}." if len(known) <= 12 else "."

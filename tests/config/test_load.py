@@ -170,6 +170,7 @@ def test_overrides_lie_over_the_file(write):
     ("override", "says"),
     [
         ("max_stps=3", "unknown key 'max_stps'; did you mean 'max_steps'?"),
+        ("tokenizer=x", "unknown key 'tokenizer'; did you mean 'tokenizer_name_or_path'?"),
         ("max_steps=-3", "max_steps=-3 must be an integer >= 1"),
         ("max_steps", "key=value"),
         ("=3", "key=value"),
