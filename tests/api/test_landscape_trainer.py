@@ -59,7 +59,9 @@ def test_weights_are_the_papers(ranks: Any, kind: str, world: int, method: str, 
         assert r["items"] == [
             n for n, calls in zip(r["tokens"], (3, 3, 3, 3, 3, 2), strict=True) for _ in range(calls * passes)
         ]
-        if clip:  # which the paper's loop has done when its norms are taken
+        if kind == "zero0" and method == "none":
+            assert r["norms"] == [None] * 6  # DeepSpeed tells of none at stage 0, and the Trainer logs what it tells
+        elif clip:  # which the paper's loop has done when its norms are taken
             assert min(r["norms"]) > clip and r["paper_norms"] == pytest.approx([clip] * 6, rel=1e-4)
         else:
             assert r["norms"] == pytest.approx(r["paper_norms"], rel=1e-4)

@@ -76,7 +76,7 @@ def against_paper(
             "dw": apart(found, paper.weights), "moved": apart(found, paper.start), "backend": step.backend.name,
             "dloss": max(abs(row["loss"] - loss) for row, loss in zip(log, paper.losses, strict=True)),
             "lr": [row["learning_rate"] for row in log], "items": items, "counts": counter.counts,
-            "passes": trainer.last_step and trainer.last_step.passes, "norms": [row["grad_norm"] for row in log],
+            "passes": trainer.last_step and trainer.last_step.passes, "norms": [row.get("grad_norm") for row in log],
             "paper_norms": paper.norms, "tokens": paper.tokens,
         }  # fmt: skip
         end(trainer)
@@ -117,7 +117,7 @@ def largest_curvature(model: Any, batches: Sequence[Any]) -> float:
         v = [t / norm for t in v]
         product = torch.autograd.grad(gradient, params, v, retain_graph=True)
         value = float(sum((a * b).sum() for a, b in zip(product, v, strict=True)))
-        shift = max(shift, abs(value) / 2)
+        shift = max(shift, float(torch.cat([h.flatten() for h in product]).norm()))  # none is below -shift, soon
         v = [h + shift * t for h, t in zip(product, v, strict=True)]
     return value
 
