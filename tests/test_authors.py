@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from tests.cli.test_trust import JOB
+from tests.docs.blocks import program
 from tests.processes.ranks import ROOT, rank_environment
 from tests.processes.warm import run
 
 PAGE = (ROOT / "docs" / "authors.md").read_text(encoding="utf-8")
-PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PROGRAM = program("docs/authors.md")
 USED = """
 import torch
 
@@ -43,15 +44,13 @@ print("done")
 
 
 def test_the_pages_programs_work_together(tmp_path: Path) -> None:
-    assert len(PROGRAMS) == 3
-    program = "\n".join([*PROGRAMS, USED])
-    done = run([sys.executable, "-c", program], cwd=tmp_path, env=rank_environment(), timeout=120)
+    done = run([sys.executable, "-c", f"{PROGRAM}\n{USED}"], cwd=tmp_path, env=rank_environment(), timeout=120)
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr[-3000:]
 
 
 def test_a_job_takes_them_by_import_path(tmp_path: Path) -> None:
     """All four kinds in one YAML, from a module beside it; `validate` imports nothing of it."""
-    (tmp_path / "mine.py").write_text("\n".join([*PROGRAMS, "from pathlib import Path", "Path('ran').touch()"]))
+    (tmp_path / "mine.py").write_text(f"{PROGRAM}\nfrom pathlib import Path\nPath('ran').touch()\n")
     settings = JOB | {
         "model": {
             "import": "elastic_lsopt.training.classifiers:mlp", "args": {"inputs": 64, "hidden": 8, "classes": 10},

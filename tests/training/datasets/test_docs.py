@@ -14,12 +14,13 @@ from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.training.building.packed_models import KEEPS_DOCUMENTS_APART
 from elastic_lsopt.training.datasets.samples import Data, build_data
 from elastic_lsopt.training.evaluation import metrics_function
+from tests.docs.blocks import blocks
 from tests.processes.ranks import ROOT
 from tests.training.datasets.small_tokenizers import byte_level
 
 pytestmark = pytest.mark.fast
 PAGE = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
+BLOCKS = [(block.language, block.text) for block in blocks("docs/data.md")]
 FIXED = {"output_dir": "out", "max_steps": 1, "model": {"model_type": "llama"}, "block_size": 48}
 EXAMPLES = [i for i, (language, _) in enumerate(BLOCKS) if language == "yaml"]
 
