@@ -1,4 +1,4 @@
-"""What docs/authors.md shows runs as it stands, by name, by import path in a YAML, and beside our own."""
+"""What the pages on algorithms of one's own show runs together, by name, by import path in a YAML, and beside ours."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from tests.cli.test_trust import JOB
-from tests.docs.blocks import program
+from tests.docs.blocks import blocks
 from tests.processes.ranks import ROOT, rank_environment
 from tests.processes.warm import run
 
-PAGE = (ROOT / "docs" / "authors.md").read_text(encoding="utf-8")
-PROGRAM = program("docs/authors.md")
+PAGES = [f"docs/{name}.md" for name in ("authors", "own-method", "own-update", "own-probe")]
+PROGRAM = "\n".join(block.text for page in PAGES for block in blocks(page) if block.title == "mine.py")
 USED = """
 import torch
 
@@ -74,10 +74,12 @@ def test_a_job_takes_them_by_import_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_every_door_of_the_page_exists() -> None:
+def test_every_door_of_the_pages_exists() -> None:
     import elastic_lsopt as lso
 
-    for door in re.findall(r"`lso\.([a-z.]+)\(", PAGE):
+    doors = [door for page in PAGES for door in re.findall(r"`lso\.([a-z.]+)\(", (ROOT / page).read_text())]
+    assert len(doors) >= 8
+    for door in doors:
         found = lso
         for name in door.split("."):
             found = getattr(found, name)

@@ -19,7 +19,7 @@ from tests.processes.warm import ROOT
 
 PAGES = ("README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md")))
 """By their paths from the root."""
-FENCED = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n`]*\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S)
+FENCED = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)(?P<more>[^\n`]*)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S)
 INDENTED = re.compile(r"(?<=\n\n)(?: {4}[^\n]*\n|\n(?= {4}))+")
 
 
@@ -32,6 +32,8 @@ class Block:
     """Of the first line of its text, from 1."""
     language: str
     text: str
+    title: str = ""
+    """The file that a reader is to save it as; "" where none is named."""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line} ({self.language or 'no language'})"
@@ -46,7 +48,8 @@ def blocks(page: str, *languages: str) -> list[Block]:
 def blocks_of_text(text: str, page: str) -> list[Block]:
     """The blocks of a page with this text. Raises ValueError for a fence that nothing closes."""
     found = [
-        _block(page, text, match.start("text"), match["language"], match["text"]) for match in FENCED.finditer(text)
+        _block(page, text, match.start("text"), match["language"], match["text"], match["more"])
+        for match in FENCED.finditer(text)
     ]
     rest = FENCED.sub(lambda match: re.sub(r"[^\n]+", "-", match[0]), text)  # the lines keep their numbers
     if lost := re.search(r"^ *```", rest, re.M):
@@ -81,5 +84,6 @@ def commands_of(shell: str) -> list[list[str]]:
     return found
 
 
-def _block(page: str, text: str, begin: int, language: str, code: str) -> Block:
-    return Block(page, text.count("\n", 0, begin) + 1, language, textwrap.dedent(code))
+def _block(page: str, text: str, begin: int, language: str, code: str, more: str = "") -> Block:
+    title = re.search(r'title="([^"]*)"', more)
+    return Block(page, text.count("\n", 0, begin) + 1, language, textwrap.dedent(code), title[1] if title else "")

@@ -37,7 +37,7 @@ The end.
 def test_fenced_and_indented_blocks_are_found_with_their_lines() -> None:
     assert blocks_of_text(TEXT, "page.md") == [
         Block("page.md", 6, "python", 'a = 1\n\n    b = "```"\n'),
-        Block("page.md", 14, "yaml", "elastic:\n  min_nodes: 2\n"),
+        Block("page.md", 14, "yaml", "elastic:\n  min_nodes: 2\n", "job.yaml"),
         Block("page.md", 20, "", "make test\n\nmake lint\n"),
     ]
 
