@@ -74,7 +74,7 @@ A name of your choice takes the kind as `import: ema`, and a class of your own a
 OF_STUDIES = """\
 ## A study
 
-A study's file is one of another kind, for `elastic-lsopt study FILE.yaml` ([what it does](probes.md#a-study)). Each
+A study's file is one of another kind, for `elastic-lsopt study FILE.yaml` ([what it does](study.md)). Each
 key of `grid` is a list; the networks are all combinations.
 """
 

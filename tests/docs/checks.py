@@ -1,6 +1,7 @@
 """What a block of a page must pass where no test runs it: YAML is a job's settings, a command is one that there is.
 
-Each check raises AssertionError, with the block and the reason, for what a reader could not use as it stands.
+Each check raises AssertionError, with the block and the reason, for what a reader could not use as it stands. `beside`
+are the files that the page has the reader save.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import importlib.util
 import json
 import re
 import tomllib
-from collections.abc import Callable
-from contextlib import chdir, redirect_stderr
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import chdir, contextmanager, redirect_stderr
 from functools import cache
 from io import StringIO
 from itertools import dropwhile, takewhile
@@ -27,6 +28,10 @@ from elastic_lsopt.config.study import read_study
 from elastic_lsopt.errors import UserError
 from tests.docs.blocks import Block, commands_of
 from tests.processes.warm import ROOT
+
+Files = Mapping[str, str]
+"""By name: what a reader has saved beside what is checked."""
+NOTHING: Files = {}
 
 LEAST: dict[str, Any] = {
     "model": {"model_type": "llama"}, "dataset": "python-stdlib", "output_dir": "runs/a", "max_steps": 1,
@@ -47,29 +52,28 @@ NOT_RUN = {
 """Programs whose commands are looked at only for the files that they name, and why."""
 
 
-def yaml_block(block: Block, study: bool = False) -> None:
+def yaml_block(block: Block, beside: Files = NOTHING, study: bool = False) -> None:
     """It is a job's settings or some of them, or a study's (which have a `grid`), as `elastic-lsopt` reads them."""
     given = _loaded(block) or {}
     is_study = study or "grid" in given
     missing = {k: v for k, v in LEAST.items() if not {k, INSTEAD.get(k)} & {*given}}
     missing = {k: v for k, v in missing.items() if not is_study or k == "output_dir"}
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "job.yaml"
-        path.write_text(f"{block.text}\n{yaml.safe_dump(missing) if missing else ''}")
-        _read(block, read_study if is_study else _job, path, [])
+    text = f"{block.text}\n{yaml.safe_dump(missing) if missing else ''}"
+    with _saved({**beside, "job.yaml": text}) as folder:
+        _read(block, read_study if is_study else _job, folder / "job.yaml", [])
 
 
-def shell_block(block: Block) -> None:
+def shell_block(block: Block, beside: Files = NOTHING) -> None:
     """Each of its commands is one that there is, with arguments that it takes, and names files that are there."""
     for typed in commands_of(block.text):
         words = [*dropwhile(re.compile(r"[A-Z_]+=").match, takewhile(lambda word: word not in (">", ">>"), typed))]
         for word in words:
             path = word.strip("'\"").partition("=")[2] or word
             assert not path.startswith(FILES) or (ROOT / path).exists(), f"{block}: {path} does not exist"
-        _command(block, words)
+        _command(block, words, beside)
 
 
-def json_block(block: Block) -> None:
+def json_block(block: Block, beside: Files = NOTHING) -> None:
     """It is JSON, a value a line in `jsonl`; where it has DeepSpeed's keys, one that we take."""
     for text in block.text.splitlines() if block.language == "jsonl" else [block.text]:
         value = json.loads(text)
@@ -77,41 +81,54 @@ def json_block(block: Block) -> None:
             _read(block, lambda given, _: read_deepspeed_json(given), value, [])
 
 
-def _command(block: Block, words: list[str]) -> None:
+def _command(block: Block, words: list[str], beside: Files) -> None:
     match words:
         case ["elastic-lsopt", *arguments]:
-            _ours(block, arguments)
+            _ours(block, arguments, beside)
         case ["make", target]:
             assert target in _targets(), f"{block}: make has no target {target}"
         case ["pip", "install", *what]:
             for extra in re.findall(r"elastic_lsopt\[([\w,]+)\]", " ".join(what)):
                 assert set(extra.split(",")) <= _extras(), f"{block}: no extra {extra}"
-        case ["python", script] if script.endswith(".py"):
-            pass  # the files are looked for above
         case [("python" | "torchrun" | "deepspeed" | "mpirun") as launcher, *arguments]:
-            [at] = [i for i, word in enumerate(arguments) if word in ("-m", "--module")]
-            module, rest = arguments[at + 1], arguments[at + 2 :]
             if launcher == "torchrun":
                 from torch.distributed.run import get_args_parser
 
                 _parsed(block, get_args_parser().parse_args, arguments)
-            if module in MODULES:
-                _ours(block, [*MODULES[module], *rest])
-            else:
-                assert importlib.util.find_spec(module), f"{block}: there is no module {module}"
+            _program(block, arguments, beside)
         case [program, *_]:
             assert program in NOT_RUN, f"{block}: nothing here checks a command of {program}; say in NOT_RUN why not"
 
 
-def _ours(block: Block, arguments: list[str]) -> None:
+def _program(block: Block, arguments: list[str], beside: Files) -> None:
+    """What a launcher is to start: a module, or a file."""
+    for i, word in enumerate(arguments):
+        if word in ("-m", "--module"):
+            module, *rest = arguments[i + 1 :]
+            if module in MODULES:
+                return _ours(block, [*MODULES[module], *rest], beside)
+            assert importlib.util.find_spec(module), f"{block}: there is no module {module}"
+            return None
+        if word.endswith(".py"):
+            assert word in beside or (ROOT / word).exists(), f"{block}: {word} does not exist"
+            return None
+    raise AssertionError(f"{block}: {arguments} names no program")
+
+
+def _ours(block: Block, arguments: list[str], beside: Files) -> None:
     given = _parsed(block, command_line().parse_args, arguments)
     if given.command in ("train", "agent", "validate", "plan", "study"):
-        with TemporaryDirectory() as folder:
-            path = ROOT / given.file
-            if not path.exists():  # one that the reader writes
-                path = Path(folder) / "job.yaml"
-                path.write_text(yaml.safe_dump(LEAST))
+        with _saved({"job.yaml": yaml.safe_dump(LEAST), **beside}) as folder:
+            path = next((at / given.file for at in (folder, ROOT) if (at / given.file).exists()), folder / "job.yaml")
             _read(block, read_study if given.command == "study" else _job, path, given.overrides)
+
+
+@contextmanager
+def _saved(files: Files) -> Iterator[Path]:
+    with TemporaryDirectory() as folder:
+        for name, text in files.items():
+            (Path(folder) / name).write_text(text)
+        yield Path(folder)
 
 
 def _job(path: Path, overrides: list[str]) -> None:

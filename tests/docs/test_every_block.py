@@ -16,17 +16,24 @@ from tests.docs.checks import json_block, shell_block, yaml_block
 from tests.processes.ranks import ROOT, rank_environment
 from tests.processes.warm import run
 
+FOLLOWED = "tests/docs/test_followed_pages.py"
 RUN_BY = {
     "README.md": ("tests/test_readme.py", ["python"]),
-    "docs/authors.md": ("tests/test_authors.py", ["python"]),
-    "docs/data.md": ("tests/training/datasets/test_docs.py", ["python", "yaml", "jsonl", "jinja"]),
+    "docs/data.md": ("tests/training/datasets/test_docs.py", ["yaml", "jsonl", "jinja"]),
     "docs/keys.md": ("tests/config/test_reference.py", ["yaml"]),
     "docs/large-models.md": ("tests/checkpoint/test_hugging_face.py", ["python"]),
     "docs/trainer.md": ("tests/api/test_trainer_page.py", ["python"]),
-}
+    **{f"docs/{page}.md": (FOLLOWED, ["python"]) for page in (
+        "classification", "fsdp2", "own-method", "own-probe", "own-update", "probes", "tutorial",
+        "zero3",
+    )},
+}  # fmt: skip
 """The test that runs a page's blocks, and the languages of those."""
 CHECKS = {"yaml": yaml_block, "bash": shell_block, "json": json_block, "jsonl": json_block}
-NEITHER = {"text": "what a program prints, and pictures of letters"}
+NEITHER = {
+    "text": "what a program prints",
+    "console": "a session at a terminal: an installation, which needs a network, or a command that is to fail",
+}
 """Languages of blocks that nothing runs or reads, and why."""
 
 
@@ -34,13 +41,17 @@ NEITHER = {"text": "what a program prints, and pictures of letters"}
 @pytest.mark.parametrize("page", PAGES)
 def test_each_block_is_run_or_read(page: str) -> None:
     _, run_there = RUN_BY.get(page, ("", []))
+    beside = {}
+    for block in blocks(page):
+        if block.title:
+            beside[block.title] = beside.get(block.title, "") + block.text
     for block in blocks(page):
         # The README's shell stands between the words, without a fence.
         language = "bash" if (page, block.language) == ("README.md", "") else block.language
         if language in run_there or language == "python":
             continue
         assert language in CHECKS or language in NEITHER, f"{block}: give it a fence and one of {[*CHECKS, *NEITHER]}"
-        CHECKS.get(language, str)(block)
+        CHECKS.get(language, print)(block, beside)
 
 
 @pytest.mark.fast
@@ -80,6 +91,7 @@ def test_a_pages_python_runs(page: str, tmp_path: Path) -> None:
         ("bash", "torchrun --nproc-per-node 2 \\\n  -m elastic_lsopt.train job.yaml max_steps=0\n", "max_steps"),
         ("bash", "python -m elastic_lsopt.trian job.yaml\n", "elastic_lsopt.trian"),
         ("bash", "make quikstart\n", "quikstart"),
+        ("bash", "torchrun --nproc-per-node 2 none.py\n", "none.py does not exist"),
         ("bash", "pip install 'elastic_lsopt[pefft]'\n", "pefft"),
         ("bash", "sbatch launch/none.sbatch job.yaml\n", "launch/none.sbatch does not exist"),
         ("json", '{"zero_optimization": {"stage": 4}}\n', "stage=4"),
