@@ -99,7 +99,8 @@ schema: $(INSTALLED)  ## write the JSON schema of a job's YAML, and the referenc
 	$(BIN)/python -m elastic_lsopt.cli.reference
 
 docs: $(INSTALLED)  ## the documentation as a site, in build/site; a link that leads nowhere ends it
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@# Not --quiet, which hides the warnings from `strict: true` too.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:  ## remove the virtual environment and what runs left here
 	rm -rf $(VENV) runs build *.egg-info
