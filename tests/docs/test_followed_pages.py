@@ -11,7 +11,6 @@ import pytest
 
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.probes.presets import STUDIED
-from tests.docs.blocks import Block
 from tests.docs.followed import follow
 from tests.jobs import losses, rows
 from tests.processes.ranks import ROOT
