@@ -48,6 +48,17 @@ def test_the_pages_programs_work_together(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr[-3000:]
 
 
+def test_the_pages_own_checks_pass(tmp_path: Path) -> None:
+    """All in one process; tests/docs/test_followed_pages.py types them one by one."""
+    (tmp_path / "mine.py").write_text(PROGRAM)
+    checks = [block for page in PAGES for block in blocks(page, "python") if block.title.startswith("check")]
+    for check in checks:
+        (tmp_path / check.title).write_text(check.text)
+    program = f"import runpy\nfor check in {[check.title for check in checks]}:\n    runpy.run_path(check)"
+    done = run([sys.executable, "-c", program], cwd=tmp_path, env=rank_environment(), timeout=120)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3, done.stdout + done.stderr[-3000:]
+
+
 def test_a_job_takes_them_by_import_path(tmp_path: Path) -> None:
     """All four kinds in one YAML, from a module beside it; `validate` imports nothing of it."""
     (tmp_path / "mine.py").write_text(f"{PROGRAM}\nfrom pathlib import Path\nPath('ran').touch()\n")
@@ -77,10 +88,12 @@ def test_a_job_takes_them_by_import_path(tmp_path: Path) -> None:
 def test_every_door_of_the_pages_exists() -> None:
     import elastic_lsopt as lso
 
-    doors = [door for page in PAGES for door in re.findall(r"`lso\.([a-z.]+)\(", (ROOT / page).read_text())]
-    assert len(doors) >= 8
+    doors = [door for page in PAGES for door in re.findall(r"`lso\.([A-Za-z.]+)", (ROOT / page).read_text())]
+    assert len(doors) >= 12
     for door in doors:
-        found = lso
-        for name in door.split("."):
+        first, *more = door.split(".")
+        assert first in lso.__all__, door
+        found = getattr(lso, first) if more else lso
+        for name in more:
             found = getattr(found, name)
-        assert callable(found), door
+            assert callable(found), door

@@ -14,7 +14,6 @@ from tests.docs.blocks import Block, blocks
 from tests.docs.followed import Typed, follow
 from tests.jobs import losses, rows
 
-PAGE = "docs/tutorial.md"
 STEPS = 10
 
 
@@ -24,12 +23,16 @@ def installs(block: Block) -> bool:
 
 def follow_it(folder: Path, small: bool) -> list[Typed]:
     """All that the page says after the installation; `small` exchanges the model once it is there."""
-    first = [block for block in blocks(PAGE) if "prepare.py" in (block.title, block.text.removeprefix("python ").strip())]
+    first = [
+        block
+        for block in blocks("docs/tutorial.md")
+        if "prepare.py" in (block.title, block.text.removeprefix("python ").strip())
+    ]
     assert len(first) == 2
-    told = follow(PAGE, folder, lambda block: block in first)
+    told = follow("docs/tutorial.md", folder, lambda block: block in first)
     if small:
         shrink(folder / "minilm")
-    return told + follow(PAGE, folder, lambda block: block not in first and not installs(block))
+    return told + follow("docs/tutorial.md", folder, lambda block: block not in first and not installs(block))
 
 
 def shrink(model: Path) -> None:
@@ -76,7 +79,7 @@ def test_the_mistake_is_told_as_the_page_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    follow(PAGE, tmp_path, lambda block: block.title == "job.yaml")
+    follow("docs/tutorial.md", tmp_path, lambda block: block.title == "job.yaml")
     assert main(["validate", "job.yaml", "learning_rte=0.1"]) == 2
-    [shown] = blocks(PAGE, "text")
+    [shown] = blocks("docs/tutorial.md", "text")
     assert capsys.readouterr().err == shown.text
