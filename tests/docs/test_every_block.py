@@ -23,9 +23,9 @@ RUN_BY = {
     "docs/keys.md": ("tests/config/test_reference.py", ["yaml"]),
     "docs/large-models.md": ("tests/checkpoint/test_hugging_face.py", ["python"]),
     "docs/trainer.md": ("tests/api/test_trainer_page.py", ["python"]),
+    "docs/tutorial.md": ("tests/docs/test_tutorial.py", ["python"]),
     **{f"docs/{page}.md": (FOLLOWED, ["python"]) for page in (
-        "classification", "fsdp2", "own-method", "own-probe", "own-update", "probes", "tutorial",
-        "zero3",
+        "classification", "fsdp2", "own-method", "own-probe", "own-update", "probes", "zero3",
     )},
 }  # fmt: skip
 """The test that runs a page's blocks, and the languages of those."""
