@@ -49,9 +49,8 @@ max_steps: 100
 OF_PROBES = """\
 ## Each of `probes`
 
-Beside these keys, a measure's own settings: the keyword arguments of its function ([probes](reference/probes.md)),
-such as `k: 3` of `top_eigenvalues`. `import: "package.module:function"` in place of `measure` names a probe of your
-own ([how](authors.md)).
+Beside these keys, a measure's own settings ([measures](measures.md)), such as `k: 3` of `top_eigenvalues`.
+`import: "package.module:function"` in place of `measure` names a probe of your own ([how](authors.md)).
 """
 OF_METHODS = """\
 ## Each method: fields of `landscape`
