@@ -93,10 +93,11 @@ test-next-transformers:  ## folders read and written in shards, by the transform
 	.venv-next-transformers/bin/python -m pip install --quiet -e '.[test]' 'transformers>=5.24'
 	.venv-next-transformers/bin/python -m pytest tests/checkpoint tests/training/building -m "not full"
 
-schema: $(INSTALLED)  ## write the JSON schema of a job's YAML, and the references of its keys and of the command line
+schema: $(INSTALLED)  ## write the JSON schema of a job's YAML, and the references of keys, measures and commands
 	$(BIN)/python -m elastic_lsopt.config.schema
 	$(BIN)/python -m elastic_lsopt.config.reference
 	$(BIN)/python -m elastic_lsopt.cli.reference
+	$(BIN)/python -m elastic_lsopt.probes.reference
 
 docs: $(INSTALLED)  ## the documentation as a site, in build/site; a link that leads nowhere ends it
 	@# Not --quiet, which hides the warnings from `strict: true` too.

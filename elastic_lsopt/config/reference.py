@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,8 @@ max_steps: 100
 OF_PROBES = """\
 ## Each of `probes`
 
-Beside these keys, a measure's own settings: the keyword arguments of its function ([probes](reference/probes.md)),
-such as `k: 3` of `top_eigenvalues`. `import: "package.module:function"` in place of `measure` names a probe of your
-own ([how](authors.md)).
+Beside these keys, a measure's own settings ([measures](measures.md)), such as `k: 3` of `top_eigenvalues`.
+`import: "package.module:function"` in place of `measure` names a probe of your own ([how](authors.md)).
 """
 OF_METHODS = """\
 ## Each method: fields of `landscape`
@@ -137,8 +136,8 @@ class Own:
     meaning: str
 
 
-def _algorithms(folder: str, example: Any) -> Iterator[str]:
-    """A part for each class that is registered in this folder."""
+def _algorithms(folder: str, example: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Iterator[str]:
+    """A part for each class that is registered in this folder; `example` makes YAML of its name and fields."""
     for path in sorted((PACKAGE / folder).glob("*.py")):
         module = ast.parse(path.read_text(encoding="utf-8"))
         for found in module.body:
