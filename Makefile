@@ -14,7 +14,7 @@ GPU_TESTS := tests/gpu tests/space/test_noise.py tests/space/test_basis.py tests
 	tests/elastic/memory/test_download.py tests/training/building/test_placement.py
 CHAOS_EVENTS ?= 200
 CHAOS_RESULTS ?= benchmarks/results/chaos.jsonl
-.PHONY: manifest help install quickstart elastic-quickstart test test-fast test-all chaos lint format study bench bench-elastic test-gpu bench-gpu gpu-wheels test-next-torch test-next-transformers schema clean
+.PHONY: manifest help install quickstart elastic-quickstart test test-fast test-all chaos lint format study bench bench-elastic test-gpu bench-gpu gpu-wheels test-next-torch test-next-transformers schema docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,8 +93,15 @@ test-next-transformers:  ## folders read and written in shards, by the transform
 	.venv-next-transformers/bin/python -m pip install --quiet -e '.[test]' 'transformers>=5.24'
 	.venv-next-transformers/bin/python -m pytest tests/checkpoint tests/training/building -m "not full"
 
-schema: $(INSTALLED)  ## write the JSON schema of a job's YAML
+schema: $(INSTALLED)  ## write the JSON schema of a job's YAML, and the references of keys, measures and commands
 	$(BIN)/python -m elastic_lsopt.config.schema
+	$(BIN)/python -m elastic_lsopt.config.reference
+	$(BIN)/python -m elastic_lsopt.cli.reference
+	$(BIN)/python -m elastic_lsopt.probes.reference
+
+docs: $(INSTALLED)  ## the documentation as a site, in build/site; a link that leads nowhere ends it
+	@# Not --quiet, which hides the warnings from `strict: true` too.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:  ## remove the virtual environment and what runs left here
 	rm -rf $(VENV) runs build *.egg-info

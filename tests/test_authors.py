@@ -1,4 +1,4 @@
-"""What docs/authors.md shows runs as it stands, by name, by import path in a YAML, and beside our own."""
+"""What the pages on algorithms of one's own show runs together, by name, by import path in a YAML, and beside ours."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from tests.cli.test_trust import JOB
+from tests.docs.blocks import blocks
 from tests.processes.ranks import ROOT, rank_environment
 from tests.processes.warm import run
 
-PAGE = (ROOT / "docs" / "authors.md").read_text(encoding="utf-8")
-PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PAGES = [f"docs/{name}.md" for name in ("authors", "own-method", "own-update", "own-probe")]
+PROGRAM = "\n".join(block.text for page in PAGES for block in blocks(page) if block.title == "mine.py")
 USED = """
 import torch
 
@@ -43,15 +44,24 @@ print("done")
 
 
 def test_the_pages_programs_work_together(tmp_path: Path) -> None:
-    assert len(PROGRAMS) == 3
-    program = "\n".join([*PROGRAMS, USED])
-    done = run([sys.executable, "-c", program], cwd=tmp_path, env=rank_environment(), timeout=120)
+    done = run([sys.executable, "-c", f"{PROGRAM}\n{USED}"], cwd=tmp_path, env=rank_environment(), timeout=120)
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr[-3000:]
+
+
+def test_the_pages_own_checks_pass(tmp_path: Path) -> None:
+    """All in one process; tests/docs/test_followed_pages.py types them one by one."""
+    (tmp_path / "mine.py").write_text(PROGRAM)
+    checks = [block for page in PAGES for block in blocks(page, "python") if block.title.startswith("check")]
+    for check in checks:
+        (tmp_path / check.title).write_text(check.text)
+    program = f"import runpy\nfor check in {[check.title for check in checks]}:\n    runpy.run_path(check)"
+    done = run([sys.executable, "-c", program], cwd=tmp_path, env=rank_environment(), timeout=120)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3, done.stdout + done.stderr[-3000:]
 
 
 def test_a_job_takes_them_by_import_path(tmp_path: Path) -> None:
     """All four kinds in one YAML, from a module beside it; `validate` imports nothing of it."""
-    (tmp_path / "mine.py").write_text("\n".join([*PROGRAMS, "from pathlib import Path", "Path('ran').touch()"]))
+    (tmp_path / "mine.py").write_text(f"{PROGRAM}\nfrom pathlib import Path\nPath('ran').touch()\n")
     settings = JOB | {
         "model": {
             "import": "elastic_lsopt.training.classifiers:mlp", "args": {"inputs": 64, "hidden": 8, "classes": 10},
@@ -75,11 +85,15 @@ def test_a_job_takes_them_by_import_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_every_door_of_the_page_exists() -> None:
+def test_every_door_of_the_pages_exists() -> None:
     import elastic_lsopt as lso
 
-    for door in re.findall(r"`lso\.([a-z.]+)\(", PAGE):
-        found = lso
-        for name in door.split("."):
+    doors = [door for page in PAGES for door in re.findall(r"`lso\.([A-Za-z.]+)", (ROOT / page).read_text())]
+    assert len(doors) >= 12
+    for door in doors:
+        first, *more = door.split(".")
+        assert first in lso.__all__, door
+        found = getattr(lso, first) if more else lso
+        for name in more:
             found = getattr(found, name)
-        assert callable(found), door
+            assert callable(found), door

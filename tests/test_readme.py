@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.blocks import blocks
 from tests.processes.ranks import ROOT, rank_environment
 from tests.processes.warm import run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PROGRAMS = [block.text for block in blocks("README.md", "python")]
 
 
 def test_there_is_a_program_for_probes_and_a_face_each() -> None:

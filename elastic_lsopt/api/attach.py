@@ -26,6 +26,12 @@ def attach(
 ) -> tuple[ParameterSpace, MicroBatchOracle]:
     """The space of a model (plain, DDP, FSDP2) or engine, and the loss on the ranks' micro-batches (collective).
 
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> loss_fn = lambda model, x: model(x).square().mean()      # of x = eye(2): |w|^2 / 2, whose gradient is w
+        >>> space, oracle = lso.attach(model, loss_fn, [torch.eye(2)])
+        >>> space.norm(oracle.gradient() - space.weights)
+        0.0
+
     `products` says how curvature is multiplied with vectors: auto, kept, rebuilt, blockwise or differences. The first
     product is preceded by the checks of `oracle/curvature/curvature_checks.py` unless `checked` is False.
     Raises Unsupported and UserError as the engine does.

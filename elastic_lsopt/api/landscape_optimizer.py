@@ -33,6 +33,18 @@ SAMPLES, STEPS = "landscape_samples", "landscape_steps"
 class LandscapeOptimizer(torch.optim.Optimizer):
     """`step(closure)` asks the method for its gradient and lets `base` step with it: plain torch, DDP, FSDP2.
 
+        >>> w = torch.nn.Parameter(torch.tensor([2.0]))
+        >>> optimizer = lso.LandscapeOptimizer(torch.optim.SGD([w], lr=0.1), lso.SAM(rho=1.0))
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = w.square().sum() / 2
+        ...     loss.backward()
+        ...     return loss
+        >>> float(optimizer.step(closure))
+        2.0
+        >>> round(w.item(), 3)                        # the gradient at w + 1 is 3
+        1.7
+
     `base` is a torch optimizer already built; its `param_groups` and `state` are shared, so learning-rate schedulers
     attach to either. `max_grad_norm` clips the combined gradient by its global norm (0 or None: off).
     `samples_per_step` is the global batch, `total_samples` the length of the run, for schedules on the sample clock.

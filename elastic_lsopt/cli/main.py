@@ -23,7 +23,7 @@ TRUST = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a mistake of the user's, 130 after an interrupt."""
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = _parser().parse_args(given)
+    arguments = command_line().parse_args(given)
     if "" not in sys.path:
         sys.path.insert(0, "")  # a model's import path counts from the working directory, as under `python -m`
     try:
@@ -111,7 +111,8 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
             return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The parser of every command."""
     parser = argparse.ArgumentParser(
         prog="elastic-lsopt", description="Landscape-aware optimizers on sharded parameters, one YAML file a job."
     )
@@ -133,7 +134,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--trust", action="store_true", help=why)
         if name == "plan":
             _plan_options(command)
-    live = commands.add_parser("status", help="members, generation, throughput and last changes of an elastic job")
+    purpose = "members, generation, throughput and last changes of an elastic job"
+    live = commands.add_parser("status", help=purpose, description=purpose)
     live.add_argument("run_folder", metavar="RUN_FOLDER", help="the job's output_dir")
     live.add_argument("--endpoint", metavar="HOST:PORT", help="any living node's store (default: of the run folder)")
     live.add_argument("--secret-file", metavar="FILE", help="as in the job's elastic block")
@@ -154,9 +156,10 @@ def _parser() -> argparse.ArgumentParser:
         "folders", metavar="FOLDER", nargs="*", help="where runs lie (default: runs), or compare and runs"
     )
     listed.add_argument("--json", action="store_true", help="print one JSON object")
-    finished = commands.add_parser("probe", help="curvature and flatness of a finished model")
-    arguments_of(finished)
-    commands.add_parser("schema", help="print the JSON schema of a job's YAML, for editors")
+    purpose = "curvature and flatness of a finished model"
+    arguments_of(commands.add_parser("probe", help=purpose, description=purpose))
+    purpose = "print the JSON schema of a job's YAML, for editors"
+    commands.add_parser("schema", help=purpose, description=purpose)
     return parser
 
 

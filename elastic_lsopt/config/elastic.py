@@ -88,7 +88,7 @@ class ElasticConfig:
     """A file whose appearance announces that this node will be taken: it is drained."""
 
     event_log: Flag = False
-    """Write all that comes to this node's agent to elastic/<node>.events, from which its life can be played again."""
+    """Write all that comes to this node's agent to `elastic/NODE.events`, from which its life can be played again."""
 
     # Workers that die while their node lives.
     respawn: Flag = True

@@ -182,6 +182,7 @@ class TrainConfig:
     elastic: ElasticConfig | None = None
     """Nodes that come and go in mid-training; null: a job of fixed size."""
 
+    # What is measured.
     probes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What is measured of the landscape on the way, by name: {every_steps: 100} or {every_samples: …}, `budget` (share
     of the time, 0.1), `units` (4), `products` (auto), `measure` (the name), and the measure's own settings."""

@@ -16,6 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 def best_fit(lengths: ArrayLike, capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(order, ends): the documents row by row, by number, and where each row ends in that list.
 
+        >>> order, ends = best_fit([5, 2, 7, 3, 1], capacity=8)
+        >>> order.tolist(), ends.tolist()
+        ([2, 4, 0, 3, 1], [2, 4, 5])
+
     `lengths` [n], each in 1 … capacity. A pure function: of two documents of one length the earlier comes first, rows
     come in the order in which they were begun, and within a row documents stand in the order of their numbers. Cost:
     n log n, and a number of `capacity` bits per document. Raises ValueError for a length out of range.

@@ -7,7 +7,11 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class SampleClock:
-    """Samples whose optimizer step has ended, steps so far, and the samples of the whole run (None: not known)."""
+    """Samples whose optimizer step has ended, steps so far, and the samples of the whole run (None: not known).
+
+    >>> SampleClock(total_samples=100).advanced(25).progress
+    0.25
+    """
 
     samples: int = 0
     steps: int = 0

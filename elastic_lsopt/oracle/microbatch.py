@@ -41,6 +41,9 @@ class MicroBatch:
 def unit_sizes(global_batch_size: int, microbatch_size: int) -> tuple[int, ...]:
     """Cut a global batch into micro-batches of `microbatch_size` samples; the last takes what is left.
 
+        >>> unit_sizes(30, 8)
+        (8, 8, 8, 6)
+
     Raises UserError where the batch is smaller than one micro-batch.
     """
     if not 1 <= microbatch_size <= global_batch_size:
@@ -55,6 +58,9 @@ def unit_sizes(global_batch_size: int, microbatch_size: int) -> tuple[int, ...]:
 def part_bounds(microbatches: int, parts: int) -> tuple[tuple[int, int], ...]:
     """First and last-plus-one micro-batch of each part: as equal as whole micro-batches allow, in order of index.
 
+        >>> part_bounds(7, parts=2)
+        ((0, 3), (3, 7))
+
     Raises UserError where there are fewer micro-batches than parts.
     """
     if not 1 <= parts <= microbatches:
@@ -66,7 +72,11 @@ def part_bounds(microbatches: int, parts: int) -> tuple[tuple[int, int], ...]:
 
 
 def microbatches_of_rank(microbatches: int, rank: int, world: int) -> range:
-    """The global indices that a rank holds: rank, rank + world, rank + 2 world …"""
+    """The global indices that a rank holds: rank, rank + world, rank + 2 world …
+
+    >>> [*microbatches_of_rank(8, rank=1, world=3)]
+    [1, 4, 7]
+    """
     return range(rank, microbatches, world)
 
 

@@ -286,6 +286,8 @@ def _preset(of: str, chosen: Mapping[str, Any]) -> Measure:
 
 
 MEASURES |= {name: _preset(*preset) for name, preset in PRESETS.items()}
+OURS = tuple(sorted(MEASURES))
+"""The names that are there before anybody registers one."""
 GROUP = "elastic_lsopt.probes"
 """The entry points by which a package announces probes of its own."""
 

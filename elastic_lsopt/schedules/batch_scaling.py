@@ -132,7 +132,11 @@ def scaling(
 
 
 def rate_factor(reference_batch: int, batch: int, rule: Rule, gain: Gain | None = None) -> float:
-    """eta' / eta; grows with the batch under every rule but none."""
+    """eta' / eta; grows with the batch under every rule but none.
+
+    >>> rate_factor(32, 128, "linear"), rate_factor(32, 128, "sqrt")
+    (4.0, 2.0)
+    """
     match rule:
         case "linear":
             return batch / reference_batch

@@ -11,7 +11,11 @@ from elastic_lsopt.oracle.clock import SampleClock
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRate:
-    """`at(clock)` is the rate of the step that begins there; Hugging Face's shapes, on samples in place of steps."""
+    """`at(clock)` is the rate of the step that begins there; Hugging Face's shapes, on samples in place of steps.
+
+    >>> LearningRate(peak=0.1, shape="linear").at(SampleClock(samples=75, total_samples=100))
+    0.025
+    """
 
     peak: float
     """Highest rate; >= 0."""

@@ -97,7 +97,7 @@ class ParameterSpace:
     # -- lengths and angles ------------------------------------------------------------------------------------
 
     def dot(self, a: Vector, b: Vector) -> float:
-        """The global inner product <a, b>: products in the vectors' precision, summed in fp64; one all-reduce."""
+        """The global inner product `<a, b>`: products in the vectors' precision, summed in fp64; one all-reduce."""
         parts = [(x * y).sum(dtype=torch.float64) for x, y in zip(a.tensors, b.tensors, strict=True)]
         local = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
         return self._sum(local.reshape(1))[0].item()

@@ -59,9 +59,12 @@ class Muon(Update):
     momentum: float = 0.95
     """mu; >= 0 and < 1."""
     nesterov: bool = True
+    """Make (1 - mu) g + mu b orthogonal, not b."""
     iterations: int = 5
     """Newton-Schulz iterations; >= 0."""
     scale: Literal["original", "match_rms_adamw"] = "original"
+    """original: sqrt(max(1, rows / columns)); match_rms_adamw: 0.2 sqrt(max(rows, columns)), as long as AdamW's steps
+    are."""
 
     def __post_init__(self) -> None:
         require_share("momentum", self.momentum)

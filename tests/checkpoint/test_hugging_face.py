@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cases.checkpoints.hugging_face import SHAPES
-from tests.processes.ranks import ROOT
+from tests.docs.blocks import program
 
 CASES = "tests.cases.checkpoints.hugging_face:"
 KINDS = ("fsdp2", "zero3", "hsdp", "ddp", "zero2")
@@ -79,6 +78,5 @@ def test_a_model_from_scratch_begins_alike_everywhere(
 
 
 def test_the_program_of_the_page(ranks: Any, tmp_path: Path) -> None:
-    [program] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "large-models.md").read_text(), re.DOTALL)
     case = CASES + "the_pages_program"
-    assert max(ranks(2).run(case, path=str(tmp_path), program=program)) < 1e-5
+    assert max(ranks(2).run(case, path=str(tmp_path), program=program("docs/large-models.md"))) < 1e-5

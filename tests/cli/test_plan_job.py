@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from elastic_lsopt.cli.main import main
+from tests.docs.blocks import commands
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
@@ -194,10 +194,7 @@ def test_a_model_that_cannot_run_without_numbers_is_planned_without_its_activati
 
 def test_the_commands_of_the_documentation(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
-    commands = [line.split() for line in text.splitlines() if line.startswith("elastic-lsopt ")]
-    assert {command[1] for command in commands} == {"plan", "doctor", "runs"}
-    for _, *command in (command for command in commands if command[1] == "plan"):
-        assert main(command) == 0, command
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        assert (ROOT / "docs" / target).exists(), target
+    plans = [words for words in commands("docs/plan.md") if words[1] == "plan"]
+    assert len(plans) == 4
+    for command in plans:
+        assert main(command[1:]) == 0, command

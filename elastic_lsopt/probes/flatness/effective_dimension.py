@@ -38,6 +38,9 @@ def effective_dimension(
 ) -> EffectiveDimension:
     """Of eigenvalues, each counted once; or of a density's nodes, counted `weights` x `dimension` times.
 
+        >>> effective_dimension([3.0, 1.0, -2.0])
+        EffectiveDimension(value=1.25, left_out=1.0)
+
     `regulariser` > 0 is in units of the curvature. Raises UserError for settings out of range, NonFinite for
     eigenvalues that are inf or NaN.
     """

@@ -49,7 +49,7 @@ class LocalEntropy:
 
 @dataclass(frozen=True)
 class LocalEntropyGradient:
-    """`value` is mu_LE = |w - <w'>|."""
+    """`value` is mu_LE = `|w - <w'>|`."""
 
     value: float
     gradients: int

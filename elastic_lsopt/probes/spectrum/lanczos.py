@@ -48,6 +48,12 @@ def lanczos(
 ) -> Eigenpairs:
     """The k largest or smallest eigenvalues (algebraically), or k of each end; in descending order (collective).
 
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> loss_fn = lambda model, x: model(x).square().mean()
+        >>> space, oracle = lso.attach(model, loss_fn, [torch.tensor([[3.0, 0.0], [0.0, 1.0]])])
+        >>> [round(value, 3) for value in lanczos(space, oracle, k=2).eigenvalues]
+        [9.0, 1.0]
+
     `tolerance` > 0 is the largest residual as a share of the largest |eigenvalue| seen. `capacity` >= wanted + 3 bounds
     the basis, `basis_device` "cpu" keeps it in host memory. Not there after `max_products`: `converged` is False.
     Raises UserError for more pairs than the space has and settings out of range, NonFinite for inf and NaN.

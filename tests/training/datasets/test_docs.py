@@ -13,13 +13,13 @@ from elastic_lsopt.config.load import load_config
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.training.building.packed_models import KEEPS_DOCUMENTS_APART
 from elastic_lsopt.training.datasets.samples import Data, build_data
-from elastic_lsopt.training.evaluation import metrics_function
+from tests.docs.blocks import blocks
 from tests.processes.ranks import ROOT
 from tests.training.datasets.small_tokenizers import byte_level
 
 pytestmark = pytest.mark.fast
 PAGE = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
+BLOCKS = [(block.language, block.text) for block in blocks("docs/data.md")]
 FIXED = {"output_dir": "out", "max_steps": 1, "model": {"model_type": "llama"}, "block_size": 48}
 EXAMPLES = [i for i, (language, _) in enumerate(BLOCKS) if language == "yaml"]
 
@@ -28,26 +28,20 @@ EXAMPLES = [i for i, (language, _) in enumerate(BLOCKS) if language == "yaml"]
 def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], Data]]:
     """(what the YAML says, its data) of each, with the files that stand before it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
     byte_level(tmp_path / "tokenizer")
-    for name, language in (("template.jinja", "jinja"), ("my_metrics.py", "python")):
-        (tmp_path / name).write_text(next(text for kind, text in BLOCKS if kind == language))
+    (tmp_path / "template.jinja").write_text(next(text for kind, text in BLOCKS if kind == "jinja"))
     made = []
     for i in EXAMPLES:
         (tmp_path / "data.jsonl").write_text(next(t for kind, t in reversed(BLOCKS[:i]) if kind == "jsonl"))
         given = yaml.safe_load(BLOCKS[i][1])
         (tmp_path / "job.yaml").write_text(yaml.safe_dump(FIXED | {"eval_fraction": 0.0} | given))
-        if "compute_metrics" in given:
-            given["eval_fraction"] = 0.5
-            (tmp_path / "job.yaml").write_text(yaml.safe_dump(FIXED | given))
         config: TrainConfig = load_config(tmp_path / "job.yaml")
-        metrics_function(config)
         made.append((given, build_data(config)))
     return made
 
 
 def test_each_example_gives_samples_and_a_batch(examples: list[tuple[dict[str, Any], Data]]) -> None:
-    assert len(examples) == 8 and len(BLOCKS) == 8 + 4 + 2
+    assert len(examples) == 7 and len(BLOCKS) == 7 + 4 + 1
     for given, data in examples:
         assert len(data.train), given
         batch = data.collate([data.train[i] for i in range(len(data.train))])
