@@ -19,9 +19,14 @@ NO_NUMBER = ("surface", "spectral_density", "noise_scale")
 
 
 def chosen(config: StudyConfig) -> tuple[str, ...]:
-    """The measures of a study. Raises SettingError, with the nearest name, for one that it does not have."""
+    """The measures of a study. Raises SettingError, with the nearest name, for one that it does not have, and for one
+    that is no number."""
     for name in config.measures or ():
-        if name not in MEASURES or name in NO_NUMBER:
+        if name in NO_NUMBER:
+            raise SettingError(
+                "measures", f"measure {name!r} is not one number, so nothing can be ranked by it; remove it."
+            )
+        if name not in MEASURES:
             known = [each for each in MEASURES if each not in NO_NUMBER]
             raise SettingError("measures", f"measure {name!r} is unknown{did_you_mean(name, known)}")
         try:

@@ -160,6 +160,11 @@ def test_no_number_of_the_ranking_is_cut_where_there_is_no_terminal():
     ("override", "expected"),
     [
         ("workers=0", "command line, 'workers=0': workers=0 must be greater than or equal to 1."),
+        (
+            "measures=[surface]",
+            "command line, 'measures=[surface]': measure 'surface' is not one number, so nothing can be ranked by it; "
+            "remove it.",
+        ),
         ("measures=[lpff]", "command line, 'measures=[lpff]': measure 'lpff' is unknown; did you mean 'lpf'?"),
         ("grid.width=[]", "grid.width is empty"),
         ("output_dir=/dev/null/x", "output_dir=/dev/null/x cannot be written: Not a directory; choose another"),
