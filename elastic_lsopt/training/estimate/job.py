@@ -135,9 +135,7 @@ def on_world(
     )  # fmt: skip
     sent = sent_per_step(looked.size, at, microbatches=batch.forwards, passes=passes)
     length = None if speed is None else _length(config, batch, world, passes, speed)
-    return OnWorld(
-        world=world, batch=batch, memory=device, offloaded=offloaded, host=host, sent=sent, length=length
-    )
+    return OnWorld(world=world, batch=batch, memory=device, offloaded=offloaded, host=host, sent=sent, length=length)
 
 
 def _length(config: TrainConfig, batch: Batch, world: int, passes: Passes, speed: Speed) -> Length | None:
@@ -201,7 +199,10 @@ def what_to_change(config: TrainConfig, memory: RankMemory) -> str:
         narrow = "lora.base_dtype: bf16" if config.backend == "fsdp2" else "bf16: true"
         return f"frozen weights are the largest part: set {narrow}"
     at = Placement.of(config, 2)
-    for key, moved in (("offload_optimizer", {"optimizer_on_host": True}), ("offload_param", {"weights_on_host": True})):
+    for key, moved in (
+        ("offload_optimizer", {"optimizer_on_host": True}),
+        ("offload_param", {"weights_on_host": True}),
+    ):
         if largest in on_host(replace(at, **moved)) - on_host(at):
             where = "fsdp_cpu_offload: true" if at.backend == "fsdp2" else f'"{key}": {{"device": "cpu"}} in its JSON'
             return f"{largest} are the largest part: set {where}"
