@@ -69,14 +69,16 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
         return super().precision_plugin
 
     @precision_plugin.setter
-    def precision_plugin(self, plugin: Precision | None) -> None:
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
         """Called when the Trainer is made."""
-        precision = "32-true" if plugin is None else str(plugin.precision)
+        precision = "32-true" if precision_plugin is None else str(precision_plugin.precision)
         if precision.startswith("16"):
-            raise UserError("fp16 needs loss scaling, which is refused: one scale cannot serve two passes; use bf16-true.")
+            raise UserError(
+                "fp16 needs loss scaling, which is refused: one scale cannot serve two passes; use bf16-true."
+            )
         if precision not in PRECISIONS:
             raise Unsupported(f"precision={precision} is not tested with DeepSpeed; use {' or '.join(PRECISIONS)}.")
-        self._precision_plugin = plugin
+        self._precision_plugin = precision_plugin
 
     # -- the engine --------------------------------------------------------------------------------------------
 
@@ -111,7 +113,9 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
 
     def _refuse(self, trainer: Trainer, module: LightningModule) -> None:
         if self.landscape is not None:
-            raise Unsupported("a second fit with the same strategy is not tested; make a new Trainer, strategy and module.")
+            raise Unsupported(
+                "a second fit with the same strategy is not tested; make a new Trainer, strategy and module."
+            )
         if not module.automatic_optimization:
             raise Unsupported(
                 "automatic_optimization=False runs backward itself, once; leave it True, or use lso.initialize."
@@ -167,7 +171,12 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
         self._waiting, self._stepping = [], True
         runs = [*(lambda args=args: self._run_again(trainer, args, optimizer) for args in waiting), closure]
         oracle = TrainerOracle(
-            self.landscape.space, self.landscape.backend, self.landscape.clock, _loss_of, runs, lambda: _not_logged(trainer)
+            self.landscape.space,
+            self.landscape.backend,
+            self.landscape.clock,
+            _loss_of,
+            runs,
+            lambda: _not_logged(trainer),
         )
         call._call_callback_hooks(trainer, "on_before_optimizer_step", optimizer)
         call._call_lightning_module_hook(trainer, "on_before_optimizer_step", optimizer)

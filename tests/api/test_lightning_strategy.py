@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -24,6 +25,10 @@ def test_weights_are_the_papers(ranks: Any, stage: int, method: str, accumulated
         assert r["dw"] < 1e-6, r
         assert r["forwards"] == 5 * accumulated * (1 if method == "none" else 2) and r["evaluated"] == 2 + 2, r
         assert r["rate"] == pytest.approx(0.0) and r["logged"] == pytest.approx(r["mean_loss"], abs=2e-6), r
+
+
+def test_saved_and_gone_on_with(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(2).run("tests.cases.lightning_deepspeed:resumed", path=str(tmp_path)) == [0.0, 0.0]
 
 
 def test_what_it_does_not_do_is_refused_in_one_line(ranks: Any) -> None:

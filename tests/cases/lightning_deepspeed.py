@@ -93,6 +93,40 @@ def against_paper(stage: int, method: str, accumulated: int, clip: float, extra:
     return module.found | {"logged": float(logged) / world, "mean_loss": sum(losses) / len(losses)}
 
 
+def resumed(path: str) -> float:
+    """max |dw| of a run that is saved after three updates and gone on with by another process's objects, from one that
+    never stopped."""
+
+    class Kept(Module):
+        folder = ""
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.2, momentum=0.9)
+
+        def on_train_start(self) -> None:
+            if self.folder:
+                lso.load(self.trainer.strategy.landscape, self.folder)  # type: ignore[attr-defined]
+
+        def on_train_end(self) -> None:
+            strategy: Any = self.trainer.strategy
+            self.found["weights"] = engines.whole(strategy.landscape.space)
+            self.found["steps"] = strategy.landscape.clock.steps
+            if not self.folder and self.trainer.global_step == 3:
+                lso.save(strategy.landscape, path)
+
+    own, found = [update[dist.get_rank()] for update in engines.batches(STEPS, dist.get_world_size())], []
+    for units, folder in ((own, ""), (own[:3], ""), (own[3:], path)):
+        module = Kept(engines.net(seed=1 if folder else 0))
+        module.folder = folder
+        strategy = lso.LandscapeDeepSpeedStrategy({"zero_optimization": {"stage": 3}}, lso.SAM(rho=0.3))
+        trainer_with(strategy).fit(module, DataLoader(units, batch_size=None))  # type: ignore[arg-type]
+        strategy.model.destroy()  # type: ignore[union-attr]
+        found.append(module.found)
+    assert [f["steps"] for f in found] == [5, 3, 5]
+    whole, after = found[0]["weights"], found[2]["weights"]
+    return max(float((whole[n] - after[n]).abs().max()) for n in whole)
+
+
 def refusals() -> list[str]:
     """What is refused with words that name it, in one line."""
 
@@ -135,7 +169,9 @@ def in_bf16() -> dict[str, Any]:
     for precision in ("32-true", "bf16-true"):
         module = Module(engines.net(), engines.net())
         strategy = lso.LandscapeDeepSpeedStrategy({"zero_optimization": {"stage": 3}}, lso.SAM(rho=0.05))
-        own = [unit for update in engines.batches(STEPS, dist.get_world_size()) for unit in update[dist.get_rank() :: 2]]
+        own = [
+            unit for update in engines.batches(STEPS, dist.get_world_size()) for unit in update[dist.get_rank() :: 2]
+        ]
         trainer = trainer_with(strategy, precision=precision)
         trainer.fit(module, DataLoader(own, batch_size=None))  # type: ignore[arg-type]
         losses.append(float(trainer.callback_metrics["loss"]))

@@ -90,7 +90,7 @@ def test_a_very_large_model_is_planned_in_20_seconds(capsys, tmp_path, shape, pa
     assert by_world[64]["sent_bytes_per_step"]["weights"] == round(2 * 8 * 2 * 2 * parameters * 63 / 64)
 
 
-# Published: 32 blocks of 4096, 11008 in between, 32000 ids; LoRA of rank r on every linear layer adds r (in + out) each.
+# 32 blocks of 4096, 11008 in between, 32000 ids. LoRA of rank r on a linear layer adds r (in + out).
 LLAMA_7B = LLAMA_70B | {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 32, "vocab_size": 32000,
