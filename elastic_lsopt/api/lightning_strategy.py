@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
 
     `config` is a DeepSpeed JSON (a path or a dict) without batch sizes and optimizer: the one of `configure_optimizers`
     is the base. `accumulate_grad_batches`, `gradient_clip_val` and schedulers are the Trainer's. `landscape` is what
-    `lso.save` and `lso.load` take; `last_step` tells what the last step was. The loss that `on_train_batch_end` is given
-    is 0 for a micro-batch that waits, and that of the method's last pass for the one that steps; what `training_step`
-    logs is of the weights themselves. `seed` is that of the method's noise and of dropout. Cost: the method's passes.
+    `lso.save` and `lso.load` take; `last_step` tells what the last step was. The loss that `on_train_batch_end` gets
+    is 0 for a micro-batch that waits, and that of the last pass for the one that steps; what `training_step` logs is of
+    the weights themselves. `seed` is that of the method's noise and of dropout. Cost: the method's passes.
     Raises UserError and Unsupported for fp16 and other precisions than 32-true and bf16-true, manual optimisation,
     Lightning's own checkpoints, clipping by value, several optimizers, and what `lso.initialize` refuses.
     """
@@ -54,6 +55,12 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
     strategy_name = "landscape_deepspeed"
 
     def __init__(self, config: str | Path | Json, method: Method, *, seed: int = 0, **more: Any) -> None:
+        if find_spec("deepspeed") is None:
+            raise UserError(
+                "LandscapeDeepSpeedStrategy needs DeepSpeed, which is not installed: pip install deepspeed."
+            )
+        if isinstance(method, type) or not callable(getattr(method, "gradient", None)):
+            raise UserError(f"method={method!r} is no method; give one, such as lso.SAM(rho=0.05).")
         super().__init__(**more)
         self._config, self._method, self._seed = read_deepspeed_json(config), method, seed
         if "optimizer" in self._config:

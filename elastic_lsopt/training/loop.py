@@ -293,7 +293,7 @@ class TrainingRun:
             self._owner.leave_to_next()
 
     def data_identity(self) -> Identity:
-        """Sizes and digests of both parts (held-out parts of other lengths would wait for each other) and of the base."""
+        """Of both parts of the data (held-out ones of other lengths would wait for each other), and of the base."""
         return {**self.data.identity, **identity_of_base(self.config)}
 
     @property

@@ -60,6 +60,13 @@ def test_a_json_is_refused_when_the_strategy_is_made(json: Any, says: str) -> No
         lso.LandscapeDeepSpeedStrategy(json, lso.SAM())
 
 
+@pytest.mark.fast
+def test_what_is_no_method_is_refused() -> None:
+    for wrong in (lso.SAM, "sam", None):
+        with pytest.raises(lso.UserError, match=r"is no method; give one, such as lso.SAM\(rho=0.05\)"):
+            lso.LandscapeDeepSpeedStrategy({}, wrong)  # type: ignore[arg-type]
+
+
 @pytest.mark.full
 def test_bf16(ranks: Any) -> None:
     """DeepSpeed's bf16 weights with fp32 masters, in the Trainer's bf16-true: it learns as in fp32."""

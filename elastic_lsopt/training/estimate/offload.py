@@ -1,6 +1,6 @@
 """Offload: which parts of a rank's memory lie on the host, and what DeepSpeed keeps beside. Pure arithmetic.
 
-    fsdp2, fsdp_cpu_offload          weights, gradient, optimizer and all Vectors: what there would be without, elsewhere
+    fsdp2, fsdp_cpu_offload          weights, gradient, optimizer and all Vectors, as many as there were on the device
     ZeRO 1 to 3, offload_optimizer   masters, their gradient, optimizer and all Vectors
     ZeRO 3, offload_param            weights
 
