@@ -11,6 +11,7 @@ micro-batch waits, unrun, until the last of its update is due, and each pass of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from elastic_lsopt.api.initialize import Json, clipping
@@ -107,8 +109,9 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
         backend: Any = self._engine(trainer, self.optimizers[0])
         self.model = backend.engine
         self.optimizers = [backend.engine.optimizer]
-        total = int(trainer.estimated_stepping_batches) * self._micro_batches(trainer)
-        self.landscape = LandscapeStep(backend, self._method, self._seed, SampleClock(total_samples=total))
+        steps, each = trainer.estimated_stepping_batches, trainer.accumulate_grad_batches * self.world_size
+        clock = SampleClock(total_samples=int(steps) * each if math.isfinite(steps) else None)  # in micro-batches
+        self.landscape = LandscapeStep(backend, self._method, self._seed, clock)
 
     def _engine(self, trainer: Trainer, base: torch.optim.Optimizer) -> Backend:
         from elastic_lsopt.backends.zero.start import start_distributed, start_engine
@@ -127,14 +130,17 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
             raise Unsupported(
                 "automatic_optimization=False runs backward itself, once; leave it True, or use lso.initialize."
             )
+        for hook in ("backward", "configure_gradient_clipping"):
+            if is_overridden(hook, module):
+                raise Unsupported(f"{type(module).__name__}.{hook} would not be called: DeepSpeed does it; remove it.")
         if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
             raise Unsupported("DeepSpeed clips by norm; set gradient_clip_algorithm='norm'.")
         if self._layer_sync:
             raise Unsupported("sync_batchnorm is not tested with DeepSpeed; set it to False.")
         if trainer.checkpoint_callbacks:
             raise Unsupported(
-                "Lightning's checkpoints hold whole weights, and no rank has them here; set enable_checkpointing=False, "
-                "and call lso.save(strategy.landscape, folder) on all ranks."
+                "Lightning's checkpoints hold whole weights, which no rank has; set enable_checkpointing=False, and "
+                "call lso.save(strategy.landscape, folder) on all ranks."
             )
         if self._method.parts > trainer.accumulate_grad_batches:
             raise UserError(
@@ -142,10 +148,6 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
                 f"accumulate_grad_batches={trainer.accumulate_grad_batches} micro-batches; set it to "
                 f"{self._method.parts} or more."
             )
-
-    def _micro_batches(self, trainer: Trainer) -> int:
-        """Of a whole update, over all ranks: the unit in which the clock counts."""
-        return trainer.accumulate_grad_batches * self.world_size
 
     # -- the step ----------------------------------------------------------------------------------------------
 

@@ -67,8 +67,8 @@ class Falling:
 
 def trainer_with(strategy: Any, **more: Any) -> Any:
     return lightning.Trainer(
-        accelerator="cpu", devices=dist.get_world_size() if dist.is_initialized() else 1, strategy=strategy, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        accelerator="cpu", devices=dist.get_world_size(), strategy=strategy, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False,
         **{"max_epochs": 1, "enable_checkpointing": False} | more,
     )  # fmt: skip
 
@@ -133,6 +133,10 @@ def refusals() -> list[str]:
     class ByHand(Module):
         automatic_optimization = False
 
+    class Clips(Module):
+        def configure_gradient_clipping(self, *args: Any, **named: Any) -> None:
+            pass
+
     class Nothing(Module):
         def training_step(self, batch: Any, index: int) -> Any:
             return None if index else super().training_step(batch, index)
@@ -144,6 +148,7 @@ def refusals() -> list[str]:
         ("checkpoints", Module, lso.SAM(), {"enable_checkpointing": True}, "call lso.save(strategy.landscape, folder)"),
         ("by value", Module, lso.SAM(), {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, "by norm"),
         ("batch norm", Module, lso.SAM(), {"sync_batchnorm": True}, "sync_batchnorm is not tested"),
+        ("own clipping", Clips, lso.SAM(), {}, "Clips.configure_gradient_clipping would not be called"),
         ("twice", Module, lso.SAM(), {}, "make a new Trainer, strategy and module"),
         ("nothing returned", Nothing, lso.SAM(), {}, "training_step"),
     ]  # fmt: skip

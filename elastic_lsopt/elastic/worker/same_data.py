@@ -89,8 +89,9 @@ def _add(digest: Any, value: Any) -> None:
 
 
 def difference(everyones: Sequence[Identity], reference: int = 0, nodes: Sequence[str] = ()) -> tuple[list[int], str]:
-    """The ranks whose data or model is not that of rank `reference`, and one line that says so; ([], "") where there are
-    none. `nodes` are the ranks' nodes, named where there are several.
+    """The ranks whose data or model is not that of rank `reference`, and one line that says so; ([], "") for none.
+
+    `nodes` are the ranks' nodes, named where there are several.
     """
     theirs = everyones[reference]
     odd: dict[int, str] = {}
