@@ -12,6 +12,7 @@ micro-batch waits, unrun, until the last of its update is due, and each pass of 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -40,10 +41,11 @@ from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.oracle.step_report import StepReport
 
 PRECISIONS = ("32-true", "bf16-true")
+ENVIRONMENT = {"RANK": "global_rank", "WORLD_SIZE": "world_size", "LOCAL_RANK": "local_rank"}
 
 
 class LandscapeDeepSpeedStrategy(DDPStrategy):
-    """For `lightning.Trainer(strategy=…)`: DeepSpeed, stages 0 to 3, with `method`; on GPUs and on CPUs.
+    """For `lightning.Trainer(strategy=…)`: DeepSpeed, stages 0 to 3, with `method`; CPUs are no hindrance.
 
     `config` is a DeepSpeed JSON (a path or a dict) without batch sizes and optimizer: the one of `configure_optimizers`
     is the base. `accumulate_grad_batches`, `gradient_clip_val` and schedulers are the Trainer's. `landscape` is what
@@ -116,6 +118,8 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
     def _engine(self, trainer: Trainer, base: torch.optim.Optimizer) -> Backend:
         from elastic_lsopt.backends.zero.start import start_distributed, start_engine
 
+        # By which DeepSpeed finds its device; not every launcher of Lightning's sets them.
+        os.environ |= {n: str(getattr(self, of)) for n, of in ENVIRONMENT.items()}
         limit = clipping(self._config.get("gradient_clipping"), trainer.gradient_clip_val or None)
         bf16 = self.precision_plugin.precision == "bf16-true"
         given = engine_json(self._config, world=start_distributed(), max_grad_norm=limit, bf16=bf16)
