@@ -9,7 +9,7 @@ gloo's threads hold finished buffers for a while.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,19 @@ TOY = {
 }  # fmt: skip
 
 
-def zero(stage: int) -> dict[str, Any]:
+OPTIMIZER = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+WEIGHTS = {"offload_param": {"device": "cpu", "pin_memory": False}}
+
+
+def zero(stage: int, offload: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A DeepSpeed JSON whose buckets do not hide a small model."""
     sizes = {"reduce_bucket_size": 500_000, "stage3_param_persistence_threshold": 500}
-    return {"zero_optimization": {"stage": stage, "overlap_comm": False, **sizes}}
+    return {"zero_optimization": {"stage": stage, "overlap_comm": False, **sizes, **(offload or {})}}
 
 
 SAM = {"method": "sam", "rho": 0.05}
+LORA = {"r": 8, "alpha": 16.0, "target_modules": "all-linear"}
+FLAT = {"landscape": {"method": "flat_lora", "sigma": 0.05}, "landscape_space": "merged"}
 SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "replicated_1_adamw": (1, {}),
     "ddp_2_sam": (2, {"landscape": SAM}),
@@ -57,6 +63,12 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3_2_sam_checkpointing": (
         2, {"backend": "deepspeed", "deepspeed": zero(3), "landscape": SAM, "activation_checkpointing": True},
     ),
+    "replicated_1_lora_sam": (1, {"lora": LORA, "landscape": SAM}),
+    "fsdp2_2_lora_bf16_base": (2, {"backend": "fsdp2", "lora": LORA | {"base_dtype": "bf16"}, "bf16": True}),
+    "fsdp2_2_flat_lora": (2, {"backend": "fsdp2", "lora": LORA, **FLAT}),
+    "fsdp2_2_offload": (2, {"backend": "fsdp2", "fsdp_cpu_offload": True, "landscape": SAM}),
+    "zero2_2_offload": (2, {"backend": "deepspeed", "deepspeed": zero(2, OPTIMIZER), "landscape": SAM}),
+    "zero3_2_offload": (2, {"backend": "deepspeed", "deepspeed": zero(3, OPTIMIZER | WEIGHTS), "bf16": True}),
 }  # fmt: skip
 """Name -> ranks, and the job's settings beside those of `job`."""
 STEPS = 3
@@ -116,24 +128,46 @@ def held(engine: Engine) -> dict[str, int]:
     state = [t for own in backend.base.state.values() for t in own.values()]  # type: ignore[union-attr]
     wrapper = getattr(backend, "_wrapper", None)
     figures = {
-        "weights": bytes_in([getattr(p, "ds_tensor", p) for p in parameters]),
+        "weights": bytes_in([getattr(p, "ds_tensor", p) for p in parameters if p.requires_grad]),
+        "frozen weights": bytes_in([getattr(p, "ds_tensor", p) for p in parameters if not p.requires_grad]),
         "master weights": bytes_in(backend.slots),
         "optimizer state": bytes_in(t for t in state if isinstance(t, Tensor) and t.dim()),
         "gradient": bytes_in([p.grad for p in parameters] + [getattr(wrapper, "grad_partitions_flat_buffer", None)]),
     }
     buckets = [bucket.buffer for bucket in getattr(wrapper, "ipg_buckets", {}).values()]
     figures["communication buffers"] = bytes_in(b for b in buckets if isinstance(b, Tensor))
+    figures |= held_beside(wrapper, bytes_in)
     if isinstance(engine.backend.forward, nn.parallel.DistributedDataParallel):
         told = engine.backend.forward._get_ddp_logging_data()
         figures["communication buffers"] += sum(int(n) for n in told["rebuilt_bucket_sizes"].split(","))
     return figures
 
 
+def held_beside(wrapper: Any, bytes_in: Callable[[Iterable[Tensor | None]], int]) -> dict[str, int]:
+    """What DeepSpeed keeps because its optimizer is on the host."""
+    if not getattr(wrapper, "cpu_offload", False) and not getattr(wrapper, "offload_optimizer", False):
+        return {}
+    masters = getattr(wrapper, "single_partition_of_fp32_groups", None) or wrapper.fp32_partitioned_groups_flat
+    staging = [
+        *getattr(wrapper, "param_buffer_of_bit16_for_cpu_offload_groups", ()),
+        getattr(wrapper, "temp_grad_buffer_for_cpu_offload", None),
+    ]
+    return {
+        "gradient in fp32": bytes_in(m.grad for m in masters),
+        "sum of gradients": bytes_in(getattr(wrapper, "accumulated_grads_in_cpu", {}).values()),
+        "offload buffers": bytes_in(staging),
+        "buffer of a gradient on its way": bytes_in([getattr(wrapper, "temp_grad_buffer_for_gpu_offload", None)]),
+    }
+
+
 def said(world: int, settings: Mapping[str, Any], *, toy: bool = False) -> int:
-    """The peak that `plan` says, in bytes."""
+    """The peak that `plan` says, in bytes: of device and host together, which on a CPU are one."""
     with tempfile.TemporaryDirectory() as folder:
         config = job(settings, Path(folder), toy=toy)
-        return on_world(config, look_at_model(config), world).memory.peak
+        ours = on_world(config, look_at_model(config), world)
+    places = ours.memory, ours.offloaded
+    for_a_while = (sum(sum(getattr(p, phase).values()) for p in places) for phase in ("in_pass", "in_step"))
+    return sum(sum(p.kept.values()) for p in places) + max(for_a_while)
 
 
 def run() -> dict[str, object]:

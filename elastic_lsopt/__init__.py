@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from elastic_lsopt.api.engine import Engine
     from elastic_lsopt.api.initialize import initialize
     from elastic_lsopt.api.landscape_optimizer import LandscapeOptimizer
+    from elastic_lsopt.api.lightning_strategy import LandscapeDeepSpeedStrategy
     from elastic_lsopt.api.trainer.probe_callback import ProbeCallback
     from elastic_lsopt.api.trainer.trainer import LandscapeTrainer, LandscapeTrainerMixin
     from elastic_lsopt.averages.average import Average
@@ -56,6 +57,7 @@ __all__ = [
     "Average",
     "Engine",
     "FlatLoRA",
+    "LandscapeDeepSpeedStrategy",
     "LandscapeOptimizer",
     "LandscapeTrainer",
     "LandscapeTrainerMixin",
@@ -96,6 +98,7 @@ _HOMES = {
     "LARS": "updates.lars",
     "FlatLoRA": "optimizers.flat_lora",
     "LPFSGD": "optimizers.lpf_sgd",
+    "LandscapeDeepSpeedStrategy": "api.lightning_strategy",
     "LandscapeOptimizer": "api.landscape_optimizer",
     "LandscapeTrainer": "api.trainer.trainer",
     "LandscapeTrainerMixin": "api.trainer.trainer",

@@ -3,8 +3,8 @@
     python examples/with_lightning.py          # seconds on a CPU; Trainer(devices=2, strategy="ddp") is the same
 
 `accumulate_grad_batches` is left at 1, because Lightning runs the earlier micro-batches' closures only once; take them
-together in `training_step`. With DeepSpeed Lightning runs the closure once, too, and its strategy wants a GPU: there
-use `lso.initialize` or `lso.LandscapeTrainer`.
+together in `training_step`. On DeepSpeed `lso.LandscapeDeepSpeedStrategy` takes the place of Lightning's own, which
+runs the closure once; it takes `accumulate_grad_batches` too (docs/trainer.md).
 """
 
 import lightning

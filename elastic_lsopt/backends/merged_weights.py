@@ -44,8 +44,11 @@ class Noise:
         if self.rows is None:
             self.rows = self.std * self._row_norms(weight, wide)
         out = weight.to(wide, copy=True, memory_format=torch.contiguous_format)
-        add_normal_(out.view(-1), seed=self.seed, name=self.name, offset=0, scale=self.rows, row_length=out.shape[1])
+        self._add_to(out, self.rows)
         return out.to(dtype)
+
+    def _add_to(self, out: Tensor, rows: Tensor) -> None:
+        add_normal_(out.view(-1), seed=self.seed, name=self.name, offset=0, scale=rows, row_length=out.shape[1])
 
     def _row_norms(self, weight: Tensor, wide: torch.dtype) -> Tensor:
         assert self.factors is not None
@@ -89,6 +92,9 @@ class AdaptedLayer:
     plain: Callable[[Tensor], Tensor]
     noise: Noise | None = field(default=None)
 
+    def take_place(self) -> None:
+        vars(self.base)["forward"] = self
+
     def __call__(self, x: Tensor) -> Tensor:
         if self.noise is None:
             return self.plain(x)
@@ -103,12 +109,12 @@ class MergedWeights:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         module = backend.module
-        self._layers = [*_adapted(module)] if module is not None else []
+        self._layers = [*adapted_layers(module)] if module is not None else []
         if not self._layers:
             raise UserError("the model has no layer with an adapter, so there are no merged weights to move: add lora.")
         self._number = {p.name: i for i, p in enumerate(backend.layout.parameters)}
         for layer in self._layers:
-            vars(layer.base)["forward"] = layer
+            layer.take_place()
 
     @contextmanager
     def noised(self, seed: int, step: int, draw: int, std: Callable[[int], float]) -> Iterator[None]:
@@ -134,7 +140,8 @@ class MergedWeights:
         return {backend.layout.parameters[i].name: t for i, t in zip(wanted, wholes, strict=True)}
 
 
-def _adapted(module: nn.Module) -> Iterator[AdaptedLayer]:
+def adapted_layers(module: nn.Module) -> Iterator[AdaptedLayer]:
+    """The layers of a model that have an adapter, in its order. Raises Unsupported as `MergedWeights` does."""
     for name, layer in module.named_modules():
         adapters = [*getattr(layer, "lora_A", ())]
         if not adapters:

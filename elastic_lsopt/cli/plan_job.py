@@ -18,7 +18,16 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic_lsopt.cli.job_file import read_job
-from elastic_lsopt.cli.tables import console_of_tables, host_table, memory_table, rank_name, table, unit_of
+from elastic_lsopt.cli.tables import (
+    console_of_tables,
+    host_table,
+    memory_table,
+    rank_name,
+    said_of_size,
+    table,
+    unit_of,
+    uses_host,
+)
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.training.building.imported_model import foreign_code
@@ -126,13 +135,13 @@ def _speed(asked: Asked) -> Speed | None:
 def _print(path: str, config: TrainConfig, looked: Looked, ours: Sequence[OnWorld], *, gpu: bool) -> None:
     console, size = console_of_tables(), looked.size
     where = "GPUs" if gpu else "CPUs"
-    console.print(f"{path}: {config.task}, {size.parameters:,} trainable parameters, {_backend(config)} on {where}")
+    console.print(f"{path}: {config.task}, {said_of_size(size)}, {_backend(config)} on {where}")
     console.print(_steps_table(console, config, ours))
     for one in ours:
         if one.batch.held_by:
             console.print(f" {one.world} ranks: {one.batch.held_by}")
     console.print(memory_table(console, config, ours))
-    if config.elastic is not None:
+    if uses_host(ours):
         console.print(host_table(console, config, ours))
     if looked.why:
         console.print(
@@ -187,11 +196,8 @@ def _as_json(
         {
             "world": one.world, "global_batch_size": one.batch.samples, "forwards_per_pass": one.batch.forwards,
             "learning_rate": one.batch.learning_rate, "held_by": one.batch.held_by,
-            "device_bytes": {
-                "kept": one.memory.kept, "in_pass": one.memory.in_pass, "in_step": one.memory.in_step,
-                "in_probe": one.memory.in_probe,
-                "peak": one.memory.peak,
-            },
+            "device_bytes": {**vars(one.memory), "peak": one.memory.peak},
+            "offloaded_bytes": {**vars(one.offloaded), "peak": one.offloaded.peak},
             "host_bytes": one.host, "sent_bytes_per_step": one.sent,
             "hours": None if one.length is None else one.length.hours,
             "price": None if one.length is None else one.length.price,
@@ -200,7 +206,8 @@ def _as_json(
         for one in ours
     ]  # fmt: skip
     told = {
-        "file": path, "parameters": looked.size.parameters, "backend": _backend(config),
+        "file": path, "parameters": looked.size.parameters, "frozen_parameters": looked.size.frozen,
+        "backend": _backend(config),
         "activations_unknown": looked.why, "worlds": worlds,
     }  # fmt: skip
     if device_bytes is not None:

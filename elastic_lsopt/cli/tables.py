@@ -10,6 +10,7 @@ from rich.table import Table
 
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.training.estimate.job import OnWorld
+from elastic_lsopt.training.estimate.size import ModelSize
 
 WIDEST = 1000
 """Characters of a line in a file."""
@@ -53,13 +54,27 @@ def memory_table(console: Console, config: TrainConfig, ours: Sequence[OnWorld])
 
 
 def host_table(console: Console, config: TrainConfig, ours: Sequence[OnWorld]) -> Table:
-    """The host's memory for an elastic job's versions of its state."""
-    unit, unit_bytes = unit_of(max((sum(one.host.values()) for one in ours), default=0))
-    title = f"Host memory per rank, for versions of the state, in {unit}"
-    made = table(console, title, ["ranks", *_ranks(config, ours)])
+    """The host's memory: for what is offloaded, and for an elastic job's versions of its state."""
+    sums = [one.offloaded.peak + sum(one.host.values()) for one in ours]
+    unit, unit_bytes = unit_of(max(sums, default=0))
+    made = table(console, f"Host memory per rank, in {unit}", ["ranks", *_ranks(config, ours)])
+    _rows(made, [one.offloaded.kept for one in ours], unit_bytes)
+    a_while = [one.offloaded.peak - sum(one.offloaded.kept.values()) for one in ours]
+    _rows(made, [{"in a pass or step": size} for size in a_while], unit_bytes)
     _rows(made, [one.host for one in ours], unit_bytes, zeros=True)
-    made.add_row("sum", *_cells([sum(one.host.values()) for one in ours], unit_bytes), style="bold")
+    made.add_row("sum", *_cells(sums, unit_bytes), style="bold")
     return made
+
+
+def uses_host(ours: Sequence[OnWorld]) -> bool:
+    """Whether the job keeps something in host memory."""
+    return any(one.host or one.offloaded.peak for one in ours)
+
+
+def said_of_size(size: ModelSize) -> str:
+    """How many parameters are trained, and of how many where some are frozen."""
+    of_all = f" of {size.elements:,}" if size.frozen else ""
+    return f"{size.parameters:,} trainable parameters{of_all}"
 
 
 def unit_of(most_bytes: int) -> tuple[str, int]:

@@ -16,7 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic_lsopt.cli.job_file import Job, read_job
-from elastic_lsopt.cli.tables import console_of_tables, host_table, memory_table, rank_name, table
+from elastic_lsopt.cli.tables import (
+    console_of_tables,
+    host_table,
+    memory_table,
+    rank_name,
+    said_of_size,
+    table,
+    uses_host,
+)
 from elastic_lsopt.config.deepspeed_json import read_deepspeed_json, zero_stage
 from elastic_lsopt.config.settings import ADAMS, BUILTIN_DATASETS, SettingError, TrainConfig, lr_rule
 from elastic_lsopt.elastic.worker.open_files import too_few
@@ -54,7 +62,7 @@ def validate(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = F
         looked = look_at_model(job.config) if "model.import" not in code else None
     worlds = sorted({*WORLDS, job.config.workers})
     console = console_of_tables()
-    parameters = f"{looked.size.parameters:,} trainable parameters, " if looked is not None else ""
+    parameters = f"{said_of_size(looked.size)}, " if looked is not None else ""
     console.print(f"{path}: {job.config.task}, {parameters}backend {_backend(job.config)}")
     if not any(key.startswith("landscape") for key in code):
         console.print(f"{job.method!r}: {(type(job.method).__doc__ or '').strip().splitlines()[0]}", markup=False)
@@ -64,12 +72,12 @@ def validate(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = F
     ours = [] if looked is None else [on_world(job.config, looked, w, parts=job.method.parts) for w in run]
     if ours:
         console.print(memory_table(console, job.config, ours))
+        if uses_host(ours):
+            console.print(host_table(console, job.config, ours))
     if job.config.elastic is not None:
         console.print(_plan_table(console, job.config, plans))
         for made in (made for made in plans if made.why):
             console.print(f" {made.world} ranks: {made.why}")
-        if ours:
-            console.print(host_table(console, job.config, ours))
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = job.config.elastic.max_nodes * job.config.workers
         if wrong := too_few(most, limit, deepspeed=job.config.deepspeed is not None):

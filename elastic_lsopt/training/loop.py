@@ -35,6 +35,7 @@ from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.schedules.learning_rate import LearningRate
 from elastic_lsopt.training.building.engines import build_engine, plain_loss_of
+from elastic_lsopt.training.building.models import identity_of_base
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data, build_data
 from elastic_lsopt.training.evaluation import Evaluation, evaluate, placed
@@ -89,7 +90,7 @@ class TrainingRun:
         report_loads(world.is_first and (world.plan is None or world.generation == 1))
         if world.plan is None and world.size > 1:
             assert dist.group.WORLD is not None
-            refuse_other_data(dist.group.WORLD, data.identity)
+            refuse_other_data(dist.group.WORLD, self.data_identity())
         self.batch = config.global_batch_size if world.plan is None else world.plan.global_batch_size
         self.total_samples = _steps(config, len(data.train)) * config.global_batch_size
         self.engine = build_engine(config, method, data, world, self.total_samples, keep)
@@ -292,8 +293,8 @@ class TrainingRun:
             self._owner.leave_to_next()
 
     def data_identity(self) -> Identity:
-        """Sizes and digests of both parts: held-out parts of other lengths would wait for each other."""
-        return self.data.identity
+        """Of both parts of the data (held-out ones of other lengths would wait for each other), and of the base."""
+        return {**self.data.identity, **identity_of_base(self.config)}
 
     @property
     def _last_step(self) -> int:

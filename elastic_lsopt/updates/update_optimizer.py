@@ -131,6 +131,8 @@ class UpdateOptimizer(torch.optim.Optimizer):
 
     def bind(self, space: ParameterSpace, parameters: Mapping[str, Tensor]) -> list[Family]:
         """Take the parameters of this space (by name), in the partitions that there are now; what it remembers."""
+        # What took the place of a parameter since it was added (accelerate's of `fully_shard`) is in the groups now.
+        self._by_id.update({id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]})
         groups = [self._by_id[id(parameters[p.name])] for p in space.layout.parameters]
         by_name: dict[str, list[int]] = {}
         for i, g in enumerate(groups):

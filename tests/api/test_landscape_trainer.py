@@ -10,7 +10,7 @@ import torch
 
 from tests.cases import trainer as cases
 from tests.cases import trainer_laws as laws
-from tests.laws.cover import daily
+from tests.laws.cover import daily, full_but
 
 NATIVE = ("native", 2)
 """FSDP2 as transformers shards a model on reading it, which takes no LoRA: its adapters would be replicated."""
@@ -109,10 +109,33 @@ def test_names_are_those_without_wrappers(ranks: Any) -> None:
         assert r["dw"] < 1e-6 < r["moved"], r
 
 
-@pytest.mark.full
-def test_an_update_of_ours_on_ranks(ranks: Any) -> None:
-    wanted = laws.updated("plain", "sam")
-    for r in ranks(2).run("tests.cases.trainer_laws:updated", kind="ddp", landscape="sam"):
+@pytest.mark.parametrize(
+    "kind,method",
+    [
+        pytest.param(kind, method, marks=() if (kind, method) == ("zero2", "sam") else pytest.mark.full)
+        for kind in ("zero0", "zero1", "zero2", "zero3")
+        for method in ("none", "sam")
+    ],
+)
+def test_the_optimizer_that_was_given_is_the_one_that_steps(ranks: Any, kind: str, method: str) -> None:
+    """transformers' own makes another under DeepSpeed, AdamW, and says nothing."""
+    for r in ranks(2).run("tests.cases.trainer_laws:against_paper", kind=kind, method=method, clip=0.5, made=True):
+        assert r["dw"] < 1e-6 and r["moved"] > 1e-2, r
+
+
+@pytest.mark.parametrize(
+    "kind,alone,method",
+    full_but(
+        [("zero2", False, "sam"), ("fsdp2", True, "sam")],
+        [*((kind, False) for kind in ("ddp", "zero0", "zero1", "zero2", "zero3")),
+         *((kind, True) for kind in ("zero3", "fsdp2", "native"))],
+        ("none", "sam"),
+    ),
+)  # fmt: skip
+def test_an_update_of_ours_on_ranks(ranks: Any, kind: str, alone: bool, method: str) -> None:
+    """LAMB, whose trust ratio is that of a whole parameter; its first steps divide by |g|, where roundings show."""
+    wanted = laws.updated("plain", method, alone)
+    for r in ranks(2).run("tests.cases.trainer_laws:updated", kind=kind, landscape=method, alone=alone):
         for name, weights in wanted["weights"].items():
-            assert torch.allclose(torch.tensor(weights), torch.tensor(r["weights"][name]), atol=2e-6), name
+            assert torch.allclose(torch.tensor(weights), torch.tensor(r["weights"][name]), atol=1e-5), name
         assert r["norms"] == pytest.approx(wanted["norms"], rel=1e-4)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.plan_memory import engine_of, held, job
 from tests.cases import engines
 
-SMALL = 1000
+SMALL = 400
 """Bytes below which a collective is a loss, a norm or a vote."""
 
 

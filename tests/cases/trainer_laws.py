@@ -25,6 +25,7 @@ from tests.cases.trainer import (
     fresh,
     json_of,
     llama,
+    momentum,
     natively_sharded,
     rank,
     rows,
@@ -44,9 +45,10 @@ def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tens
 
 def against_paper(
     kind: str, method: str, clip: float = 0.0, lora: bool = False, tied: bool = False, own_loss: bool = False,
-    **more: Any,
+    made: bool = False, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Six updates of three micro-batches with unequal counts of tokens, an evaluation after each."""
+    """Six updates of three micro-batches with unequal counts of tokens, an evaluation after each; `made`: with an
+    optimizer that is there already."""
     world = world_size()
     paper = by_paper(method, clip, lora, tied)
     items: list[int] = []
@@ -62,11 +64,12 @@ def against_paper(
         args = arguments(kind, folder, world, max_grad_norm=clip, eval_strategy="steps", eval_steps=1, **more)
         landscape = {"method": method, **METHODS[method]}
         counter = counting()
+        model = natively_sharded(folder) if kind == "native" else llama(lora, tied)
+        own: dict[str, Any] = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": LR, "momentum": MOMENTUM})}
         trainer = Noting(
-            model=natively_sharded(folder) if kind == "native" else llama(lora, tied), args=args,
-            train_dataset=data, eval_dataset=data[:8], landscape=landscape,
+            model=model, args=args, train_dataset=data, eval_dataset=data[:8], landscape=landscape,
             compute_loss_func=summed if own_loss else None, callbacks=[counter],
-            optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": LR, "momentum": MOMENTUM}),
+            **{"optimizers": (momentum(model.parameters()), None)} if made else own,
         )  # fmt: skip
         trainer.train()
         found = weights_of(trainer)
@@ -203,7 +206,6 @@ def refusals() -> list[str]:
         ("torch_compile", "ddp", {"torch_compile": True}, None, "torch_compile is tested on one process"),
         ("fp16 in the JSON", "zero2", {"deepspeed": json_of(2, fp16={"enabled": "auto"}), "fp16": True}, None,
          "fp16 needs loss scaling"),
-        ("an update", "zero2", {}, (lso.UpdateOptimizer, {"lr": 0.1}), "an UpdateOptimizer in the Trainer is tested"),
         ("a base of whole matrices", "zero2", {}, (pytorch_optimizer.Lamb, {"lr": 0.1}), "needs whole parameters"),
     ]  # fmt: skip
     told = []
@@ -231,19 +233,21 @@ def benchmark(size: str) -> dict[str, Any]:
         return compare(size)
 
 
-def updated(kind: str, landscape: str) -> dict[str, Any]:
-    """Weights and norms of a method with LAMB beside AdamW as the Trainer's optimizer."""
-    model = llama()
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() == 2], "update": "lamb"},
-        {"params": [p for p in model.parameters() if p.dim() != 2], "update": "AdamW"},
-    ]
+def updated(kind: str, landscape: str, alone: bool = False) -> dict[str, Any]:
+    """Weights and norms of a method with LAMB beside AdamW as the Trainer's optimizer; `alone`: with LAMB for all, as
+    the Trainer makes it (under FSDP it takes none that is there)."""
     with fresh(), tempfile.TemporaryDirectory() as folder:
-        args = arguments(kind, folder, world_size(), max_steps=3, max_grad_norm=0.5, lr_scheduler_type="constant")
-        optimizers = lso.UpdateOptimizer(groups, lr=0.02), None
-        trainer = trainer_class(kind)(
-            model=model, args=args, train_dataset=rows(), landscape=landscape, optimizers=optimizers
+        model = natively_sharded(folder) if kind == "native" else llama()
+        groups = [
+            {"params": [p for p in model.parameters() if p.dim() == 2], "update": "lamb"},
+            {"params": [p for p in model.parameters() if p.dim() != 2], "update": "AdamW"},
+        ]
+        args = arguments(
+            kind, folder, world_size(), max_steps=3, max_grad_norm=0.5, lr_scheduler_type="linear", learning_rate=0.02
         )
+        own = {"optimizer_cls_and_kwargs": (lso.UpdateOptimizer, {"update": "lamb", "lr": 0.02})}
+        given = own if alone else {"optimizers": (lso.UpdateOptimizer(groups, lr=0.02), None)}
+        trainer = trainer_class(kind)(model=model, args=args, train_dataset=rows(), landscape=landscape, **given)
         trainer.train()
         found = {n: t.tolist() for n, t in weights_of(trainer).items()}
         norms = [row["grad_norm"] for row in trainer.state.log_history if "loss" in row]

@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 
 from elastic_lsopt.cli.main import main
+from elastic_lsopt.config.lora import LoraConfig
+from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.training.estimate.job import what_to_change
+from elastic_lsopt.training.estimate.rank import RankMemory
 from tests.docs.blocks import commands
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +88,73 @@ def test_a_very_large_model_is_planned_in_20_seconds(capsys, tmp_path, shape, pa
     assert 8 < out["smallest_world"] <= 512
     # Each of 512 micro-batches of a step gathers the bf16 weights twice, in each of SAM's two passes.
     assert by_world[64]["sent_bytes_per_step"]["weights"] == round(2 * 8 * 2 * 2 * parameters * 63 / 64)
+
+
+# 32 blocks of 4096, 11008 in between, 32000 ids. LoRA of rank r on a linear layer adds r (in + out).
+LLAMA_7B = LLAMA_70B | {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "vocab_size": 32000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [LLAMA_7B, pytest.param(LLAMA_70B, marks=pytest.mark.full)])
+def test_a_large_model_with_lora_is_planned_in_20_seconds(capsys, tmp_path, shape):
+    job = tmp_path / "job.yaml"
+    job.write_text(f"model: {json.dumps(shape)}" + JOB + "lora: {r: 16, alpha: 32, base_dtype: bf16}\n")
+    begin = time.process_time()
+    out = told(capsys, str(job), "fsdp_cpu_offload=true", "--gpu-memory", "80GiB", "--worlds", "8")
+    assert time.process_time() - begin < 20
+    h, m, kv = shape["hidden_size"], shape["intermediate_size"], shape["num_key_value_heads"] * 128
+    layers, ids = shape["num_hidden_layers"], shape["vocab_size"]
+    base = layers * (2 * h * h + 2 * h * kv + 3 * h * m + 2 * h) + 2 * ids * h + h
+    adapters = 16 * layers * (2 * 2 * h + 2 * (h + kv) + 3 * (h + m))
+    assert (out["parameters"], out["frozen_parameters"]) == (adapters, base)
+    [one] = out["worlds"]
+    host, device = one["offloaded_bytes"], one["device_bytes"]
+    # On the host a share of the base in bf16; of the adapters fp32 weights, Adam's two states, SAM's way back.
+    assert host["kept"]["frozen weights"] == 2 * -(-base // 8)
+    assert host["kept"]["weights"] == 4 * -(-adapters // 8) == host["in_pass"]["way back of a perturbation"]
+    assert host["kept"]["optimizer state"] == 8 * -(-adapters // 8)
+    assert sum(device["kept"].values()) == 0 and out["smallest_world"] is not None
+    assert device["in_pass"].get("gradients before their reduction", 0) < 2 * adapters
+    # 64 forwards a pass and rank, the block gathered again in the backward, two passes; reductions are the adapters'.
+    assert one["sent_bytes_per_step"]["weights"] == pytest.approx(2 * 64 * 2 * 2 * (base + adapters) * 7 / 8, rel=1e-9)
+    assert one["sent_bytes_per_step"]["gradients"] == pytest.approx(2 * 64 * 4 * adapters * 7 / 8, rel=1e-9)
+
+
+def test_what_is_offloaded_has_a_table_and_leaves_the_gpu(capsys):
+    given = (QUICKSTART, *SMALL, "fsdp_cpu_offload=true", "--worlds", "2")
+    after, before = (told(capsys, *some)["worlds"][0] for some in (given, [g for g in given if "offload" not in g]))
+    assert sum(before["offloaded_bytes"]["kept"].values()) == before["offloaded_bytes"]["peak"] == 0
+    assert after["offloaded_bytes"]["kept"].items() <= before["device_bytes"]["kept"].items()
+    assert after["device_bytes"]["peak"] < before["device_bytes"]["peak"]
+    assert main(["plan", *given]) == 0
+    out = capsys.readouterr().out
+    device, host = out.split("Host memory per rank")
+    assert "optimizer state" in host and "optimizer state" not in device and "own versions" not in host
+
+
+ZERO3 = {"backend": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 3}}}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("part", "how", "says"),
+    [
+        ("frozen weights", {"lora": LoraConfig()}, "set lora.base_dtype: bf16"),
+        ("frozen weights", {"lora": LoraConfig(base_dtype="bf16")}, "set fsdp_cpu_offload: true"),
+        ("frozen weights", {"lora": LoraConfig(), **ZERO3}, "set bf16: true"),
+        ("optimizer state", {}, "set fsdp_cpu_offload: true"),
+        ("optimizer state", {"fsdp_cpu_offload": True}, "set bf16: true, or train fewer parameters"),
+        ("optimizer state", ZERO3, 'set "offload_optimizer": {"device": "cpu"} in its JSON'),
+        ("weights", ZERO3, 'set "offload_param": {"device": "cpu"} in its JSON'),
+    ],
+)
+def test_what_to_change_by_the_largest_part(part, how, says):
+    given = {"model": {"model_type": "llama"}, "dataset": "a", "max_steps": 1, "output_dir": "b", "backend": "fsdp2"}
+    config = TrainConfig(**given | how)
+    told = what_to_change(config, RankMemory(kept={part: 2, "probes": 1}, in_pass={}, in_step={}))
+    assert told == f"{part} are the largest part: {says}"
 
 
 def test_the_smallest_world_is_the_first_that_fits(capsys):

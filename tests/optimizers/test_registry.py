@@ -140,12 +140,15 @@ def test_a_third_partys_method(third_party: Path) -> None:
 
 @pytest.mark.long
 def test_the_package_imports_no_framework() -> None:
-    """The public names work without DeepSpeed, transformers, accelerate, triton."""
-    heavy = ("deepspeed", "transformers", "accelerate", "triton", "datasets", "elastic_lsopt.space.noise_triton")
+    """The public names work without DeepSpeed, transformers, accelerate, Lightning, triton."""
+    heavy = (
+        "deepspeed", "transformers", "accelerate", "lightning", "triton", "datasets",
+        "elastic_lsopt.space.noise_triton",
+    )  # fmt: skip
     out = python(
         "import torch, sys\nbefore = set(sys.modules)\nimport elastic_lsopt as lso\n"
-        "transformers = ('ProbeCallback', 'LandscapeTrainer', 'LandscapeTrainerMixin')\n"
-        "[getattr(lso, name) for name in lso.__all__ if name not in (*transformers, 'elastic')]\n"
+        "others = ('ProbeCallback', 'LandscapeTrainer', 'LandscapeTrainerMixin', 'LandscapeDeepSpeedStrategy')\n"
+        "[getattr(lso, name) for name in lso.__all__ if name not in (*others, 'elastic')]\n"
         f"print([m for m in {heavy!r} if m in sys.modules and m not in before])\n"
         "print('torch.distributed.fsdp' in set(sys.modules) - before)"
     )
@@ -156,8 +159,8 @@ def test_the_public_surface() -> None:
     """Adding a name is a decision; taking one away breaks users."""
     assert sorted(lso.__all__) == sorted(
         [
-            "ASAM", "Average", "EMA", "Engine", "FlatLoRA", "LAMB", "LARS", "LPFSGD", "LandscapeOptimizer",
-            "LandscapeTrainer", "LandscapeTrainerMixin", "Loss", "MicroBatch",
+            "ASAM", "Average", "EMA", "Engine", "FlatLoRA", "LAMB", "LARS", "LPFSGD", "LandscapeDeepSpeedStrategy",
+            "LandscapeOptimizer", "LandscapeTrainer", "LandscapeTrainerMixin", "Loss", "MicroBatch",
             "Muon", "NonFinite", "PeerFailed", "Plain", "ProbeCallback", "SAM", "Scales", "StaleGeneration",
             "StaleGradient", "StaleWeights", "StepLoader", "StepReport", "Unsupported", "Update",
             "UpdateOptimizer", "UserError", "attach",

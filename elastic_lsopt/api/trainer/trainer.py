@@ -67,8 +67,10 @@ class LandscapeTrainerMixin(_Base):
         self._updates = False
         self._ran, self._planned_steps, self._keeps_our_checkpoints = 0, 0, True
         given = dict(zip(("model", "args"), args, strict=False)) | more
+        self._own_optimizer: torch.optim.Optimizer | None = None
         with resumable(given.get("model"), given.get("args")):
             super().__init__(*args, **more)
+        self._own_optimizer = self.optimizer
         refuse_surprises(self)
         if self._takes_steps:
             refuse_untested(self, self.landscape)
@@ -87,6 +89,8 @@ class LandscapeTrainerMixin(_Base):
             count_one_micro_batch(plugin.hf_ds_config.config)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.is_deepspeed_enabled:
+            self.optimizer = self._own_optimizer  # of `optimizers=…`, which transformers' deepspeed_init drops unsaid
         given = self.optimizer
         optimizer = super().create_optimizer(model)
         if (update := updates_of(getattr(optimizer, "optimizer", optimizer))) is not None:
@@ -201,11 +205,6 @@ class LandscapeTrainerMixin(_Base):
         while (inner := getattr(model, "_modules", {}).get("_orig_mod")) is not None:  # out of torch.compile's
             model = inner
         backend = backend_for(model, base, max_grad_norm=self.args.max_grad_norm)
-        if self._updates and backend.name != "replicated":
-            raise Unsupported(
-                f"an UpdateOptimizer in the Trainer is tested on one process and DDP, and this is {backend.name}; use "
-                "lso.initialize or lso.Engine.of there, or an optimizer of torch."
-            )
         return LandscapeStep(backend, self.landscape, self.args.seed, steps_base=self.is_deepspeed_enabled)
 
     # -- checkpoints -------------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ class LiveGeneration:
         self._undo.callback(run.abandon)
         refuse_what_counts_steps_or_ranks(run.engine)
         run.engine.backend.transport.at_once = True
-        self.life.same_data.check(formed.group, run.data_identity)
+        self.life.same_data.check(formed.group, run.data_identity, self.entered.nodes)
         return run
 
     def reshard(self, formed: Formed, agreed: Agreed, run: Run) -> int:

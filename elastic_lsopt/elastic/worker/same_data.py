@@ -1,12 +1,14 @@
-"""Whether all ranks hold the same data: compared before the first step, and whenever somebody joins.
+"""Whether all ranks hold the same data and the same base model: compared before the first step, and whenever somebody
+joins.
 
 A file on a node's own disk may be of another length, or of the same length and other content. Each rank would then draw
-its own permutation and train on it, and no loss would show it.
+its own permutation and train on it, or put its own frozen weights under the adapters of all, and no loss would show it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,8 @@ from elastic_lsopt.errors import PeerFailed, UserError
 
 Identity = Mapping[str, int | str | None]
 """Sizes and digests by name, as JSON; None: not known, and equal to everything."""
+BASE = "base model's "
+"""Before the names of files that belong to the model, not to the data."""
 SAMPLED = 8
 """Samples of a user's own data set that are read, twice, for its digest."""
 
@@ -84,26 +88,37 @@ def _add(digest: Any, value: Any) -> None:
         raise _NoBytes
 
 
-def difference(everyones: Sequence[Identity], reference: int = 0) -> tuple[list[int], str]:
-    """The ranks whose data is not that of rank `reference`, and one line that says so; ([], "") where all agree."""
+def difference(everyones: Sequence[Identity], reference: int = 0, nodes: Sequence[str] = ()) -> tuple[list[int], str]:
+    """The ranks whose data or model is not that of rank `reference`, and one line that says so; ([], "") for none.
+
+    `nodes` are the ranks' nodes, named where there are several.
+    """
     theirs = everyones[reference]
     odd: dict[int, str] = {}
     for rank, own in enumerate(everyones):
         for what in (w for w in {**theirs, **own} if None not in (theirs.get(w, ""), own.get(w, ""))):
             if theirs.get(what) != own.get(what) and rank not in odd:
-                odd[rank] = f"{what}: {own.get(what)} there, {theirs.get(what)} on rank {reference}"
+                here, there = own.get(what, "missing"), theirs.get(what, "missing")
+                odd[rank] = f"{what}: {here} there, {there} on rank {reference}"
     if not odd:
         return [], ""
-    ranks = f"rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))}"
+
+    def named(rank: int) -> str:
+        return f"{rank} on {nodes[rank]}" if len(set(nodes)) > 1 else str(rank)
+
+    first = next(iter(odd.values()))
+    whose = "base model" if first.startswith(BASE) else "training data"
+    ranks = f"rank{'s' * (len(odd) > 1)} {', '.join(map(named, odd))}"
     return [*odd], (
-        f"the training data of {ranks} is not that of rank {reference} ({next(iter(odd.values()))}); "
-        "give every node the same files."
+        f"the {whose} of {ranks} is not that of rank {named(reference)} ({first.removeprefix(BASE)}); give every node "
+        "the same files."
     )
 
 
 def refuse_other_data(group: dist.ProcessGroup, own: Identity) -> None:
     """Compare all ranks' data (collective, a gloo group). Raises UserError on all of them where it is not the same."""
-    _, said = difference(gather_json(group, dict(own)))
+    everyones, nodes = zip(*gather_json(group, [dict(own), socket.gethostname()]), strict=True)
+    _, said = difference(everyones, nodes=nodes)
     if said:
         raise UserError(said)
 
@@ -119,7 +134,7 @@ class SameData:
         self._own = self._own or dict(own())
         return self._own
 
-    def check(self, group: dist.ProcessGroup, own: Callable[[], Identity]) -> None:
+    def check(self, group: dist.ProcessGroup, own: Callable[[], Identity], nodes: Sequence[str] = ()) -> None:
         """Compare all ranks' data (collective, a gloo group) with that of who has trained already, else of rank 0.
 
         Raises UserError on the ranks whose data is not the job's, PeerFailed on the others, who go on without them; a
@@ -127,7 +142,7 @@ class SameData:
         """
         everyones = gather_json(group, [self._agreed, self.learn(own)])
         reference = next((rank for rank, (agreed, _) in enumerate(everyones) if agreed), None)
-        odd, said = difference([identity for _, identity in everyones], reference or 0)
+        odd, said = difference([identity for _, identity in everyones], reference or 0, nodes)
         if said:
             raise UserError(said) if reference is None or group.rank() in odd else PeerFailed(said)
         self._agreed = True

@@ -25,11 +25,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic_lsopt.checkpoint.huggingface.drawn_weights import DrawnWeights
+from elastic_lsopt.checkpoint.huggingface.folder_identity import identity_of_folder
 from elastic_lsopt.checkpoint.huggingface.folder_weights import FolderWeights
 from elastic_lsopt.checkpoint.huggingface.lora import AdaptedWeights
 from elastic_lsopt.checkpoint.huggingface.weights import Weights, WholeWeights, give_buffers, give_memory
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.config.spelling import did_you_mean
+from elastic_lsopt.elastic.worker.same_data import BASE, Identity
 from elastic_lsopt.errors import Unsupported, UserError
 from elastic_lsopt.oracle.replay.slot import replayed
 from elastic_lsopt.training.building.adapters import add_adapters
@@ -199,6 +201,15 @@ def _transformer(
                     model.generation_config = GenerationConfig.from_pretrained(_folder(where))
     model.config.use_cache = False
     return model
+
+
+def identity_of_base(config: TrainConfig) -> Identity:
+    """What tells the folder that the model comes from apart from another; nothing of a model from scratch."""
+    where = config.model_name_or_path
+    if where is None:
+        return {}
+    with _one_line("model_name_or_path", f"model_name_or_path={where!r}"):
+        return {f"{BASE}{name}": told for name, told in identity_of_folder(_cached_folder(where)).items()}
 
 
 def _cached_folder(where: str) -> Path:

@@ -70,9 +70,10 @@ def run_without_storage(
     batch: Shapes,
     blocks: Sequence[nn.Module],
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Pass:
-    """One micro-batch of a model that was built on the meta device, whose weights are taken to be of `dtype`.
+    """One micro-batch of a model that was built on the meta device, whose weights are taken to be of `dtype` (None: of
+    their own).
 
     Whatever an operation raises that cannot run without numbers (a router that looks at its tokens) is passed on.
     About 0.1 s per block.
@@ -114,14 +115,14 @@ def _one_document_per_row() -> Iterator[None]:
         masks.find_packed_sequence_indices = looks
 
 
-def _as_fake(model: nn.Module, dtype: torch.dtype) -> list[nn.Parameter]:
+def _as_fake(model: nn.Module, dtype: torch.dtype | None) -> list[nn.Parameter]:
     """Weights and buffers of a meta model as fake ones on the CPU, tied ones still one; in place."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
                 if id(p) not in made:
-                    kind = dtype if p.is_floating_point() else p.dtype
+                    kind = dtype if dtype is not None and p.is_floating_point() else p.dtype
                     made[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=kind), requires_grad=p.requires_grad)
                 module._parameters[name] = made[id(p)]
         for name, b in module._buffers.items():

@@ -14,7 +14,8 @@ method's p passes with m moves of the weights:
                              (1 + m) x c of the small, which stay whole
                  gradients   p a x c P
 
-Small all-reduces (losses, norms, votes) are left out.
+Frozen weights are gathered with the others, and never reduced (ZeRO-3 gathers a frozen embedding once, for the
+forward). Flat-LoRA gathers the adapters' masters once a step. Small all-reduces (losses, norms, votes) are left out.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Passes:
     """Passes over the batch, each with its reduction of gradients."""
     moves: float = 0.0
     """Moves of the weights."""
+    gathers: float = 0.0
+    """Gathers of all trained weights."""
 
     @classmethod
     def of(cls, method: str, fields: Mapping[str, Any]) -> Passes:
@@ -43,6 +46,8 @@ class Passes:
         match method:
             case "none":
                 return cls()
+            case "flat_lora":
+                return cls(gathers=1.0)
             case "lpf_sgd":
                 return cls(1.0, float(fields.get("parts", 8)))
             case _:
@@ -59,15 +64,19 @@ def sent_per_step(size: ModelSize, at: Placement, *, microbatches: int, passes: 
     if at.backend == "fsdp2":
         reshard = at.reshard_after_forward
         again = ring if reshard is True else (reshard - 1) / reshard if reshard else 0.0
-        weights = forwards * c * whole * (ring + again)
+        weights = forwards * at.in_forward(size.whole) * (ring + again)
         gradients = forwards * FP32 * trained * ring
         replicas = 2 * forwards * FP32 * at.share(trained) * (at.replicas - 1) / at.replicas
     elif at.backend == "deepspeed" and at.stage == 3:
         always, kept = always_whole(size, at), kept_for_backward(size, at)
-        weights = c * (forwards * (2 * (whole - always) - kept) + (1 + passes.moves) * always) * ring
+        gathered = whole - always
+        gathered += max(0, gathered - kept - size.looked_up)
+        weights = c * (forwards * gathered + (1 + passes.moves) * always) * ring
         gradients = forwards * c * trained * ring
     else:
         reductions = forwards if at.stage == 2 else passes.gradients
         weights = c * trained * (1 + passes.moves) * ring if at.sharded else 0.0
         gradients = 2 * reductions * (c if at.backend == "deepspeed" else FP32) * trained * ring
+    if at.sharded:
+        weights += passes.gathers * FP32 * trained * ring
     return {"weights": round(weights), "gradients": round(gradients + replicas)}

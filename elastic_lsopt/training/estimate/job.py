@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic_lsopt.config.settings import SettingError, TrainConfig, landscape_fields, lr_rule
@@ -13,6 +13,7 @@ from elastic_lsopt.oracle.microbatch import part_bounds, slots, unit_sizes
 from elastic_lsopt.plan import Policy, Worker, plan
 from elastic_lsopt.training.estimate.communication import Passes, sent_per_step
 from elastic_lsopt.training.estimate.look import Looked
+from elastic_lsopt.training.estimate.offload import on_host
 from elastic_lsopt.training.estimate.placement import Placement
 from elastic_lsopt.training.estimate.probes import probe_vectors
 from elastic_lsopt.training.estimate.rank import RankMemory, memory_of_rank
@@ -61,6 +62,9 @@ class OnWorld:
     world: int
     batch: Batch
     memory: RankMemory
+    """On the device."""
+    offloaded: RankMemory
+    """On the host, where FSDP2 or DeepSpeed has moved it there."""
     host: dict[str, int]
     """Bytes of host memory per rank, for versions of an elastic job's state; empty: it keeps none."""
     sent: dict[str, int]
@@ -120,8 +124,9 @@ def on_world(
     kept: dict[str, Any] = {"optim": config.optim, "momentum": config.momentum}
     memory = memory_of_rank(
         looked.size, looked.moments, at, method=method, averages=len(config.averages),
-        probes=probe_vectors(config.probes), microbatches=batch.forwards, gpu=gpu, **kept,
+        probes=probe_vectors(config.probes), microbatches=batch.forwards, gpu=gpu and not at.optimizer_on_host, **kept,
     )  # fmt: skip
+    device, offloaded = memory.parted(on_host(at))
     passes, elastic = Passes.of(method, fields), config.elastic
     host = {} if elastic is None else mirror_per_rank(
         looked.size.parameters, at, copies=elastic.copies, budget_bytes=elastic.mirror_gib * 2**30,
@@ -130,7 +135,7 @@ def on_world(
     )  # fmt: skip
     sent = sent_per_step(looked.size, at, microbatches=batch.forwards, passes=passes)
     length = None if speed is None else _length(config, batch, world, passes, speed)
-    return OnWorld(world=world, batch=batch, memory=memory, host=host, sent=sent, length=length)
+    return OnWorld(world=world, batch=batch, memory=device, offloaded=offloaded, host=host, sent=sent, length=length)
 
 
 def _length(config: TrainConfig, batch: Batch, world: int, passes: Passes, speed: Speed) -> Length | None:
@@ -190,6 +195,17 @@ def what_to_change(config: TrainConfig, memory: RankMemory) -> str:
         return "activations are the largest part, of one sample: lower block_size"
     if not sharded:
         return f"{largest} are the largest part, and whole on each rank: use backend: fsdp2, or ZeRO stage 3"
+    if largest == "frozen weights" and config.lora is not None and Placement.of(config, 2).frozen > 2:
+        narrow = "lora.base_dtype: bf16" if config.backend == "fsdp2" else "bf16: true"
+        return f"frozen weights are the largest part: set {narrow}"
+    at = Placement.of(config, 2)
+    for key, moved in (
+        ("offload_optimizer", {"optimizer_on_host": True}),
+        ("offload_param", {"weights_on_host": True}),
+    ):
+        if largest in on_host(replace(at, **moved)) - on_host(at):
+            where = "fsdp_cpu_offload: true" if at.backend == "fsdp2" else f'"{key}": {{"device": "cpu"}} in its JSON'
+            return f"{largest} are the largest part: set {where}"
     if not config.bf16:
         return f"{largest} are the largest part: set bf16: true, or train fewer parameters"
     if largest == "communication buffers":

@@ -14,6 +14,7 @@ from elastic_lsopt.training.building.base_optimizer import base_of
 from elastic_lsopt.training.building.engines import loss_of
 from elastic_lsopt.training.building.models import apply_activation_checkpointing, blocks, build_model
 from elastic_lsopt.training.estimate.activations import Pass, Shapes, run_without_storage
+from elastic_lsopt.training.estimate.merged_noise import add_noise
 from elastic_lsopt.training.estimate.repeated import AGAIN, few_of, with_more_blocks
 from elastic_lsopt.training.estimate.size import ModelSize
 
@@ -46,14 +47,16 @@ def look_at_model(config: TrainConfig, *, passes: bool = True) -> Looked:
     if config.activation_checkpointing:
         apply_activation_checkpointing(model)
     casts = config.bf16 and config.backend != "replicated"  # which rounds its weights in the forward, by autocast
-    dtype = torch.bfloat16 if casts else torch.float32
+    dtype = torch.bfloat16 if casts else None
+    if config.landscape_space == "merged":
+        add_noise(model)
     try:
         with few_of(model, repeated) as few:
             moments = run_without_storage(model, loss_of(config, model), microbatch_of(config), few, dtype=dtype)
     except Exception as error:  # whatever a model's forward asks of numbers that are not there
         return Looked(size, None, " ".join(str(error).split())[:200] or type(error).__name__)
     more = len(repeated) - len(few)
-    gradient = dtype.itemsize * size.blocks[AGAIN] if more else 0
+    gradient = (dtype or torch.float32).itemsize * size.blocks[AGAIN].trained if more else 0
     return Looked(size, with_more_blocks(moments, more, gradient))
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from elastic_lsopt.config.deepspeed_json import read_deepspeed_json, zero_stage
 from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.training.estimate.size import Count
 
 FP32 = 4
 """Bytes of a master weight, of an optimizer's state, of a Vector's element."""
@@ -49,6 +50,10 @@ class Placement:
     stage: int = 0
     """Of ZeRO, for deepspeed."""
     bf16: bool = False
+    base_bf16: bool = False
+    """Frozen weights are kept in bf16 (under DeepSpeed all weights are as it computes)."""
+    optimizer_on_host: bool = False
+    weights_on_host: bool = False
     replicas: int = 1
     reshard_after_forward: bool | int = True
     zero: ZeroSizes = field(default_factory=ZeroSizes)
@@ -57,11 +62,13 @@ class Placement:
     def of(cls, config: TrainConfig, world: int) -> Placement:
         """The job's own on so many ranks."""
         settings = {} if config.deepspeed is None else read_deepspeed_json(config.deepspeed)
-        stage = zero_stage(settings)
+        stage, zero = zero_stage(settings), settings.get("zero_optimization", {})
         return cls(
             backend=config.backend, world=world, stage=stage, bf16=config.bf16, replicas=config.fsdp_replicas,
-            reshard_after_forward=config.fsdp_reshard_after_forward,
-            zero=ZeroSizes.of(settings.get("zero_optimization", {}), stage),
+            base_bf16=config.lora is not None and config.lora.base_dtype == "bf16",
+            optimizer_on_host=config.fsdp_cpu_offload or _on_host(zero.get("offload_optimizer")),
+            weights_on_host=config.fsdp_cpu_offload or _on_host(zero.get("offload_param")),
+            reshard_after_forward=config.fsdp_reshard_after_forward, zero=ZeroSizes.of(zero, stage),
         )  # fmt: skip
 
     @property
@@ -86,9 +93,23 @@ class Placement:
 
     @property
     def working(self) -> int:
-        """Bytes of a weight as it is kept between passes: replicated and fsdp2 keep fp32 and cast."""
+        """Bytes of a trained weight as it is kept between passes: replicated and fsdp2 keep fp32 and cast."""
         return self.compute if self.backend == "deepspeed" else FP32
+
+    @property
+    def frozen(self) -> int:
+        """Bytes of a frozen weight as it is kept."""
+        return 2 if self.base_bf16 else self.working
+
+    def in_forward(self, count: Count) -> int:
+        """Bytes of these weights where a forward uses them."""
+        return self.compute * count.trained + min(self.compute, self.frozen) * count.frozen
 
     def share(self, elements: int) -> int:
         """The elements of which this rank keeps master and optimizer state."""
         return ceil(elements / self.shards)
+
+
+def _on_host(offload: Any) -> bool:
+    """Whether DeepSpeed's block moves what it is about to the host."""
+    return isinstance(offload, Mapping) and offload.get("device") == "cpu"

@@ -1,10 +1,12 @@
-"""One rank's memory on the device, part by part: what is kept, what a pass and a step add for a while."""
+"""One rank's memory, part by part: what is kept, what a pass and a step add for a while."""
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from elastic_lsopt.training.estimate.activations import Pass
+from elastic_lsopt.training.estimate.offload import kept_beside
 from elastic_lsopt.training.estimate.placement import FP32, Placement
 from elastic_lsopt.training.estimate.size import ModelSize
 from elastic_lsopt.training.estimate.state import state_per_rank
@@ -15,7 +17,7 @@ WHILE_PERTURBED = ("way back of a perturbation", "direction of the method")
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Bytes on the device; the peak is of the pass, the step or a probe, whichever is larger."""
+    """Bytes in one place; the peak is of the pass, the step or a probe, whichever is larger."""
 
     kept: dict[str, int]
     """From step to step."""
@@ -29,6 +31,19 @@ class RankMemory:
     @property
     def peak(self) -> int:
         return sum(self.kept.values()) + max(sum(p.values()) for p in (self.in_pass, self.in_step, self.in_probe))
+
+    def parted(self, names: Container[str]) -> tuple[RankMemory, RankMemory]:
+        """All parts but those of these names, and those."""
+
+        def of(chosen: bool) -> RankMemory:
+            return RankMemory(
+                **{
+                    phase: {name: size for name, size in parts.items() if (name in names) == chosen}
+                    for phase, parts in vars(self).items()
+                }
+            )
+
+        return of(False), of(True)
 
 
 def memory_of_rank(
@@ -51,6 +66,7 @@ def memory_of_rank(
     )
     passing = {name: kept.pop(name) for name in WHILE_PERTURBED}
     kept["communication buffers"] = kept_buffers(size, at)
+    kept |= kept_beside(size, at, microbatches=microbatches)
     vector, (always, measuring) = FP32 * at.share(size.parameters), probes
     kept["probes"] = always * vector
     probing = {"probes while they measure": measuring * vector} if measuring else {}

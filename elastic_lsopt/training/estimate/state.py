@@ -10,6 +10,9 @@ optimizer's s states a parameter (Adam 2, momentum 1):
     ZeRO stage 1, 2 c P       4 P/N    4 s P/N   none: rebuilt from the master
     ZeRO stage 3    c P/N     4 P/N    4 s P/N   none; it keeps its gradient too, c P/N
 
+Frozen weights lie where the others lie, in their own type, and have neither master nor state. What of this is on the
+host is said in `offload.py`.
+
 Beside these a vector for methods that build a direction of their own. What a pass and a step take for a while is in
 `transients.py`. An elastic job keeps versions of the state in host memory as well: `mirror_per_rank`.
 """
@@ -23,6 +26,8 @@ STATES = {"adamw": 2, "adam": 2, "lamb": 2, "lars": 1, "muon": 1}
 """fp32 tensors of optimizer state per parameter; sgd: 1 with momentum, else 0. (Beside muon AdamW's are not
 counted.)"""
 
+STAYS = ("none", "flat_lora")
+"""Methods that do not move the trained weights."""
 DIRECTIONS = {"asam": 1}
 """Vectors that a method holds while perturbed, beside the way back; LPF-SGD draws its noise in blocks."""
 
@@ -49,12 +54,13 @@ def state_per_rank(
     whole = zero in (1, 2)
     rebuilt = whole or zero == 3 or (zero == 0 and at.bf16)
     return {
-        "weights": at.working * (parameters + frozen if whole else share + at.share(frozen)),
+        "weights": at.working * (parameters if whole else share),
+        "frozen weights": at.frozen * (frozen if whole else at.share(frozen)),
         "gradient buffer": at.working * share if zero == 3 else 0,
         "master weights": FP32 * share if rebuilt else 0,
         "optimizer state": FP32 * states * share,
         "averages of the weights": FP32 * averages * share,
-        "way back of a perturbation": 0 if method == "none" or rebuilt else at.working * share,
+        "way back of a perturbation": 0 if method in STAYS or rebuilt else at.working * share,
         "direction of the method": FP32 * DIRECTIONS.get(method, 0) * share,
     }
 

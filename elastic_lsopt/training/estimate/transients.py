@@ -2,7 +2,7 @@
 
 Read from the sources of torch 2.13 and DeepSpeed 0.19.8, measured by benchmarks/plan_memory.py. With P parameters, B of
 them in a block, R in no block (embeddings, head), N ranks, c bytes a weight in the forward and r = 4 a gradient in its
-reduction:
+reduction (frozen weights are gathered as others are, and have no gradient):
 
     replicated    DDP keeps a bucket of 4 P. (The copies of an autocast are among the activations.)
     fsdp2         forward: R c + 2 B c, the gathered block and the buffer that it was gathered into.
@@ -65,7 +65,8 @@ def _moments(s: Segment, p: Pass, size: ModelSize, at: Placement, more: bool) ->
             yield {GATHERED: at.compute * gathered, BUFFERS: buffers, ACTIVATIONS: s.activations}
         case 2:
             buffers = bucket * (2 if at.zero.overlap else 1) * backward + flushed * min(bucket, new)
-            yield {GRADIENT: share * (more + flushed), BUFFERS: buffers, ACTIVATIONS: s.activations}
+            held = 0 if at.optimizer_on_host else more + flushed
+            yield {GRADIENT: share * held, BUFFERS: buffers, ACTIVATIONS: s.activations}
         case 1:
             whole = at.compute * size.parameters if more else new
             yield {GRADIENT: whole, BUFFERS: 2 * bucket * backward, ACTIVATIONS: s.activations}
@@ -74,36 +75,36 @@ def _moments(s: Segment, p: Pass, size: ModelSize, at: Placement, more: bool) ->
 
 
 def _fsdp2(s: Segment, p: Pass, size: ModelSize, at: Placement, more: bool) -> Iterator[Parts]:
-    c, rest, blocks, reshard = at.compute, size.rest, size.blocks, at.reshard_after_forward
+    blocks, reshard = [at.in_forward(block) for block in size.blocks], at.reshard_after_forward
+    trained, rest = [block.trained for block in size.blocks], at.in_forward(size.rest)
     arrives = 1 if at.shards > 1 else 0  # on one rank nothing is gathered into a buffer
     own = blocks[s.block] if s.block is not None else 0
     stay = 0 if reshard is True else sum(blocks) if reshard is False else sum(blocks) * int(reshard) // at.shards
     # What stays gathered for the backward is all there where the forward ends and the backward begins.
-    gathered = c * (rest + (stay if reshard is False else own + stay))
+    gathered = rest + (stay if reshard is False else own + stay)
     if s.kind == "forward":
         buffer = own or max(blocks[-1:] or (rest,))
         gradient = FP32 * at.share(size.parameters) if more else 0
-        yield {GATHERED: gathered, BUFFERS: c * arrives * buffer, GRADIENT: gradient, ACTIVATIONS: s.activations}
+        yield {GATHERED: gathered, BUFFERS: arrives * buffer, GRADIENT: gradient, ACTIVATIONS: s.activations}
         return
     whole = s.with_own_gradients - s.activations
-    reduced = (s.with_gradients - s.with_own_gradients) // c
+    reduced = (s.with_gradients - s.with_own_gradients) // at.compute
     gradient = FP32 * at.share(size.parameters if more else reduced)
-    after = blocks[s.block + 1] if s.block is not None and s.block + 1 < len(blocks) else 0
-    coming = c * arrives * (blocks[s.block - 1] if s.block and reshard is not False else 0)
+    after = trained[s.block + 1] if s.block is not None and s.block + 1 < len(blocks) else 0
+    coming = arrives * (blocks[s.block - 1] if s.block and reshard is not False else 0)
     yield {
         GATHERED: gathered, BUFFERS: coming + FP32 * after, GRADIENT: gradient, UNREDUCED: whole,
         ACTIVATIONS: s.activations,
     }  # fmt: skip
     if s.block is not None:  # it ends: its weights go, its gradients are reduced
+        reducing = trained[s.block] + at.share(trained[s.block])
         yield {
-            GATHERED: gathered - c * own, BUFFERS: coming + FP32 * (own + at.share(own)), GRADIENT: gradient,
-            UNREDUCED: whole, ACTIVATIONS: s.left,
+            GATHERED: gathered - own, BUFFERS: coming + FP32 * reducing, GRADIENT: gradient, UNREDUCED: whole,
+            ACTIVATIONS: s.left,
         }  # fmt: skip
     elif s is p.segments[-1]:  # what belongs to no block, likewise
-        first = blocks[0] if blocks else 0
-        yield {
-            BUFFERS: FP32 * (first + rest + at.share(rest)), GRADIENT: gradient, UNREDUCED: whole, ACTIVATIONS: s.left,
-        }  # fmt: skip
+        reducing = sum(trained[:1]) + size.rest.trained + at.share(size.rest.trained)
+        yield {BUFFERS: FP32 * reducing, GRADIENT: gradient, UNREDUCED: whole, ACTIVATIONS: s.left}
 
 
 def always_whole(size: ModelSize, at: Placement) -> int:
@@ -142,6 +143,7 @@ def in_step(size: ModelSize, at: Placement, *, optim: str, gpu: bool) -> Parts:
         temporary = share if adam else 0
     else:
         temporary = 2 * (share if flat else min(share, at.share(size.largest))) if adam else 0
-    copied = share if flat and (at.stage < 3 or at.bf16) else 0
-    gradient = 0 if flat and at.stage == 3 else at.working * share  # stage 3 keeps it
+    there = flat and at.optimizer_on_host  # the masters' gradient is kept, in fp32
+    copied = share if flat and not there and (at.stage < 3 or at.bf16) else 0
+    gradient = 0 if there or (flat and at.stage == 3) else at.working * share  # stage 3 keeps it
     return {GRADIENT: gradient, "gradient in fp32": FP32 * copied, "temporaries of the optimizer": FP32 * temporary}

@@ -12,9 +12,9 @@ from elastic_lsopt.errors import PeerFailed, UserError
 from tests.cases.elastic.jobs import refused
 
 
-def job(path: str, datasets: list[str]) -> str:
-    """What a plain job is refused with where each rank reads a file of its own."""
-    return refused(path, [f"dataset={datasets[dist.get_rank()]}"])
+def job(path: str, places: list[str], key: str = "dataset") -> str:
+    """What a plain job is refused with where each rank reads a file or folder of its own."""
+    return refused(path, [f"{key}={places[dist.get_rank()]}"])
 
 
 def joined(lengths: list[list[int]]) -> list[str]:

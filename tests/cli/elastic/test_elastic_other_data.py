@@ -37,7 +37,8 @@ def test_a_newcomer_with_other_data(ranks: Callable[[int], Any], tmp_path: Path)
         assert second.wait() == 2, second.output
         document.write_text(before)
         [line] = second.output.splitlines()
-        assert line.startswith("elastic-lsopt: the training data of rank 1 is not that of rank 0 (digest of the "), line
+        said = "elastic-lsopt: the training data of rank 1 on second is not that of rank 0 on first (digest of the "
+        assert line.startswith(said), line
         left = max(rows(tmp_path / "run"))
         first.until(lambda: max(rows(tmp_path / "run")) > left + 1)
         first.process.terminate()

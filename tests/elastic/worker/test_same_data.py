@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from elastic_lsopt.checkpoint.huggingface.folder_identity import identity_of_folder
 from elastic_lsopt.data.shards import ShardStream
-from elastic_lsopt.elastic.worker.same_data import difference, digest_of, identity_of
+from elastic_lsopt.elastic.worker.same_data import BASE, difference, digest_of, identity_of
 from elastic_lsopt.training.datasets.batches import LabelledTexts, TokenBlocks
 from elastic_lsopt.training.datasets.encoded import Document, Memory, PartWriter
 from elastic_lsopt.training.datasets.samples import Data
@@ -128,10 +132,67 @@ def test_a_plain_job_is_refused_on_every_rank(ranks: Any, tmp_path: Path, change
     else:
         document.unlink()
     job = write_job(tmp_path / "run.yaml", dataset=str(one))
-    said = ranks(2).run("tests.cases.elastic.same_data:job", path=str(job), datasets=[str(one), str(two)])
+    said = ranks(2).run("tests.cases.elastic.same_data:job", path=str(job), places=[str(one), str(two)])
     expected = "digest of the training part: " if change == "one letter" else "training samples: "
     assert said[0] == said[1] and f"data of rank 1 is not that of rank 0 ({expected}" in said[0], said
     assert "\n" not in said[0] and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def llama_folder(path: Path, seed: int) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    shape = LlamaConfig(
+        vocab_size=257, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(path, max_shard_size="8KB")
+    return path
+
+
+def test_a_folders_identity_sees_each_tensor(tmp_path: Path) -> None:
+    """Of files of one length: other values of a single tensor, and a config that says another thing."""
+    one = llama_folder(tmp_path / "one", 0)
+    same = identity_of_folder(shutil.copytree(one, tmp_path / "same"))
+    assert same == identity_of_folder(one) and len(same) > 3 and "config.json" in same
+    changed = shutil.copytree(one, tmp_path / "changed")
+    name = next(n for n in same if n != "config.json")
+    tensors = load_file(changed / name)
+    key = next(k for k, t in tensors.items() if t.dim() == 2)
+    save_file(tensors | {key: tensors[key] * 1.01}, changed / name, metadata={"format": "pt"})
+    odd = {n for n, told in identity_of_folder(changed).items() if told != same[n]}
+    assert odd == {name} and (one / name).stat().st_size == (changed / name).stat().st_size
+    config = one / "config.json"
+    config.write_text(config.read_text().replace("silu", "gelu"))
+    assert {n for n, told in identity_of_folder(one).items() if told != same[n]} == {"config.json"}
+
+
+def test_a_base_of_a_nodes_own_is_refused_on_every_rank(ranks: Any, tmp_path: Path) -> None:
+    """Two folders of one name and shape, and adapters on them."""
+    folders = [llama_folder(tmp_path / str(seed) / "base", seed) for seed in (0, 1)]
+    job = write_job(tmp_path / "run.yaml", model_name_or_path=str(folders[0]), lora={"r": 2}, model=None)
+    case = "tests.cases.elastic.same_data:job"
+    said = ranks(2).run(case, path=str(job), places=[str(f) for f in folders], key="model_name_or_path")
+    assert said[0] == said[1] and "\n" not in said[0], said
+    told = r"\d+ bytes, digest \w{16}"
+    line = (
+        rf"the base model of rank 1 is not that of rank 0 \(model-00001-of-\d+.safetensors: {told} there, {told} on "
+        r"rank 0\); give every node the same files."
+    )
+    assert re.fullmatch(line, said[0]), said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@fast
+def test_the_line_names_the_nodes_where_there_are_several() -> None:
+    base = {"samples": 3, f"{BASE}config.json": "ab"}
+    everyones = [base, base | {f"{BASE}config.json": "cd"}, {"samples": 3}]
+    assert difference(everyones, nodes=["a", "b", "c"])[1] == (
+        "the base model of ranks 1 on b, 2 on c is not that of rank 0 on a (config.json: cd there, ab on rank 0); give "
+        "every node the same files."
+    )
+    assert "ranks 1, 2 is" in difference(everyones, nodes=["a", "a", "a"])[1]
+    assert "config.json: missing there, ab on rank 0" in difference([base, {"samples": 3}])[1]
 
 
 def test_in_an_elastic_job_the_newcomer_is_refused_and_the_others_go_on(ranks: Any) -> None:

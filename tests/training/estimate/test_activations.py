@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.plan_memory import FLAT, LORA, job
 from elastic_lsopt.oracle.loss import causal_lm_loss
 from elastic_lsopt.training.building.models import apply_activation_checkpointing, blocks
 from elastic_lsopt.training.estimate.activations import Pass, run_without_storage
+from elastic_lsopt.training.estimate.look import look_at_model
 from elastic_lsopt.training.estimate.repeated import few_of, with_more_blocks
 
 full = pytest.mark.full
@@ -197,3 +201,21 @@ def test_blocks_that_differ_are_all_run():
     blocks(model)[3].mlp.gate_proj = nn.Linear(H, 200, bias=False, device="meta")
     with few_of(model, blocks(model)) as few:
         assert len(few) == 7
+
+
+@pytest.mark.parametrize("bf16", [pytest.param(False, marks=full), True])
+def test_noise_on_merged_weights_takes_one_layer_at_a_time(tmp_path: Path, bf16: bool) -> None:
+    """In fp32, beside its copy as the forward computes; what stays for the backward is a number per row."""
+    how: dict[str, Any] = {"lora": LORA, "backend": "fsdp2", "bf16": bf16}
+    few = {"block_size": 8, "per_device_train_batch_size": 1}  # else activations hide a small layer
+    plain, noisy = (look_at_model(replace(job(how | more, tmp_path, toy=True), **few)).moments for more in ({}, FLAT))
+    assert plain is not None and noisy is not None
+    layer, rows = 32 * 64, 2 * (4 * 32 + 2 * 64 + 32)  # the largest; of all seven in two blocks
+    assert 0 <= noisy.saved - plain.saved <= 4 * rows
+    for kind in ("forward", "backward"):
+        more = [
+            a.activations - b.activations
+            for a, b in zip(noisy.segments, plain.segments, strict=True)
+            if a.kind == kind and a.block is not None
+        ]
+        assert 2 * layer < max(more) <= (10 if bf16 else 8) * layer + 4 * rows, kind

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from elastic_lsopt.training.estimate.activations import Pass, Segment
+from elastic_lsopt.training.estimate.offload import on_host
 from elastic_lsopt.training.estimate.placement import Placement
 from elastic_lsopt.training.estimate.probes import probe_vectors
 from elastic_lsopt.training.estimate.rank import memory_of_rank
@@ -98,9 +99,50 @@ def test_probes_hold_vectors():
 
 
 def test_frozen_weights_have_neither_master_nor_state():
-    at = Placement(backend="fsdp2", world=2)
-    assert state_per_rank(1000, at, frozen=500)["weights"] == 4 * 750
-    assert state_per_rank(1000, at, frozen=500)["optimizer state"] == 8 * 500
+    ours = state_per_rank(1000, Placement(backend="fsdp2", world=2), frozen=600)
+    assert (ours["weights"], ours["frozen weights"]) == (4 * 500, 4 * 300)
+    assert ours["optimizer state"] == 8 * 500 and sum(ours.values()) == 4 * 500 + 4 * 300 + 8 * 500
+
+
+@pytest.mark.parametrize(
+    ("how", "bytes_each", "ranks"),
+    [
+        ({"backend": "replicated"}, 4, 1),
+        ({"backend": "replicated", "base_bf16": True}, 2, 1),
+        ({"backend": "fsdp2", "bf16": True}, 4, 4),  # cast for the forward alone
+        ({"backend": "fsdp2", "base_bf16": True}, 2, 4),
+        ({"backend": "deepspeed", "stage": 2, "bf16": True}, 2, 1),
+        ({"backend": "deepspeed", "stage": 3, "bf16": True, "base_bf16": True}, 2, 4),
+    ],
+)
+def test_a_frozen_base_in_its_own_type(how, bytes_each, ranks):
+    ours = state_per_rank(400, Placement(world=4, **how), frozen=8000)
+    assert ours["frozen weights"] == bytes_each * 8000 // ranks
+
+
+# Ren et al., "ZeRO-Offload", 2021, section 3: on the device the bf16 weights alone, on the host 4 bytes a master and
+# 8 of Adam's state; and of ours 4 a gradient in fp32. Beside, DeepSpeed's buffers.
+def test_zero_offload_leaves_the_weights_on_the_device():
+    at = Placement(backend="deepspeed", stage=2, world=4, bf16=True, optimizer_on_host=True)
+    ours = memory_of_rank(ModelSize(parameters=4000, largest=100), NOTHING, at, microbatches=2)
+    device, host = ours.parted(on_host(at))
+    assert sum(device.kept.values()) == 2 * 4000 + 2 * 100 and sum(device.in_step.values()) == 0
+    assert sum(host.kept.values()) == (4 + 8 + 4) * 1000 + 2 * (1000 + 1000 + 100)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_offload_moves_parts_and_loses_none(stage):
+    how = {"world": 4, "optimizer_on_host": True, "weights_on_host": True}
+    backend = {"backend": "deepspeed", "stage": 3} if stage else {"backend": "fsdp2"}
+    size = ModelSize(parameters=4000, largest=100)
+    with_it, without = Placement(**backend, **how), Placement(**backend, world=4)
+    device, host = (
+        {n: b for n, b in part.kept.items() if b}
+        for part in memory_of_rank(size, NOTHING, with_it, method="asam", averages=1).parted(on_host(with_it))
+    )
+    there = {n: b for n, b in memory_of_rank(size, NOTHING, without, method="asam", averages=1).kept.items() if b}
+    assert host.keys() >= {"weights", "optimizer state", "averages of the weights"} and not device.keys() & host.keys()
+    assert device | {n: b for n, b in host.items() if n != "gradient in fp32"} == there
 
 
 @pytest.mark.parametrize(
