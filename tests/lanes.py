@@ -36,7 +36,8 @@ LONG = {
     "tests/probes/flatness/test_flatness_ranks.py": 45, "tests/checkpoint/test_resume.py": 45,
     "tests/laws/test_reference.py": 40, "tests/training/test_loop.py": 40, "tests/optimizers/test_extra_memory.py": 35,
     "tests/training/test_engines.py": 35, "tests/laws/test_cover.py": 30, "tests/cli/test_bad_input.py": 30,
-    "tests/docs/test_tutorial.py": 25, "tests/api/test_landscape_trainer.py": 30, "tests/laws/test_return.py": 25, "tests/oracle/test_oracle.py": 25,
+    "tests/docs/test_tutorial.py": 25, "tests/api/test_landscape_trainer.py": 30, "tests/laws/test_return.py": 25,
+    "tests/oracle/test_oracle.py": 25,
 }  # fmt: skip
 """Others that are begun early, so that no lane is left alone with them at the end; a file that is not named takes a
 fifth of a second a test."""
