@@ -99,6 +99,7 @@ def test_killed_and_started_again_it_does_nothing_twice_and_ends_with_the_same_n
     assert numbers(out) == numbers(whole[0])
 
 
+@pytest.mark.full
 def test_a_study_that_is_done_or_wider_does_only_what_is_new(whole, tmp_path, monkeypatch):
     out = tmp_path / "copy"
     out.mkdir()

@@ -126,6 +126,11 @@ class WorkerLink:
         it."""
         self._drain_requested = True
 
+    @property
+    def leaves(self) -> bool:
+        """Whether this worker was told to go, by its agent or by a signal of which the agent may not know yet."""
+        return self.stop_requested or self._drain_requested
+
     def may_commit(self, generation: int, step: int, timeout_s: float) -> bool:
         """Whether this generation still is the job's, so that a checkpoint of `step` may get its name."""
         with self._lock:

@@ -308,7 +308,11 @@ class Training:
 
     def _leave_together(self) -> bool:
         """See runtime.py, [Note: a planned change]. False where it is not to be followed: this generation ends the job
-        itself, because no worker stays (one more step saves) or no step and no newcomer is left to go on for."""
+        itself, because no worker stays (one more step saves) or no step and no newcomer is left to go on for.
+
+        Nobody stays either where those that the change lets stay were told to go too, a moment later: each of the next
+        generations would hand over to the one after, and the last has nobody who could save.
+        """
         life, run, entered = self._life, self._run, self._entered
         timeout_s = life.timeout.total_seconds()
         newer = life.link.next_generation(after=entered.number, timeout_s=timeout_s)
@@ -316,12 +320,14 @@ class Training:
             raise PeerFailed("a worker flagged a new generation of which this node's agent does not know.")
         life.link.generation = newer.number  # what follows may take long, and is no hang
         # Where changes follow each other fast, ranks know of different ones: the newest counts for all.
-        _, staying, running = max(gather_json(self._group, [newer.number, newer.workers, newer.running]))
+        heard = gather_json(self._group, [[newer.number, newer.workers, newer.running], life.link.leaves])
+        _, staying, running = max(change for change, _ in heard)
         leaving = [rank for rank, worker in enumerate(entered.workers) if worker not in staying]
+        told_to_go = {rank for rank, (_, leaves) in enumerate(heard) if leaves}
         done = run.engine.clock.samples >= run.loader.total_samples
         if done and (not running or {*staying} <= {*entered.workers}):
             return False
-        if len(leaving) == len(entered.workers):
+        if len(told_to_go.union(leaving)) == len(entered.workers):
             run.engine.request_stop()
             return False
         run.settle(save=not running)  # a job that will wait for nodes may be told to end meanwhile

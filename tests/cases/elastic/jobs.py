@@ -85,8 +85,8 @@ def told_by_first(fails: bool) -> str:
 def last_words(silent: int, limit_s: float) -> float:
     """Seconds until this rank, which has said what it had to, may leave; rank 2 needs a second for it."""
     world = replace(this_world(), store=dist.PrefixStore(f"last words {silent}", this_world().store))
-    dist.barrier()
     begin = time.monotonic()
+    dist.barrier()
     if world.rank == 2:
         time.sleep(1.0)
     if world.rank != silent:

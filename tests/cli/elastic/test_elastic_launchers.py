@@ -173,6 +173,7 @@ def test_deepspeed(tmp_path: Path, undisturbed: list[float]) -> None:
         assert max(row["world"] for row in rows(job.folder).values()) == 2
 
 
+@pytest.mark.full
 @pytest.mark.skipif(
     shutil.which("ssh") is None or shutil.which("pdsh") is None,
     reason="DeepSpeed reaches several hosts by pdsh and ssh, which this machine lacks: install pdsh, openssh-client",

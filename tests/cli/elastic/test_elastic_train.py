@@ -133,14 +133,17 @@ def test_what_it_says(killed: Life) -> None:
 
 
 @LIMIT
-@pytest.mark.parametrize("told", [pytest.param("agent", marks=pytest.mark.full), "everybody"])
+@pytest.mark.parametrize(
+    "told", [*(pytest.param(t, marks=pytest.mark.full) for t in ("agent", "everybody")), "workers"]
+)
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, undisturbed: dict[int, Any], told: str) -> None:
-    """To the agent, as a person does, or to all processes at once, as some launchers do."""
+    """To the agent, as a person does, to all processes at once, as some launchers do, or to the workers alone, of which
+    the agent hears one after the other."""
     job = write_job(tmp_path / "run.yaml", model=SLOW, elastic={}, export=False, **(SHAPE | {"workers": 2}))
     first = Started(command("none", job), tmp_path)
     first.until(lambda: _world(tmp_path / "run") == 2 and _step(tmp_path / "run") >= 6)
     workers = [] if told == "agent" else [*first.named_workers().values()]
-    for pid in [*workers, first.process.pid]:
+    for pid in [*workers, *([first.process.pid] if told != "workers" else [])]:
         os.kill(pid, signal.SIGTERM)
     assert first.wait() == 0, first.output
     stopped = _step(tmp_path / "run")
