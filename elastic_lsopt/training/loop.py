@@ -116,7 +116,7 @@ class TrainingRun:
 
     def resume(self) -> None:
         """Open the run folder, and start from its checkpoint or from the beginning."""
-        self.open(anew=self.config.resume_from_checkpoint == "none")
+        self._open(anew=self.config.resume_from_checkpoint == "none")
         assert self._checkpoints is not None
         # The settings say what the optimizer's hyper-parameters are: a weight_decay that the user has changed counts.
         found = self._checkpoints.resume(self.engine, self._checkpoint_to_resume(), hyperparameters=False)
@@ -127,8 +127,7 @@ class TrainingRun:
                     "the data); give one that was, or none."
                 )
             self.loader.load_state_dict(found.extra["loader"])
-        self._attend()
-        self._say_state("running")
+        self._begin()
         if found is not None:
             lower = f", the rate at {self._lr_factor:g} after rewinds" if self.loader.rewinds else ""
             self.console.say(f"resumed from {found.path}, after step {self.engine.clock.steps}{lower}")
@@ -272,7 +271,7 @@ class TrainingRun:
             self._owner.release()
 
     def _say_state(self, state: State, why: str = "") -> None:
-        if self._folder is not None:
+        if self._folder is not None and self._folder.begun:
             self._folder.state.say(state, self.engine.clock.steps, self._last_step, why)
 
     def _refuse_lost_folder(self) -> None:
@@ -311,13 +310,22 @@ class TrainingRun:
         own = self.config.elastic is not None and listing(Path(self.config.output_dir) / CHECKPOINTS)
         return "auto" if own else given
 
-    def open(self, *, anew: bool = False) -> None:
+    def open(self) -> None:
         """Attend to the console, open the run folder, make the checkpoints' group: before the first step."""
+        self._open()
+        self._begin()
+
+    def _begin(self) -> None:
+        """The state is there: from here on the run folder tells of this run."""
+        self._attend()
+        self.world.on_first(lambda: self._folder.begin() if self._folder is not None else None)
+        self._say_state("running")
+
+    def _open(self, *, anew: bool = False) -> None:
         config = self.config
         self._attend()
         self._owner = self.world.on_first(self._own)
         self._folder = self.world.on_first(lambda: RunFolder(config, anew=anew))
-        self._say_state("running")
         self._checkpoints = Checkpointer(
             Path(config.output_dir) / CHECKPOINTS, save_total_limit=config.save_total_limit,
             may_commit=self._may_commit, writer=self.world.generation,

@@ -10,6 +10,7 @@ from elastic_lsopt.checkpoint.checkpointer import SaveReport
 from elastic_lsopt.checkpoint.folder import listing
 from elastic_lsopt.checkpoint.huggingface.export import export_huggingface
 from elastic_lsopt.checkpoint.huggingface.export_adapter import export_adapter
+from elastic_lsopt.checkpoint.huggingface.export_folder import EXPORTED
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.worker.journal import read_journal
 from elastic_lsopt.errors import UserError
@@ -70,6 +71,9 @@ def _export(config: TrainConfig, engine: Engine, data: Data, run: Path, console:
     except UserError as error:
         console.say(str(error))
         return None
+    other = run / ("model" if wanted == "adapter" else "adapter")
+    if config.lora is not None and wanted != "both" and (other / EXPORTED).exists():
+        console.say(f"{other} has the weights of an earlier export; remove it, or set lora.export: both.")
     if wanted == "adapter":
         return f"use it: peft.PeftModel.from_pretrained(base, '{run / 'adapter'}')"
     if not (folder / "config.json").exists():

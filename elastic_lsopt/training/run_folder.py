@@ -33,7 +33,8 @@ class RunFolder:
     `metrics.jsonl` holds an object a step (generation, step, samples, loss, lr, batch, world, seconds, …), null for
     what is not finite; where a step stands twice, because a run was resumed, the last counts. What an earlier run has
     left moves to `earlier-1` (2, 3 …) where this one starts `anew`, by `resume_from_checkpoint: none`, so `auto` never
-    meets the checkpoints of another run. Raises UserError where the folder cannot be written.
+    meets the checkpoints of another run. An earlier run's settings and state stand until this one has `begun`: a
+    command that is refused before its first step leaves them true. Raises UserError where the folder cannot be written.
     """
 
     def __init__(self, config: TrainConfig, *, anew: bool) -> None:
@@ -42,13 +43,21 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if anew:
                 self._set_earlier_run_aside()
-            (self.path / CONFIG).write_text(dump_config(config), encoding="utf-8")
+            self.begun = not (self.path / STATE).exists()
             self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
         except OSError as error:
             raise unwritable(config, error) from error
-        self.state = RunState(self.path)
+        self._config, self.state = config, RunState(self.path)
         self._to_board, self._board = "tensorboard" in config.report_to, None
         self._reporters = Reporters(config)
+
+    def begin(self) -> None:
+        """From here on the folder is this run's: its settings, and what `state` says. Raises as the class does."""
+        self.begun = True
+        try:
+            (self.path / CONFIG).write_text(dump_config(self._config), encoding="utf-8")
+        except OSError as error:
+            raise unwritable(self._config, error) from error
 
     def _set_earlier_run_aside(self) -> None:
         earlier = [self.path / name for name in PARTS if (self.path / name).exists()]

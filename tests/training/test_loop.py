@@ -87,6 +87,15 @@ def test_another_seed_is_refused_on_resume(ranks: Any, folder: Path, whole: Path
         assert "\n" not in said
 
 
+def test_a_refused_command_leaves_the_folder_true(ranks: Any, folder: Path, whole: Path) -> None:
+    """Its settings and its state are still those of the run whose checkpoints lie there."""
+    job = _half(folder, "refused", whole, seed=1, max_steps=12)
+    there = {name: (folder / "refused" / name).read_bytes() for name in ("config.yaml", "state.json", "metrics.jsonl")}
+    for said in in_ranks(ranks, 2, "refused", path=str(job)):
+        assert "seed=1" in said
+    assert {name: (folder / "refused" / name).read_bytes() for name in there} == there
+
+
 def test_a_start_anew_keeps_the_earlier_run(run: Run, folder: Path, whole: Path) -> None:
     job = write_job(folder / "anew.yaml", resume_from_checkpoint="none", max_steps=2)
     shutil.copytree(whole, folder / "anew")

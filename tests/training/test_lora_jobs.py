@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.jobs import LLAMA, Run, in_ranks, losses, write_job
+from tests.jobs import LLAMA, Run, command, in_ranks, losses, write_job
+from tests.jobs import run as typed
 
 LORA = {"r": 4, "alpha": 8, "target_modules": ["linear"]}
 """In the blocks of TinyLM."""
@@ -34,6 +36,14 @@ def test_what_a_job_leaves(adapted: Path, whole: Path) -> None:
     sizes = [sum(p.stat().st_size for p in (of / "checkpoints").rglob("*.safetensors")) for of in (adapted, whole)]
     assert sizes[0] < 0.5 * sizes[1]
     assert losses(adapted)[-1] < losses(adapted)[0]
+
+
+@pytest.mark.full
+def test_an_export_that_is_left_from_before_is_named(adapted: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapted, folder / "later")
+    settings = {"max_steps": 9, "workers": 1, "lora": {**LORA, "export": "adapter"}}
+    said = typed(command("none", write_job(folder / "later.yaml", **settings)), tmp_path)
+    assert f"{folder / 'later/model'} has the weights of an earlier export; remove it" in said
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) for n in BACKENDS])
