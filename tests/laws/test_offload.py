@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.test_resume import law_4
+from tests.elastic.memory.test_reshard import law_5
 from tests.laws.cover import full_but
 
 HOST = {"device": "cpu", "pin_memory": False}
@@ -174,14 +175,7 @@ def test_law_4_from_and_to_other_places(ranks: Any, tmp_path: Path, saved: Any, 
 def test_law_5_what_the_living_hold_becomes_the_new_layout(
     ranks: Any, kind: str, before: int, after: int, dead: list[int]
 ) -> None:
-    case = "tests.cases.elastic.elastic_state:survive"
-    out = ranks(4).run(case, kind=kind, base="momentum", before=before, after=after, dead=dead)
-    went_on = [r for r in out if "equal" in r]
-    assert len(went_on) == after
-    undisturbed = next(r["continued"] for r in out if "continued" in r)
-    for r in went_on:
-        assert all(r["equal"].values()), r
-        assert r["went_on"] == pytest.approx(undisturbed, rel=1e-6)
+    law_5(ranks, kind, before, after, dead, base="momentum")
 
 
 @pytest.mark.full

@@ -16,6 +16,19 @@ CASES = "tests.cases.elastic.elastic_state:"
 KINDS = ("ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")
 
 
+def law_5(ranks: Any, kind: str, before: int, after: int, dead: list[int], *, base: str) -> None:
+    """Ranks die, others come, and what the living hold is the new layout's, bit for bit; training goes on from it."""
+    out = ranks(4).run(CASES + "survive", kind=kind, base=base, before=before, after=after, dead=dead)
+    went_on = [r for r in out if "equal" in r]
+    assert len(went_on) == after
+    undisturbed = next(r["continued"] for r in out if "continued" in r)
+    for r in went_on:
+        assert all(r["equal"].values()), r
+        assert r["step"] == 4 and r["extra"] == {"cursor": [4, "a"]}
+        # muon rounds to bf16, where another order of a sum may show
+        assert r["went_on"] == pytest.approx(undisturbed, rel=1e-3 if base == "muon" else 1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "worlds", "sever"),
     [
@@ -55,15 +68,7 @@ DEATHS = [
 def test_what_the_living_hold_becomes_the_new_layout_bit_by_bit(
     ranks: Any, kind: str, base: str, before: int, after: int, dead: list[int]
 ) -> None:
-    out = ranks(4).run(CASES + "survive", kind=kind, base=base, before=before, after=after, dead=dead)
-    went_on = [r for r in out if "equal" in r]
-    assert len(went_on) == after
-    undisturbed = next(r["continued"] for r in out if "continued" in r)
-    for r in went_on:
-        assert all(r["equal"].values()), r
-        assert r["step"] == 4 and r["extra"] == {"cursor": [4, "a"]}
-        # muon rounds to bf16, where another order of a sum may show
-        assert r["went_on"] == pytest.approx(undisturbed, rel=1e-3 if base == "muon" else 1e-6)
+    law_5(ranks, kind, before, after, dead, base=base)
 
 
 def test_training_goes_on_as_if_nothing_had_happened_in_fp64(ranks: Any) -> None:
