@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from elastic_lsopt.api.base_view import BaseView
 from elastic_lsopt.averages.average import FAMILY as AVERAGES
 from elastic_lsopt.averages.average import Average
 from elastic_lsopt.backends.backend import Backend
@@ -50,6 +51,8 @@ class LandscapeStep:
         self.families: dict[str, Family] = {}
         for kind in (MethodFamily(self.method), *self.kept):
             self.add(Kept(kind, self.space))
+        self._base = BaseView(self.backend, self.space)
+        self._base.refuse(type(self.method).__name__, frozenset(getattr(self.method, "needs", ())))
         self._update = updates_of(self.backend.base)
         for family in self._update.bind(self.space, self.backend.parameters) if self._update is not None else ():
             self.add(family)
@@ -159,6 +162,7 @@ class LandscapeStep:
         space = self.space
         space.copies.refuse_stale("a step")
         space.fidelity.last = None
+        oracle.base = self._base
         # Rounding can spoil a perturbation where the forward is narrower than fp32: look once, on the first step, or on
         # the second where the first moved only before any forward, which tells its type.
         space.fidelity.narrow = self.clock.steps < 2 and not self._looked
@@ -184,7 +188,7 @@ class LandscapeStep:
             space.fidelity.narrow = False
             self._looked = self._looked or space.fidelity.last is not None
         return StepReport(
-            oracle.losses[0],
+            oracle.first_loss,
             oracle.passes,
             norm,
             samples,
@@ -216,8 +220,7 @@ class LandscapeStep:
         self.backend.clear_gradient()
         self.skipped_steps += 1
         log.warning("skipped a step on all ranks (%d so far): %s", self.skipped_steps, error)
-        loss = oracle.losses[0] if oracle.losses else math.nan
-        return StepReport(loss, oracle.passes, math.nan, samples, True, oracle.stop, oracle.piggyback)
+        return StepReport(oracle.first_loss, oracle.passes, math.nan, samples, True, oracle.stop, oracle.piggyback)
 
     def _faithful(self, fidelity: Fidelity | None) -> Fidelity | None:
         if fidelity is not None and fidelity.cosine < FAITHFUL and not self._warned:

@@ -115,6 +115,11 @@ class Backend(GradientEngine):
         key = self.slot_keys[piece.slot]
         return (self.base.state[key] if self.base is not None else {}), key
 
+    def group_of(self, piece: Piece) -> dict[str, Any]:
+        """The base optimizer's param group of a piece."""
+        key = self.slot_keys[piece.slot]
+        return next(group for group in self.param_groups if any(p is key for p in group["params"]))
+
     def base_state(self, key: str) -> list[Tensor]:
         out = []
         for piece in self.layout.pieces:

@@ -160,6 +160,19 @@ class UpdateOptimizer(torch.optim.Optimizer):
                 self._update(bound, bound.family, own)
         self._taken = True
 
+    @property
+    def bound(self) -> Sequence[Bound]:
+        """The kinds of update with their parameters, as they are bound now."""
+        return self._bound
+
+    def group_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The param group of a parameter."""
+        return self.param_groups[self._by_id[id(parameter)]]
+
+    def rule_of(self, group: Mapping[str, Any]) -> Rule:
+        """What a param group steps by."""
+        return next(rule for own, rule in zip(self.param_groups, self._rules, strict=True) if own is group)
+
     def _update(self, bound: Bound, family: Kept, gradient: Vector) -> None:
         """One call per set of hyper-parameters; groups that differ in rate and decay alone go together."""
         rules = {g: now(self._rules[g], self.param_groups[g]) for g in bound.groups}
