@@ -19,6 +19,7 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.default_loss import as_loss
 from elastic_lsopt.oracle.eval_mode import eval_mode
 from elastic_lsopt.oracle.family import Family, Stateful
+from elastic_lsopt.oracle.logits import NO_LOGITS
 from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
@@ -48,6 +49,8 @@ class Engine:
         assert backend.module is not None
         self.backend = backend
         self.loss = as_loss(loss_fn, backend.module)
+        if getattr(method, "needs_logits", False) and not isinstance(self.loss, Loss):
+            raise UserError(f"{type(method).__name__} needs the logits: {NO_LOGITS}")
         self._landscape = LandscapeStep(backend, method, seed, SampleClock(total_samples=total_samples), kept=keep)
         self._stop_requested = False
         self.piggyback: Callable[[], Piggyback] | None = None

@@ -19,6 +19,7 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.closure_oracle import ClosureOracle
 from elastic_lsopt.oracle.curvature.compute_type import FP16
 from elastic_lsopt.oracle.family import Family, Stateful
+from elastic_lsopt.oracle.logits import NO_LOGITS
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -79,6 +80,8 @@ class LandscapeOptimizer(torch.optim.Optimizer):
                 f"base is a {type(base).__name__}; give a torch optimizer (an update: "
                 "lso.UpdateOptimizer(model.parameters(), update, lr=…)), or use lso.initialize(…) for DeepSpeed."
             )
+        if getattr(method, "needs_logits", False):
+            raise UserError(f"{type(method).__name__} needs the logits, which a closure does not give: {NO_LOGITS}")
         self.base, self.method = base, method
         self.max_grad_norm, self.samples_per_step = max_grad_norm, samples_per_step
         self._seed, self._clock = seed, SampleClock(total_samples=total_samples)

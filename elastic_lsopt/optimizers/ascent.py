@@ -5,9 +5,9 @@
         rho q / sqrt(<g, q>)               where the length is Adam's own (precondition: adam_metric)
 
 `every: k` goes up on each k-th step only: MosaicML Composer's interval. `rho_scale: sqrt_n` keeps the length per
-weight, so that a bf16 forward still sees the perturbation of a very large model. `perturb` says which parameters move. `precondition` is from "Avoiding spurious
-sharpness minimization broadens applicability of SAM", ICML 2025, arXiv 2502.02407, whose text does not give the
-exponent; ours is the ball, or the metric, of Adam's step.
+weight, so that a bf16 forward still sees the perturbation of a very large model. `perturb` says which parameters move.
+`precondition` is from "Avoiding spurious sharpness minimization broadens applicability of SAM", ICML 2025, arXiv
+2502.02407, whose text does not give the exponent; ours is the ball, or the metric, of Adam's step.
 """
 
 from __future__ import annotations

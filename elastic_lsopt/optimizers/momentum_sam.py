@@ -61,8 +61,6 @@ class MomentumSAM(Ascent):
         if not self.goes_up(oracle.step):
             return oracle.gradient()
         v = oracle.base.momentum()
-        scale = masked(
-            -self.rho_at(space, oracle) / (self.length(space, v) + self.tiny), chosen(self.perturb, space), space
-        )
-        with space.perturbed(v, scale):
+        scale = -self.rho_at(space, oracle) / (self.length(space, v) + self.tiny)
+        with space.perturbed(v, masked(scale, chosen(self.perturb, space), space)):
             return oracle.gradient()

@@ -8,8 +8,8 @@ Yue, Jiang, Ye, Gao, Liu, Zhang: "Sharpness-Aware Minimization Revisited: Weight
 KDD 2023, arXiv 2305.15817, Algorithms 1 and 2. Rest point: coupled with gamma = 1/2, which is SAM; gamma = 0 is the
 base.
 
-The decoupled term moves the weights just before the base's step rather than after it: the same, but for a decoupled
-weight decay, which then acts on it too (a factor 1 - lr wd). It is not clipped.
+The decoupled term moves the weights just before the base's step rather than after it, so that one step makes all
+copies right: the same, but for the base's weight decay, which then acts on it too. It is not clipped.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class OutputGradients:
 
 
 def pulled(by_outputs: Tensor, logits: Tensor) -> Tensor:
-    """A number whose gradient by the weights is J' u, at least in fp32. Raises UserError for logits of another shape."""
+    """A number whose gradient by the weights is J' u, at least in fp32. Raises UserError for another shape."""
     if by_outputs.shape != logits.shape:
         raise UserError(
             f"forward of lso.Loss returned logits of shape {tuple(logits.shape)}, and {tuple(by_outputs.shape)} on the "

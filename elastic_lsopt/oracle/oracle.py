@@ -8,7 +8,8 @@
 
 Every pass ends in one all-reduce of seven numbers, (loss, sum of squares of the gradient, non-finite losses, stop
 requests, checksum of the used parameters, its square, share of the batch), and of the runtime's `Piggyback`, on which
-all ranks decide alike. There the host waits for the device, once per pass: until then losses stay where they were computed.
+all ranks decide alike. There the host waits for the device, once per pass: until then losses stay where they were
+computed.
 """
 
 from __future__ import annotations

@@ -62,6 +62,6 @@ class Slot:
             out = loss.forward(model, self.batch)
         if not isinstance(out, Tensor):
             raise UserError(
-                f"forward of lso.Loss returned a {type(out).__name__}; what looks at the logits needs one tensor of them."
+                f"forward of lso.Loss returned a {type(out).__name__}; what asks for logits needs one tensor of them."
             )
         return out
