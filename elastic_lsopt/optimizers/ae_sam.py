@@ -6,8 +6,7 @@
 Jiang, Yang, Zhang, Kwok: "An Adaptive Policy to Employ Sharpness-Aware Minimization", ICLR 2023, arXiv 2304.14647,
 Algorithm 1. Rest point: lambda1 = lambda2 = -1e9, which is SAM; +1e9 is the base.
 
-mu begins as the first n, and s2 as 0 (the paper begins at 0 and e^-10), so that no unit of the loss is built in. All
-ranks decide alike, from the reduced length. t / T runs on committed samples.
+mu begins at 0 and s2 at e^-10. All ranks decide alike, from the reduced length. t / T runs on committed samples.
 """
 
 from __future__ import annotations
@@ -55,13 +54,13 @@ class AESAM(Ascent):
         require(self.every == 1, "every", self.every, "1: ae_sam chooses its steps itself")
 
     def init(self, space: ParameterSpace) -> State:
-        return {**super().init(space), "mean": -1.0, "variance": 0.0}
+        return {**super().init(space), "mean": 0.0, "variance": math.exp(-10)}
 
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Vector:
         c = value_at("lambda1", {"start": self.lambda2, "end": self.lambda1}, oracle.clock)
         g = oracle.gradient()
         n = space.norm(g) ** 2
-        mean = n if state["mean"] < 0 else self.decay * state["mean"] + (1 - self.decay) * n
+        mean = self.decay * state["mean"] + (1 - self.decay) * n
         variance = self.decay * state["variance"] + (1 - self.decay) * (n - mean) ** 2
         state["mean"], state["variance"] = mean, variance
         if n < mean + c * math.sqrt(variance):

@@ -28,7 +28,7 @@ from elastic_lsopt.space.vector import Vector
 
 @register("m_sam")
 @dataclass(frozen=True, kw_only=True)
-class MSAM(Ascent):
+class MicroSAM(Ascent):
     """Cost: two passes, each in parts. Memory: SAM's, and one Vector within the step.
 
     Communication: the gradients are reduced twice per part. Raises UserError for a value out of range, or a batch of

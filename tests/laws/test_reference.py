@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.laws.cover import daily, joined
+from tests.laws.cover import FAMILY, daily, joined
 
 LIMIT = {"fp32": 1e-6, "fp64": 1e-12}
 METHODS = ("none", "sam", "asam", "lpf_sgd")
@@ -34,6 +34,18 @@ def test_two_ranks_in_fp64(ranks: Any, kind: str, method: str) -> None:
     """Three units of 4, 4 and 2 samples on two ranks: an idle slot, exact weights."""
     out = ranks(2).run("tests.cases.laws:reference", kind=kind, method=method, dtype="fp64", last=2, clip=0.5)
     check(out, "fp64", 2 if "sam" in method else 1)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("method", FAMILY)
+@pytest.mark.parametrize("kind,world", [("plain", 1), ("fsdp2", 2)])
+def test_the_family_in_fp64(ranks: Any, kind: str, world: int, method: str) -> None:
+    """Five units, the last smaller: parts of unequal weight, idle slots."""
+    out = ranks(world).run(
+        "tests.cases.laws:reference", kind=kind, method=method, dtype="fp64", last=2, clip=0.5, units=5
+    )
+    for rank, r in enumerate(out):
+        assert r["dw"] <= 1e-12 and r["dloss"] <= 1e-12, f"rank {rank}: {r}"
 
 
 @pytest.mark.parametrize("more", [{"radius": "parameter"}, {"radius": "row"}, {"every": 2}], ids=str)
