@@ -59,7 +59,7 @@ class EntropySGD:
     """What an inner step sees: its own part of the step's batch, or all of it."""
 
     facts: ClassVar[Facts] = Facts(
-        paper="Chaudhari et al. 2017, arXiv 1611.01838", passes="1, in L parts", memory="0; 4 within the step",
+        paper="Chaudhari et al. 2017, arXiv 1611.01838", passes="1, in L parts", memory="0; 5 within the step",
         communication="a reduction of the gradients per inner step", needs="L micro-batches",
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ from elastic_lsopt.space.vector import Vector
 @register("looksam")
 @dataclass(frozen=True, kw_only=True)
 class LookSAM(Ascent):
-    """Cost: two passes on each k-th step, else one. Memory: one Vector, 1/N per rank; SAM's and one more on each k-th.
+    """Cost: two passes on each k-th step, else one. Memory: one Vector, 1/N per rank; SAM's on each k-th step.
 
     Communication: an all-reduce of two numbers on each k-th step. Raises UserError for a value out of range.
     """
@@ -39,7 +39,7 @@ class LookSAM(Ascent):
     """Length of the kept direction over that of the gradient; >= 0. The paper: 0.7."""
 
     facts: ClassVar[Facts] = Facts(
-        paper="Liu et al. 2022, arXiv 2203.02714", passes="1 + 1/k", memory="1; 3 on each k-th step",
+        paper="Liu et al. 2022, arXiv 2203.02714", passes="1 + 1/k", memory="1; 2 on each k-th step",
         communication="all-reduces of two numbers on each k-th step",
     )  # fmt: skip
 

@@ -24,13 +24,13 @@ from elastic_lsopt.space.vector import Vector
 @register("random_sam")
 @dataclass(frozen=True, kw_only=True)
 class RandomSAM(Ascent):
-    """Cost: one pass. Memory: SAM's, and one Vector while perturbed. Communication: an all-reduce of a number.
+    """Cost: one pass. Memory: SAM's; the noise is one Vector until it is added.
 
-    Raises UserError for a value out of range.
+    Communication: an all-reduce of a number. Raises UserError for a value out of range.
     """
 
     facts: ClassVar[Facts] = Facts(
-        paper="Foret et al. 2021, arXiv 2010.01412", passes="1", memory="0; 2 while perturbed",
+        paper="Foret et al. 2021, arXiv 2010.01412", passes="1", memory="0; 1 while perturbed",
         communication="an all-reduce of a number",
     )  # fmt: skip
 

@@ -31,7 +31,7 @@ from elastic_lsopt.space.vector import Vector
 @register("sampa")
 @dataclass(frozen=True, kw_only=True)
 class SAMPa(Ascent):
-    """Cost: two passes; three in the first step. Memory: one Vector, 1/N per rank; SAM's and two more within the step.
+    """Cost: two passes; three in the first step. Memory: one Vector, 1/N per rank; SAM's and one more within the step.
 
     Communication: one all-reduce of a number. Raises UserError for a value out of range, or a base that is not SGD.
     """
@@ -42,7 +42,7 @@ class SAMPa(Ascent):
     """Weight of the gradient at y'; in [0, 1]. The paper: 0.2."""
 
     facts: ClassVar[Facts] = Facts(
-        paper="Xie et al. 2024, arXiv 2410.10683", passes="2", memory="1; 4 within the step",
+        paper="Xie et al. 2024, arXiv 2410.10683", passes="2", memory="1; 3 within the step",
         communication="an all-reduce of a number", needs="SGD as base",
     )  # fmt: skip
 

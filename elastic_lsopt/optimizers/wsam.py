@@ -30,7 +30,7 @@ from elastic_lsopt.space.vector import Vector
 @register("wsam")
 @dataclass(frozen=True, kw_only=True)
 class WSAM(Ascent):
-    """Cost: two passes on every k-th step. Memory: SAM's, and one Vector within the step (decoupled: two).
+    """Cost: two passes on every k-th step. Memory: SAM's, and one Vector within the step.
 
     Communication: none. Raises UserError for a value out of range.
     """
@@ -41,7 +41,7 @@ class WSAM(Ascent):
     """Whether the sharpness moves the weights beside the base, as AdamW's decay does."""
 
     facts: ClassVar[Facts] = Facts(
-        paper="Yue et al. 2023, arXiv 2305.15817", passes="2 on every k-th step", memory="0; 3 within the step"
+        paper="Yue et al. 2023, arXiv 2305.15817", passes="2 on every k-th step", memory="0; 2 within the step"
     )
 
     def __post_init__(self) -> None:

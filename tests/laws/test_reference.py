@@ -69,3 +69,16 @@ def test_unusual_parameters(ranks: Any, kind: str, world: int, extra: list[str],
         "tests.cases.laws:reference", kind=kind, method=method, dtype="fp64", extra=extra, units=5, clip=0.5
     )
     check(out, "fp64", 2 if method == "sam" else 1)
+
+
+@pytest.mark.parametrize(
+    "kind,world,method", daily([("fsdp2", 3), ("ddp", 2), ("hsdp", 4)], FAMILY, together=1), ids=joined
+)
+def test_unusual_parameters_of_the_family(ranks: Any, kind: str, world: int, method: str) -> None:
+    # Entropy-SGD's noise moves what no sample uses, too.
+    extra = ["tied", "frozen", *(["unused"] if method != "entropy_sgd" else [])]
+    out = ranks(world).run(
+        "tests.cases.laws:reference", kind=kind, method=method, dtype="fp64", extra=extra, units=5, clip=0.5
+    )
+    for rank, r in enumerate(out):
+        assert r["dw"] <= 1e-12 and r["dloss"] <= 1e-12, f"rank {rank}: {r}"
