@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from elastic_lsopt.optimizers.lpf_sgd import LPFSGD
     from elastic_lsopt.optimizers.m_sam import MicroSAM
     from elastic_lsopt.optimizers.momentum_sam import MomentumSAM
+    from elastic_lsopt.optimizers.nbar import NBAR
     from elastic_lsopt.optimizers.plain import Plain
     from elastic_lsopt.optimizers.random_sam import RandomSAM
     from elastic_lsopt.optimizers.rwp import RWP
@@ -69,6 +70,7 @@ __all__ = [
     "LAMB",
     "LARS",
     "LPFSGD",
+    "NBAR",
     "RWP",
     "SAM",
     "WSAM",
@@ -116,6 +118,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "NBAR": "optimizers.nbar",
     "AESAM": "optimizers.ae_sam",
     "EntropySGD": "optimizers.entropy_sgd",
     "ESAM": "optimizers.esam",

@@ -176,7 +176,7 @@ class LandscapeStep:
                 for kept in self._watching():
                     kept.kind.before_step(space, gradient, samples, kept.state)
                 if (move := getattr(self.method, "move", None)) is not None:
-                    move(space, self._base, self.state)
+                    move(space, gradient, self._base, self.clock, self.state)
                 if self._update is not None:
                     if norm**2 > torch.finfo(torch.float32).max:  # DeepSpeed would leave out its part of the step
                         raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")

@@ -182,8 +182,12 @@ def _own(body: ast.ClassDef, module: ast.Module) -> Iterator[Own]:
 
 
 def _default(value: ast.expr) -> Any:
-    made = isinstance(value, ast.Call) and ast.unparse(value) == "field(default_factory=dict)"
-    return {} if made else ast.literal_eval(value)
+    match value:
+        case ast.Call(func=ast.Name(id="field"), keywords=[ast.keyword(value=ast.Name(id="dict"))]):
+            return {}
+        case ast.Call(func=ast.Name(id="field"), keywords=[ast.keyword(value=ast.Lambda(body=body))]):
+            return ast.literal_eval(body)
+    return ast.literal_eval(value)
 
 
 def _annotated(body: ast.ClassDef) -> Iterator[tuple[Any, str]]:

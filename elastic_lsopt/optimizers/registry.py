@@ -27,6 +27,7 @@ methods = Registry(
         "rwp": f"{_HOME}.rwp",
         "entropy_sgd": f"{_HOME}.entropy_sgd",
         "flat_lora": f"{_HOME}.flat_lora",
+        "nbar": f"{_HOME}.nbar",
     },
     defines=("parts", "init", "gradient"),
 )

@@ -22,6 +22,7 @@ from elastic_lsopt.facts import Facts
 from elastic_lsopt.optimizers.ascent import Ascent
 from elastic_lsopt.optimizers.registry import register
 from elastic_lsopt.oracle.base import Base
+from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
@@ -62,7 +63,9 @@ class WSAM(Ascent):
         state["sharpness"] = (s - g).mul_(a)
         return g
 
-    def move(self, space: ParameterSpace, base: Base, state: dict[str, Any]) -> None:
+    def move(
+        self, space: ParameterSpace, gradient: Vector, base: Base, clock: SampleClock, state: dict[str, Any]
+    ) -> None:
         """Just before the base's step: w <- w - lr a (s - g). No communication."""
         sharpness: Vector | None = state.pop("sharpness", None)
         if sharpness is not None:

@@ -24,7 +24,7 @@ class Method(Protocol):
     #   needs                             what the base must keep: a set of `Need`s (oracle/base.py)
     #   needs_logits                      whether the loss must be an lso.Loss
     #   passes_at(step) -> int            gradients of the batch that the step takes, where they are not one
-    #   move(space, base, state)          just before the base steps: move `space.weights` itself, in place
+    #   move(space, gradient, base, clock, state)     just before the base steps: move `space.weights` itself, in place
 
     def init(self, space: ParameterSpace) -> State:
         """What the method remembers before its first step."""

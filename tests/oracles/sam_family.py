@@ -254,10 +254,27 @@ def esam(
     return loss, at(model, e, hurt)
 
 
+def nbar(
+    model: nn.Module, units: Batches, step: int, progress: float, *, alpha: dict[str, float],
+    optimizer: torch.optim.Optimizer, **_: Any,
+) -> Answer:  # fmt: skip
+    """Li et al., Algorithm 2, on peft's factors."""
+    loss, g = whole(model, units)
+    a = (alpha["start"] + progress * (alpha["end"] - alpha["start"])) * optimizer.param_groups[0]["lr"]
+    params = trained(model)
+    with torch.no_grad():
+        for n in [n for n in params if ".lora_A." in n]:
+            m = n.replace(".lora_A.", ".lora_B.")
+            sign = 1 if g[n].norm() >= g[m].norm() else -1
+            params[n].mul_(1 + sign * a)
+            params[m].mul_(1 - sign * a)
+    return loss, g
+
+
 LOOPS: dict[str, Callable[..., Answer]] = {
     f.__name__: f
     for f in (
         gsam, looksam, friendly_sam, wsam, momentum_sam, m_sam, ae_sam, random_sam, functional_sam, rwp, entropy_sgd,
-        sampa, esam,
+        sampa, esam, nbar,
     )
 }  # fmt: skip
