@@ -36,7 +36,7 @@ def dropout(
     kind: str, checkpointing: str = "", zero: dict[str, Any] | None = None, bf16: bool = False, dtype: str = "fp64",
     method: str = "sam",
 ) -> dict[str, Any]:  # fmt: skip
-    """Two passes of one step, then three steps of the method; losses and weights, for comparison between world sizes."""
+    """Two passes of one step, then three steps of the method; losses and weights, to compare between world sizes."""
     number = dtype_of(kind, dtype, bf16)
     chosen = lso.registry.build(method, **engines.HYPERPARAMETERS[method])
     engine = engines.build(

@@ -52,7 +52,8 @@ def test_defaults_are_the_papers() -> None:
     sam = {"rho": 0.05, **shared}
     defaults = {name: dataclasses.asdict(registry.build(name)) for name in OURS}
     assert defaults == {
-        "none": {}, "flat_lora": {"sigma": 0.05}, "nbar": {"alpha": {"start": 0.5, "end": 0.0}}, "sam": sam, "asam": {**sam, "rho": 0.5, "eta": 0.01},
+        "none": {}, "flat_lora": {"sigma": 0.05}, "nbar": {"alpha": {"start": 0.5, "end": 0.0}},
+        "sam": sam, "asam": {**sam, "rho": 0.5, "eta": 0.01},
         "gsam": {**sam, "alpha": 0.4}, "looksam": {**sam, "k": 5, "alpha": 0.7},
         "friendly_sam": {**sam, "sigma": 1.0, "decay": 0.9}, "wsam": {**sam, "gamma": 0.9, "decouple": True},
         "momentum_sam": {**sam, "rho": 0.3}, "m_sam": {**sam, "parts": 4}, "esam": {**sam, "beta": 0.5, "gamma": 0.5},
