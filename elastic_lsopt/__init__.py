@@ -40,9 +40,11 @@ if TYPE_CHECKING:
     from elastic_lsopt.oracle.microbatch import MicroBatch
     from elastic_lsopt.oracle.step_report import StepReport
     from elastic_lsopt.space.vector import Scales
+    from elastic_lsopt.updates.adaptive_memory import AdaptiveMemory
     from elastic_lsopt.updates.lamb import LAMB
     from elastic_lsopt.updates.lars import LARS
     from elastic_lsopt.updates.muon import Muon
+    from elastic_lsopt.updates.schedule_free import ScheduleFree
     from elastic_lsopt.updates.update import Update
     from elastic_lsopt.updates.update_optimizer import UpdateOptimizer
 
@@ -54,6 +56,7 @@ __all__ = [
     "LARS",
     "LPFSGD",
     "SAM",
+    "AdaptiveMemory",
     "Average",
     "Engine",
     "FlatLoRA",
@@ -69,6 +72,7 @@ __all__ = [
     "Plain",
     "ProbeCallback",
     "Scales",
+    "ScheduleFree",
     "StaleGeneration",
     "StaleGradient",
     "StaleWeights",
@@ -94,6 +98,8 @@ _HOMES = {
     "Average": "averages.average",
     "EMA": "averages.ema",
     "Engine": "api.engine",
+    "AdaptiveMemory": "updates.adaptive_memory",
+    "ScheduleFree": "updates.schedule_free",
     "LAMB": "updates.lamb",
     "LARS": "updates.lars",
     "FlatLoRA": "optimizers.flat_lora",

@@ -195,6 +195,11 @@ class Engine:
         """The average of that name, live: read it, never write it. Raises UserError where the engine keeps none."""
         return self._landscape.average(name)
 
+    @property
+    def evaluates_at(self) -> str | None:
+        """The average at which the base optimizer says that the model is ("schedule_free"); None: at the weights."""
+        return self._landscape.evaluates_at
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the method's state, and the clock. (Checkpoints for any world size: `lso.checkpoint`.)"""
         return self._landscape.state_dict()

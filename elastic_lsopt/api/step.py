@@ -58,13 +58,21 @@ class LandscapeStep:
     def average(self, name: str) -> Vector:
         """The average of that name, live: read it, never write it. Raises UserError where none is kept."""
         kept = self.families.get(f"{AVERAGES}{name}")
+        if kept is None and self._update is not None and name in self._update.points():
+            return self._update.point(name, self.space)
         if not isinstance(kept, Kept) or not isinstance(kept.kind, Average):
             known = [n.removeprefix(AVERAGES) for n in self.families if n.startswith(AVERAGES)]
+            known += self._update.points() if self._update is not None else []
             raise UserError(
                 f"no average {name!r} is kept (there are: {', '.join(known) or 'none'}); build with "
                 f"keep=[lso.averages.build({name!r})], in a YAML with averages: {{{name}: {{…}}}}."
             )
         return kept.kind.weights(self.space, kept.state)
+
+    @property
+    def evaluates_at(self) -> str | None:
+        """The average at which the base optimizer says that the model is (schedule_free's); None: at the weights."""
+        return next(iter(self._update.points()), None) if self._update is not None else None
 
     @contextmanager
     def averaged(self, name: str) -> Iterator[Vector]:

@@ -125,6 +125,17 @@ class ParameterSpace:
                 own[piece.parameter] += torch.linalg.vector_norm(t, dtype=torch.float64).square()
         return [Scales(norms, "parameter") for norms in self._sum(total).sqrt()]
 
+    def dots_per_parameter(self, *pairs: tuple[Vector, Vector]) -> Tensor:
+        """The inner products `<a, b>` of each parameter, a row a pair (fp64, on the device); one all-reduce for all.
+
+        Memory: one vector while it runs.
+        """
+        total = torch.zeros(len(pairs), len(self.layout.parameters), dtype=torch.float64, device=self.shards.device)
+        for own, (a, b) in zip(total, pairs, strict=True):
+            for piece, product in zip(self.layout.pieces, (a * b).tensors, strict=True):
+                own[piece.parameter] += product.sum(dtype=torch.float64)
+        return self._sum(total)
+
     def norm_per_row(self, a: Vector) -> Scales:
         """The global L2 norm of each row (a 1-D parameter is one row); one all-reduce of one number a row."""
         total = torch.zeros(self.layout.rows, dtype=torch.float64, device=self.shards.device)

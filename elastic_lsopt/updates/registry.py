@@ -8,7 +8,7 @@ _HOME = "elastic_lsopt.updates"
 updates = Registry(
     "update",
     group="elastic_lsopt.updates",
-    ours={name: f"{_HOME}.{name}" for name in ("lamb", "lars", "muon")},
+    ours={name: f"{_HOME}.{name}" for name in ("adaptive_memory", "lamb", "lars", "muon", "schedule_free")},
     defines=("update",),
 )
 register, names, get, build = updates.register, updates.names, updates.get, updates.build

@@ -14,7 +14,7 @@ that needs whole parameters cannot step there. So the step is made before, on th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from elastic_lsopt.oracle.family import Family, Kept, Stateful
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
-from elastic_lsopt.updates.group_rules import Rule, entries, known_entries, name_of, now, resolved
+from elastic_lsopt.updates.group_rules import Rule, entries, is_torch, known_entries, name_of, now, resolved
 from elastic_lsopt.updates.torch_update import TorchFamily
 from elastic_lsopt.updates.update import Rates, Update
 
@@ -157,11 +157,34 @@ class UpdateOptimizer(torch.optim.Optimizer):
             if isinstance(bound.family, TorchFamily):
                 bound.family.step(own, self.param_groups)
             else:
-                self._update(bound, bound.family, own)
+                for rule, part, state, groups in self._parts(bound, bound.family):
+                    _stepped(rule, part, Vector(part, _of(part, own)), state, self._rates(groups))
         self._taken = True
 
-    def _update(self, bound: Bound, family: Kept, gradient: Vector) -> None:
-        """One call per set of hyper-parameters; groups that differ in rate and decay alone go together."""
+    def points(self) -> list[str]:
+        """The names of updates that evaluate elsewhere than at the weights."""
+        kinds = {name_of(r): r if isinstance(r, type) else type(r) for r in self._rules if not is_torch(r)}
+        return [name for name, kind in kinds.items() if getattr(kind, "point", None) is not Update.point]
+
+    def point(self, name: str, space: ParameterSpace) -> Vector:
+        """The weights of the whole space, those of the update of this name where it evaluates them; an own Vector."""
+        whole = space.weights.clone()
+        for bound in self._bound:
+            family = bound.family
+            if isinstance(family, Kept) and family.name == f"{FAMILY}{name}":
+                for rule, part, state, _ in self._parts(bound, family):
+                    at = rule.point(part, state)
+                    assert at is not None
+                    Vector(part, _of(part, Vector(family.space, _of(family.space, whole)))).copy_(at)
+        return whole
+
+    def _parts(
+        self, bound: Bound, family: Kept
+    ) -> Iterator[tuple[Update, ParameterSpace, dict[str, Any], Sequence[int]]]:
+        """Each set of hyper-parameters with its parameters, what is remembered of them, and the param group of each.
+
+        Groups that differ in rate and decay alone go together. Numbers are put back where the next part is asked for.
+        """
         rules = {g: now(self._rules[g], self.param_groups[g]) for g in bound.groups}
         alike: list[tuple[Any, list[int]]] = []
         for i, g in enumerate(bound.groups):
@@ -172,15 +195,15 @@ class UpdateOptimizer(torch.optim.Optimizer):
             else:
                 alike.append((rules[g], [i]))
         if len(alike) == 1:
-            _stepped(alike[0][0], family.space, gradient, family.state, self._rates(bound.groups))
+            yield alike[0][0], family.space, family.state, bound.groups
             return
         began = dict(family.state)
         for rule, chosen in alike:
             space = bound.part(chosen)
             state = {k: Vector(space, _of(space, v)) if isinstance(v, Vector) else v for k, v in began.items()}
-            rates = self._rates([bound.groups[i] for i in chosen])
-            _stepped(rule, space, Vector(space, _of(space, gradient)), state, rates)
-            family.state.update({k: v for k, v in state.items() if not isinstance(v, Vector)})
+            yield rule, space, state, [bound.groups[i] for i in chosen]
+            changed = {k: v for k, v in state.items() if not isinstance(v, Vector) and began.get(k) != v}
+            family.state.update(changed)  # what is another part's stays as that part has left it
 
     def _rates(self, groups: Sequence[int]) -> Rates:
         said = [self.param_groups[g] for g in groups]

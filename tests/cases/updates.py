@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
+import schedulefree
 import torch
 import torch.distributed as dist
 
@@ -22,7 +23,15 @@ from tests.oracles import paper_loops, updates
 LARS = {"lr": 0.5, "momentum": 0.9, "trust": 0.1, "weight_decay": 1e-3}
 LAMB = {"lr": 0.02, "weight_decay": 0.01, "eps": 1e-6, "most": 1.0, "vectors": True}
 MUON, ADAMW = {"lr": 0.02, "weight_decay": 0.1}, {"lr": 1e-2, "weight_decay": 0.01}
-UPDATES = ("lars", "lamb", "muon")
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lars": ("lars", LARS), "lamb": ("lamb", LAMB),
+    "am_sgd": ("adaptive_memory", {"form": "sgd", "lr": 0.05, "weight_decay": 1e-3}),
+    "am_adamw": ("adaptive_memory", {"form": "adamw", "lr": 0.01, "weight_decay": 0.01}),
+    "schedule_free_sgd": ("schedule_free", {"form": "sgd", "lr": 0.3, "weight_decay": 1e-3}),
+    "schedule_free_adamw": ("schedule_free", {"form": "adamw", "lr": 0.01, "weight_decay": 0.01, "eps": 1e-6}),
+}  # fmt: skip
+"""The registered name and the options of each update that serves all parameters alike."""
+UPDATES = (*OPTIONS, "muon")
 
 
 def is_matrix(p: Any) -> bool:
@@ -38,7 +47,8 @@ def ours(update: str) -> Callable[[Any], UpdateOptimizer]:
             matrices, rest = [p for p in params if is_matrix(p)], [p for p in params if not is_matrix(p)]
             groups = [{"params": matrices, "update": Muon(), **MUON}, {"params": rest, "update": "AdamW", **ADAMW}]
             return UpdateOptimizer(groups, lr=0.0)
-        return UpdateOptimizer(params, update, **(LARS if update == "lars" else LAMB))
+        name, options = OPTIONS[update]
+        return UpdateOptimizer(params, name, **options)
 
     return make
 
@@ -49,8 +59,21 @@ def theirs(update: str, model: torch.nn.Module) -> torch.optim.Optimizer:
         return updates.LARS(params, **LARS)
     if update == "lamb":
         return updates.LAMB(params, **LAMB)
+    if update in OPTIONS:
+        return _authors(update, params, dict(OPTIONS[update][1]))
     matrices = torch.optim.Muon([p for p in params if is_matrix(p)], **MUON)
     return updates.Both(matrices, torch.optim.AdamW([p for p in params if not is_matrix(p)], **ADAMW))
+
+
+def _authors(update: str, params: Any, options: dict[str, Any]) -> torch.optim.Optimizer:
+    """The authors' own code where there is a package, else the paper's loop."""
+    form = options.pop("form", None)
+    if update.startswith("schedule_free"):
+        authors = schedulefree.SGDScheduleFree if form == "sgd" else schedulefree.AdamWScheduleFree
+        made = authors(params, **options)
+        made.train()
+        return made
+    return updates.AdaptiveMemory(params, form=str(form), **options)
 
 
 def reference(
@@ -93,7 +116,7 @@ def counted(kind: str) -> dict[str, int]:
 
     out = {}
     for name, base, keep in (
-        ("adamw", adamw, []), ("ema", adamw, [EMA(decay=0.9)]), ("lars", ours("lars"), []), ("lamb", ours("lamb"), []),
+        ("adamw", adamw, []), ("ema", adamw, [EMA(decay=0.9)]), *((name, ours(name), []) for name in OPTIONS),
     ):  # fmt: skip
         engine = engines.build(kind, engines.net(), lso.Plain(), base=base, clip=0.5, keep=keep)
         first, second = engines.batches(2, 4)
@@ -166,6 +189,34 @@ def followed(kind: str, decay: float, dtype: str = "fp64") -> dict[str, float]:
         "loss": abs(inside - loss), "back": abs(engine.evaluate(held) - before), "moved": abs(inside - before),
         "mean": max(float((found[n] - wanted[n]).abs().max()) for n in found),
         "bytes": mean.local_bytes / engine.space.weights.local_bytes if engine.space.layout.pieces else 1.0,
+    }  # fmt: skip
+    engines.close(engine)
+    return out
+
+
+def at_its_point(kind: str) -> dict[str, float]:
+    """Schedule-free SGD: x on shards against the authors' eval mode, and the loss there and after."""
+    steps = engines.batches(STEPS, 3)
+    plain = engines.net()
+    model = copy.deepcopy(plain)
+    authors: Any = theirs("schedule_free_sgd", plain)
+    paper_loops.run(plain, steps, authors, "none", {})
+    engine = engines.build(kind, model, lso.Plain(), base=ours("schedule_free_sgd"))
+    for s in steps:
+        engine.train_batch(engines.mine(s))
+    held = [engines.mine(steps[0])]
+    before = engine.evaluate(held)
+    authors.eval()
+    with engine.averaged("schedule_free"):
+        inside = engine.evaluate(held)
+    found = engines.whole(engine.space, engine.average("schedule_free"))
+    wanted = dict(plain.named_parameters())
+    samples = sum(len(x) for x, _ in steps[0])
+    with torch.no_grad():
+        loss = sum(float(paper_loops.cross_entropy(plain, b)) * len(b[0]) for b in steps[0]) / samples
+    out = {
+        "x": max(float((found[n].double() - wanted[n].detach().double()).abs().max()) for n in found),
+        "loss": abs(inside - loss), "back": abs(engine.evaluate(held) - before), "moved": abs(inside - before),
     }  # fmt: skip
     engines.close(engine)
     return out

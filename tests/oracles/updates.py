@@ -92,3 +92,50 @@ def ema(points: list[torch.Tensor], batches: list[int], decay: float) -> torch.T
         rho = math.pow(decay, batch / batches[0])
         mean = rho * mean + (1 - rho) * w.double()
     return mean
+
+
+class AdaptiveMemory(torch.optim.Optimizer):
+    """Adaptive memory momentum, 2025: SGD's form with one beta for all parameters, AdamW's with one for each."""
+
+    def __init__(self, params: Any, form: str, lr: float, weight_decay: float, lam: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.form, self.lam = form, lam
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        [group] = self.param_groups
+        params = [p for p in group["params"] if p.grad is not None]
+        (self._sgd if self.form == "sgd" else self._adamw)(params, group["lr"], group["weight_decay"])
+
+    def _sgd(self, params: list[Any], lr: float, decay: float) -> None:
+        g = [p.grad + decay * p for p in params]
+        d = [self.state[p].setdefault("d", own.clone()) for p, own in zip(params, g, strict=True)]
+        flat_g, flat_d = (torch.cat([t.reshape(-1) for t in many]) for many in (g, d))
+        above = (1 + self.lam) * (flat_g @ flat_d) - (flat_d - flat_g) @ (flat_g + self.lam * flat_d)
+        below = float((flat_d - flat_g).square().sum())
+        beta = min(max(float(above) / below, 0.0), 0.9) if below else 0.0
+        for p, own, kept in zip(params, g, d, strict=True):
+            kept.copy_(((beta + self.lam) * kept + (1 - beta) * own) / (1 + self.lam))
+            p.sub_(lr * kept)
+
+    def _adamw(self, params: list[Any], lr: float, decay: float) -> None:
+        b1, b2, lam = 0.9 - 0.1 * self.lam, 0.999, self.lam
+        for p in params:
+            s, g = self.state[p], p.grad
+            if not s:
+                s.update(d=torch.zeros_like(p), v=torch.zeros_like(p), t=0, product=1.0)
+            s["t"] += 1
+            s["v"] = b2 * s["v"] + (1 - b2) * g**2
+            big = (1 - b1 * s["product"]) * ((s["v"] / (1 - b2 ** s["t"])).sqrt() + 1e-8)
+            metric, d = 1 / (big * (1 + lam * big)), s["d"]
+            if s["t"] == 1:
+                beta = b1
+            else:
+                gap = lr * float((g * (d / big + decay * p)).sum())
+                above = (1 + decay * lr) * gap / lr - float(((d - g) * (g + lam * big * d) * metric).sum())
+                above -= decay * float((p * (d - g)).sum())
+                below = float(((d - g) ** 2 * metric).sum())
+                beta = min(max(above / below, 0.0), b1) if below else 0.0
+            s["d"] = ((1 - beta) * g + (lam * big + beta) * d) / (1 + lam * big)
+            p.mul_(1 - decay * lr).sub_(lr * s["d"] / big)
+            s["product"] *= beta

@@ -11,7 +11,12 @@ from tests.laws.cover import daily, joined
 LIMIT = {"fp32": 1e-6, "fp64": 1e-12}
 FRAMEWORK = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4)]
 ZERO = [(f"zero{stage}", world) for stage in (0, 1, 2, 3) for world in (1, 2, 3)]
-VECTORS = {"lars": 1.0, "lamb": 2.0}
+VECTORS = {
+    "lars": 1.0, "lamb": 2.0, "am_sgd": 1.0, "am_adamw": 2.0, "schedule_free_sgd": 1.0, "schedule_free_adamw": 2.0,
+}  # fmt: skip
+"""What an update keeps, in vectors: law 7."""
+PLAIN = [*VECTORS][2:]
+"""Updates that need neither whole matrices nor curvature, and have come later: their rows are fewer."""
 
 
 def check(out: list[dict[str, float]], update: str, dtype: str) -> None:
@@ -25,6 +30,17 @@ def check(out: list[dict[str, float]], update: str, dtype: str) -> None:
 def test_in_fp64(ranks: Any, kind: str, world: int, update: str) -> None:
     case = "tests.cases.updates:reference"
     check(ranks(world).run(case, kind=kind, update=update, dtype="fp64", last=2, clip=0.5, units=5), update, "fp64")
+
+
+@pytest.mark.parametrize("kind,world,update", daily(FRAMEWORK, PLAIN), ids=joined)
+def test_more_in_fp64(ranks: Any, kind: str, world: int, update: str) -> None:
+    case = "tests.cases.updates:reference"
+    check(ranks(world).run(case, kind=kind, update=update, dtype="fp64", last=2, clip=0.5, units=5), update, "fp64")
+
+
+@pytest.mark.parametrize("kind,world,update", daily(ZERO, PLAIN), ids=joined)
+def test_more_under_zero(ranks: Any, kind: str, world: int, update: str) -> None:
+    check(ranks(world).run("tests.cases.updates:reference", kind=kind, update=update, clip=0.5), update, "fp32")
 
 
 @pytest.mark.parametrize("kind,world,update", daily(ZERO, ["lars", "lamb"]), ids=joined)
@@ -66,4 +82,5 @@ def test_at_rest(ranks: Any, kind: str, world: int, update: str) -> None:
 def test_norms_cost_one_reduction_per_step_and_an_average_none(ranks: Any, kind: str, world: int) -> None:
     for r in ranks(world).run("tests.cases.updates:counted", kind=kind):
         assert r["adamw"] > 0 and r["ema"] == r["adamw"], r
-        assert r["lars"] == r["lamb"] == r["adamw"] + 1, r
+        assert all(r[name] == r["adamw"] + 1 for name in ("lars", "lamb", "am_sgd", "am_adamw")), r
+        assert all(r[name] == r["adamw"] for name in ("schedule_free_sgd", "schedule_free_adamw")), r

@@ -94,6 +94,11 @@ class LandscapeTrainerMixin(_Base):
         given = self.optimizer
         optimizer = super().create_optimizer(model)
         if (update := updates_of(getattr(optimizer, "optimizer", optimizer))) is not None:
+            if elsewhere := update.points():
+                raise UserError(
+                    f"update {elsewhere[0]}: the Trainer evaluates and saves the weights, and the model is at an "
+                    f"average; use elastic-lsopt train, or a loop of your own with engine.averaged({elsewhere[0]!r})."
+                )
             update.steps_elsewhere, self._updates = True, True  # the loop also steps where a step was left out
         elif given is None and self._keeps_our_checkpoints:
             # The Trainer makes a group for what does not decay, also where there is nothing of it (LoRA), and DeepSpeed

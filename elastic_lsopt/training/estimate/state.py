@@ -22,9 +22,9 @@ from __future__ import annotations
 from elastic_lsopt.elastic.memory.budget import versions_within
 from elastic_lsopt.training.estimate.placement import FP32, Placement
 
-STATES = {"adamw": 2, "adam": 2, "lamb": 2, "lars": 1, "muon": 1}
+STATES = {"adamw": 2, "adam": 2, "adaptive_memory": 2, "lamb": 2, "lars": 1, "muon": 1, "schedule_free": 2}
 """fp32 tensors of optimizer state per parameter; sgd: 1 with momentum, else 0. (Beside muon AdamW's are not
-counted.)"""
+counted; of updates with two forms the larger, adamw's.)"""
 
 STAYS = ("none", "flat_lora")
 """Methods that do not move the trained weights."""

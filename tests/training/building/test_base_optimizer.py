@@ -10,7 +10,7 @@ from torch import nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.config.settings import SettingError, TrainConfig
-from elastic_lsopt.plan import LAMB_BETAS, Policy
+from elastic_lsopt.plan import OWN_BETAS, Policy
 from elastic_lsopt.training.building.base_optimizer import base_of
 from elastic_lsopt.training.building.engines import averages_of
 
@@ -95,7 +95,7 @@ def test_an_average_is_called_as_its_key() -> None:
 
 def test_the_batch_is_held_for_every_groups_betas() -> None:
     """LAMB's and AdamW's beside Muon, whether the file says them or not."""
-    assert lso.LAMB().betas == LAMB_BETAS
+    assert {name: lso.updates.get(name)().betas for name in OWN_BETAS} == OWN_BETAS
     elastic = {"policy": "scale_batch", "reference_workers": 1, "lr_rule": "sqrt"}
     of = {"global_batch_size": 8, "per_device_train_batch_size": 8, "elastic": elastic}
     for changes in ({"optim": "lamb"}, {"optim": "muon"}, {"param_groups": ({"match": "*", "optim": "lamb"},)}):
