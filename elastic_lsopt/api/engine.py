@@ -22,9 +22,11 @@ from elastic_lsopt.oracle.family import Family, Stateful
 from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
+from elastic_lsopt.oracle.observation import refuse_unseen
 from elastic_lsopt.oracle.step_report import Piggyback, StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
+from elastic_lsopt.updates.update_optimizer import updates_of
 
 
 class Engine:
@@ -49,6 +51,8 @@ class Engine:
         self.backend = backend
         self.loss = as_loss(loss_fn, backend.module)
         self._landscape = LandscapeStep(backend, method, seed, SampleClock(total_samples=total_samples), kept=keep)
+        if (update := updates_of(backend.base)) is not None:
+            refuse_unseen(update.looking(), self.loss)
         self._stop_requested = False
         self.piggyback: Callable[[], Piggyback] | None = None
         """What the elastic runtime lets ride on each pass's all-reduce."""

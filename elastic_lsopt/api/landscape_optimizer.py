@@ -20,6 +20,7 @@ from elastic_lsopt.oracle.closure_oracle import ClosureOracle
 from elastic_lsopt.oracle.curvature.compute_type import FP16
 from elastic_lsopt.oracle.family import Family, Stateful
 from elastic_lsopt.oracle.method import Method, State
+from elastic_lsopt.oracle.observation import refuse_unseen
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
@@ -79,6 +80,8 @@ class LandscapeOptimizer(torch.optim.Optimizer):
                 f"base is a {type(base).__name__}; give a torch optimizer (an update: "
                 "lso.UpdateOptimizer(model.parameters(), update, lr=…)), or use lso.initialize(…) for DeepSpeed."
             )
+        if (update := updates_of(base)) is not None:
+            refuse_unseen(update.looking(), None)
         self.base, self.method = base, method
         self.max_grad_norm, self.samples_per_step = max_grad_norm, samples_per_step
         self._seed, self._clock = seed, SampleClock(total_samples=total_samples)

@@ -18,6 +18,7 @@ from elastic_lsopt.errors import NonFinite, PeerFailed, StaleWeights, UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.family import Family, Kept, MethodFamily, Stateful
 from elastic_lsopt.oracle.method import Method, State
+from elastic_lsopt.oracle.observation import HowProducts
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.oracle.step_report import FAITHFUL, Piggyback, StepReport, log, warn_unfaithful
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -53,6 +54,7 @@ class LandscapeStep:
         self._update = updates_of(self.backend.base)
         for family in self._update.bind(self.space, self.backend.parameters) if self._update is not None else ():
             self.add(family)
+        self._products = HowProducts()
         self._warned = self._looked = False
 
     def average(self, name: str) -> Vector:
@@ -171,6 +173,9 @@ class LandscapeStep:
         # the second where the first moved only before any forward, which tells its type.
         space.fidelity.narrow = self.clock.steps < 2 and not self._looked
         try:
+            if self._update is not None:
+                passes = getattr(self.method, "passes_at", lambda step: 1)(oracle.step)
+                oracle.observations = self._update.observations(oracle.step, passes, self._products)
             with space.copies.deferring():
                 gradient = self._of_the_method(oracle)
                 oracle.install(gradient)
@@ -193,7 +198,7 @@ class LandscapeStep:
             self._looked = self._looked or space.fidelity.last is not None
         return StepReport(
             oracle.losses[0],
-            oracle.passes,
+            oracle.passes + oracle.observed,
             norm,
             samples,
             False,
@@ -225,7 +230,7 @@ class LandscapeStep:
         self.skipped_steps += 1
         log.warning("skipped a step on all ranks (%d so far): %s", self.skipped_steps, error)
         loss = oracle.losses[0] if oracle.losses else math.nan
-        return StepReport(loss, oracle.passes, math.nan, samples, True, oracle.stop, oracle.piggyback)
+        return StepReport(loss, oracle.passes + oracle.observed, math.nan, samples, True, oracle.stop, oracle.piggyback)
 
     def _faithful(self, fidelity: Fidelity | None) -> Fidelity | None:
         if fidelity is not None and fidelity.cosine < FAITHFUL and not self._warned:

@@ -54,6 +54,10 @@ class ASAM:
         )  # fmt: skip
         return {}
 
+    def passes_at(self, step: int) -> int:
+        """Gradients of the global batch in this step."""
+        return 2
+
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: State) -> Vector:
         d = oracle.gradient().clone()
         self._stretch_(space, d)

@@ -60,6 +60,10 @@ class SAM:
     def init(self, space: ParameterSpace) -> State:
         return {}
 
+    def passes_at(self, step: int) -> int:
+        """Gradients of the global batch in this step."""
+        return 1 if step % self.every else 2
+
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: State) -> Vector:
         g = oracle.gradient()
         if oracle.step % self.every:

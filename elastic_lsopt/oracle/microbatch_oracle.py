@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +18,11 @@ from elastic_lsopt.oracle.curvature.products import Mode, Products, refuse_unkno
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.oracle.loss import Loss, refuse_coupled_samples, samples
 from elastic_lsopt.oracle.microbatch import MicroBatch, as_microbatches, part_bounds, slots
+from elastic_lsopt.oracle.observation import HowProducts, signs
 from elastic_lsopt.oracle.oracle import Oracle, Part
 from elastic_lsopt.oracle.replay.buffers import still_buffers
 from elastic_lsopt.oracle.replay.forward_time import ForwardTime
-from elastic_lsopt.oracle.replay.slot import Slot
+from elastic_lsopt.oracle.replay.slot import Slot, replayed
 from elastic_lsopt.oracle.step_report import Piggyback
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.noise import block_seed
@@ -106,6 +109,47 @@ class MicroBatchOracle(Oracle):
     def ggn_vp(self, v: Vector) -> Product:
         v = self._outliving(v)
         return self.products.ggn_vp(v)
+
+    def hessian_diagonal(self, how: HowProducts) -> Vector:
+        z = signs(self.space, self.step)
+        slots = [self._slot(index) for index in self._slots((0, self._count))]
+        made = Products(self.space, self.backend, self._loss, slots, how.mode, once=True)
+        try:
+            if not how.checked:
+                check_products(made, self.gradient)
+                how.mode, how.checked = "differences" if made.chosen == "differences" else how.mode, True
+            return made.hvp(z).mul_(z)
+        finally:
+            made.close()
+            self.space.end_borrowed()
+            self.backend.clear_gradient()
+
+    def sampled_gradient(self) -> BorrowedGradient:
+        loss = self._loss
+        if not isinstance(loss, Loss) or loss.sample is None:
+            raise UserError("labels are drawn by lso.Loss(forward, criterion, count, sample=…); give one as loss_fn.")
+        self._loss_of = partial(self._sampling, loss)
+        try:
+            return self.gradient()
+        finally:
+            del self._loss_of
+
+    def _loss_of(self, index: int | None) -> Any:
+        """The loss of a micro-batch in a gradient pass."""
+        return self._loss
+
+    def _sampling(self, loss: Loss, index: int | None) -> Loss:
+        """The loss with labels that are drawn by (seed, step, micro-batch), so the same on any rank."""
+        microbatch = self._microbatches.get(index) if index is not None else None
+        seed = block_seed(self.space.seed, "labels", self.step, -1 if microbatch is None else microbatch.index)
+
+        def criterion(logits: Tensor, batch: Any) -> Tensor:
+            assert loss.sample is not None
+            with torch.no_grad(), replayed(seed, self.backend.compute_device):
+                drawn = loss.sample(logits.detach(), batch)
+            return loss.criterion(logits, drawn)
+
+        return replace(loss, criterion=criterion)
 
     def _outliving(self, v: Vector) -> Vector:
         """A gradient that is only lent would end with the checks' own passes."""
@@ -231,12 +275,12 @@ class MicroBatchOracle(Oracle):
         nonfinite: int | Tensor = 0
         for k, index in enumerate(mine):
             self.backend.begin(last=last and k == len(mine) - 1)
-            slot = self._slot(index)
+            slot, loss = self._slot(index), self._loss_of(index)
             if not slot.share or index is None:
-                self.backend.backward(slot.value(self._loss, self.backend.forward, self.backend.compute_device))
+                self.backend.backward(slot.value(loss, self.backend.forward, self.backend.compute_device))
                 continue
             with self._time.of(self._unit_samples[index]):
-                value = slot.value(self._loss, self.backend.forward, self.backend.compute_device)
+                value = slot.value(loss, self.backend.forward, self.backend.compute_device)
             local = local + _exact(value) * slot.share
             nonfinite = nonfinite + (~_exact(value).isfinite()).int()
             # The backend averages over the world; the mean over the batch is a weighted sum.

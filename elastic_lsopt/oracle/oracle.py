@@ -25,6 +25,7 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.curvature.compute_type import observed
 from elastic_lsopt.oracle.curvature.differences import Product
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
+from elastic_lsopt.oracle.observation import HowProducts, Observation, observe
 from elastic_lsopt.oracle.replay.buffers import still_buffers
 from elastic_lsopt.oracle.step_report import Piggyback
 from elastic_lsopt.space.geometry import ParameterSpace, local_square
@@ -87,6 +88,10 @@ class Oracle(ABC):
         self.losses: list[float] = []
         self.moves_buffers = False
         """Whether the first pass may move buffers (batch norm's statistics): it does in a step, and not in a probe."""
+        self.observations: Sequence[Observation] = ()
+        """What updates look at in this step; see `observation.py`."""
+        self.observed = 0
+        """Gradients of the global batch that were taken for them."""
         self.stop = False
         self.piggyback: Piggyback | None = None
         self._stop_requested, self._own_piggyback = stop_requested, piggyback
@@ -149,9 +154,29 @@ class Oracle(ABC):
         """
         return self.hvp(v)
 
+    @property
+    def weight(self) -> float:
+        """The total weight of the global batch: its samples or unmasked tokens."""
+        raise UserError("a closure does not say how much its batch weighs; use lso.attach(model, loss_fn, batches).")
+
+    def sampled_gradient(self) -> BorrowedGradient:
+        """The gradient for labels that are drawn from the model (one pass, no memory).
+
+        Raises UserError where the loss does not say how to draw them.
+        """
+        raise UserError("labels cannot be drawn for a closure; use lso.attach(model, loss_fn, batches).")
+
+    def hessian_diagonal(self, how: HowProducts) -> Vector:
+        """z * H z at the present weights, z of this step; an own vector."""
+        raise UserError(
+            "products with the curvature need more than a closure; use lso.attach(model, loss_fn, batches)."
+        )
+
     @contextmanager
     def accumulating(self) -> Iterator[Pass]:
         """One pass made of parts, each run once and in order, wherever the weights are meanwhile."""
+        if self.observations:
+            observe(self)
         self.space.check_generation()
         self.space.end_borrowed()
         self.backend.clear_gradient()

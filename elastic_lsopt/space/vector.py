@@ -103,11 +103,6 @@ class Vector:
         _fused(torch._foreach_div_, self._written(), other.tensors)
         return self
 
-    def addcdiv_(self, a: Vector, b: Vector, value: float = 1.0) -> Vector:
-        """self += value * a / b, element by element."""
-        _fused(torch._foreach_addcdiv_, self._written(), a.tensors, b.tensors, value)
-        return self
-
     def sqrt_(self) -> Vector:
         _fused(torch._foreach_sqrt_, self._written())
         return self
@@ -140,6 +135,16 @@ class Vector:
         for i, piece in enumerate(self.space.layout.pieces):
             places.setdefault(numbers[piece.parameter], []).append(i)
         return [*places.items()]
+
+    def pow_(self, exponent: float) -> Vector:
+        _fused(torch._foreach_pow_, self._written(), exponent)
+        return self
+
+    def clamp_(self, low: float, high: float) -> Vector:
+        """Each element within low and high."""
+        _fused(torch._foreach_clamp_min_, self._written(), low)
+        _fused(torch._foreach_clamp_max_, self._written(), high)
+        return self
 
     def abs_(self) -> Vector:
         _fused(torch._foreach_abs_, self._written())

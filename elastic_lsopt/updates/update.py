@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from elastic_lsopt.oracle.method import State
+from elastic_lsopt.oracle.observation import Seen, Sees, Where
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 
@@ -32,6 +33,19 @@ class Update(ABC):
 
     decoupled_weight_decay: ClassVar[bool] = False
     """Whether decay shrinks the weights by rate times decay itself: then batch scaling keeps the decay per sample."""
+
+    sees: ClassVar[Sees] = "nothing"
+    """What it looks at beside the gradient; see `oracle/observation.py`."""
+    where: ClassVar[Where] = "weights"
+    """Where it looks: at the weights before the method's first pass, or where the last pass of the method begins."""
+
+    def sees_at(self, step: int) -> bool:
+        """Whether it looks in this step; it does in any case where a parameter has not been seen before."""
+        return True
+
+    def observe(self, space: ParameterSpace, seen: Seen, state: State) -> None:
+        """Remember what was seen of these parameters, before the step's `update`; `seen/<parameter>` counts."""
+        raise NotImplementedError(f"{type(self).__name__} sees {self.sees} and defines no observe().")
 
     def init(self, space: ParameterSpace) -> State:
         """What it remembers before its first step."""

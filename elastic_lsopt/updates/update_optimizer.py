@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ from torch import Tensor
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.family import Family, Kept, Stateful
 from elastic_lsopt.oracle.method import State
+from elastic_lsopt.oracle.observation import HowProducts, Observation, Seen, Sees
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
-from elastic_lsopt.updates.group_rules import Rule, entries, is_torch, known_entries, name_of, now, resolved
+from elastic_lsopt.updates.group_rules import Rule, entries, known_entries, name_of, now, resolved
 from elastic_lsopt.updates.torch_update import TorchFamily
-from elastic_lsopt.updates.update import Rates, Update
+from elastic_lsopt.updates.update import Rates, Update, keep_numbers, numbers
 
 FAMILY = "update/"
 EVERY_GROUPS = {"params", "param_names", "lr", "weight_decay", "update", "initial_lr", "name"}
@@ -161,10 +163,44 @@ class UpdateOptimizer(torch.optim.Optimizer):
                     _stepped(rule, part, Vector(part, _of(part, own)), state, self._rates(groups))
         self._taken = True
 
+    def looking(self) -> list[tuple[str, Sees]]:
+        """The names of updates that look at more than the gradient, and at what."""
+        return [(name, kind.sees) for name, kind in self._kinds().items() if kind.sees != "nothing"]
+
     def points(self) -> list[str]:
         """The names of updates that evaluate elsewhere than at the weights."""
-        kinds = {name_of(r): r if isinstance(r, type) else type(r) for r in self._rules if not is_torch(r)}
-        return [name for name, kind in kinds.items() if getattr(kind, "point", None) is not Update.point]
+        return [name for name, kind in self._kinds().items() if kind.point is not Update.point]
+
+    def _kinds(self) -> dict[str, type[Update]]:
+        kinds = {name_of(rule): rule if isinstance(rule, type) else type(rule) for rule in self._rules}
+        return {name: kind for name, kind in kinds.items() if issubclass(kind, Update)}
+
+    def observations(self, step: int, passes: int, how: HowProducts) -> list[Observation]:
+        """What updates look at in this step, which has so many passes; one observation serves all that want it."""
+
+        def before(rule: Update) -> int:
+            return 0 if rule.where == "weights" else passes - 1
+
+        def tell(sees: Sees, at: int, seen: Seen) -> None:
+            for rule, part, state, own in self._looking(step, seen.vector):
+                if (rule.sees, before(rule)) == (sees, at):
+                    rule.observe(part, Seen(own, seen.weight), state)
+                    keep_numbers(part, state, "seen", [n + 1 for n in numbers(part, state, "seen", 0)])
+
+        due: list[tuple[Sees, int]] = [(rule.sees, before(rule)) for rule, *_ in self._looking(step, None)]
+        return [Observation(sees, at, partial(tell, sees, at), how) for sees, at in dict.fromkeys(due)]
+
+    def _looking(self, step: int, seen: Vector | None) -> Iterator[tuple[Update, ParameterSpace, dict[str, Any], Any]]:
+        """The updates that look in this step, with their part of what is seen."""
+        for bound in self._bound:
+            family = bound.family
+            if isinstance(family, TorchFamily):
+                continue
+            own = Vector(family.space, _of(family.space, seen)) if seen is not None else None
+            for rule, part, state, _ in self._parts(bound, family):
+                new = rule.sees != "nothing" and 0 in numbers(part, state, "seen", 0)
+                if new or (rule.sees != "nothing" and rule.sees_at(step)):
+                    yield rule, part, state, Vector(part, _of(part, own)) if own is not None else None
 
     def point(self, name: str, space: ParameterSpace) -> Vector:
         """The weights of the whole space, those of the update of this name where it evaluates them; an own Vector."""

@@ -19,6 +19,7 @@ from elastic_lsopt.updates.update_optimizer import UpdateOptimizer
 from tests.cases import engines
 from tests.cases.laws import DTYPES, STEPS
 from tests.oracles import paper_loops, updates
+from tests.oracles.curvature import SASSHA, AdaHessian, SophiaG, SophiaH
 
 LARS = {"lr": 0.5, "momentum": 0.9, "trust": 0.1, "weight_decay": 1e-3}
 LAMB = {"lr": 0.02, "weight_decay": 0.01, "eps": 1e-6, "most": 1.0, "vectors": True}
@@ -27,6 +28,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "lars": ("lars", LARS), "lamb": ("lamb", LAMB),
     "am_sgd": ("adaptive_memory", {"form": "sgd", "lr": 0.05, "weight_decay": 1e-3}),
     "am_adamw": ("adaptive_memory", {"form": "adamw", "lr": 0.01, "weight_decay": 0.01}),
+    "adahessian": ("adahessian", {"lr": 0.03, "weight_decay": 0.01, "eps": 0.01}),
+    "sophia_h": ("sophia_h", {"lr": 0.01, "weight_decay": 0.1, "gamma": 0.5, "every": 2, "betas": (0.9, 0.5)}),
+    "sophia_g": ("sophia_g", {"lr": 0.01, "weight_decay": 0.1, "rho": 0.5, "every": 2, "betas": (0.9, 0.5)}),
+    "sassha": ("sassha", {"lr": 0.03, "weight_decay": 0.01, "eps": 0.01, "every": 4}),
     "schedule_free_sgd": ("schedule_free", {"form": "sgd", "lr": 0.3, "weight_decay": 1e-3}),
     "schedule_free_adamw": ("schedule_free", {"form": "adamw", "lr": 0.01, "weight_decay": 0.01, "eps": 1e-6}),
 }  # fmt: skip
@@ -73,7 +78,18 @@ def _authors(update: str, params: Any, options: dict[str, Any]) -> torch.optim.O
         made = authors(params, **options)
         made.train()
         return made
-    return updates.AdaptiveMemory(params, form=str(form), **options)
+    kinds = {"sophia_g": SophiaG, "sophia_h": SophiaH, "adahessian": AdaHessian, "sassha": SASSHA}
+    return kinds[update](params, **options) if update in kinds else updates.AdaptiveMemory(params, str(form), **options)
+
+
+def sampling_loss() -> lso.Loss:
+    """The cross-entropy of the plain loop, as a loss that can draw labels."""
+    return lso.Loss(
+        lambda model, batch: model(batch[0]),
+        lambda logits, batch: torch.nn.functional.cross_entropy(logits, batch[1]),
+        lambda batch: len(batch[0]),
+        sample=lambda logits, batch: (batch[0], torch.multinomial(torch.softmax(logits, -1), 1)[:, 0]),
+    )
 
 
 def reference(
@@ -88,7 +104,14 @@ def reference(
     total = sum(len(x) for s in steps for x, _ in s)
     wanted = paper_loops.run(plain, steps, theirs(update, plain), method, hyper, clip=clip)
     engine = engines.build(
-        kind, model, lso.registry.build(method, **hyper), base=ours(update), clip=clip, total_samples=total, bf16=bf16
+        kind,
+        model,
+        lso.registry.build(method, **hyper),
+        base=ours(update),
+        clip=clip,
+        total_samples=total,
+        bf16=bf16,
+        loss_fn=sampling_loss() if update == "sophia_g" else paper_loops.cross_entropy,
     )
     losses = [engine.train_batch(engines.mine(s)) for s in steps]
     vectors = [v for f in engine.families.values() for v in f.state_dict().values() if not isinstance(v, int | float)]
@@ -96,6 +119,7 @@ def reference(
     out = {
         "dw": engines.furthest(engine.space, plain),
         "dloss": max(abs(a - b) for a, b in zip(losses, wanted, strict=True)),
+        "passes": engine.last_step.passes if engine.last_step is not None else 0,
         "vectors": own / (engine.space.weights.local_bytes or 1),
     }  # fmt: skip
     engines.close(engine)

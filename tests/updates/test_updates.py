@@ -16,6 +16,8 @@ VECTORS = {
 }  # fmt: skip
 """What an update keeps, in vectors: law 7."""
 PLAIN = [*VECTORS][2:]
+LOOKING = ["sophia_g", "sophia_h", "adahessian", "sassha"]
+VECTORS |= dict.fromkeys(LOOKING, 2.0)
 """Updates that need neither whole matrices nor curvature, and have come later: their rows are fewer."""
 
 
@@ -41,6 +43,20 @@ def test_more_in_fp64(ranks: Any, kind: str, world: int, update: str) -> None:
 @pytest.mark.parametrize("kind,world,update", daily(ZERO, PLAIN), ids=joined)
 def test_more_under_zero(ranks: Any, kind: str, world: int, update: str) -> None:
     check(ranks(world).run("tests.cases.updates:reference", kind=kind, update=update, clip=0.5), update, "fp32")
+
+
+@pytest.mark.parametrize("kind,world,update", daily(FRAMEWORK, LOOKING, together=1), ids=joined)
+def test_curvature_in_fp64(ranks: Any, kind: str, world: int, update: str) -> None:
+    case = "tests.cases.updates:reference"
+    method = "sam" if update == "sassha" else "none"
+    out = ranks(world).run(case, kind=kind, update=update, method=method, dtype="fp64", last=2, clip=0.5, units=5)
+    check(out, update, "fp64")
+
+
+@pytest.mark.parametrize("kind,world,update", daily(ZERO, LOOKING), ids=joined)
+def test_curvature_under_zero(ranks: Any, kind: str, world: int, update: str) -> None:
+    method = "sam" if update == "sassha" else "none"
+    check(ranks(world).run("tests.cases.updates:reference", kind=kind, update=update, method=method), update, "fp32")
 
 
 @pytest.mark.parametrize("kind,world,update", daily(ZERO, ["lars", "lamb"]), ids=joined)
