@@ -165,6 +165,6 @@ def require_share(name: str, value: object) -> None:
     require(isinstance(value, int | float) and 0 <= value < 1, name, value, "a number >= 0 and < 1")
 
 
-def require_count(name: str, value: object) -> None:
-    """A whole number >= 1."""
-    require(isinstance(value, int) and value >= 1, name, value, "a whole number >= 1")
+def require_count(name: str, value: object, *, least: int = 1) -> None:
+    """A whole number >= 1, or >= `least`."""
+    require(isinstance(value, int) and value >= least, name, value, f"a whole number >= {least}")

@@ -11,7 +11,7 @@ updates = Registry(
     ours={
         **{
             name: f"{_HOME}.{name}"
-            for name in ("adahessian", "adaptive_memory", "lamb", "lars", "muon", "sassha", "schedule_free")
+            for name in ("adahessian", "adaptive_memory", "lamb", "lars", "muon", "sassha", "schedule_free", "soap")
         },
         **dict.fromkeys(("sophia_g", "sophia_h"), f"{_HOME}.sophia"),
     },

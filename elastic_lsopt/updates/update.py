@@ -34,6 +34,8 @@ class Update(ABC):
     decoupled_weight_decay: ClassVar[bool] = False
     """Whether decay shrinks the weights by rate times decay itself: then batch scaling keeps the decay per sample."""
 
+    together: ClassVar[bool] = False
+    """Whether all its parameters must have the same hyper-parameters (beside rate and decay)."""
     sees: ClassVar[Sees] = "nothing"
     """What it looks at beside the gradient; see `oracle/observation.py`."""
     where: ClassVar[Where] = "weights"

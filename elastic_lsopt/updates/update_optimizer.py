@@ -147,7 +147,9 @@ class UpdateOptimizer(torch.optim.Optimizer):
                 family: Kept | TorchFamily = Kept(UpdateFamily(rule, f"{FAMILY}{name}"), own)
             else:
                 family = TorchFamily(f"{FAMILY}{name}", rule, own, of)
-            self._bound.append(Bound(family, of))
+            self._bound.append(bound := Bound(family, of))
+            if isinstance(family, Kept):
+                list(self._parts(bound, family))  # refuses
         return [bound.family for bound in self._bound]
 
     @torch.no_grad()
@@ -233,6 +235,12 @@ class UpdateOptimizer(torch.optim.Optimizer):
         if len(alike) == 1:
             yield alike[0][0], family.space, family.state, bound.groups
             return
+        if any(rule.together for rule, _ in alike):
+            raise UserError(
+                f"update {family.name.removeprefix(FAMILY)} works on all its parameters together, and its param groups "
+                f"have other hyper-parameters: {alike[0][0]} and {alike[1][0]}; give them the same (rate and decay may "
+                "differ)."
+            )
         began = dict(family.state)
         for rule, chosen in alike:
             space = bound.part(chosen)

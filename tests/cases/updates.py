@@ -28,6 +28,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "lars": ("lars", LARS), "lamb": ("lamb", LAMB),
     "am_sgd": ("adaptive_memory", {"form": "sgd", "lr": 0.05, "weight_decay": 1e-3}),
     "am_adamw": ("adaptive_memory", {"form": "adamw", "lr": 0.01, "weight_decay": 0.01}),
+    "soap": ("soap", {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-3}),
+    "soap_often": ("soap", {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-3, "every": 2}),
+    "soap_short": ("soap", {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-3, "most": 11}),
+    "soap_none": ("soap", {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-3, "most": 0}),
     "adahessian": ("adahessian", {"lr": 0.03, "weight_decay": 0.01, "eps": 0.01}),
     "sophia_h": ("sophia_h", {"lr": 0.01, "weight_decay": 0.1, "gamma": 0.5, "every": 2, "betas": (0.9, 0.5)}),
     "sophia_g": ("sophia_g", {"lr": 0.01, "weight_decay": 0.1, "rho": 0.5, "every": 2, "betas": (0.9, 0.5)}),
@@ -78,6 +82,8 @@ def _authors(update: str, params: Any, options: dict[str, Any]) -> torch.optim.O
         made = authors(params, **options)
         made.train()
         return made
+    if update.startswith("soap"):
+        return updates.SOAP(params, **options)
     kinds = {"sophia_g": SophiaG, "sophia_h": SophiaH, "adahessian": AdaHessian, "sassha": SASSHA}
     return kinds[update](params, **options) if update in kinds else updates.AdaptiveMemory(params, str(form), **options)
 
@@ -241,6 +247,28 @@ def at_its_point(kind: str) -> dict[str, float]:
     out = {
         "x": max(float((found[n].double() - wanted[n].detach().double()).abs().max()) for n in found),
         "loss": abs(inside - loss), "back": abs(engine.evaluate(held) - before), "moved": abs(inside - before),
+    }  # fmt: skip
+    engines.close(engine)
+    return out
+
+
+def block_means(kind: str) -> dict[str, float]:
+    """Means over rows that ranks cut against those of whole parameters; sums over ranks for blocks, and for none."""
+    engine = engines.build(kind, engines.net(), lso.Plain())
+    space = engine.space
+    v = space.noise(0).vector()
+    whole = engines.whole(space, v)
+    lengths = [p.row_length if len(p.shape) > 1 else 1 for p in space.layout.parameters]
+    sums, reduce = [], space.shards.sum_pieces_
+    with patch.object(space.shards, "sum_pieces_", lambda values: sums.append(1) or reduce(values)):
+        space.mean_over_blocks_(v, [1] * len(lengths))
+        none = len(sums)
+        space.mean_over_blocks_(v, lengths)
+    found = engines.whole(space, v)
+    wanted = {n: t.mean(1, keepdim=True).expand(t.shape) if t.dim() > 1 else t for n, t in whole.items()}
+    out = {
+        "off": max(float((found[n] - wanted[n]).abs().max()) for n in found), "sums": float(len(sums) - none),
+        "none": float(none),
     }  # fmt: skip
     engines.close(engine)
     return out

@@ -44,6 +44,7 @@ FRAMEWORK = [
     (("fsdp2", 2), ("plain", 1), "adamw"), (("plain+scalar", 1), ("ddp+scalar", 2), "adamw"),
     (("fsdp2", 3), ("ddp", 2), "lamb"), (("ddp", 2), ("fsdp2", 3), "lars"), (("hsdp", 2), ("fsdp2", 3), "muon"),
     (("fsdp2", 3), ("ddp", 2), "am_adamw"), (("ddp", 2), ("fsdp2", 3), "schedule_free_adamw"),
+    (("fsdp2", 2), ("ddp", 2), "sophia_g"), (("ddp", 2), ("fsdp2", 3), "sassha"),
 ]  # fmt: skip
 ZERO = [
     (("zero3", 2), ("fsdp2", 3), "momentum"), (("fsdp2", 3), ("zero3", 2), "momentum"),

@@ -94,6 +94,71 @@ def ema(points: list[torch.Tensor], batches: list[int], decay: float) -> torch.T
     return mean
 
 
+class SOAP(torch.optim.Optimizer):
+    """The authors' file, with its defaults; decompositions in fp32."""
+
+    def __init__(
+        self, params: Any, lr: float, weight_decay: float, every: int = 10, most: int = 10_000, eps: float = 1e-8
+    ) -> None:
+        options = {"lr": lr, "weight_decay": weight_decay, "every": every, "most": most, "eps": eps}
+        super().__init__(params, options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        [group] = self.param_groups
+        for p in group["params"]:
+            if p.grad is not None:
+                self._step(p, p.grad, self.state[p], **{k: v for k, v in group.items() if k != "params"})
+
+    def _step(
+        self, p: Any, g: torch.Tensor, s: dict[str, Any], lr: float, weight_decay: float, every: int, most: int,
+        eps: float, **_: Any,
+    ) -> None:  # fmt: skip
+        b1 = b2 = 0.95
+        if not s:
+            s.update(t=0, m=torch.zeros_like(g), v=torch.zeros_like(g))
+            sides = [n if g.dim() > 1 and n <= most else 0 for n in g.shape]
+            s["GG"] = [torch.zeros(n, n).to(g) if n else None for n in sides]
+            self._grams(s, g, b2)
+            s["Q"] = [None if gram is None else self._eigenvectors(gram) for gram in s["GG"]]
+            return
+        s["t"] += 1
+        there = self._project(g, s["Q"])
+        s["m"] = b1 * s["m"] + (1 - b1) * there
+        s["v"] = b2 * s["v"] + (1 - b2) * there**2
+        step = self._project(s["m"] / (s["v"].sqrt() + eps), [None if q is None else q.T for q in s["Q"]])
+        p.sub_(lr * (1 - b2 ** s["t"]) ** 0.5 / (1 - b1 ** s["t"]) * step)
+        p.sub_(lr * weight_decay * p)
+        m = self._project(s["m"], [None if q is None else q.T for q in s["Q"]])
+        self._grams(s, g, b2)
+        if s["t"] % every == 0:
+            for side, (gram, q) in enumerate(zip(s["GG"], s["Q"], strict=True)):
+                if gram is not None:
+                    ahead = gram @ q
+                    order = torch.einsum("ij,ij->j", q, ahead).argsort(descending=True)
+                    s["v"] = s["v"].index_select(side, order)
+                    s["Q"][side] = torch.linalg.qr(ahead[:, order].float())[0].to(g)
+        s["m"] = self._project(m, s["Q"])
+
+    @staticmethod
+    def _eigenvectors(gram: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigh(gram.float() + 1e-30 * torch.eye(len(gram)))[1].flip(1).to(gram)
+
+    @staticmethod
+    def _grams(s: dict[str, Any], g: torch.Tensor, b2: float) -> None:
+        for side, gram in enumerate(s["GG"]):
+            if gram is not None:
+                others = [i for i in range(g.dim()) if i != side]
+                gram.lerp_(torch.tensordot(g, g, dims=[others, others]), 1 - b2)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _project(t: torch.Tensor, qs: Any) -> torch.Tensor:
+        for side, q in enumerate(qs):
+            if q is not None:
+                t = torch.tensordot(t, q, dims=[[side], [0]]).movedim(-1, side)  # type: ignore[arg-type]
+        return t
+
+
 class AdaptiveMemory(torch.optim.Optimizer):
     """Adaptive memory momentum, 2025: SGD's form with one beta for all parameters, AdamW's with one for each."""
 

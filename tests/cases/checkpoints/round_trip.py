@@ -13,7 +13,7 @@ import elastic_lsopt as lso
 from elastic_lsopt.averages.ema import EMA
 from elastic_lsopt.checkpoint import Checkpointer, folder
 from tests.cases import engines
-from tests.cases.updates import UPDATES, ours
+from tests.cases.updates import UPDATES, ours, sampling_loss
 
 STEPS, UNITS = 6, 3
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
@@ -67,7 +67,8 @@ def _engine(kind: str, base: str, dtype: str, seed: int = 0) -> lso.Engine:
         model.register_forward_hook(lambda module, given, out: out * module.temperature)
     chosen = Drifting if base == "drifting" else ours(base) if base in UPDATES else base
     keep = [EMA(decay=0.9)] if base in UPDATES else []
-    return engines.build(kind, model, Remembering(), base=chosen, zero=zero, bf16=dtype == "bf16", keep=keep)
+    loss = {"loss_fn": sampling_loss()} if base == "sophia_g" else {}
+    return engines.build(kind, model, Remembering(), base=chosen, zero=zero, bf16=dtype == "bf16", keep=keep, **loss)
 
 
 def _train(engine: lso.Engine, first: int, last: int, dtype: str) -> list[float]:
