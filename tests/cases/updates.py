@@ -30,7 +30,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "am_adamw": ("adaptive_memory", {"form": "adamw", "lr": 0.01, "weight_decay": 0.01}),
     "soap": ("soap", {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-3}),
     "soap_often": ("soap", {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-3, "every": 2}),
-    "soap_short": ("soap", {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-3, "most": 11}),
+    "soap_short": ("soap", {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-3, "most": 7}),
     "soap_none": ("soap", {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-3, "most": 0}),
     "adahessian": ("adahessian", {"lr": 0.03, "weight_decay": 0.01, "eps": 0.01}),
     "sophia_h": ("sophia_h", {"lr": 0.01, "weight_decay": 0.1, "gamma": 0.5, "every": 2, "betas": (0.9, 0.5)}),
@@ -272,3 +272,14 @@ def block_means(kind: str) -> dict[str, float]:
     }  # fmt: skip
     engines.close(engine)
     return out
+
+
+def soap_memory(kind: str) -> dict[str, int]:
+    """Numbers that this rank keeps of matrices that it owns, and of vectors."""
+    engine = engines.build(kind, engines.net(), lso.Plain(), base=ours("soap"))
+    engine.train_batch(engines.mine(engines.batches(1, 3)[0]))
+    state: Any = {k: v for k, v in engine.families["update/soap"].state_dict().items() if hasattr(v, "tensors")}
+    numbers = {key: sum(t.numel() for t in v.tensors) for key, v in state.items()}
+    plain = sum(n for key, n in numbers.items() if key.startswith("plain"))
+    engines.close(engine)
+    return {"owned": sum(numbers.values()) - plain, "plain": plain}

@@ -29,6 +29,7 @@ SAME = [
     ("zero3+small", 3, "adamw"), ("zero3", 2, "adamw"),
     ("plain", 1, "lars"), ("ddp", 2, "lamb"), ("fsdp2", 3, "muon"), ("zero2", 2, "lars"), ("zero2", 3, "muon"),
     ("zero3", 2, "lamb"), ("zero3+small", 2, "muon"), ("zero2", 3, "am_adamw"), ("fsdp2", 2, "schedule_free_adamw"),
+    ("zero2", 2, "soap"), ("fsdp2", 3, "soap"), ("hsdp", 4, "soap"),
 ]  # fmt: skip
 
 
@@ -45,6 +46,7 @@ FRAMEWORK = [
     (("fsdp2", 3), ("ddp", 2), "lamb"), (("ddp", 2), ("fsdp2", 3), "lars"), (("hsdp", 2), ("fsdp2", 3), "muon"),
     (("fsdp2", 3), ("ddp", 2), "am_adamw"), (("ddp", 2), ("fsdp2", 3), "schedule_free_adamw"),
     (("fsdp2", 2), ("ddp", 2), "sophia_g"), (("ddp", 2), ("fsdp2", 3), "sassha"),
+    (("fsdp2", 3), ("ddp", 2), "soap"), (("ddp", 2), ("hsdp", 4), "soap"),
 ]  # fmt: skip
 ZERO = [
     (("zero3", 2), ("fsdp2", 3), "momentum"), (("fsdp2", 3), ("zero3", 2), "momentum"),

@@ -60,7 +60,7 @@ DEATHS = [
     # an update of ours, and an average beside it
     ("ddp", "muon", 2, 3, [0]), ("fsdp2", "lamb", 3, 2, [1]), ("fsdp2", "muon", 2, 3, [1]),
     ("zero2", "lars", 3, 2, [0]), ("zero2", "muon", 2, 3, [0]), ("zero3", "lamb", 2, 3, []),
-    ("zero3", "muon", 3, 2, [1]),
+    ("zero3", "muon", 3, 2, [1]), ("ddp", "soap", 2, 3, [0]), ("zero2", "soap", 3, 2, [0]),
 ]  # fmt: skip
 
 
