@@ -40,11 +40,15 @@ if TYPE_CHECKING:
     from elastic_lsopt.oracle.microbatch import MicroBatch
     from elastic_lsopt.oracle.step_report import StepReport
     from elastic_lsopt.space.vector import Scales
+    from elastic_lsopt.updates.adahessian import AdaHessian
     from elastic_lsopt.updates.adaptive_memory import AdaptiveMemory
     from elastic_lsopt.updates.lamb import LAMB
     from elastic_lsopt.updates.lars import LARS
     from elastic_lsopt.updates.muon import Muon
+    from elastic_lsopt.updates.sassha import SASSHA
     from elastic_lsopt.updates.schedule_free import ScheduleFree
+    from elastic_lsopt.updates.soap import SOAP
+    from elastic_lsopt.updates.sophia import SophiaG, SophiaH
     from elastic_lsopt.updates.update import Update
     from elastic_lsopt.updates.update_optimizer import UpdateOptimizer
 
@@ -56,6 +60,9 @@ __all__ = [
     "LARS",
     "LPFSGD",
     "SAM",
+    "SASSHA",
+    "SOAP",
+    "AdaHessian",
     "AdaptiveMemory",
     "Average",
     "Engine",
@@ -73,6 +80,8 @@ __all__ = [
     "ProbeCallback",
     "Scales",
     "ScheduleFree",
+    "SophiaG",
+    "SophiaH",
     "StaleGeneration",
     "StaleGradient",
     "StaleWeights",
@@ -100,6 +109,11 @@ _HOMES = {
     "Engine": "api.engine",
     "AdaptiveMemory": "updates.adaptive_memory",
     "ScheduleFree": "updates.schedule_free",
+    "AdaHessian": "updates.adahessian",
+    "SASSHA": "updates.sassha",
+    "SOAP": "updates.soap",
+    "SophiaG": "updates.sophia",
+    "SophiaH": "updates.sophia",
     "LAMB": "updates.lamb",
     "LARS": "updates.lars",
     "FlatLoRA": "optimizers.flat_lora",

@@ -153,7 +153,7 @@ def require_number(name: str, value: object, *, positive: bool = False) -> None:
     require(number and not (positive and value == 0), name, value, f"a number {'>' if positive else '>='} 0")
 
 
-def require_betas(value: object) -> None:
+def require_betas(value: Any) -> None:
     """Two numbers in [0, 1)."""
     two = isinstance(value, tuple | list) and len(value) == 2
     right = two and all(isinstance(b, int | float) and 0 <= b < 1 for b in value)

@@ -149,7 +149,7 @@ class Policy:
         )
 
 
-OWN_BETAS = {"lamb": (0.9, 0.999)}
+OWN_BETAS = {"lamb": (0.9, 0.999), "soap": (0.95, 0.95)}
 """What updates have where the file says nothing, of those that the square-root rule serves."""
 
 

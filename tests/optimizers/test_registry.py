@@ -159,12 +159,12 @@ def test_the_public_surface() -> None:
     """Adding a name is a decision; taking one away breaks users."""
     assert sorted(lso.__all__) == sorted(
         [
-            "ASAM", "AdaptiveMemory", "Average", "EMA", "Engine", "FlatLoRA", "LAMB", "LARS", "LPFSGD",
+            "ASAM", "AdaHessian", "AdaptiveMemory", "Average", "EMA", "Engine", "FlatLoRA", "LAMB", "LARS", "LPFSGD",
             "LandscapeDeepSpeedStrategy", "LandscapeOptimizer", "LandscapeTrainer", "LandscapeTrainerMixin", "Loss",
-            "MicroBatch", "Muon", "NonFinite", "PeerFailed", "Plain", "ProbeCallback", "SAM", "Scales", "ScheduleFree",
-            "StaleGeneration", "StaleGradient", "StaleWeights", "StepLoader", "StepReport", "Unsupported", "Update",
-            "UpdateOptimizer", "UserError", "attach", "averages", "elastic", "initialize", "load", "probes", "registry",
-            "save", "updates",
+            "MicroBatch", "Muon", "NonFinite", "PeerFailed", "Plain", "ProbeCallback", "SAM", "SASSHA", "SOAP",
+            "Scales", "ScheduleFree", "SophiaG", "SophiaH", "StaleGeneration", "StaleGradient", "StaleWeights",
+            "StepLoader", "StepReport", "Unsupported", "Update", "UpdateOptimizer", "UserError", "attach", "averages",
+            "elastic", "initialize", "load", "probes", "registry", "save", "updates",
         ]
     )  # fmt: skip
     assert all(hasattr(lso, name) for name in lso.__all__)
