@@ -38,7 +38,10 @@ def test_schedule_free_is_exported_at_its_average(run: Run, folder: Path) -> Non
 
 @pytest.mark.parametrize(
     ("optim", "where", "passes"),
-    [("sophia_g", ZERO2, [3, 2, 2, 2]), ("sassha", {"backend": "fsdp2"}, [2, 2, 2, 2])],
+    [
+        ("sophia_g", ZERO2, [3, 2, 2, 2]),
+        pytest.param("sassha", {"backend": "fsdp2"}, [2, 2, 2, 2], marks=pytest.mark.full),
+    ],
 )
 def test_a_language_model_is_looked_at(
     run: Run, folder: Path, optim: str, where: dict[str, Any], passes: list[int]
