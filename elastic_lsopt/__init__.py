@@ -54,9 +54,15 @@ if TYPE_CHECKING:
     from elastic_lsopt.oracle.microbatch import MicroBatch
     from elastic_lsopt.oracle.step_report import StepReport
     from elastic_lsopt.space.vector import Scales
+    from elastic_lsopt.updates.adahessian import AdaHessian
+    from elastic_lsopt.updates.adaptive_memory import AdaptiveMemory
     from elastic_lsopt.updates.lamb import LAMB
     from elastic_lsopt.updates.lars import LARS
     from elastic_lsopt.updates.muon import Muon
+    from elastic_lsopt.updates.sassha import SASSHA
+    from elastic_lsopt.updates.schedule_free import ScheduleFree
+    from elastic_lsopt.updates.soap import SOAP
+    from elastic_lsopt.updates.sophia import SophiaG, SophiaH
     from elastic_lsopt.updates.update import Update
     from elastic_lsopt.updates.update_optimizer import UpdateOptimizer
 
@@ -73,7 +79,11 @@ __all__ = [
     "NBAR",
     "RWP",
     "SAM",
+    "SASSHA",
+    "SOAP",
     "WSAM",
+    "AdaHessian",
+    "AdaptiveMemory",
     "Average",
     "Engine",
     "EntropySGD",
@@ -97,6 +107,9 @@ __all__ = [
     "RandomSAM",
     "SAMPa",
     "Scales",
+    "ScheduleFree",
+    "SophiaG",
+    "SophiaH",
     "StaleGeneration",
     "StaleGradient",
     "StaleWeights",
@@ -136,6 +149,13 @@ _HOMES = {
     "Average": "averages.average",
     "EMA": "averages.ema",
     "Engine": "api.engine",
+    "AdaptiveMemory": "updates.adaptive_memory",
+    "ScheduleFree": "updates.schedule_free",
+    "AdaHessian": "updates.adahessian",
+    "SASSHA": "updates.sassha",
+    "SOAP": "updates.soap",
+    "SophiaG": "updates.sophia",
+    "SophiaH": "updates.sophia",
     "LAMB": "updates.lamb",
     "LARS": "updates.lars",
     "FlatLoRA": "optimizers.flat_lora",

@@ -147,9 +147,17 @@ def require(condition: bool, name: str, value: object, limit: str) -> None:
         raise UserError(f"{name}={value!r} must be {limit}.")
 
 
-def require_number(name: str, value: object) -> None:
-    """A finite number >= 0 (a string is none: YAML reads 5e-2 as one)."""
-    require(isinstance(value, int | float) and math.isfinite(value) and value >= 0, name, value, "a number >= 0")
+def require_number(name: str, value: object, *, positive: bool = False) -> None:
+    """A finite number >= 0, or > 0 (a string is none: YAML reads 5e-2 as one)."""
+    number = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    require(number and not (positive and value == 0), name, value, f"a number {'>' if positive else '>='} 0")
+
+
+def require_betas(value: Any) -> None:
+    """Two numbers in [0, 1)."""
+    two = isinstance(value, tuple | list) and len(value) == 2
+    right = two and all(isinstance(b, int | float) and 0 <= b < 1 for b in value)
+    require(right, "betas", value, "two numbers >= 0 and < 1")
 
 
 def require_share(name: str, value: object) -> None:
@@ -157,6 +165,6 @@ def require_share(name: str, value: object) -> None:
     require(isinstance(value, int | float) and 0 <= value < 1, name, value, "a number >= 0 and < 1")
 
 
-def require_count(name: str, value: object) -> None:
-    """A whole number >= 1."""
-    require(isinstance(value, int) and value >= 1, name, value, "a whole number >= 1")
+def require_count(name: str, value: object, *, least: int = 1) -> None:
+    """A whole number >= 1, or >= `least`."""
+    require(isinstance(value, int) and value >= least, name, value, f"a whole number >= {least}")

@@ -26,7 +26,15 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from elastic_lsopt.config.settings import ADAMS, TORCH_OPTIMS, TrainConfig, landscape_fields, lr_rule
+from elastic_lsopt.config.settings import (
+    ADAMS,
+    BY_FORM,
+    DECOUPLED,
+    TORCH_OPTIMS,
+    TrainConfig,
+    landscape_fields,
+    lr_rule,
+)
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.microbatch import part_bounds
@@ -123,7 +131,8 @@ class Policy:
                 epsilon=config.adam_epsilon if adam else own.get("eps"),
                 momentum=config.momentum if config.optim == "sgd" else own.get("momentum"),
                 weight_decay=config.weight_decay,
-                decoupled_weight_decay=config.optim in ("adamw", "muon"),
+                decoupled_weight_decay=config.optim in DECOUPLED
+                or (config.optim in BY_FORM and own.get("form") != "sgd"),
                 rho=method.get("rho"),
                 gamma=method.get("gamma"),
             ),
@@ -140,16 +149,16 @@ class Policy:
         )
 
 
-LAMB_BETAS = (0.9, 0.999)
-"""What LAMB has where the file says nothing."""
+OWN_BETAS = {"lamb": (0.9, 0.999), "soap": (0.95, 0.95)}
+"""What updates have where the file says nothing, of those that the square-root rule serves."""
 
 
 def betas_of(config: TrainConfig) -> list[tuple[float, float] | None]:
-    """Adam's or LAMB's betas of the job, then of each rule of `param_groups`, then of AdamW beside Muon."""
+    """The betas of the job, then of each rule of `param_groups`, then of AdamW beside Muon."""
     adams = (config.adam_beta1, config.adam_beta2)
 
     def of(optim: str, own: Mapping[str, Any]) -> tuple[float, float] | None:
-        given = own.get("betas", adams if optim in ADAMS else LAMB_BETAS if optim == "lamb" else None)
+        given = own.get("betas", adams if optim in ADAMS else OWN_BETAS.get(optim))
         return None if given is None else (float(given[0]), float(given[1]))
 
     rules = [(str(g.get("optim", config.optim)), g.get("optim_args", {})) for g in config.param_groups]

@@ -19,13 +19,15 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.default_loss import as_loss
 from elastic_lsopt.oracle.eval_mode import eval_mode
 from elastic_lsopt.oracle.family import Family, Stateful
-from elastic_lsopt.oracle.logits import NO_LOGITS
 from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
+from elastic_lsopt.oracle.observation import refuse_unseen
+from elastic_lsopt.oracle.split.logits import NO_LOGITS
 from elastic_lsopt.oracle.step_report import Piggyback, StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
+from elastic_lsopt.updates.update_optimizer import updates_of
 
 
 class Engine:
@@ -52,6 +54,8 @@ class Engine:
         if getattr(method, "needs_logits", False) and not isinstance(self.loss, Loss):
             raise UserError(f"{type(method).__name__} needs the logits: {NO_LOGITS}")
         self._landscape = LandscapeStep(backend, method, seed, SampleClock(total_samples=total_samples), kept=keep)
+        if (update := updates_of(backend.base)) is not None:
+            refuse_unseen(update.looking(), self.loss)
         self._stop_requested = False
         self.piggyback: Callable[[], Piggyback] | None = None
         """What the elastic runtime lets ride on each pass's all-reduce."""
@@ -197,6 +201,11 @@ class Engine:
     def average(self, name: str = "ema") -> Vector:
         """The average of that name, live: read it, never write it. Raises UserError where the engine keeps none."""
         return self._landscape.average(name)
+
+    @property
+    def evaluates_at(self) -> str | None:
+        """The average at which the base optimizer says that the model is ("schedule_free"); None: at the weights."""
+        return self._landscape.evaluates_at
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the method's state, and the clock. (Checkpoints for any world size: `lso.checkpoint`.)"""

@@ -19,8 +19,9 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.closure_oracle import ClosureOracle
 from elastic_lsopt.oracle.curvature.compute_type import FP16
 from elastic_lsopt.oracle.family import Family, Stateful
-from elastic_lsopt.oracle.logits import NO_LOGITS
 from elastic_lsopt.oracle.method import Method, State
+from elastic_lsopt.oracle.observation import refuse_unseen
+from elastic_lsopt.oracle.split.logits import NO_LOGITS
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
@@ -82,6 +83,8 @@ class LandscapeOptimizer(torch.optim.Optimizer):
             )
         if getattr(method, "needs_logits", False):
             raise UserError(f"{type(method).__name__} needs the logits, which a closure does not give: {NO_LOGITS}")
+        if (update := updates_of(base)) is not None:
+            refuse_unseen(update.looking(), None)
         self.base, self.method = base, method
         self.max_grad_norm, self.samples_per_step = max_grad_norm, samples_per_step
         self._seed, self._clock = seed, SampleClock(total_samples=total_samples)

@@ -19,6 +19,7 @@ from elastic_lsopt.errors import NonFinite, PeerFailed, StaleWeights, UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.family import Family, Kept, MethodFamily, Stateful
 from elastic_lsopt.oracle.method import Method, State
+from elastic_lsopt.oracle.observation import HowProducts
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.oracle.step_report import FAITHFUL, Piggyback, StepReport, log, warn_unfaithful
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -56,18 +57,27 @@ class LandscapeStep:
         self._update = updates_of(self.backend.base)
         for family in self._update.bind(self.space, self.backend.parameters) if self._update is not None else ():
             self.add(family)
+        self._products = HowProducts()
         self._warned = self._looked = False
 
     def average(self, name: str) -> Vector:
         """The average of that name, live: read it, never write it. Raises UserError where none is kept."""
         kept = self.families.get(f"{AVERAGES}{name}")
+        if kept is None and self._update is not None and name in self._update.points():
+            return self._update.point(name, self.space)
         if not isinstance(kept, Kept) or not isinstance(kept.kind, Average):
             known = [n.removeprefix(AVERAGES) for n in self.families if n.startswith(AVERAGES)]
+            known += self._update.points() if self._update is not None else []
             raise UserError(
                 f"no average {name!r} is kept (there are: {', '.join(known) or 'none'}); build with "
                 f"keep=[lso.averages.build({name!r})], in a YAML with averages: {{{name}: {{…}}}}."
             )
         return kept.kind.weights(self.space, kept.state)
+
+    @property
+    def evaluates_at(self) -> str | None:
+        """The average at which the base optimizer says that the model is (schedule_free's); None: at the weights."""
+        return next(iter(self._update.points()), None) if self._update is not None else None
 
     @contextmanager
     def averaged(self, name: str) -> Iterator[Vector]:
@@ -167,6 +177,9 @@ class LandscapeStep:
         # the second where the first moved only before any forward, which tells its type.
         space.fidelity.narrow = self.clock.steps < 2 and not self._looked
         try:
+            if self._update is not None:
+                passes = getattr(self.method, "passes_at", lambda step: 1)(oracle.step)
+                oracle.observations = self._update.observations(oracle.step, passes, self._products)
             with space.copies.deferring():
                 gradient = self._of_the_method(oracle)
                 oracle.install(gradient)
@@ -191,7 +204,7 @@ class LandscapeStep:
             self._looked = self._looked or space.fidelity.last is not None
         return StepReport(
             oracle.first_loss,
-            oracle.passes,
+            oracle.passes + oracle.observed,
             norm,
             samples,
             False,
@@ -222,7 +235,8 @@ class LandscapeStep:
         self.backend.clear_gradient()
         self.skipped_steps += 1
         log.warning("skipped a step on all ranks (%d so far): %s", self.skipped_steps, error)
-        return StepReport(oracle.first_loss, oracle.passes, math.nan, samples, True, oracle.stop, oracle.piggyback)
+        passes = oracle.passes + oracle.observed
+        return StepReport(oracle.first_loss, passes, math.nan, samples, True, oracle.stop, oracle.piggyback)
 
     def _faithful(self, fidelity: Fidelity | None) -> Fidelity | None:
         if fidelity is not None and fidelity.cosine < FAITHFUL and not self._warned:

@@ -27,7 +27,15 @@ from typing import Any, TypeVar
 from elastic_lsopt.backends.agreement import gather_json, one_line, together
 from elastic_lsopt.backends.groups import present
 from elastic_lsopt.checkpoint import folder as folders
-from elastic_lsopt.checkpoint.contents import Held, Keys, Snapshot, TrainingState, chunk_of, take_snapshot
+from elastic_lsopt.checkpoint.contents import (
+    Held,
+    Keys,
+    Snapshot,
+    TrainingState,
+    chunks_of,
+    owned_vectors,
+    take_snapshot,
+)
 from elastic_lsopt.checkpoint.planner import Chunk, share_out
 from elastic_lsopt.checkpoint.restore import refuse_other_model, restore
 from elastic_lsopt.checkpoint.storage import Json, SafetensorsReader, contents_of, write_share
@@ -96,7 +104,7 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[SaveReport] | None = None
         self._report: SaveReport | None = None
-        self._mine: tuple[object, set[Chunk]] | None = None
+        self._mine: tuple[tuple[object, list[tuple[str, str]]], set[Chunk]] | None = None
         self._crowded = False
         """Whether older checkpoints are to be pruned for the newest one."""
         self._committed: Path | None = None
@@ -169,11 +177,10 @@ class Checkpointer:
 
     def _share(self, state: TrainingState) -> set[Chunk]:
         """The pieces that this rank writes: replicas of a piece share the work."""
-        layout = state.backend.layout
-        if self._mine is None or self._mine[0] is not layout:
+        layout = state.backend.layout, [(name, key) for name, key, _ in owned_vectors(state)]
+        if self._mine is None or self._mine[0][0] is not layout[0] or self._mine[0][1] != layout[1]:
             suffix = Keys.of(state.backend).suffix  # replicas share no work: each has weights of its own
-            chunks = [chunk_of(state.backend, piece) for piece in layout.pieces]
-            own = [(f"{name}{suffix}", at, length) for name, at, length in chunks]
+            own = [(f"{name}{suffix}", at, length) for name, at, length in chunks_of(state)]
             held = [[(name, at, length) for name, at, length in theirs] for theirs in self._everyones(own)]
             mine = share_out(held)[self.rank]
             self._mine = layout, {(name.removesuffix(suffix), at, length) for name, at, length in mine}

@@ -14,7 +14,7 @@ JSON) are `facts`. Frozen parameters are not saved: they come with the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.family import Family
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.layout import Parameter, Piece, plain_name
+from elastic_lsopt.space.owned import OwnedSpace
 from elastic_lsopt.space.vector import Vector
 
 FORMAT = 2
@@ -97,10 +98,28 @@ def chunk_of(backend: Backend, piece: Piece) -> tuple[str, int, int]:
     return backend.layout.parameters[piece.parameter].name, piece.offset, piece.length
 
 
+def chunks_of(state: TrainingState) -> list[tuple[str, int, int]]:
+    """All that this rank holds, as any rank knows it: the pieces of the weights, whose state lies as they do, and what
+    families keep of a matrix that this rank owns."""
+    out = [chunk_of(state.backend, piece) for piece in state.backend.layout.pieces]
+    for name, key, vector in owned_vectors(state):
+        layout = vector.space.layout
+        out += [(f"{name}/{key}/{layout.parameters[p.parameter].name}", p.offset, p.length) for p in layout.pieces]
+    return out
+
+
+def owned_vectors(state: TrainingState) -> Iterator[tuple[str, str, Vector]]:
+    """(family, key, Vector) of those whose tensors lie whole on one rank each."""
+    for family in state.families.values():
+        for key, value in family.state_dict().items():
+            if isinstance(value, Vector) and isinstance(value.space, OwnedSpace):
+                yield family.name, key, value
+
+
 def take_snapshot(
     state: TrainingState, step: int, extra: dict[str, Any], mine: set[tuple[str, int, int]], *, copy: bool
 ) -> Snapshot:
-    """The state as it is now; the pieces in `mine` are this rank's to write.
+    """The state as it is now; the pieces in `mine`, some of `chunks_of`, are this rank's to write.
 
     With `copy` the tensors are copied to host memory (weights, base state and families of `mine`), else they are
     the live ones. No communication. Raises StaleWeights inside a perturbed pass or before `resync`, Unsupported for
@@ -116,8 +135,8 @@ def take_snapshot(
 
     prefix = Keys.of(backend)
 
-    def hold(key: str, parameter: Parameter, piece: Piece, value: Tensor) -> None:
-        if (parameter.name, piece.offset, piece.length) in mine:
+    def hold(key: str, parameter: Parameter, piece: Piece, value: Tensor, name: str = "") -> None:
+        if (name or parameter.name, piece.offset, piece.length) in mine:
             tensors.setdefault(key, Held(parameter.numel)).chunks.append((piece.offset, keep(value)))
 
     def of(piece: Piece) -> Parameter:
@@ -146,7 +165,9 @@ def take_snapshot(
                 own = value.space.layout  # of some of the parameters, where the family is
                 for piece, part in zip(own.pieces, value.tensors, strict=True) if not others else ():
                     parameter = own.parameters[piece.parameter]
-                    hold(f"{own_key}/{key}/{parameter.name}", parameter, piece, part)
+                    owned = isinstance(value.space, OwnedSpace)
+                    name = f"{family.name}/{key}/{parameter.name}" if owned else ""
+                    hold(f"{own_key}/{key}/{parameter.name}", parameter, piece, part, name)
                 noted[key] = ELEMENTS
             else:
                 noted[key] = encode(value, f"{key!r} of the state of {family.name}")

@@ -9,8 +9,10 @@ from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.probes import read_probes
 from elastic_lsopt.config.settings import (
     ADAMS,
+    EVALUATE_ELSEWHERE,
     MOST_MICROBATCHES,
     MOST_WORKERS,
+    NO_SQUARE_ROOT,
     TORCH_OPTIMS,
     TrainConfig,
     landscape_fields,
@@ -100,12 +102,18 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         for key, default in (("adam_beta1", 0.9), ("adam_beta2", 0.999), ("adam_epsilon", 1e-8)):
             if getattr(c, key) != default:
                 yield key, f"{key} is for optim adam and adamw, but optim={c.optim}; remove the key."
+    if (elsewhere := sorted(optims & EVALUATE_ELSEWHERE)) and c.lr_scheduler_type != "constant":
+        yield (
+            "lr_scheduler_type",
+            f"lr_scheduler_type={c.lr_scheduler_type}: {elsewhere[0]} averages in place of a schedule; set "
+            "lr_scheduler_type: constant (a warmup_ratio goes with it).",
+        )
     if c.optim_args and c.optim in TORCH_OPTIMS:
         yield (
             "optim_args",
-            f"optim_args are for lamb, lars, muon or an import path, but optim={c.optim}; remove the key.",
+            f"optim_args are for updates such as lamb or muon, or an import path, but optim={c.optim}; remove the key.",
         )
-    if c.evaluate_average is not None and c.evaluate_average not in c.averages:
+    if c.evaluate_average is not None and c.evaluate_average not in {*c.averages, *(optims & EVALUATE_ELSEWHERE)}:
         known = ", ".join(c.averages) or "none"
         yield (
             "evaluate_average",
@@ -216,6 +224,13 @@ def _elastic_conflicts(c: TrainConfig, e: ElasticConfig) -> Iterator[tuple[str, 
             "elastic.lr_rule",
             f"lr_rule=adascale is for optim sgd, whose step is the gradient that it measures, but optim={c.optim}; "
             "use sqrt.",
+        )
+    optims = {c.optim, *(str(group.get("optim", c.optim)) for group in c.param_groups)}
+    if lr_rule(c, e) == "sqrt" and (without := sorted(optims & NO_SQUARE_ROOT)):
+        yield (
+            "elastic.lr_rule",
+            f"lr_rule=sqrt is Adam's, and moves its betas; no paper says it of {without[0]}: set elastic.lr_rule: "
+            "linear or none.",
         )
     assert e.reference_workers is not None
     if batch % (microbatch * e.reference_workers):

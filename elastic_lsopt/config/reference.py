@@ -22,7 +22,7 @@ from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.lora import LoraConfig
 from elastic_lsopt.config.probes import OWN, ProbeConfig
 from elastic_lsopt.config.schema import allowed, setting
-from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.config.settings import EVALUATE_ELSEWHERE, TrainConfig
 from elastic_lsopt.config.study import Grid, StudyConfig
 
 PACKAGE = Path(__file__).parents[1]
@@ -86,7 +86,7 @@ def keys_text() -> str:
         *_settings(ElasticConfig, examples.ELASTIC, "elastic.", "The block `elastic`: "),
         OF_PROBES, *_settings(ProbeConfig, examples.PROBE, "probes.NAME."),
         OF_METHODS, *_algorithms("optimizers", lambda name, own: {"landscape": {"method": name, **own}}),
-        OF_UPDATES, *_algorithms("updates", lambda name, own: {"optim": name, "optim_args": own}),
+        OF_UPDATES, *_algorithms("updates", _as_optim),
         OF_AVERAGES, *_algorithms("averages", lambda name, own: {"averages": {name: own}}),
         OF_STUDIES, *_settings(StudyConfig, examples.STUDY, end=" of a study"),
         *_settings(Grid, examples.GRID, "grid."),
@@ -134,6 +134,11 @@ class Own:
     takes: str
     default: Any
     meaning: str
+
+
+def _as_optim(name: str, own: dict[str, Any]) -> dict[str, Any]:
+    constant = {"lr_scheduler_type": "constant"} if name in EVALUATE_ELSEWHERE else {}
+    return {"optim": name, "optim_args": own, **constant}
 
 
 def _algorithms(folder: str, example: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Iterator[str]:

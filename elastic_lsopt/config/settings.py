@@ -37,6 +37,15 @@ LANDSCAPE_SCHEMA: dict[str, Any] = {
 }
 
 ADAMS, TORCH_OPTIMS = ("adam", "adamw"), ("adam", "adamw", "sgd")
+EVALUATE_ELSEWHERE = frozenset({"schedule_free"})
+"""Updates that are an average themselves, by whose name the model is evaluated there."""
+DECOUPLED = frozenset({"adahessian", "adamw", "muon", "sassha", "soap", "sophia_g", "sophia_h"})
+"""Updates whose decay shrinks the weights themselves."""
+BY_FORM = frozenset({"adaptive_memory", "schedule_free"})
+"""Updates of which this holds in their form adamw, which is the default, and not in sgd."""
+NO_SQUARE_ROOT = frozenset({"adahessian", "adaptive_memory", "sassha", "schedule_free", "sophia_g", "sophia_h"})
+"""Updates that no square-root rule is known for: what they divide by is no measure of the gradient's noise as Adam's
+is."""
 
 # Data that comes with Python or with scikit-learn: names, never paths.
 BUILTIN_DATASETS = ("python-stdlib", "digits")
@@ -141,10 +150,27 @@ class TrainConfig:
     """Passes over the training samples, may be a fraction; exactly one of max_steps and num_train_epochs."""
 
     # The base optimizer and its schedule.
-    optim: Literal["adamw", "adam", "sgd", "lamb", "lars", "muon"] | ImportPath = "adamw"
+    optim: (
+        Literal[
+            "adamw",
+            "adam",
+            "sgd",
+            "adahessian",
+            "adaptive_memory",
+            "lamb",
+            "lars",
+            "muon",
+            "sassha",
+            "schedule_free",
+            "soap",
+            "sophia_g",
+            "sophia_h",
+        ]
+        | ImportPath
+    ) = "adamw"
     """The base optimizer, which steps with the gradient that the landscape method makes; or an update of your own."""
     optim_args: dict[str, Any] = field(default_factory=dict)
-    """The own hyper-parameters of lamb, lars, muon or of an imported update, such as trust."""
+    """The own hyper-parameters of an update such as lamb, lars or muon, or of an imported one: {trust: 0.002}."""
     param_groups: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
     """Parameters that are treated otherwise, the first that matches: {match: "*.weight", dims: 2, optim: muon,
     learning_rate: 0.02, weight_decay: 0.1, optim_args: {…}}; what is not said, and the rest, is as for the job."""

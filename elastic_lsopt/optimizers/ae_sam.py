@@ -56,6 +56,9 @@ class AESAM(Ascent):
     def init(self, space: ParameterSpace) -> State:
         return {**super().init(space), "mean": 0.0, "variance": math.exp(-10)}
 
+    def passes_at(self, step: int) -> int:
+        return 1  # whether there is a second is not known before the first
+
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Vector:
         c = value_at("lambda1", {"start": self.lambda2, "end": self.lambda1}, oracle.clock)
         g = oracle.gradient()

@@ -83,7 +83,7 @@ class Ascent:
         return step % self.every == 0
 
     def passes_at(self, step: int) -> int:
-        """Gradients of the batch that the step takes."""
+        """Passes that the step begins: where the last of them stands is what an update may look at."""
         return 2 if self.goes_up(step) else 1
 
     @contextmanager

@@ -47,6 +47,9 @@ class MicroSAM(Ascent):
         super().__post_init__()
         require_count("parts", self.parts)
 
+    def passes_at(self, step: int) -> int:
+        return 2 * self.parts if self.goes_up(step) else 1
+
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: State) -> Vector:
         if not self.goes_up(oracle.step):
             return oracle.gradient()

@@ -61,6 +61,9 @@ class RWP:
         chosen(self.perturb, space)  # refuses what matches nothing
         return {}
 
+    def passes_at(self, step: int) -> int:
+        return 2
+
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: State) -> Vector:
         std = value_at("gamma", self.gamma, oracle.clock) * space.norm_per_row(space.weights)
         std = masked(std, chosen(self.perturb, space), space)

@@ -151,4 +151,4 @@ def _sequence_classification(model: nn.Module) -> Loss:
         return plain.criterion(logits, batch)
 
     config: Any = model.config
-    return Loss(plain.forward, criterion, plain.count, plain.curvature)
+    return Loss(plain.forward, criterion, plain.count, plain.curvature, plain.sample)

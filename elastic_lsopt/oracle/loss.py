@@ -29,6 +29,9 @@ class Loss:
     count: Callable[[Any], float | Tensor]
     curvature: Callable[[Tensor, Any, Tensor], Tensor] | None = None
     """(logits, batch, t) -> the criterion's Hessian by the logits, times t; may overwrite t. None: by autograd."""
+    sample: Callable[[Tensor, Any], Any] | None = None
+    """(logits, batch) -> the batch with labels drawn from the model, by torch's default generators; what is masked
+    stays masked. For updates that estimate curvature by it (sophia_g)."""
 
     def __call__(self, model: Any, batch: Any) -> Tensor:
         """The mean loss of the batch, a 0-d tensor."""
@@ -117,6 +120,12 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def _drawn(logits: Tensor, labels: Tensor) -> Tensor:
+    """Labels (rows …) drawn from the softmax of logits (rows …, classes), of which ROWS rows are there at once."""
+    parts = [torch.multinomial(torch.softmax(_wide(z), -1), 1)[:, 0] for z in logits.flatten(0, -2).split(ROWS)]
+    return torch.where(labels == -100, labels, torch.cat(parts).view(labels.shape))
+
+
 def causal_lm_loss() -> Loss:
     """The mean cross-entropy of the next token over the unmasked targets (-100 masks); logits are cast to fp32."""
 
@@ -138,7 +147,12 @@ def causal_lm_loss() -> Loss:
         cross_entropy_product_(logits.flatten(0, -2), weights.flatten(), t.flatten(0, -2))
         return t
 
-    return Loss(forward, criterion, count, curvature)
+    def sample(logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        labels = batch["labels"].clone()
+        labels[..., 1:] = _drawn(logits[..., :-1, :], labels[..., 1:])
+        return {**batch, "labels": labels}
+
+    return Loss(forward, criterion, count, curvature, sample)
 
 
 def classification_loss(*, several: bool = True) -> Loss:
@@ -178,7 +192,13 @@ def classification_loss(*, several: bool = True) -> Loss:
         weights = (labels != -100).to(t.dtype) / unmasked(labels).clamp(min=1)
         return cross_entropy_product_(logits, weights, t.contiguous())
 
-    return Loss(forward, criterion, count, curvature)
+    def sample(logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        labels = batch["labels"]
+        if labels.is_floating_point():
+            return {**batch, "labels": torch.bernoulli(_wide(logits).sigmoid()).to(labels.dtype)}
+        return {**batch, "labels": _drawn(logits, labels)}
+
+    return Loss(forward, criterion, count, curvature, sample)
 
 
 def refuse_coupled_samples(module: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ from elastic_lsopt.oracle.curvature.curvature_checks import check_products
 from elastic_lsopt.oracle.curvature.differences import Product
 from elastic_lsopt.oracle.curvature.products import Mode, Products, refuse_unknown
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
-from elastic_lsopt.oracle.logits import NO_LOGITS, OutputGradients, pulled
 from elastic_lsopt.oracle.loss import Loss, refuse_coupled_samples, samples
 from elastic_lsopt.oracle.microbatch import MicroBatch, as_microbatches, part_bounds, slots
+from elastic_lsopt.oracle.observation import HowProducts, signs
 from elastic_lsopt.oracle.oracle import Oracle, Part
 from elastic_lsopt.oracle.replay.buffers import still_buffers
 from elastic_lsopt.oracle.replay.forward_time import ForwardTime
-from elastic_lsopt.oracle.replay.slot import Slot
-from elastic_lsopt.oracle.sample_losses import Chosen, SampleLosses, risen
+from elastic_lsopt.oracle.replay.slot import Slot, replayed
+from elastic_lsopt.oracle.split.logits import NO_LOGITS, OutputGradients, pulled
+from elastic_lsopt.oracle.split.sample_losses import Chosen, SampleLosses, risen
 from elastic_lsopt.oracle.step_report import Piggyback
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.noise import block_seed
@@ -114,6 +116,47 @@ class MicroBatchOracle(Oracle):
     def ggn_vp(self, v: Vector) -> Product:
         v = self._outliving(v)
         return self.products.ggn_vp(v)
+
+    def hessian_diagonal(self, how: HowProducts) -> Vector:
+        z = signs(self.space, self.step)
+        slots = [self._slot(index) for index in self._slots((0, self._count))]
+        made = Products(self.space, self.backend, self._loss, slots, how.mode, once=True)
+        try:
+            if not how.checked:
+                check_products(made, self.gradient)
+                how.mode, how.checked = "differences" if made.chosen == "differences" else how.mode, True
+            return made.hvp(z).mul_(z)
+        finally:
+            made.close()
+            self.space.end_borrowed()
+            self.backend.clear_gradient()
+
+    def sampled_gradient(self) -> BorrowedGradient:
+        loss = self._loss
+        if not isinstance(loss, Loss) or loss.sample is None:
+            raise UserError("labels are drawn by lso.Loss(forward, criterion, count, sample=…); give one as loss_fn.")
+        sample = loss.sample
+
+        def objective(slot: Slot, at: int) -> tuple[Tensor, Tensor]:
+            """With labels that are drawn by (seed, step, micro-batch), so the same on any rank."""
+            logits = self._logits(slot)
+            seed = block_seed(self.space.seed, "labels", self.step, self._microbatches[at].index)
+            with torch.no_grad(), replayed(seed, self.backend.compute_device):
+                drawn = sample(logits.detach(), slot.batch)
+            value = loss.criterion(logits, drawn)
+            return value, value
+
+        return self._by_logits(objective)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        kept = self._objective, self._chosen
+        self._objective = self._chosen = None
+        try:
+            with super().aside():
+                yield
+        finally:
+            self._objective, self._chosen = kept
 
     def _outliving(self, v: Vector) -> Vector:
         """A gradient that is only lent would end with the checks' own passes."""

@@ -29,9 +29,10 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.curvature.compute_type import observed
 from elastic_lsopt.oracle.curvature.differences import Product
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
-from elastic_lsopt.oracle.logits import NO_LOGITS, OutputGradients
+from elastic_lsopt.oracle.observation import HowProducts, Observation, observe
 from elastic_lsopt.oracle.replay.buffers import still_buffers
-from elastic_lsopt.oracle.sample_losses import SampleLosses
+from elastic_lsopt.oracle.split.logits import NO_LOGITS, OutputGradients
+from elastic_lsopt.oracle.split.sample_losses import SampleLosses
 from elastic_lsopt.oracle.step_report import Piggyback
 from elastic_lsopt.space.geometry import ParameterSpace, local_square
 from elastic_lsopt.space.upload import on_device
@@ -99,8 +100,14 @@ class Oracle(ABC):
         self._first: dict[int | None, tuple[float, float]] = {}
         """By part (None: all of them): the share of the batch and the loss of its first pass."""
         self._swept = 0.0
+        self.begun = 0
+        """Passes that were begun, those over a part among them."""
         self.moves_buffers = False
         """Whether the first pass may move buffers (batch norm's statistics): it does in a step, and not in a probe."""
+        self.observations: Sequence[Observation] = ()
+        """What updates look at in this step; see `observation.py`."""
+        self.observed = 0
+        """Gradients of the global batch that were taken for them."""
         self.stop = False
         self.piggyback: Piggyback | None = None
         self._stop_requested, self._own_piggyback = stop_requested, piggyback
@@ -208,12 +215,43 @@ class Oracle(ABC):
         """
         return self.hvp(v)
 
+    @property
+    def weight(self) -> float:
+        """The total weight of the global batch: its samples or unmasked tokens."""
+        raise UserError("a closure does not say how much its batch weighs; use lso.attach(model, loss_fn, batches).")
+
+    def sampled_gradient(self) -> BorrowedGradient:
+        """The gradient for labels that are drawn from the model (one pass, no memory).
+
+        Raises UserError where the loss does not say how to draw them.
+        """
+        raise UserError("labels cannot be drawn for a closure; use lso.attach(model, loss_fn, batches).")
+
+    def hessian_diagonal(self, how: HowProducts) -> Vector:
+        """z * H z at the present weights, z of this step; an own vector."""
+        raise UserError(
+            "products with the curvature need more than a closure; use lso.attach(model, loss_fn, batches)."
+        )
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Passes inside are none of the method's: they count nowhere, and move no buffers."""
+        kept = self.losses, self.moves_buffers, self._first, self._swept, self.begun
+        self.losses, self.moves_buffers, self._first = [], False, {}
+        try:
+            yield
+        finally:
+            self.losses, self.moves_buffers, self._first, self._swept, self.begun = kept
+
     def accumulating(self) -> AbstractContextManager[Pass]:
         """One pass made of parts, each run once and in order, wherever the weights are meanwhile."""
         return self._accumulating(None)
 
     @contextmanager
     def _accumulating(self, alone: Part | None) -> Iterator[Pass]:
+        if self.observations:
+            observe(self)
+        self.begun += 1
         self.space.check_generation()
         self.space.end_borrowed()
         self.backend.clear_gradient()

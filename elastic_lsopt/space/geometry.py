@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from elastic_lsopt.space.copies import WeightCopies
 from elastic_lsopt.space.direction import Direction, Noise
-from elastic_lsopt.space.layout import Layout, Shards
+from elastic_lsopt.space.layout import Layout, Shards, row_spans
 from elastic_lsopt.space.merged import MergedNoise
 from elastic_lsopt.space.perturbation import FidelityWatch, Perturbation
 from elastic_lsopt.space.restricted import RestrictedShards
@@ -125,6 +126,17 @@ class ParameterSpace:
                 own[piece.parameter] += torch.linalg.vector_norm(t, dtype=torch.float64).square()
         return [Scales(norms, "parameter") for norms in self._sum(total).sqrt()]
 
+    def dots_per_parameter(self, *pairs: tuple[Vector, Vector]) -> Tensor:
+        """The inner products `<a, b>` of each parameter, a row a pair (fp64, on the device); one all-reduce for all.
+
+        Memory: one vector while it runs.
+        """
+        total = torch.zeros(len(pairs), len(self.layout.parameters), dtype=torch.float64, device=self.shards.device)
+        for own, (a, b) in zip(total, pairs, strict=True):
+            for piece, product in zip(self.layout.pieces, (a * b).tensors, strict=True):
+                own[piece.parameter] += product.sum(dtype=torch.float64)
+        return self._sum(total)
+
     def norm_per_row(self, a: Vector) -> Scales:
         """The global L2 norm of each row (a 1-D parameter is one row); one all-reduce of one number a row."""
         total = torch.zeros(self.layout.rows, dtype=torch.float64, device=self.shards.device)
@@ -135,6 +147,32 @@ class ParameterSpace:
                 square = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
                 own[span.first : span.first + span.rows] += square
         return Scales(self._sum(total).sqrt(), "row")
+
+    def mean_over_blocks_(self, a: Vector, lengths: Sequence[int]) -> Vector:
+        """Each element becomes the mean of its block: `lengths[p]` elements of parameter p that follow each other.
+
+        One all-reduce of a number a block, of those parameters whose blocks are longer than one element; else none.
+        """
+        parameters = self.layout.parameters
+        counts = [p.numel // n if n > 1 else 0 for p, n in zip(parameters, lengths, strict=True)]
+        if not any(counts):
+            return a
+        first = [0, *accumulate(counts)]
+        total = torch.zeros(first[-1], dtype=self.dtype, device=self.shards.device)
+        cut = []
+        for piece, t in zip(self.layout.pieces, a._written(), strict=True):
+            number = piece.parameter
+            if counts[number]:
+                own = total[first[number] : first[number + 1]]
+                for span in row_spans(piece.offset, piece.length, lengths[number]):
+                    blocks = t[span.begin : span.end].view(span.rows, -1)
+                    sums = own[span.first : span.first + span.rows]
+                    sums += blocks.sum(1)
+                    cut.append((blocks, sums, lengths[number]))
+        self._sum(total)
+        for blocks, sums, length in cut:
+            blocks.copy_((sums / length)[:, None])
+        return a
 
     def _sum(self, local: Tensor) -> Tensor:
         self.check_generation()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,12 @@ class Owner(Protocol):
     def empty(self) -> Vector: ...
     def check_generation(self) -> None: ...
     def norm(self, a: Vector) -> float: ...
+
+
+def _fused(operation: Callable[..., object], mine: list[Tensor], *others: Any, **more: Any) -> None:
+    """A `torch._foreach_*` on the pieces, which refuses an empty list: a rank may hold none of some parameters."""
+    if mine:
+        operation(mine, *others, **more)
 
 
 class Vector:
@@ -45,7 +51,7 @@ class Vector:
     def clone(self) -> Vector:
         """A copy in the space's own precision (fp32, or fp64 for fp64 weights): one number an element."""
         out = self.space.empty()
-        torch._foreach_copy_(out.tensors, self.tensors)
+        _fused(torch._foreach_copy_, out.tensors, self.tensors)
         return out
 
     def _written(self) -> list[Tensor]:
@@ -53,26 +59,26 @@ class Vector:
         return self.tensors
 
     def copy_(self, other: Vector) -> Vector:
-        torch._foreach_copy_(self._written(), other.tensors)
+        _fused(torch._foreach_copy_, self._written(), other.tensors)
         return self
 
     def zero_(self) -> Vector:
-        torch._foreach_zero_(self._written())
+        _fused(torch._foreach_zero_, self._written())
         return self
 
     def add_(self, other: Vector | float, alpha: float = 1.0) -> Vector:
         """self += alpha * other."""
         if isinstance(other, Vector):
-            torch._foreach_add_(self._written(), other.tensors, alpha=alpha)
+            _fused(torch._foreach_add_, self._written(), other.tensors, alpha=alpha)
         else:
-            torch._foreach_add_(self._written(), other * alpha)
+            _fused(torch._foreach_add_, self._written(), other * alpha)
         return self
 
     def lerp_(self, other: Vector, weight: float) -> Vector:
         """self += weight * (other - self)."""
         mine, theirs = self._written(), other.tensors
         if all(a.dtype == b.dtype for a, b in zip(mine, theirs, strict=True)):
-            torch._foreach_lerp_(mine, theirs, weight)
+            _fused(torch._foreach_lerp_, mine, theirs, weight)
         else:
             for a, b in zip(mine, theirs, strict=True):
                 a.lerp_(b.to(a.dtype), weight)
@@ -84,31 +90,64 @@ class Vector:
             for piece, t in zip(self.space.layout.pieces, self._written(), strict=True):
                 t.mul_(other.of(piece.parameter).to(t.dtype))
         else:
-            torch._foreach_mul_(self._written(), other.tensors if isinstance(other, Vector) else other)
+            _fused(torch._foreach_mul_, self._written(), other.tensors if isinstance(other, Vector) else other)
         return self
 
     def addcmul_(self, a: Vector, b: Vector, value: float = 1.0) -> Vector:
         """self += value * a * b, element by element."""
-        torch._foreach_addcmul_(self._written(), a.tensors, b.tensors, value)
+        _fused(torch._foreach_addcmul_, self._written(), a.tensors, b.tensors, value)
         return self
 
     def div_(self, other: Vector) -> Vector:
         """self /= other, element by element."""
-        torch._foreach_div_(self._written(), other.tensors)
+        _fused(torch._foreach_div_, self._written(), other.tensors)
         return self
 
     def sqrt_(self) -> Vector:
-        torch._foreach_sqrt_(self._written())
+        _fused(torch._foreach_sqrt_, self._written())
         return self
 
     def add_each_(self, other: Vector, alphas: Sequence[float]) -> Vector:
         """self += alpha * other, with an alpha for each parameter."""
-        for piece, t, o in zip(self.space.layout.pieces, self._written(), other.tensors, strict=True):
-            t.add_(o, alpha=alphas[piece.parameter])
+        mine, theirs = self._written(), other.tensors
+        for alpha, places in self._alike(alphas):
+            torch._foreach_add_([mine[i] for i in places], [theirs[i] for i in places], alpha=alpha)
+        return self
+
+    def mul_each_(self, factors: Sequence[float]) -> Vector:
+        """self *= a factor for each parameter, in the precision of this vector."""
+        mine = self._written()
+        for factor, places in self._alike(factors):
+            torch._foreach_mul_([mine[i] for i in places], factor)
+        return self
+
+    def lerp_each_(self, other: Vector, weights: Sequence[float]) -> Vector:
+        """self += weight * (other - self), with a weight for each parameter."""
+        mine, theirs = self._written(), other.tensors
+        for weight, places in self._alike(weights):
+            part = Vector(self.space, [mine[i] for i in places])
+            part.lerp_(Vector(self.space, [theirs[i] for i in places]), weight)
+        return self
+
+    def _alike(self, numbers: Sequence[float]) -> list[tuple[float, list[int]]]:
+        """Each number that any of the parameters has, with the places of their pieces: one fused call a number."""
+        places: dict[float, list[int]] = {}
+        for i, piece in enumerate(self.space.layout.pieces):
+            places.setdefault(numbers[piece.parameter], []).append(i)
+        return [*places.items()]
+
+    def pow_(self, exponent: float) -> Vector:
+        _fused(torch._foreach_pow_, self._written(), exponent)
+        return self
+
+    def clamp_(self, low: float, high: float) -> Vector:
+        """Each element within low and high."""
+        _fused(torch._foreach_clamp_min_, self._written(), low)
+        _fused(torch._foreach_clamp_max_, self._written(), high)
         return self
 
     def abs_(self) -> Vector:
-        torch._foreach_abs_(self._written())
+        _fused(torch._foreach_abs_, self._written())
         return self
 
     def __add__(self, other: Vector) -> Vector:

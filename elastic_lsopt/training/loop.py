@@ -164,7 +164,7 @@ class TrainingRun:
         return row
 
     def _evaluated(self) -> Evaluation:
-        name = self.config.evaluate_average
+        name = self.config.evaluate_average or self.engine.evaluates_at
         with nullcontext() if name is None else self.engine.averaged(name):
             return evaluate(self.engine, self.data, self.config, self.world)
 

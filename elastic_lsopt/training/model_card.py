@@ -48,7 +48,8 @@ def model_card(
         "seed": config.seed,
     }
     if config.evaluate_average is not None:
-        rows["weights"] = f"the average {config.evaluate_average}, {config.averages[config.evaluate_average]}"
+        said = config.averages.get(config.evaluate_average, {})
+        rows["weights"] = f"the average {config.evaluate_average}, {said}"
     if held_out_loss is not None:
         rows["held-out loss"] = f"{held_out_loss:.4f} nats"
     lines = [

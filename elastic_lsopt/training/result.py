@@ -59,7 +59,8 @@ def _export(config: TrainConfig, engine: Engine, data: Data, run: Path, console:
     wanted = "merged" if config.lora is None else config.lora.export
     folder = run / "model"
     try:
-        mean = None if config.evaluate_average is None else engine.average(config.evaluate_average)
+        at = config.evaluate_average or engine.evaluates_at
+        mean = None if at is None else engine.average(at)
         if wanted != "merged":
             export_adapter(engine.backend, engine.module, run / "adapter", tokenizer, weights=mean)
         if wanted != "adapter":

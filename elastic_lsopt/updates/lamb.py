@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from elastic_lsopt.by_name import require, require_number
+from elastic_lsopt.by_name import require, require_betas, require_number
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Scales, Vector
@@ -44,9 +44,7 @@ class LAMB(Update):
     """Whether parameters of one dimension have a ratio too."""
 
     def __post_init__(self) -> None:
-        two = isinstance(self.betas, tuple | list) and len(self.betas) == 2
-        right = two and all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas)
-        require(right, "betas", self.betas, "two numbers >= 0 and < 1")
+        require_betas(self.betas)
         require_number("eps", self.eps)
         require(isinstance(self.most, int | float) and self.most >= 0, "most", self.most, "a number >= 0 or inf")
 

@@ -8,7 +8,13 @@ _HOME = "elastic_lsopt.updates"
 updates = Registry(
     "update",
     group="elastic_lsopt.updates",
-    ours={name: f"{_HOME}.{name}" for name in ("lamb", "lars", "muon")},
+    ours={
+        **{
+            name: f"{_HOME}.{name}"
+            for name in ("adahessian", "adaptive_memory", "lamb", "lars", "muon", "sassha", "schedule_free", "soap")
+        },
+        **dict.fromkeys(("sophia_g", "sophia_h"), f"{_HOME}.sophia"),
+    },
     defines=("update",),
 )
 register, names, get, build = updates.register, updates.names, updates.get, updates.build

@@ -7,10 +7,12 @@ A class of torch.optim that works element by element needs none of this: it step
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from elastic_lsopt.oracle.method import State
+from elastic_lsopt.oracle.observation import Seen, Sees, Where
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 
@@ -36,11 +38,50 @@ class Update(ABC):
     """The name in its state of a mean of past gradients, for methods that look at one; empty: it keeps none."""
     second_moment: ClassVar[str] = ""
     """The name in its state of a mean of their squares, debiased by 1 - betas[1]^step."""
+    together: ClassVar[bool] = False
+    """Whether all its parameters must have the same hyper-parameters (beside rate and decay)."""
+    sees: ClassVar[Sees] = "nothing"
+    """What it looks at beside the gradient; see `oracle/observation.py`."""
+    where: ClassVar[Where] = "weights"
+    """Where it looks: at the weights before the method's first pass, or where the last pass of the method begins."""
+
+    def sees_at(self, step: int) -> bool:
+        """Whether it looks in this step; it does in any case where a parameter has not been seen before."""
+        return True
+
+    def observe(self, space: ParameterSpace, seen: Seen, state: State) -> None:
+        """Remember what was seen of these parameters, before the step's `update`; `seen/<parameter>` counts."""
+        raise NotImplementedError(f"{type(self).__name__} sees {self.sees} and defines no observe().")
 
     def init(self, space: ParameterSpace) -> State:
         """What it remembers before its first step."""
         return {}
 
+    def point(self, space: ParameterSpace, state: State) -> Vector | None:
+        """Where the model is evaluated and exported, a Vector of its own; None: at the weights."""
+        return None
+
     @abstractmethod
     def update(self, space: ParameterSpace, gradient: Vector, state: State, rates: Rates) -> None:
         """Move `space.weights` in place; `gradient` (clipped) may be overwritten. Collective where it asks for sums."""
+
+
+def numbers(space: ParameterSpace, state: dict[str, Any], key: str, first: float) -> list[float]:
+    """The number `key` of each parameter in an update's state; `first` for one that has none yet.
+
+    One of its own for each parameter, because parameters that are unfrozen later begin later, and because groups that
+    differ in hyper-parameters are stepped one after the other.
+    """
+    return [state.get(f"{key}/{p.name}", first) for p in space.layout.parameters]
+
+
+def keep_numbers(space: ParameterSpace, state: dict[str, Any], key: str, values: Sequence[float]) -> None:
+    """Set it for each parameter."""
+    state.update({f"{key}/{p.name}": value for p, value in zip(space.layout.parameters, values, strict=True)})
+
+
+def count_steps(space: ParameterSpace, state: dict[str, Any]) -> list[int]:
+    """How many steps each parameter has taken with this update, the one that begins included."""
+    steps = [int(before) + 1 for before in numbers(space, state, "step", 0)]
+    keep_numbers(space, state, "step", steps)
+    return steps

@@ -14,8 +14,9 @@ that needs whole parameters cannot step there. So the step is made before, on th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ from torch import Tensor
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.family import Family, Kept, Stateful
 from elastic_lsopt.oracle.method import State
+from elastic_lsopt.oracle.observation import HowProducts, Observation, Seen, Sees
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 from elastic_lsopt.updates.group_rules import Rule, entries, known_entries, name_of, now, resolved
 from elastic_lsopt.updates.torch_update import TorchFamily
-from elastic_lsopt.updates.update import Rates, Update
+from elastic_lsopt.updates.update import Rates, Update, keep_numbers, numbers
 
 FAMILY = "update/"
 EVERY_GROUPS = {"params", "param_names", "lr", "weight_decay", "update", "initial_lr", "name"}
@@ -145,7 +147,9 @@ class UpdateOptimizer(torch.optim.Optimizer):
                 family: Kept | TorchFamily = Kept(UpdateFamily(rule, f"{FAMILY}{name}"), own)
             else:
                 family = TorchFamily(f"{FAMILY}{name}", rule, own, of)
-            self._bound.append(Bound(family, of))
+            self._bound.append(bound := Bound(family, of))
+            if isinstance(family, Kept):
+                list(self._parts(bound, family))  # refuses
         return [bound.family for bound in self._bound]
 
     @torch.no_grad()
@@ -157,7 +161,8 @@ class UpdateOptimizer(torch.optim.Optimizer):
             if isinstance(bound.family, TorchFamily):
                 bound.family.step(own, self.param_groups)
             else:
-                self._update(bound, bound.family, own)
+                for rule, part, state, groups in self._parts(bound, bound.family):
+                    _stepped(rule, part, Vector(part, _of(part, own)), state, self._rates(groups))
         self._taken = True
 
     @property
@@ -173,8 +178,64 @@ class UpdateOptimizer(torch.optim.Optimizer):
         """What a param group steps by."""
         return next(rule for own, rule in zip(self.param_groups, self._rules, strict=True) if own is group)
 
-    def _update(self, bound: Bound, family: Kept, gradient: Vector) -> None:
-        """One call per set of hyper-parameters; groups that differ in rate and decay alone go together."""
+    def looking(self) -> list[tuple[str, Sees]]:
+        """The names of updates that look at more than the gradient, and at what."""
+        return [(name, kind.sees) for name, kind in self._kinds().items() if kind.sees != "nothing"]
+
+    def points(self) -> list[str]:
+        """The names of updates that evaluate elsewhere than at the weights."""
+        return [name for name, kind in self._kinds().items() if kind.point is not Update.point]
+
+    def _kinds(self) -> dict[str, type[Update]]:
+        kinds = {name_of(rule): rule if isinstance(rule, type) else type(rule) for rule in self._rules}
+        return {name: kind for name, kind in kinds.items() if issubclass(kind, Update)}
+
+    def observations(self, step: int, passes: int, how: HowProducts) -> list[Observation]:
+        """What updates look at in this step, which has so many passes; one observation serves all that want it."""
+
+        def before(rule: Update) -> int:
+            return 0 if rule.where == "weights" else passes - 1
+
+        def tell(sees: Sees, at: int, seen: Seen) -> None:
+            for rule, part, state, own in self._looking(step, seen.vector):
+                if (rule.sees, before(rule)) == (sees, at):
+                    rule.observe(part, Seen(own, seen.weight), state)
+                    keep_numbers(part, state, "seen", [n + 1 for n in numbers(part, state, "seen", 0)])
+
+        due: list[tuple[Sees, int]] = [(rule.sees, before(rule)) for rule, *_ in self._looking(step, None)]
+        return [Observation(sees, at, partial(tell, sees, at), how) for sees, at in dict.fromkeys(due)]
+
+    def _looking(self, step: int, seen: Vector | None) -> Iterator[tuple[Update, ParameterSpace, dict[str, Any], Any]]:
+        """The updates that look in this step, with their part of what is seen."""
+        for bound in self._bound:
+            family = bound.family
+            if isinstance(family, TorchFamily):
+                continue
+            own = Vector(family.space, _of(family.space, seen)) if seen is not None else None
+            for rule, part, state, _ in self._parts(bound, family):
+                new = rule.sees != "nothing" and 0 in numbers(part, state, "seen", 0)
+                if new or (rule.sees != "nothing" and rule.sees_at(step)):
+                    yield rule, part, state, Vector(part, _of(part, own)) if own is not None else None
+
+    def point(self, name: str, space: ParameterSpace) -> Vector:
+        """The weights of the whole space, those of the update of this name where it evaluates them; an own Vector."""
+        whole = space.weights.clone()
+        for bound in self._bound:
+            family = bound.family
+            if isinstance(family, Kept) and family.name == f"{FAMILY}{name}":
+                for rule, part, state, _ in self._parts(bound, family):
+                    at = rule.point(part, state)
+                    assert at is not None
+                    Vector(part, _of(part, Vector(family.space, _of(family.space, whole)))).copy_(at)
+        return whole
+
+    def _parts(
+        self, bound: Bound, family: Kept
+    ) -> Iterator[tuple[Update, ParameterSpace, dict[str, Any], Sequence[int]]]:
+        """Each set of hyper-parameters with its parameters, what is remembered of them, and the param group of each.
+
+        Groups that differ in rate and decay alone go together. Numbers are put back where the next part is asked for.
+        """
         rules = {g: now(self._rules[g], self.param_groups[g]) for g in bound.groups}
         alike: list[tuple[Any, list[int]]] = []
         for i, g in enumerate(bound.groups):
@@ -185,15 +246,21 @@ class UpdateOptimizer(torch.optim.Optimizer):
             else:
                 alike.append((rules[g], [i]))
         if len(alike) == 1:
-            _stepped(alike[0][0], family.space, gradient, family.state, self._rates(bound.groups))
+            yield alike[0][0], family.space, family.state, bound.groups
             return
+        if any(rule.together for rule, _ in alike):
+            raise UserError(
+                f"update {family.name.removeprefix(FAMILY)} works on all its parameters together, and its param groups "
+                f"have other hyper-parameters: {alike[0][0]} and {alike[1][0]}; give them the same (rate and decay may "
+                "differ)."
+            )
         began = dict(family.state)
         for rule, chosen in alike:
             space = bound.part(chosen)
             state = {k: Vector(space, _of(space, v)) if isinstance(v, Vector) else v for k, v in began.items()}
-            rates = self._rates([bound.groups[i] for i in chosen])
-            _stepped(rule, space, Vector(space, _of(space, gradient)), state, rates)
-            family.state.update({k: v for k, v in state.items() if not isinstance(v, Vector)})
+            yield rule, space, state, [bound.groups[i] for i in chosen]
+            changed = {k: v for k, v in state.items() if not isinstance(v, Vector) and began.get(k) != v}
+            family.state.update(changed)  # what is another part's stays as that part has left it
 
     def _rates(self, groups: Sequence[int]) -> Rates:
         said = [self.param_groups[g] for g in groups]

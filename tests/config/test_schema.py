@@ -7,6 +7,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from elastic_lsopt import updates
 from elastic_lsopt.config.load import load_config
 from elastic_lsopt.config.schema import SHIPPED, allowed, schema_text
 
@@ -51,7 +52,7 @@ def test_the_schema_refuses_what_we_refuse(wrong):
         ("max_steps", "an integer >= 1 or null"),
         ("bf16", "true or false"),
         ("fsdp_reshard_after_forward", "true or false or an integer >= 1"),
-        ("optim", "one of adamw, adam, sgd, lamb, lars, muon or package.module:Class"),
+        ("optim", f"one of adamw, adam, sgd, {', '.join(updates.names())} or package.module:Class"),
         ("report_to", "a list of one of tensorboard, wandb, trackio, mlflow"),
         ("deepspeed", "a non-empty string or a mapping or null"),
         ("elastic", "a mapping or null"),

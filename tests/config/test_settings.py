@@ -141,6 +141,12 @@ def test_keys_of_other_trainers_are_refused_by_name(key):
         ({"backend": "fsdp2", "workers": 3, "fsdp_replicas": 2}, "must divide workers=3"),
         ({"momentum": 0.9}, "momentum is for optim sgd"),
         ({"optim": "sgd", "adam_beta2": 0.9}, "adam_beta2 is for optim adam"),
+        ({"optim": "schedule_free"}, "lr_scheduler_type=linear: schedule_free averages in place of a schedule"),
+        ({"evaluate_average": "schedule_free"}, "evaluate_average=schedule_free is not kept"),
+        (
+            {"optim": "adahessian", "elastic": {**SCALING, "lr_rule": "sqrt"}},
+            "lr_rule=sqrt is Adam's, .* no paper says it of adahessian: set elastic.lr_rule: linear or none",
+        ),
         ({"landscape": {"rho": 0.1}}, "needs `method`"),
         ({"landscape": {"method": 3}}, "needs `method`"),
         ({"elastic": {"min_nodes": 9, "max_nodes": 8}}, "min_nodes=9 is above max_nodes=8"),

@@ -168,13 +168,12 @@ def test_the_public_surface() -> None:
     """Adding a name is a decision; taking one away breaks users."""
     assert sorted(lso.__all__) == sorted(
         [
-            *(kind.__name__ for kind in CLASSES.values()), "Average", "EMA", "Engine", "LAMB", "LARS",
-            "LandscapeDeepSpeedStrategy",
-            "LandscapeOptimizer", "LandscapeTrainer", "LandscapeTrainerMixin", "Loss", "MicroBatch",
-            "Muon", "NonFinite", "PeerFailed", "ProbeCallback", "Scales", "StaleGeneration",
-            "StaleGradient", "StaleWeights", "StepLoader", "StepReport", "Unsupported", "Update",
-            "UpdateOptimizer", "UserError", "attach",
-            "averages", "elastic", "initialize", "load", "probes", "registry", "save", "updates",
+            *(kind.__name__ for kind in CLASSES.values()), "AdaHessian", "AdaptiveMemory", "Average", "EMA", "Engine",
+            "LAMB", "LARS", "LandscapeDeepSpeedStrategy", "LandscapeOptimizer", "LandscapeTrainer",
+            "LandscapeTrainerMixin", "Loss", "MicroBatch", "Muon", "NonFinite", "PeerFailed", "ProbeCallback", "SASSHA",
+            "SOAP", "Scales", "ScheduleFree", "SophiaG", "SophiaH", "StaleGeneration", "StaleGradient", "StaleWeights",
+            "StepLoader", "StepReport", "Unsupported", "Update", "UpdateOptimizer", "UserError", "attach", "averages",
+            "elastic", "initialize", "load", "probes", "registry", "save", "updates",
         ]
     )  # fmt: skip
     assert all(hasattr(lso, name) for name in lso.__all__)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,14 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
+_before_last: list[Callable[[], None]] = []
+"""What is looked at before the last pass of SAM and ASAM, whose `gradient` calls count down to it."""
+
+
 def gradient(model: nn.Module, units: Batches, share: Callable[[int], float]) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradient of sum_u share(u) L_u."""
+    if _before_last:
+        _before_last.pop()()
     model.zero_grad(set_to_none=True)
     total = 0.0
     for u, batch in enumerate(units):
@@ -178,6 +185,11 @@ def run(
     loop, memory = {**LOOPS, **FAMILY}[method], dict[str, Any]()
     total = sum(len(x) for units in steps for x, _ in units)
     for step, units in enumerate(steps):
+        look = partial(getattr(optimizer, "look", lambda *_: None), model, units, step)
+        if getattr(optimizer, "looks_last", False) and method in ("sam", "asam"):
+            _before_last[:] = [look, lambda: None]
+        else:
+            look()
         loss, g = loop(model, units, step, seen / total, **hyperparameters, memory=memory, optimizer=optimizer)
         used = {n for n, p in trained(model).items() if p.grad is not None}
         for n, p in trained(model).items():

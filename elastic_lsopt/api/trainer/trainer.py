@@ -38,6 +38,7 @@ from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import Unsupported, UserError
 from elastic_lsopt.optimizers.plain import Plain
 from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.oracle.observation import refuse_unseen
 from elastic_lsopt.oracle.step_report import StepReport, log
 from elastic_lsopt.updates.update_optimizer import updates_of
 
@@ -94,6 +95,12 @@ class LandscapeTrainerMixin(_Base):
         given = self.optimizer
         optimizer = super().create_optimizer(model)
         if (update := updates_of(getattr(optimizer, "optimizer", optimizer))) is not None:
+            refuse_unseen(update.looking(), None)
+            if elsewhere := update.points():
+                raise UserError(
+                    f"update {elsewhere[0]}: the Trainer evaluates and saves the weights, and the model is at an "
+                    f"average; use elastic-lsopt train, or a loop of your own with engine.averaged({elsewhere[0]!r})."
+                )
             update.steps_elsewhere, self._updates = True, True  # the loop also steps where a step was left out
         elif given is None and self._keeps_our_checkpoints:
             # The Trainer makes a group for what does not decay, also where there is nothing of it (LoRA), and DeepSpeed

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_lsopt.checkpoint.contents import Keys, TrainingState, chunk_of, take_snapshot
+from elastic_lsopt.checkpoint.contents import Keys, TrainingState, chunks_of, take_snapshot
 from elastic_lsopt.checkpoint.safetensors_file import ALIGNMENT, BY_NAME, DTYPES
 from elastic_lsopt.elastic.memory.download import Download
 
@@ -160,8 +160,7 @@ class HostVersions:
         a checkpoint does.
         """
         backend = state.backend
-        mine = {chunk_of(backend, piece) for piece in backend.layout.pieces}
-        snapshot = take_snapshot(state, step, extra, mine, copy=False)
+        snapshot = take_snapshot(state, step, extra, set(chunks_of(state)), copy=False)
         text = json.dumps(snapshot.metadata, separators=(",", ":")).encode()
         source = {
             (key, offset, tensor.numel()): (tensor, held.numel)

@@ -73,8 +73,9 @@ class Products:
     """The curvature of the loss on `slots`, this rank's forwards, at the weights where the space is (all collective).
 
     A kept graph is built at the first product and again when the weights have changed; `close` frees it. `mode` is what
-    is asked for, `chosen` what is used; `dtype` is the precision of the passes (None: the space's). Raises Unsupported
-    for a mode that this model cannot have, UserError for an unknown one.
+    is asked for, `chosen` what is used; `once`: one product is wanted, so that `auto` keeps no graph. `dtype` is the
+    precision of the passes (None: the space's). Raises Unsupported for a mode that this model cannot have, UserError
+    for an unknown one.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class Products:
         slots: Sequence[Slot],
         mode: Mode,
         dtype: torch.dtype | None = None,
+        *,
+        once: bool = False,
     ) -> None:
         refuse_unknown(mode)
         self.space, self.backend, self.loss = space, backend, loss
@@ -93,7 +96,7 @@ class Products:
         self.chosen: Mode = mode
         self._slots = [replace(slot, batch=tree_map(self._fitting, slot.batch)) for slot in slots]
         self._weights: Weights | None = None
-        self._keep: bool | None = {"kept": True, "rebuilt": False}.get(mode)
+        self._keep: bool | None = False if once else {"kept": True, "rebuilt": False}.get(mode)
         self._blockwise: bool | None = {"kept": False, "rebuilt": False, "blockwise": True}.get(mode)
         self._graphs: dict[Any, Graph] = {}
         self._stamp: Any = None

@@ -129,7 +129,8 @@ def on_world(
     device, offloaded = memory.parted(on_host(at))
     passes, elastic = Passes.of(method, fields), config.elastic
     host = {} if elastic is None else mirror_per_rank(
-        looked.size.parameters, at, copies=elastic.copies, budget_bytes=elastic.mirror_gib * 2**30,
+        looked.size.parameters, at, grams=looked.size.grams, copies=elastic.copies,
+        budget_bytes=elastic.mirror_gib * 2**30,
         vectors=len(config.averages) + (elastic.policy == "scale_batch" and lr_rule(config, elastic) == "adascale"),
         **kept,
     )  # fmt: skip

@@ -62,7 +62,14 @@ def memory_of_rank(
     """`moments` is a micro-batch's pass on storage-less tensors, None where it cannot be had; `microbatches` those of a
     rank in a pass; `probes` the vectors that probes keep, and that one holds while it measures."""
     kept = state_per_rank(
-        size.parameters, at, frozen=size.frozen, optim=optim, momentum=momentum, method=method, averages=averages
+        size.parameters,
+        at,
+        frozen=size.frozen,
+        optim=optim,
+        momentum=momentum,
+        method=method,
+        averages=averages,
+        grams=size.grams,
     )
     passing = {name: kept.pop(name) for name in WHILE_PERTURBED}
     kept["communication buffers"] = kept_buffers(size, at)

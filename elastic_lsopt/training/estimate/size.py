@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from elastic_lsopt.updates.soap import SOAP
+
 
 @dataclass(frozen=True)
 class Count:
@@ -42,6 +44,8 @@ class ModelSize:
     """Of each module's own parameters, in the order in which the model lists them."""
     each: tuple[int, ...] = ()
     """Of each parameter."""
+    grams: int = 0
+    """Of a square matrix for each side, up to SOAP's longest, of each trainable parameter that has several."""
     buffers_bytes: int = 0
 
     @classmethod
@@ -58,6 +62,7 @@ class ModelSize:
             looked_up=_looked_up(model),
             modules=tuple(sum(p.numel() for p in mine) for mine in own if mine),
             each=tuple(p.numel() for p in named),
+            grams=sum(n * n for p in named if p.requires_grad and p.dim() > 1 for n in p.shape if n <= SOAP.most),
             buffers_bytes=sum(b.nbytes for b in model.buffers()),
         )
 

@@ -19,12 +19,17 @@ Beside these a vector for methods that build a direction of their own. What a pa
 
 from __future__ import annotations
 
+from math import ceil
+
 from elastic_lsopt.elastic.memory.budget import versions_within
 from elastic_lsopt.training.estimate.placement import FP32, Placement
 
-STATES = {"adamw": 2, "adam": 2, "lamb": 2, "lars": 1, "muon": 1}
+STATES = {
+    "adahessian": 2, "adam": 2, "adamw": 2, "adaptive_memory": 2, "lamb": 2, "lars": 1, "muon": 1, "sassha": 2,
+    "schedule_free": 2, "soap": 2, "sophia_g": 2, "sophia_h": 2,
+}  # fmt: skip
 """fp32 tensors of optimizer state per parameter; sgd: 1 with momentum, else 0. (Beside muon AdamW's are not
-counted.)"""
+counted; of updates with two forms the larger, adamw's.)"""
 
 STAYS = ("none", "flat_lora")
 """Methods that do not move the trained weights."""
@@ -39,6 +44,17 @@ METADATA_BYTES = 2**15
 """Of a version, for what is no tensor: the clock, cursors and random states, and gaps between tensors."""
 
 
+def optimizer_states(parameters: int, at: Placement, *, optim: str, momentum: float, grams: int) -> int:
+    """Elements of optimizer state on each rank; of soap, whose tensors lie whole on one rank each, on average.
+
+    `grams` are the elements of its square matrices, of which there are two kinds.
+    """
+    states = STATES.get(optim, 1 if momentum else 0)
+    if optim != "soap":
+        return states * at.share(parameters)
+    return ceil((states * parameters + 2 * grams) / (at.shards if at.shards > 1 else at.world))
+
+
 def state_per_rank(
     parameters: int,
     at: Placement,
@@ -48,13 +64,14 @@ def state_per_rank(
     momentum: float = 0.0,
     method: str = "none",
     averages: int = 0,
+    grams: int = 0,
 ) -> dict[str, int]:
     """Bytes on each rank, by what they are for; `parameters` counts trainable elements.
 
     A method that is not ours is taken to displace as SAM does.
     """
     share, zero = at.share(parameters), at.stage if at.backend == "deepspeed" else None
-    states = STATES.get(optim, 1 if momentum else 0)
+    states = optimizer_states(parameters, at, optim=optim, momentum=momentum, grams=grams)
     whole = zero in (1, 2)
     rebuilt = whole or zero == 3 or (zero == 0 and at.bf16)
     return {
@@ -62,7 +79,7 @@ def state_per_rank(
         "frozen weights": at.frozen * (frozen if whole else at.share(frozen)),
         "gradient buffer": at.working * share if zero == 3 else 0,
         "master weights": FP32 * share if rebuilt else 0,
-        "optimizer state": FP32 * states * share,
+        "optimizer state": FP32 * states,
         "averages of the weights": FP32 * averages * share,
         "way back of a perturbation": 0 if method in STAYS or rebuilt else at.working * share,
         "state of the method": FP32 * REMEMBERED.get(method, 0) * share,
@@ -76,6 +93,7 @@ def mirror_per_rank(
     *,
     optim: str = "adamw",
     momentum: float = 0.0,
+    grams: int = 0,
     vectors: int = 0,
     copies: int = 1,
     budget_bytes: float = 0.0,
@@ -89,7 +107,8 @@ def mirror_per_rank(
     there are at most follows from `budget_bytes`, elastic.mirror_gib: trail.py, [Note: the bound].
     """
     share = at.share(parameters)
-    state = FP32 * share * (1 + STATES.get(optim, 1 if momentum else 0) + vectors) + METADATA_BYTES
+    kept = optimizer_states(parameters, at, optim=optim, momentum=momentum, grams=grams)
+    state = FP32 * (share * (1 + vectors) + kept) + METADATA_BYTES
     holders = at.replicas if share < parameters else at.world
     mirrored_peers = min(max(0, copies + 1 - holders), max(0, at.world - holders))
     versions = versions_within(budget_bytes, (1 + mirrored_peers) * state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -108,7 +109,8 @@ class Probing:
         return not left_out
 
     def _measured(self, name: str, probe: ProbeConfig) -> Any:
-        with self._measuring.at_rest():
+        at = self._engine.evaluates_at
+        with nullcontext() if at is None else self._engine.averaged(at), self._measuring.at_rest():
             answer = self._measuring.asked(lambda: self._asked(name, probe))
         if answer.reason is not None and name not in self._warned:
             self._warned.add(name)

@@ -13,7 +13,7 @@ import elastic_lsopt as lso
 from elastic_lsopt.averages.ema import EMA
 from elastic_lsopt.checkpoint import Checkpointer, folder
 from tests.cases import engines
-from tests.cases.updates import UPDATES, ours
+from tests.cases.updates import UPDATES, ours, sampling_loss
 
 STEPS, UNITS = 6, 3
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
@@ -68,9 +68,11 @@ def _engine(kind: str, base: str, dtype: str, seed: int = 0, method: str = "") -
     chosen = Drifting if base == "drifting" else ours(base) if base in UPDATES else base
     keep = [EMA(decay=0.9)] if base in UPDATES else []
     landscape = lso.registry.build(method, **engines.HYPERPARAMETERS[method]) if method else Remembering()
+    loss = {"loss_fn": sampling_loss()} if base == "sophia_g" else {}
     return engines.build(
-        kind, model, landscape, base=chosen, zero=zero, bf16=dtype == "bf16", keep=keep, total_samples=STEPS * UNITS * 4
-    )
+        kind, model, landscape, base=chosen, zero=zero, bf16=dtype == "bf16", keep=keep,
+        total_samples=STEPS * UNITS * 4, **loss,
+    )  # fmt: skip
 
 
 def _train(engine: lso.Engine, first: int, last: int, dtype: str) -> list[float]:

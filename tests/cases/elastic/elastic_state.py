@@ -88,13 +88,14 @@ def _state(engine: lso.Engine) -> dict[str, Any]:
     space, base = engine.space, engine.base
     assert base is not None
     held: dict[tuple[str, str], list[torch.Tensor]] = {("", "weights"): space.weights.tensors}
+    spaces: dict[tuple[str, str], Any] = {}
     numbers: dict[str, float] = {}
     for name, family in engine.families.items():
         for key, value in family.state_dict().items():
             if isinstance(value, int | float):
                 numbers[f"{name} {key}"] = value
             else:
-                held[name, key] = value.tensors
+                held[name, key], spaces[name, key] = value.tensors, value.space
     kept = {key for k in engine.backend.slot_keys for key, v in base.state[k].items() if getattr(v, "ndim", 0)}
     for key in kept:
         found = {id(piece): value for piece, name, value in engine.backend.base_states() if name == key}
@@ -103,7 +104,7 @@ def _state(engine: lso.Engine) -> dict[str, Any]:
     everyones = gather_json(dist.distributed_c10d._get_default_group(), sorted(map(list, held)))
     tensors: dict[str, Any] = {}
     for name, key in sorted({(name, key) for keys in everyones for name, key in keys}):
-        of = engine.families[name].space if name in engine.families else space
+        of = spaces.get((name, key)) or (engine.families[name].space if name in engine.families else space)
         own = held.get((name, key))
         tensors[f"{name} {key}"] = whole_vector(of, [*map(zeros, of.layout.pieces)] if own is None else own)
     return {

@@ -22,6 +22,12 @@ UPDATES: dict[str, dict[str, Any]] = {
     "lars": {"optim": "lars", "learning_rate": 1.0, "momentum": None, "optim_args": {"momentum": 0.9}},
     "lora": {"lora": {"r": 4, "alpha": 8, "target_modules": ["linear"]}},
     "lamb": {"optim": "lamb", "learning_rate": 0.01, "momentum": None},
+    "soap": {"optim": "soap", "learning_rate": 0.01, "momentum": None},
+    "schedule_free": {
+        "optim": "schedule_free", "learning_rate": 0.01, "momentum": None, "lr_scheduler_type": "constant",
+        "averages": {}, "evaluate_average": None,
+    },
+    "sophia_g": {"optim": "sophia_g", "learning_rate": 0.01, "momentum": None},
     "muon": {
         "optim": "adamw", "learning_rate": 0.01, "momentum": None,
         "param_groups": [{"match": "blocks.*", "dims": 2, "optim": "muon", "learning_rate": 0.02}],
@@ -36,7 +42,10 @@ LIVES = [
     ("zero3", "muon"),
     *(
         pytest.param(*life, marks=pytest.mark.full)
-        for life in (("ddp", "muon"), ("fsdp2", "lamb"), ("zero2", "lars"), ("fsdp2", "lora"), ("zero3", "lora"))
+        for life in (
+            ("ddp", "muon"), ("fsdp2", "lamb"), ("zero2", "lars"), ("fsdp2", "lora"), ("zero3", "lora"),
+            ("ddp", "soap"), ("fsdp2", "sophia_g"), ("zero2", "schedule_free"),
+        )
     ),
 ]  # fmt: skip
 

@@ -60,7 +60,9 @@ DEATHS = [
     # an update of ours, and an average beside it
     ("ddp", "muon", 2, 3, [0]), ("fsdp2", "lamb", 3, 2, [1]), ("fsdp2", "muon", 2, 3, [1]),
     ("zero2", "lars", 3, 2, [0]), ("zero2", "muon", 2, 3, [0]), ("zero3", "lamb", 2, 3, []),
-    ("zero3", "muon", 3, 2, [1]),
+    ("zero3", "muon", 3, 2, [1]), ("ddp", "soap", 2, 3, [0]),
+    pytest.param("zero2", "soap", 3, 2, [0], marks=pytest.mark.full),
+    pytest.param("fsdp2", "schedule_free_adamw", 2, 3, [1], marks=pytest.mark.full),
 ]  # fmt: skip
 
 

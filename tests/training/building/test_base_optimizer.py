@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -9,8 +10,15 @@ import torch
 from torch import nn
 
 import elastic_lsopt as lso
-from elastic_lsopt.config.settings import SettingError, TrainConfig
-from elastic_lsopt.plan import LAMB_BETAS, Policy
+from elastic_lsopt.config.settings import (
+    BY_FORM,
+    DECOUPLED,
+    EVALUATE_ELSEWHERE,
+    NO_SQUARE_ROOT,
+    SettingError,
+    TrainConfig,
+)
+from elastic_lsopt.plan import OWN_BETAS, Policy
 from elastic_lsopt.training.building.base_optimizer import base_of
 from elastic_lsopt.training.building.engines import averages_of
 
@@ -93,9 +101,30 @@ def test_an_average_is_called_as_its_key() -> None:
             averages_of(config(averages={"ema": own}))
 
 
+def test_what_settings_know_of_updates_is_what_these_say() -> None:
+    """Pure data beside the classes: decay that is decoupled, a point of their own, and Adam's rule."""
+    ours = {name: lso.updates.get(name) for name in lso.updates.names()}
+    by_form = {name for name, kind in ours.items() if "form" in {f.name for f in fields(kind)}}
+    decoupled = {name for name, kind in ours.items() if kind().decoupled_weight_decay}
+    assert by_form == BY_FORM and decoupled - by_form == DECOUPLED - {"adamw"} and decoupled >= by_form
+    assert not any(ours[name](form="sgd").decoupled_weight_decay for name in by_form)
+    assert {name for name, kind in ours.items() if kind.point is not lso.Update.point} == EVALUATE_ELSEWHERE
+    with_betas = {name for name, kind in ours.items() if "betas" in {f.name for f in fields(kind)}}
+    assert with_betas - NO_SQUARE_ROOT == set(OWN_BETAS)
+
+
+@pytest.mark.parametrize("name", ["SOAP", "Adaptive_Memory", "schedule_free", "AdaHessian", "sophia_h", "sassha"])
+def test_a_deepspeed_json_names_an_update(name: str) -> None:
+    from elastic_lsopt.api.json_base import base_of as of_json
+
+    model = net()
+    made = of_json({"type": name, "params": {"lr": 0.1, "weight_decay": 0.01}}, model)(model.parameters())
+    assert isinstance(made, lso.UpdateOptimizer) and made.param_groups[0]["update"] == name.lower()
+
+
 def test_the_batch_is_held_for_every_groups_betas() -> None:
     """LAMB's and AdamW's beside Muon, whether the file says them or not."""
-    assert lso.LAMB().betas == LAMB_BETAS
+    assert {name: lso.updates.get(name)().betas for name in OWN_BETAS} == OWN_BETAS
     elastic = {"policy": "scale_batch", "reference_workers": 1, "lr_rule": "sqrt"}
     of = {"global_batch_size": 8, "per_device_train_batch_size": 8, "elastic": elastic}
     for changes in ({"optim": "lamb"}, {"optim": "muon"}, {"param_groups": ({"match": "*", "optim": "lamb"},)}):

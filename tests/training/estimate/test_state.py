@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import elastic_lsopt as lso
 from elastic_lsopt.training.estimate.activations import Pass, Segment
 from elastic_lsopt.training.estimate.offload import on_host
 from elastic_lsopt.training.estimate.placement import Placement
@@ -44,6 +45,19 @@ def test_replicated_is_what_torch_holds(optim, make):
     )  # fmt: skip
     assert {key: promised[key] for key in held} == held
     assert sum(promised.values()) == sum(held.values())
+
+
+def test_soap_keeps_square_matrices_too():
+    model = torch.nn.Sequential(torch.nn.Linear(17, 33), torch.nn.Linear(33, 5, bias=False))
+    base = lso.UpdateOptimizer(model.parameters(), "soap", lr=1e-3)
+    engine = lso.Engine.of(model, base, loss_fn=lambda model, x: model(x).square().mean())
+    engine.train_batch([torch.ones(2, 17)])
+    state = engine.families["update/soap"].state_dict().values()
+    size = ModelSize.of(model, [])
+    for world, share in ((1, 1), (4, 4)):
+        at = Placement(backend="replicated", world=world)
+        told = state_per_rank(size.parameters, at, optim="soap", grams=size.grams)["optimizer state"]
+        assert told == -(-sum(v.local_bytes for v in state if not isinstance(v, int | float)) // 4 // share) * 4
 
 
 # Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", figure 1: 7.5e9
