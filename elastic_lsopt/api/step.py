@@ -102,6 +102,7 @@ class LandscapeStep:
         if self.backend.replicas > 1:
             report, samples = self._of_the_job(report)
         self.clock = self.clock.advanced(samples)
+        report = replace(report, clock=self.clock)
         if not report.skipped:
             for kept in self._watching():
                 kept.kind.after_step(self.space, report, kept.state)

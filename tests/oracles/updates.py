@@ -92,3 +92,14 @@ def ema(points: list[torch.Tensor], batches: list[int], decay: float) -> torch.T
         rho = math.pow(decay, batch / batches[0])
         mean = rho * mean + (1 - rho) * w.double()
     return mean
+
+
+def spaced(points: list[Any], clocks: list[int], first: float, every: int) -> list[Any]:
+    """Of the points that a run passes at these samples: the first in each window of `every` samples from `first` on."""
+    taken, mark = [], first
+    for point, samples in zip(points, clocks, strict=True):
+        if samples >= mark:
+            taken.append(point)
+            while mark <= samples:
+                mark += every
+    return taken
