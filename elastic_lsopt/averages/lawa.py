@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from elastic_lsopt.averages.average import Average
-from elastic_lsopt.averages.every_window import NONE_YET, begins_at, window
 from elastic_lsopt.averages.registry import register
 from elastic_lsopt.by_name import require_count, require_share
 from elastic_lsopt.facts import Facts
+from elastic_lsopt.oracle.clock import NO_WINDOW
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -32,8 +32,8 @@ from elastic_lsopt.space.vector import Vector
 @register("lawa")
 @dataclass(frozen=True, kw_only=True)
 class LAWA(Average):
-    """Cost: one copy of the weights whenever the queue takes them. Memory: k Vectors, 1/N of each per rank, and one more
-    while the mean is in use. Communication: none.
+    """Cost: one copy of the weights whenever the queue takes them. Memory: k Vectors, 1/N of each per rank, and one
+    more while the mean is in use. Communication: none.
 
     Until it has taken a first time it is the weights themselves. Raises UserError for a value out of range, and after
     the first step where `start` is a share of a run of unknown length.
@@ -58,10 +58,10 @@ class LAWA(Average):
 
     def init(self, space: ParameterSpace) -> State:
         queue = {_place(i): space.weights.clone() for i in range(self.k)}
-        return {**queue, "held": 0, "window": NONE_YET}
+        return {**queue, "held": 0, "window": NO_WINDOW}
 
     def after_step(self, space: ParameterSpace, report: StepReport, state: dict[str, Any]) -> None:
-        now = window(report.clock.samples, begins_at("lawa", self.start, report.clock), self.every_samples)
+        now = report.clock.window(self.every_samples, first=report.clock.at_share(self.start, "lawa"))
         if now <= state["window"]:
             return
         state["window"] = now

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from elastic_lsopt.averages.average import Average
-from elastic_lsopt.averages.every_window import NONE_YET, begins_at, window
 from elastic_lsopt.averages.registry import register
 from elastic_lsopt.by_name import require_count, require_share
 from elastic_lsopt.facts import Facts
+from elastic_lsopt.oracle.clock import NO_WINDOW
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -54,10 +54,10 @@ class SWA(Average):
         require_count("every_samples", self.every_samples)
 
     def init(self, space: ParameterSpace) -> State:
-        return {"mean": space.weights.clone(), "n": 0, "window": NONE_YET}
+        return {"mean": space.weights.clone(), "n": 0, "window": NO_WINDOW}
 
     def after_step(self, space: ParameterSpace, report: StepReport, state: dict[str, Any]) -> None:
-        now = window(report.clock.samples, begins_at("swa", self.start, report.clock), self.every_samples)
+        now = report.clock.window(self.every_samples, first=report.clock.at_share(self.start, "swa"))
         if now <= state["window"]:
             return
         state["window"] = now

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.space.perturbation import Fidelity
@@ -56,7 +56,7 @@ class StepReport:
     """Of this rank's own forwards. Where a forward needs no other rank (plain, DDP), waiting is not in it."""
     fidelity: Fidelity | None = None
     """Requested against realised perturbation, where it was measured."""
-    clock: SampleClock = SampleClock()
+    clock: SampleClock = field(default_factory=SampleClock)
     """Where the job stands after the step: the samples of all replicas, those of skipped steps too."""
 
 

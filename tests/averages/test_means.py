@@ -1,4 +1,4 @@
-"""SWA and LAWA are the means of the weights that a plain loop takes, wherever the weights lie; their memory is counted."""
+"""SWA and LAWA are the means of the weights that a plain loop takes, wherever they lie; their memory is counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
 from tests.laws.cover import full_but
 
-KINDS = [("plain", 1), ("ddp", 2), ("fsdp2", 3), ("hsdp", 4), *((f"zero{s}", w) for s in (0, 1, 2, 3) for w in (1, 2, 3))]
+KINDS = [
+    ("plain", 1),
+    ("ddp", 2),
+    ("fsdp2", 3),
+    ("hsdp", 4),
+    *((f"zero{s}", w) for s in (0, 1, 2, 3) for w in (1, 2, 3)),
+]
 VECTORS = {"swa": 1.0, "lawa": 2.0}
 
 
@@ -96,6 +102,6 @@ def test_out_of_range(name: str, wrong: dict[str, Any], said: str) -> None:
 
 @pytest.mark.fast
 def test_a_share_of_a_run_of_unknown_length_is_refused() -> None:
-    with pytest.raises(lso.UserError, match=r"swa: start=0.75 is a share .* total_samples, or use start=0"):
+    with pytest.raises(lso.UserError, match=r"swa: 0.75 of the run is asked for, .* total_samples, or use 0"):
         passed(lso.SWA(), [8], total=None)
     assert passed(lso.LAWA(), [8], total=None)[0] == [8.0]
