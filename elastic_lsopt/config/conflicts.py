@@ -181,7 +181,15 @@ def _batch_conflicts(c: TrainConfig, b: BatchScheduleConfig) -> Iterator[tuple[s
             f"{key}.max_global_batch_size",
             f"{key}: max_global_batch_size={sizes[1]} must be above {sizes[0]}, where the batch begins.",
         )
-    rule = lr_rule(c, b)
+    rule, k = lr_rule(c, b), max(sizes) / c.global_batch_size
+    betas = [beta for beta in (c.adam_beta1, c.adam_beta2) if beta > 0 and k * (1 - beta) >= 1 - 1e-9]
+    if rule == "sqrt" and c.optim in ADAMS and betas:
+        yield (
+            f"{key}.lr_rule",
+            f"{key}: under lr_rule sqrt a batch of {max(sizes)} is {k:g} times global_batch_size, and k (1 - beta) "
+            f"must be below 1 for beta={betas[0]:g}; use lr_rule: linear or none, a smaller batch, or a larger "
+            "global_batch_size with its learning_rate.",
+        )
     if rule == "adascale" and c.optim != "sgd":
         yield (
             f"{key}.lr_rule",

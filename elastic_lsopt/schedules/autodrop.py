@@ -13,7 +13,9 @@ Paper and code differ: the paper drops where the angular velocity saturates, the
 code's rule, the paper's with extra_windows = 1. Differs from the code in: 1. a window is a number of committed samples
 (the code's: an epoch), so a run of one epoch can have many, and its end is after the step that ends it (the code's:
 after the first step of the next); 2. the code's option var_rd, which also puts the weights to the triangular mean of
-what the wait has passed, is left out: SWA and LAWA keep such a mean beside the weights.
+what the wait has passed, is left out: SWA and LAWA keep such a mean beside the weights; 3. the code adds 1e-8 to the
+product of the lengths, which would tilt the angles of the small moves of a fine-tuning; here a move of no length at
+all counts as 90 degrees.
 """
 
 from __future__ import annotations
@@ -31,7 +33,6 @@ from elastic_lsopt.space.geometry import ParameterSpace
 
 AUTODROP = "autodrop"
 FACTOR = "factor"
-TINY = 1e-8
 NOT_YET = -1.0
 """A length or an angle of which there is none yet."""
 
@@ -81,7 +82,8 @@ class AutoDrop(Stateful):
         move = state["at"].mul_(-1.0).add_(space.weights)  # s_i, in the place of x_{i-1}
         length = space.norm(move)
         if state["length"] != NOT_YET:
-            cosine = space.dot(move, state["move"]) / (length * state["length"] + TINY)
+            lengths = length * state["length"]
+            cosine = space.dot(move, state["move"]) / lengths if lengths else 0.0
             self.turned(math.degrees(math.acos(min(max(cosine, -1.0), 1.0))), state)
         state["move"].copy_(move)
         state["length"] = length

@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from elastic_lsopt.backends.replicated import Replicated
 from elastic_lsopt.oracle.clock import SampleClock, steps_between
+from elastic_lsopt.oracle.family import Kept
+from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.schedules.adascale import Gain
 from elastic_lsopt.schedules.batch_schedule import Ramp, Steps
-from elastic_lsopt.schedules.noise_scale_batch import NoiseScaleBatch
+from elastic_lsopt.schedules.noise_scale_batch import NoiseScaleBatch, batch_now
+from elastic_lsopt.space.geometry import ParameterSpace
 
 pytestmark = pytest.mark.fast
 
@@ -78,3 +85,36 @@ def test_windows_of_the_clock_follow_from_committed_samples() -> None:
     clock = SampleClock(samples=130, total_samples=200)
     assert (clock.window(50), clock.window(50, first=100), clock.window(50, first=131)) == (2, 0, -1)
     assert clock.at_share(0.25) == 50.0 and SampleClock().at_share(0.0) == 0.0
+
+
+def test_the_batch_of_known_noise_is_that_of_a_plain_loop() -> None:
+    """|G|^2 = 4 and S = 96, so B_noise = 24: gradients of four samples at first, looked at every 64 samples."""
+    n, rng = 4000, np.random.default_rng(3)
+    weights = nn.Parameter(torch.zeros(n, dtype=torch.float64))
+    space = ParameterSpace(Replicated(nn.ParameterList([weights]).named_parameters(), None, model=None))
+    rule = NoiseScaleBatch(smallest=4, largest=64, microbatch=4, every_samples=64, horizon_samples=200.0)
+    family, clock, mean = Kept(rule, space), SampleClock(), np.full(n, 2 / math.sqrt(n))
+    last: tuple[np.ndarray[Any, Any], int] | None = None
+    variance = square = weight = 0.0
+    batch, look, batches = 4, 64, []
+    for _ in range(60):
+        assert batch_now({"gain": family}, 4) == batch
+        gradient = space.empty()
+        g = mean + math.sqrt(96 / n / batch) * rng.standard_normal(n)
+        gradient.tensors[0].copy_(torch.from_numpy(g))
+        rule.before_step(space, gradient, batch, family.state)
+        clock = clock.advanced(batch)
+        rule.after_step(space, StepReport(0.0, 1, 0.0, batch, False, clock=clock), family.state)
+        if last is not None:
+            keep = math.exp(-batch / 200)
+            of_step = np.sum((g - last[0]) ** 2) / (1 / batch + 1 / last[1])
+            variance, square = keep * variance + (1 - keep) * of_step, keep * square + (1 - keep) * float(g @ last[0])
+            weight = keep * weight + 1 - keep
+        last = g, batch
+        batches.append(batch)
+        if clock.samples >= look and weight:
+            look = clock.samples // 64 * 64 + 64
+            wanted = min(max(variance / square, batch), 2 * batch, 64)
+            wanted = round(wanted / 4) * 4
+            batch = wanted if wanted >= 1.25 * batch else batch
+    assert batches[0] == 4 and batches[-1] in (20, 24, 28) and {*batches} >= {4, 8, 16}
