@@ -151,6 +151,10 @@ def _rate_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
             "lr_scheduler_kwargs.decay_ratio",
             f"decay_ratio={decay:g} and warmup_ratio={c.warmup_ratio:g} are together more than the job; lower one.",
         )
+    theta, upper = given.get("theta", 0.01), given.get("upper_theta", 1.0)
+    if theta > upper:
+        key = "lr_scheduler_kwargs.theta"
+        yield key, f"{key}={theta:g} is above upper_theta={upper:g}; lower it or raise upper_theta."
     if c.lr_scheduler_type == "inverse_sqrt" and not c.warmup_ratio and "timescale_samples" not in given:
         yield (
             "lr_scheduler_type",

@@ -6,7 +6,7 @@ SCALE = "elastic: {policy: scale_batch, reference_workers: 4"
 WSD = "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {"
 AUTODROP = "lr_scheduler_type: autodrop\nlr_scheduler_kwargs: {"
 RAMP = "batch_schedule: {kind: ramp, max_global_batch_size: 256, ramp_samples: 100000"
-NOISE = "batch_schedule: {kind: noise_scale, max_global_batch_size: 4096"
+NOISE = "batch_schedule: {kind: noise_scale, max_global_batch_size: 256"
 
 JOB: dict[str, str] = {
     "model_name_or_path": "model_name_or_path: models/llama-8b",

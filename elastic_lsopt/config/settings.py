@@ -253,6 +253,12 @@ def landscape_fields(config: TrainConfig) -> tuple[str, dict[str, Any]]:
     return own.pop("method") if "method" in own else own.pop("import"), own
 
 
+def batch_sizes(config: TrainConfig) -> tuple[int, ...]:
+    """The global batches that bound those of the job's steps, the first one first."""
+    block, own = config.batch_schedule, config.global_batch_size
+    return (own,) if block is None else block.sizes(own)
+
+
 def lr_rule(config: TrainConfig, block: ElasticConfig | BatchScheduleConfig) -> Rule:
     """The rule by which the rate follows the batch: the one that is named, else that of the optimizer's paper."""
     return block.lr_rule or ("linear" if config.optim in ("sgd", "lars") else "sqrt")

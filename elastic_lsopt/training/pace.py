@@ -8,10 +8,9 @@ rest; nothing here remembers anything.
 
 from __future__ import annotations
 
-from typing import Any
-
 from elastic_lsopt.api.engine import Engine
-from elastic_lsopt.config.settings import TrainConfig, lr_rule
+from elastic_lsopt.config.schedules import BatchScheduleConfig
+from elastic_lsopt.config.settings import SettingError, TrainConfig, batch_sizes, lr_rule
 from elastic_lsopt.elastic.worker.rates import Rates
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import BatchAt, steps_between
@@ -55,7 +54,7 @@ def watchers(config: TrainConfig, epoch: int) -> list[Stateful]:
                 may_shrink=batch.may_shrink, **{name: value for name, value in given.items() if value is not None},
             )
         )  # fmt: skip
-    elif batch is not None and batch.kind != "constant" and lr_rule(config, batch) == "adascale":
+    elif batch is not None and _adascale(config, batch):
         kept.append(gain_monitor(config))
     return kept
 
@@ -84,9 +83,8 @@ class Pace:
         if self._block is not None:
             self._rule: Rule = lr_rule(config, self._block)
             reference = config.global_batch_size
-            sizes = self._block.sizes(reference)
-            for size in sizes:
-                _refuse_parts(size, config.per_device_train_batch_size, engine.method.parts)
+            sizes = batch_sizes(config)
+            refuse_parts(config, engine.method.parts)
             self._groups = GroupRates(
                 engine.param_groups, reference, self._rule, sizes,
                 "use batch_schedule.lr_rule: linear or none, or batches nearer to global_batch_size.",
@@ -113,7 +111,7 @@ class Pace:
         if self._at is not None:
             return self._at(samples)
         if self._block is not None:
-            return batch_now(self._engine.families, self._block.sizes(self._config.global_batch_size)[0])
+            return batch_now(self._engine.families, batch_sizes(self._config)[0])
         return self._fixed
 
     def steps_from(self, samples: int, end: int) -> int:
@@ -142,15 +140,28 @@ class Pace:
         return self._config.learning_rate * share
 
 
-def _refuse_parts(batch: int, microbatch: int, parts: int) -> None:
-    try:
-        part_bounds(-(-batch // microbatch), parts)
-    except UserError as error:
-        raise UserError(f"batch_schedule: of a batch of {batch} samples: {error}") from None
+def refuse_parts(config: TrainConfig, parts: int) -> None:
+    """Raise SettingError for a batch of the schedule with fewer micro-batches than the method's parts."""
+    for batch in batch_sizes(config):
+        try:
+            part_bounds(-(-batch // config.per_device_train_batch_size), parts)
+        except UserError as error:
+            raise SettingError("batch_schedule", f"batch_schedule: of a batch of {batch} samples: {error}") from None
 
 
-def batches_told(config: TrainConfig) -> Any:
+def vectors_watched(config: TrainConfig) -> int:
+    """Vectors that the schedules' families keep: AutoDrop's two, the gain's one."""
+    block, elastic = config.batch_schedule, config.elastic
+    noise = block is not None and (block.kind == "noise_scale" or _adascale(config, block))
+    scaled = elastic is not None and elastic.policy == "scale_batch" and lr_rule(config, elastic) == "adascale"
+    return 2 * (config.lr_scheduler_type == "autodrop") + (noise or scaled)
+
+
+def _adascale(config: TrainConfig, block: BatchScheduleConfig) -> bool:
+    return block.kind != "constant" and lr_rule(config, block) == "adascale"
+
+
+def batches_told(config: TrainConfig) -> str:
     """What banners say of a step's samples: 32, or 32 to 256."""
-    block = config.batch_schedule
-    sizes = (config.global_batch_size,) if block is None else block.sizes(config.global_batch_size)
+    sizes = batch_sizes(config)
     return f"{min(sizes)} to {max(sizes)}" if len({*sizes}) > 1 else str(sizes[0])

@@ -98,10 +98,9 @@ def test_the_angle_of_an_autoregressive_path(phi: float, cosine: float) -> None:
 def test_the_rule_is_the_authors(seed: int, extra: int) -> None:
     draw = random.Random(seed)
     turns = [90 + draw.gauss(0, 2) for _ in range(80)]
-    own = {"rho": 0.3, "theta": 0.2, "upper_theta": 1.5}
-    rule = AutoDrop(window_samples=7, lowest=0.02, extra_windows=extra, **own)
+    rule = AutoDrop(window_samples=7, rho=0.3, theta=0.2, upper_theta=1.5, lowest=0.02, extra_windows=extra)
     _, found = followed(spiral(turns), rule)
-    wanted = authors(spiral(turns), own["rho"], own["theta"], own["upper_theta"], 0.02, extra)
+    wanted = authors(spiral(turns), 0.3, 0.2, 1.5, 0.02, extra)
     assert found == wanted and len({rate for rate, _ in wanted}) > 2
 
 
