@@ -54,6 +54,8 @@ class LandscapeStep:
         for family in self._update.bind(self.space, self.backend.parameters) if self._update is not None else ():
             self.add(family)
         self._warned = self._looked = False
+        self._said: set[str] = set()
+        """Averages that were asked for before they had begun."""
 
     def average(self, name: str) -> Vector:
         """The average of that name, live: read it, never write it. Raises UserError where none is kept."""
@@ -64,6 +66,9 @@ class LandscapeStep:
                 f"no average {name!r} is kept (there are: {', '.join(known) or 'none'}); build with "
                 f"keep=[lso.averages.build({name!r})], in a YAML with averages: {{{name}: {{…}}}}."
             )
+        if not kept.kind.begun(kept.state) and name not in self._said:
+            self._said.add(name)
+            log.warning("average %s has taken no weights yet: until then it is the weights themselves.", name)
         return kept.kind.weights(self.space, kept.state)
 
     @contextmanager

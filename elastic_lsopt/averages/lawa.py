@@ -35,8 +35,8 @@ class LAWA(Average):
     """Cost: one copy of the weights whenever the queue takes them. Memory: k Vectors, 1/N of each per rank, and one
     more while the mean is in use. Communication: none.
 
-    Until it has taken a first time it is the weights themselves. Raises UserError for a value out of range, and after
-    the first step where `start` is a share of a run of unknown length.
+    Until it has taken a first time it is the weights themselves, which the log says. Raises UserError for a value out
+    of range, and after the first step where `start` is a share of a run of unknown length.
     """
 
     facts: ClassVar[Facts] = Facts(
@@ -72,10 +72,13 @@ class LAWA(Average):
         state[_place(0)] = oldest.copy_(space.weights)
         state["held"] = min(state["held"] + 1, self.k)
 
+    def begun(self, state: dict[str, Any]) -> bool:
+        return state["held"] > 0
+
     def weights(self, space: ParameterSpace, state: dict[str, Any]) -> Vector:
-        held = min(state["held"], self.k)
-        if not held:
+        if not self.begun(state):
             return space.weights
+        held = min(state["held"], self.k)
         mean = state[_place(0)].clone()
         for i in range(1, held):
             mean.add_(state[_place(i)])

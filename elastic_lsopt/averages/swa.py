@@ -35,8 +35,8 @@ class SWA(Average):
     """Cost: one read and one write of the average whenever it takes the weights. Memory: one Vector, 1/N per rank.
     Communication: none.
 
-    Until it has taken a first time it is the weights themselves. Raises UserError for a value out of range, and after
-    the first step where `start` is a share of a run of unknown length.
+    Until it has taken a first time it is the weights themselves, which the log says. Raises UserError for a value out
+    of range, and after the first step where `start` is a share of a run of unknown length.
     """
 
     facts: ClassVar[Facts] = Facts(
@@ -64,5 +64,8 @@ class SWA(Average):
         state["mean"].lerp_(space.weights, 1 / (state["n"] + 1))
         state["n"] += 1
 
+    def begun(self, state: dict[str, Any]) -> bool:
+        return state["n"] > 0
+
     def weights(self, space: ParameterSpace, state: dict[str, Any]) -> Vector:
-        return state["mean"] if state["n"] else space.weights
+        return state["mean"] if self.begun(state) else space.weights

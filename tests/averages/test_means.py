@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -105,3 +106,23 @@ def test_a_share_of_a_run_of_unknown_length_is_refused() -> None:
     with pytest.raises(lso.UserError, match=r"swa: 0.75 of the run is asked for, .* total_samples, or use 0"):
         passed(lso.SWA(), [8], total=None)
     assert passed(lso.LAWA(), [8], total=None)[0] == [8.0]
+
+
+@pytest.mark.fast
+def test_an_average_that_has_not_begun_is_the_weights_and_says_so(caplog: Any) -> None:
+    weights = nn.Linear(3, 1)
+    engine = lso.Engine.of(
+        weights, torch.optim.SGD(weights.parameters(), lr=0.1), loss_fn=lambda m, b: m(b).square().mean(),
+        keep=[lso.SWA(start=0.5), lso.LAWA()], total_samples=64,
+    )  # fmt: skip
+    logging.getLogger("elastic_lsopt").propagate = True
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            with engine.averaged("swa"):
+                assert engine.evaluate([[torch.ones(2, 3)]]) > 0
+    said = [r.getMessage() for r in caplog.records]
+    assert sum(line.startswith("average swa has taken no weights yet") for line in said) == 1
+    before = [p.clone() for p in weights.parameters()]
+    with engine.averaged("lawa"):
+        pass
+    assert all(torch.equal(a, b) for a, b in zip(before, weights.parameters(), strict=True))
