@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from elastic_lsopt.api.trainer.trainer import LandscapeTrainer, LandscapeTrainerMixin
     from elastic_lsopt.averages.average import Average
     from elastic_lsopt.averages.ema import EMA
+    from elastic_lsopt.averages.lawa import LAWA
+    from elastic_lsopt.averages.swa import SWA
     from elastic_lsopt.checkpoint.save import load, save
     from elastic_lsopt.data.loader import StepLoader
     from elastic_lsopt.errors import (
@@ -75,12 +77,14 @@ __all__ = [
     "GSAM",
     "LAMB",
     "LARS",
+    "LAWA",
     "LPFSGD",
     "NBAR",
     "RWP",
     "SAM",
     "SASSHA",
     "SOAP",
+    "SWA",
     "WSAM",
     "AdaHessian",
     "AdaptiveMemory",
@@ -158,6 +162,7 @@ _HOMES = {
     "SophiaH": "updates.sophia",
     "LAMB": "updates.lamb",
     "LARS": "updates.lars",
+    "LAWA": "averages.lawa",
     "FlatLoRA": "optimizers.flat_lora",
     "LPFSGD": "optimizers.lpf_sgd",
     "LandscapeDeepSpeedStrategy": "api.lightning_strategy",
@@ -172,6 +177,7 @@ _HOMES = {
     "Plain": "optimizers.plain",
     "ProbeCallback": "api.trainer.probe_callback",
     "SAM": "optimizers.sam",
+    "SWA": "averages.swa",
     "Scales": "space.vector",
     "StaleGeneration": "errors",
     "StaleGradient": "errors",

@@ -32,6 +32,7 @@ from elastic_lsopt.config.settings import (
     DECOUPLED,
     TORCH_OPTIMS,
     TrainConfig,
+    batch_sizes,
     landscape_fields,
     lr_rule,
 )
@@ -79,6 +80,8 @@ class Policy:
     min_learning_rate: float | None = None
     max_learning_rate: float | None = None
     max_accumulation: int | None = None
+    largest_batch: int | None = None
+    """Under keep_batch with a schedule of the batch: its largest, for which max_accumulation is meant."""
     may_balance: bool = False
     """Unequal shares by measured speed: for backends whose ranks need not run equally many forwards (replicated)."""
 
@@ -144,6 +147,7 @@ class Policy:
             parts=parts,
             ramp_samples=elastic.ramp_samples,
             max_accumulation=elastic.max_accumulation,
+            largest_batch=None if config.batch_schedule is None else max(batch_sizes(config)),
             may_balance=config.backend == "replicated",
             **{name: getattr(elastic, name) for name in bounds},
         )
@@ -288,10 +292,12 @@ def plan(
         ramp_samples=policy.ramp_samples, why=why,
         rate_bounds=(policy.min_learning_rate, policy.max_learning_rate),
     )  # fmt: skip
-    if policy.max_accumulation is not None and made.accumulation > policy.max_accumulation:
+    batch = max(batch, policy.largest_batch or 0) if policy.kind == "keep_batch" else batch
+    accumulation = replace(made, global_batch_size=batch).accumulation
+    if policy.max_accumulation is not None and accumulation > policy.max_accumulation:
         raise UserError(
             f"a world of {world} worker(s) is too small for a global batch of {batch}: each would run "
-            f"{made.accumulation} micro-batches of {policy.microbatch_size} a step, "
+            f"{accumulation} micro-batches of {policy.microbatch_size} a step, "
             f"max_accumulation={policy.max_accumulation}; start more workers, raise max_accumulation or lower "
             "the batch."
         )

@@ -59,6 +59,8 @@ class LandscapeStep:
             self.add(family)
         self._products = HowProducts()
         self._warned = self._looked = False
+        self._said: set[str] = set()
+        """Averages that were asked for before they had begun."""
 
     def average(self, name: str) -> Vector:
         """The average of that name, live: read it, never write it. Raises UserError where none is kept."""
@@ -72,6 +74,9 @@ class LandscapeStep:
                 f"no average {name!r} is kept (there are: {', '.join(known) or 'none'}); build with "
                 f"keep=[lso.averages.build({name!r})], in a YAML with averages: {{{name}: {{…}}}}."
             )
+        if not kept.kind.begun(kept.state) and name not in self._said:
+            self._said.add(name)
+            log.warning("average %s has taken no weights yet: until then it is the weights themselves.", name)
         return kept.kind.weights(self.space, kept.state)
 
     @property
@@ -115,6 +120,7 @@ class LandscapeStep:
         if self.backend.replicas > 1:
             report, samples = self._of_the_job(report)
         self.clock = self.clock.advanced(samples)
+        report = replace(report, clock=self.clock)
         if not report.skipped:
             for kept in self._watching():
                 kept.kind.after_step(self.space, report, kept.state)

@@ -29,6 +29,10 @@ class Average(Stateful, ABC):
     def family(self) -> str:
         return FAMILY + (self.name or averages.name_of(type(self)))
 
+    def begun(self, state: State) -> bool:
+        """Whether it has taken any weights; until then it is the weights themselves."""
+        return True
+
     @abstractmethod
     def weights(self, space: ParameterSpace, state: State) -> Vector:
         """The averaged weights, live: read them, never write them."""

@@ -8,7 +8,7 @@ from elastic_lsopt.by_name import Registry
 averages = Registry(
     "average",
     group="elastic_lsopt.averages",
-    ours={"ema": "elastic_lsopt.averages.ema"},
+    ours={name: f"elastic_lsopt.averages.{name}" for name in ("ema", "swa", "lawa")},
     defines=("after_step", "weights"),
 )
 register, names, get, build = averages.register, averages.names, averages.get, averages.build

@@ -27,6 +27,7 @@ def arguments_of(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--data", metavar="DATASET", help="a dataset as in a job's YAML (default: the run's own)")
     parser.add_argument("--other", type=Path, metavar="MODEL", help="another model, for mode_connectivity")
+    parser.add_argument("--average", metavar="NAME", help="measure at an average that the run kept, such as swa")
     parser.add_argument("--trust", action="store_true", help="run the code that the run's settings name as the model")
     parser.add_argument("--units", type=int, default=4, help="batches of data to measure on (default: 4)")
     parser.add_argument("--batch-size", type=int, help="samples in each (default: the run's micro-batch, else 8)")
@@ -52,6 +53,7 @@ def probe(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         model=arguments.model, measures=_measures(arguments.measures, arguments.settings), output=arguments.output,
         data=arguments.data, units=arguments.units, batch_size=arguments.batch_size, block_size=arguments.block_size,
         products=arguments.products, other=arguments.other, trust=arguments.trust,
+        average=arguments.average,
     )  # fmt: skip
     settings_of(question, arguments.workers)
     if not launched() and arguments.workers > 1:

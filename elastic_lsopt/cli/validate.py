@@ -26,7 +26,7 @@ from elastic_lsopt.cli.tables import (
     uses_host,
 )
 from elastic_lsopt.config.deepspeed_json import read_deepspeed_json, zero_stage
-from elastic_lsopt.config.settings import ADAMS, BUILTIN_DATASETS, SettingError, TrainConfig, lr_rule
+from elastic_lsopt.config.settings import ADAMS, BUILTIN_DATASETS, SettingError, TrainConfig, batch_sizes, lr_rule
 from elastic_lsopt.elastic.worker.open_files import too_few
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
@@ -35,6 +35,7 @@ from elastic_lsopt.plan import Plan, Policy, Worker, plan
 from elastic_lsopt.training.building.imported_model import foreign_code
 from elastic_lsopt.training.estimate.job import on_world
 from elastic_lsopt.training.estimate.look import look_at_model
+from elastic_lsopt.training.pace import batches_told, refuse_parts
 
 WORLDS = (1, 2, 4, 8)
 UNKNOWN = {
@@ -146,7 +147,9 @@ class Cut:
 
 def _cut(job: Job) -> Cut:
     config = job.config
-    sizes = unit_sizes(config.global_batch_size, config.per_device_train_batch_size)
+    if config.batch_schedule is not None:
+        refuse_parts(config, job.method.parts)
+    sizes = unit_sizes(max(batch_sizes(config)), config.per_device_train_batch_size)
     try:
         return Cut(sizes, part_bounds(len(sizes), job.method.parts))
     except UserError as error:
@@ -154,10 +157,10 @@ def _cut(job: Job) -> Cut:
 
 
 def _batch_table(console: Console, config: TrainConfig, cut: Cut, worlds: Sequence[int]) -> Table:
-    microbatches = len(cut.sizes)
+    microbatches, varies = len(cut.sizes), len({*batch_sizes(config)}) > 1
     rows = table(
         console,
-        f"A step: {config.global_batch_size} samples in {microbatches} micro-batches of {cut.sizes[0]}"
+        f"A step: {batches_told(config)} samples in {'at most ' * varies}{microbatches} micro-batches of {cut.sizes[0]}"
         + (f" (the last of {cut.sizes[-1]})" if cut.sizes[-1] != cut.sizes[0] else "")
         + (f", in {len(cut.parts)} parts" if len(cut.parts) > 1 else ""),
         ["ranks", "micro-batches a rank", "forwards a rank and pass", "idle slots"],

@@ -7,6 +7,7 @@ from typing import Any
 
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.probes import read_probes
+from elastic_lsopt.config.schedules import OF_SHAPE, BatchScheduleConfig
 from elastic_lsopt.config.settings import (
     ADAMS,
     EVALUATE_ELSEWHERE,
@@ -124,6 +125,9 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         if ":" in name:
             yield "averages", f"averages.{name} is no name; give one, and the path as {{import: {name!r}}}."
     yield from _group_conflicts(c)
+    yield from _rate_conflicts(c)
+    if c.batch_schedule is not None:
+        yield from _batch_conflicts(c, c.batch_schedule)
     read_probes(c.probes)
     if ("method" in c.landscape) == ("import" in c.landscape) or not isinstance(landscape_fields(c)[0], str):
         yield (
@@ -141,6 +145,69 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
                     f"report_to: {name} is not supported in an elastic job, where each change of members would begin "
                     "another run of it; use tensorboard.",
                 )
+
+
+def _rate_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
+    given = {} if c.lr_scheduler_kwargs is None else c.lr_scheduler_kwargs.given()
+    for name in given:
+        if name not in OF_SHAPE.get(c.lr_scheduler_type, ()):
+            [shape] = (shape for shape, names in OF_SHAPE.items() if name in names)
+            key = f"lr_scheduler_kwargs.{name}"
+            yield key, f"{key} is for lr_scheduler_type {shape}, but it is {c.lr_scheduler_type}; remove the key."
+    if c.lr_scheduler_type == "warmup_stable_decay" and (decay := given.get("decay_ratio", 0.1)) + c.warmup_ratio > 1:
+        yield (
+            "lr_scheduler_kwargs.decay_ratio",
+            f"decay_ratio={decay:g} and warmup_ratio={c.warmup_ratio:g} are together more than the job; lower one.",
+        )
+    theta, upper = given.get("theta", 0.01), given.get("upper_theta", 1.0)
+    if theta > upper:
+        key = "lr_scheduler_kwargs.theta"
+        yield key, f"{key}={theta:g} is above upper_theta={upper:g}; lower it or raise upper_theta."
+    if c.lr_scheduler_type == "inverse_sqrt" and not c.warmup_ratio and "timescale_samples" not in given:
+        yield (
+            "lr_scheduler_type",
+            "lr_scheduler_type=inverse_sqrt needs lr_scheduler_kwargs: {timescale_samples: …}, or a warmup_ratio whose "
+            "samples it takes for them.",
+        )
+
+
+def _batch_conflicts(c: TrainConfig, b: BatchScheduleConfig) -> Iterator[tuple[str, str]]:
+    microbatch, sizes, key = c.per_device_train_batch_size, b.sizes(c.global_batch_size), "batch_schedule"
+    if b.kind == "constant":
+        return
+    if c.elastic is not None and c.elastic.policy == "scale_batch":
+        yield key, "batch_schedule and elastic.policy=scale_batch both set the batch; use keep_batch, or remove it."
+    for size in sizes:
+        if size % microbatch:
+            yield (
+                key,
+                f"{key}: a batch of {size} samples is not a multiple of per_device_train_batch_size={microbatch}; the "
+                "batch changes in whole micro-batches.",
+            )
+        if size // microbatch > MOST_MICROBATCHES:
+            yield key, f"{key}: a batch of {size} samples is over {MOST_MICROBATCHES} micro-batches per step; lower it."
+    if b.kind == "ramp" and sizes[0] == sizes[1]:
+        yield key, f"{key}: the ramp begins and ends at {sizes[0]} samples; give another min_ or max_global_batch_size."
+    if b.kind == "noise_scale" and not sizes[0] < sizes[1]:
+        yield (
+            f"{key}.max_global_batch_size",
+            f"{key}: max_global_batch_size={sizes[1]} must be above {sizes[0]}, where the batch begins.",
+        )
+    rule, k = lr_rule(c, b), max(sizes) / c.global_batch_size
+    betas = [beta for beta in (c.adam_beta1, c.adam_beta2) if beta > 0 and k * (1 - beta) >= 1 - 1e-9]
+    if rule == "sqrt" and c.optim in ADAMS and betas:
+        yield (
+            f"{key}.lr_rule",
+            f"{key}: under lr_rule sqrt a batch of {max(sizes)} is {k:g} times global_batch_size, and k (1 - beta) "
+            f"must be below 1 for beta={betas[0]:g}; use lr_rule: linear or none, a smaller batch, or a larger "
+            "global_batch_size with its learning_rate.",
+        )
+    if rule == "adascale" and c.optim != "sgd":
+        yield (
+            f"{key}.lr_rule",
+            f"lr_rule=adascale is for optim sgd, whose step is the gradient that it measures, but optim={c.optim}; "
+            "use sqrt.",
+        )
 
 
 def _data_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:

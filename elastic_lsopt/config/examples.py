@@ -3,6 +3,10 @@
 MODEL = "model: {model_type: llama, hidden_size: 256, num_hidden_layers: 4, num_attention_heads: 4}"
 CHAT = "dataset: chats.jsonl"
 SCALE = "elastic: {policy: scale_batch, reference_workers: 4"
+WSD = "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {"
+AUTODROP = "lr_scheduler_type: autodrop\nlr_scheduler_kwargs: {"
+RAMP = "batch_schedule: {kind: ramp, max_global_batch_size: 256, ramp_samples: 100000"
+NOISE = "batch_schedule: {kind: noise_scale, max_global_batch_size: 256"
 
 JOB: dict[str, str] = {
     "model_name_or_path": "model_name_or_path: models/llama-8b",
@@ -36,6 +40,7 @@ JOB: dict[str, str] = {
     "activation_checkpointing": "activation_checkpointing: true",
     "per_device_train_batch_size": "per_device_train_batch_size: 4",
     "global_batch_size": "global_batch_size: 256",
+    "batch_schedule": f"{RAMP}}}",
     "max_steps": "max_steps: 1000",
     "num_train_epochs": "num_train_epochs: 3",
     "optim": "optim: muon",
@@ -45,6 +50,7 @@ JOB: dict[str, str] = {
     "evaluate_average": "averages: {ema: {decay: 0.999}}\nevaluate_average: ema",
     "learning_rate": "learning_rate: 3e-4",
     "lr_scheduler_type": "lr_scheduler_type: cosine",
+    "lr_scheduler_kwargs": f"{WSD}decay_ratio: 0.2}}",
     "warmup_ratio": "warmup_ratio: 0.03",
     "max_grad_norm": "max_grad_norm: 0.5",
     "weight_decay": "weight_decay: 0.1",
@@ -81,6 +87,34 @@ LORA: dict[str, str] = {
     "modules_to_save": "lora: {modules_to_save: [lm_head]}",
     "base_dtype": "lora: {base_dtype: bf16}",
     "export": "lora: {export: both}",
+}
+
+RATE: dict[str, str] = {
+    "decay_ratio": f"{WSD}decay_ratio: 0.2}}",
+    "decay_type": f"{WSD}decay_type: linear}}",
+    "min_lr_ratio": f"{WSD}min_lr_ratio: 0.1}}",
+    "timescale_samples": "lr_scheduler_type: inverse_sqrt\nlr_scheduler_kwargs: {timescale_samples: 50000}",
+    "window_samples": f"{AUTODROP}window_samples: 20000}}",
+    "theta": f"{AUTODROP}theta: 0.1}}",
+    "upper_theta": f"{AUTODROP}theta: 0.1, upper_theta: 2}}",
+    "rho": f"{AUTODROP}rho: 0.1}}",
+    "lower_lr": f"{AUTODROP}lower_lr: 1e-6}}",
+    "extra_windows": f"{AUTODROP}extra_windows: 5}}",
+}
+
+BATCH: dict[str, str] = {
+    "kind": "batch_schedule: {kind: constant}",
+    "steps": "batch_schedule: {kind: steps, steps: [{at: 0.5, global_batch_size: 64}]}",
+    "min_global_batch_size": "batch_schedule: {kind: ramp, min_global_batch_size: 8, ramp_samples: 100000}",
+    "max_global_batch_size": f"{NOISE}}}",
+    "ramp_samples": f"{RAMP}}}",
+    "multiple": f"{NOISE}, multiple: 0.5}}",
+    "every_samples": f"{NOISE}, every_samples: 20000}}",
+    "horizon_samples": f"{NOISE}, horizon_samples: 50000}}",
+    "hysteresis": f"{NOISE}, hysteresis: 1.5}}",
+    "growth": f"{NOISE}, growth: 4}}",
+    "may_shrink": f"{NOISE}, may_shrink: true}}",
+    "lr_rule": f"{RAMP}, lr_rule: none}}",
 }
 
 ELASTIC: dict[str, str] = {

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from elastic_lsopt.config.deepspeed_json import check_job, read_deepspeed_json
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.lora import LoraConfig
+from elastic_lsopt.config.schedules import BatchScheduleConfig, LrSchedulerKwargs
 from elastic_lsopt.config.schema import allowed, setting
 from elastic_lsopt.config.settings import BUILTIN_DATASETS, REFUSED, SettingError, TrainConfig
 from elastic_lsopt.config.spelling import did_you_mean
@@ -31,6 +32,8 @@ KEYS = tuple(f.name for f in fields(TrainConfig))
 BLOCKS = {
     "elastic": tuple(f.name for f in fields(ElasticConfig)),
     "lora": tuple(f.name for f in fields(LoraConfig)),
+    "lr_scheduler_kwargs": tuple(f.name for f in fields(LrSchedulerKwargs)),
+    "batch_schedule": tuple(f.name for f in fields(BatchScheduleConfig)),
 }
 """Keys that hold settings of their own, and which."""
 PATH_KEYS = (

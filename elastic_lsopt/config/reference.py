@@ -21,6 +21,7 @@ from elastic_lsopt.config import examples
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.lora import LoraConfig
 from elastic_lsopt.config.probes import OWN, ProbeConfig
+from elastic_lsopt.config.schedules import BatchScheduleConfig, LrSchedulerKwargs
 from elastic_lsopt.config.schema import allowed, setting
 from elastic_lsopt.config.settings import EVALUATE_ELSEWHERE, TrainConfig
 from elastic_lsopt.config.study import Grid, StudyConfig
@@ -83,6 +84,9 @@ def keys_text() -> str:
     parts = [
         HEAD, *_settings(TrainConfig, examples.JOB),
         "## The block `lora`\n", *_settings(LoraConfig, examples.LORA, "lora."),
+        "## The block `lr_scheduler_kwargs`\n",
+        *_settings(LrSchedulerKwargs, examples.RATE, "lr_scheduler_kwargs."),
+        "## The block `batch_schedule`\n", *_settings(BatchScheduleConfig, examples.BATCH, "batch_schedule."),
         *_settings(ElasticConfig, examples.ELASTIC, "elastic.", "The block `elastic`: "),
         OF_PROBES, *_settings(ProbeConfig, examples.PROBE, "probes.NAME."),
         OF_METHODS, *_algorithms("optimizers", lambda name, own: {"landscape": {"method": name, **own}}),

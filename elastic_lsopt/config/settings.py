@@ -30,6 +30,7 @@ from elastic_lsopt.config.ranges import (
     Positive,
     SettingError,
 )
+from elastic_lsopt.config.schedules import BatchScheduleConfig, LrSchedulerKwargs
 
 LANDSCAPE_SCHEMA: dict[str, Any] = {
     "properties": {"method": {"type": "string"}, "import": {"type": "string", "pattern": IMPORT_PATH}},
@@ -144,8 +145,11 @@ class TrainConfig:
     """Samples in a micro-batch (one forward); the only batch size that a device feels."""
     global_batch_size: Count = 32
     """Samples in an optimizer step, over all ranks; the same at every world size (but see elastic.policy)."""
+    batch_schedule: BatchScheduleConfig | None = None
+    """How the samples of a step change along the run; null: they are global_batch_size."""
     max_steps: Count | None = None
-    """Optimizer steps of the job, at global_batch_size; exactly one of max_steps and num_train_epochs."""
+    """Optimizer steps of the job at global_batch_size, which say how many samples it is; exactly one of max_steps and
+    num_train_epochs."""
     num_train_epochs: Positive | None = None
     """Passes over the training samples, may be a fraction; exactly one of max_steps and num_train_epochs."""
 
@@ -180,8 +184,13 @@ class TrainConfig:
     """The average at which the held-out loss is measured and the model exported; null: the weights themselves."""
     learning_rate: NotNegative = 5e-5
     """Peak learning rate; >= 0."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
-    """The learning rate after the warm-up: constant, or down to 0 at the last sample."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "warmup_stable_decay", "inverse_sqrt", "autodrop"] = (
+        "linear"
+    )
+    """The learning rate after the warm-up: constant; down to 0 at the last sample; constant, then down over the last
+    samples; with the root of the samples; or lowered whenever the weights only turn about (autodrop)."""
+    lr_scheduler_kwargs: LrSchedulerKwargs | None = None
+    """What warmup_stable_decay, inverse_sqrt and autodrop have of their own; null: their defaults."""
     warmup_ratio: BelowOne = 0.0
     """Share of the job's samples over which the learning rate rises from 0, in [0, 1)."""
     max_grad_norm: NotNegative = 1.0
@@ -270,6 +279,12 @@ def landscape_fields(config: TrainConfig) -> tuple[str, dict[str, Any]]:
     return own.pop("method") if "method" in own else own.pop("import"), own
 
 
-def lr_rule(config: TrainConfig, elastic: ElasticConfig) -> Rule:
+def batch_sizes(config: TrainConfig) -> tuple[int, ...]:
+    """The global batches that bound those of the job's steps, the first one first."""
+    block, own = config.batch_schedule, config.global_batch_size
+    return (own,) if block is None else block.sizes(own)
+
+
+def lr_rule(config: TrainConfig, block: ElasticConfig | BatchScheduleConfig) -> Rule:
     """The rule by which the rate follows the batch: the one that is named, else that of the optimizer's paper."""
-    return elastic.lr_rule or ("linear" if config.optim in ("sgd", "lars") else "sqrt")
+    return block.lr_rule or ("linear" if config.optim in ("sgd", "lars") else "sqrt")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from math import ceil
 from typing import Any, Protocol
 
 from elastic_lsopt.data.draws import CommonGenerator, Draws, drawing_alone, drawing_beside_others, trying
@@ -24,6 +23,7 @@ from elastic_lsopt.data.read_ahead import ReadAhead
 from elastic_lsopt.data.rewound_order import rewound
 from elastic_lsopt.data.shards import ShardStream
 from elastic_lsopt.errors import StaleGeneration, UserError
+from elastic_lsopt.oracle.clock import BatchAt, steps_between
 from elastic_lsopt.oracle.microbatch import MicroBatch, microbatches_of_rank, unit_sizes
 
 log = logging.getLogger("elastic_lsopt")
@@ -76,10 +76,12 @@ class StepLoader:
     `dataset` has samples by number, or is a `ShardStream` (whose own seed counts). `collate` makes the batch of a
     micro-batch from its list of samples. A thread prepares the next step while this one computes: see [Note: what
     samples draw]. `total_samples` is the length of the whole job: the last step takes what is left, cut into at least
-    `parts` micro-batches (a rest of fewer samples than `parts` joins the step before it). `microbatches` are this
-    rank's where a plan deals them unevenly; None: micro-batch u belongs to rank u mod world. A rank without a
-    micro-batch gets micro-batch 0 of the step as an idle one. State is torchdata's protocol: state_dict,
-    load_state_dict, __iter__, __len__.
+    `parts` micro-batches (a rest of fewer samples than `parts` joins the step before it). `batch_at(position)` are the
+    samples of the step that begins there, in whole micro-batches; None: always `global_batch_size`. It may change its
+    mind until that step is given out: what was read ahead is then read anew. `microbatches` are this rank's of
+    `global_batch_size` where a plan deals them unevenly; None, and for other batches: micro-batch u belongs to rank
+    u mod world. A rank without a micro-batch gets micro-batch 0 of the step as an idle one. State is torchdata's
+    protocol: state_dict, load_state_dict, __iter__, __len__.
 
     Raises UserError for an empty dataset or a batch smaller than one micro-batch. Memory: two steps of this rank's
     batches.
@@ -105,14 +107,16 @@ class StepLoader:
         total_samples: int,
         parts: int = 1,
         microbatches: Sequence[int] | None = None,
+        batch_at: BatchAt | None = None,
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank={rank} must be between 0 and world-1={world - 1}.")
         self.source = dataset if isinstance(dataset, ShardStream) else Shuffled(dataset, seed)
         self.seed = self.source.order.seed
         self.collate = collate
-        self.sizes = unit_sizes(global_batch_size, microbatch_size)
+        unit_sizes(global_batch_size, microbatch_size)  # which refuses a batch below one micro-batch
         self.global_batch_size = global_batch_size
+        self.batch_at: BatchAt = batch_at or (lambda position: global_batch_size)
         self.microbatch_size = microbatch_size
         self.rank, self.world = rank, world
         self.total_samples, self.parts = total_samples, parts
@@ -125,8 +129,8 @@ class StepLoader:
         """Steps that this loader has given out and a rewind has taken back."""
 
     def __len__(self) -> int:
-        """Steps of the whole job at this batch, those behind the cursor included."""
-        return ceil(self.total_samples / self.global_batch_size)
+        """Steps of the whole job, those behind the cursor included, by the batches as they are planned now."""
+        return steps_between(self.batch_at, 0, self.total_samples)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         """From the cursor to the end of the job.
@@ -143,7 +147,8 @@ class StepLoader:
             while True:
                 position += self.samples_at(position)
                 more = position < self.total_samples
-                ahead = thread.submit(self._beside, position) if more and self._reads_ahead else None
+                expected = self.samples_at(position) if more else 0
+                ahead = thread.submit(self._beside, position, expected) if more and self._reads_ahead else None
                 undone = self.undone_steps
                 yield microbatches
                 self._refuse_stale(loads)
@@ -153,6 +158,8 @@ class StepLoader:
                     position, more, ahead = self.committed, True, None
                 if not more:
                     return
+                if ahead is not None and self.samples_at(position) != expected:
+                    ahead, _ = None, ahead.exception()  # the step that has ended has changed the batch
                 microbatches = (ahead.result() if ahead is not None else None) or self.microbatches_at(position)
 
     def _first(self, position: int) -> list[MicroBatch]:
@@ -161,16 +168,16 @@ class StepLoader:
         self._reads_ahead = True
         try:
             with trying(self.seed) as draws:
-                return self._microbatches(position, draws)
+                return self._microbatches(position, self.samples_at(position), draws)
         except CommonGenerator as error:
             self._stop_reading_ahead(error)
             return self.microbatches_at(position)
 
-    def _beside(self, position: int) -> list[MicroBatch] | None:
+    def _beside(self, position: int, samples: int) -> list[MicroBatch] | None:
         """The micro-batches of a later step, while another thread trains; None where they must be read by that one."""
         try:
             with drawing_beside_others(self.seed) as draws:
-                return self._microbatches(position, draws)
+                return self._microbatches(position, samples, draws)
         except CommonGenerator as error:
             self._stop_reading_ahead(error)
             return None
@@ -185,8 +192,8 @@ class StepLoader:
 
     def samples_at(self, position: int) -> int:
         """Samples of the step that begins at `position`, over all ranks: the global batch, or what is left."""
-        left = self.total_samples - position
-        return left if left < self.global_batch_size + self.parts else self.global_batch_size
+        left, batch = self.total_samples - position, self.batch_at(position)
+        return left if left < batch + self.parts else batch
 
     def microbatches_at(self, position: int) -> list[MicroBatch]:
         """This rank's units of the global batch that begins at `position`; a pure function, it moves no cursor.
@@ -194,14 +201,13 @@ class StepLoader:
         While it runs no other thread may draw from a common generator.
         """
         with drawing_alone(self.seed) as draws:
-            return self._microbatches(position, draws)
+            return self._microbatches(position, self.samples_at(position), draws)
 
-    def _microbatches(self, position: int, draws: Draws) -> list[MicroBatch]:
-        samples = self.samples_at(position)
-        if samples == self.global_batch_size:
-            sizes, own = self.sizes, self._own
-        else:
-            sizes, own = unit_sizes(samples, min(self.microbatch_size, max(1, samples // self.parts))), None
+    def _microbatches(self, position: int, samples: int, draws: Draws) -> list[MicroBatch]:
+        last = position + samples >= self.total_samples and samples != self.global_batch_size
+        most = max(1, samples // self.parts) if last else self.microbatch_size
+        sizes = unit_sizes(samples, min(self.microbatch_size, most))
+        own = self._own if samples == self.global_batch_size else None
         mine = microbatches_of_rank(len(sizes), self.rank, self.world) if own is None else own
         return [self._unit(u, position, sizes, draws) for u in mine] or [
             self._unit(0, position, sizes, draws, idle=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.space.perturbation import Fidelity
 
 log = logging.getLogger("elastic_lsopt")
@@ -55,6 +56,8 @@ class StepReport:
     """Of this rank's own forwards. Where a forward needs no other rank (plain, DDP), waiting is not in it."""
     fidelity: Fidelity | None = None
     """Requested against realised perturbation, where it was measured."""
+    clock: SampleClock = field(default_factory=SampleClock)
+    """Where the job stands after the step: the samples of all replicas, those of skipped steps too."""
 
 
 def warn_unfaithful(fidelity: Fidelity, dtype: object) -> None:

@@ -88,7 +88,11 @@ class GainMonitor(Stateful):
 
 def measured(families: Mapping[str, Family]) -> Gain | None:
     """The gain that an engine's families hold; None before two steps, or where nothing is measured."""
-    state: dict[str, Any] = dict(families[GAIN].state_dict()) if GAIN in families else {}
+    return gain_of(families[GAIN].state_dict() if GAIN in families else {})
+
+
+def gain_of(state: Mapping[str, Any]) -> Gain | None:
+    """The gain that a state of GainMonitor's holds; None before two steps."""
     weight = state.get(WEIGHT, 0.0)
     if not weight:
         return None

@@ -18,6 +18,7 @@ from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.training.building.base_optimizer import name_of_base
 from elastic_lsopt.training.datasets.samples import Data
+from elastic_lsopt.training.pace import batches_told
 
 LINE_EVERY_S = 10.0
 """Without a terminal, a line of progress about so often."""
@@ -85,7 +86,7 @@ class Console:
         )
         self.say(
             f"{config.dataset}: {len(data.train):,} training and {len(data.eval):,} held-out samples; "
-            f"{self._steps:,} steps of {config.global_batch_size}"
+            f"{self._steps:,} steps of {batches_told(config)}"
         )
         for note in data.notes:
             self.say(f"note: {note}")
@@ -94,10 +95,12 @@ class Console:
         if engine.clock.steps >= self._steps:
             self.say("all steps are done; raise max_steps or num_train_epochs to train on")
 
-    def step(self, row: dict[str, Any]) -> None:
-        """Show one step's row of metrics.jsonl."""
+    def step(self, row: dict[str, Any], *, steps: int | None = None, samples_left: int | None = None) -> None:
+        """Show one step's row of metrics.jsonl; the job has so many steps and samples before it, where the batch does
+        not stay as it is."""
         if not self._speaks:
             return
+        self._steps = self._steps if steps is None else steps
         self._eval_loss = row.get("eval_loss", self._eval_loss)
         self._accuracy = row.get("eval_accuracy", self._accuracy)
         told = f"loss {row['loss']:.3f}" + (f"  held out {self._eval_loss:.3f}" if self._eval_loss is not None else "")
@@ -107,12 +110,13 @@ class Console:
         told += f"  rate {row['lr']:.3g}  batch {row['batch']} on {row['world']}  {counted(speed)} {what}/s"
         told += f"  {memory_in_use(self._device) / 2**30:.2f} GiB"
         if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], told=told)
+            self._bar.update(self._task, total=self._steps, completed=row["step"], told=told)
             return
         now = time.monotonic()
         if now - self._said > LINE_EVERY_S or "eval_loss" in row or row["step"] == self._steps:
             self._said = now
-            left = duration((self._steps - row["step"]) * row["batch"] * each / speed) if speed else "?"
+            samples = (self._steps - row["step"]) * row["batch"] if samples_left is None else samples_left
+            left = duration(samples * each / speed) if speed else "?"
             self.say(f"step {row['step']}/{self._steps}  {told}  {row['seconds']:.2f} s a step, {left} left")
 
     def pause(self) -> None:

@@ -13,10 +13,10 @@ from elastic_lsopt.elastic.agent.roles import fingerprint_of, serve, work
 from elastic_lsopt.elastic.worker.journal import Journal
 from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.plan import Policy
-from elastic_lsopt.schedules.adascale import GainMonitor
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import build_data
 from elastic_lsopt.training.loop import TrainingRun
+from elastic_lsopt.training.pace import gain_monitor
 from elastic_lsopt.world import World, on_gpu
 
 PER_NODE = (
@@ -29,8 +29,6 @@ PER_NODE = (
     "elastic.event_log",
 )
 """Settings in which nodes may differ."""
-GAIN_BATCHES = 1000
-"""Batches over which AdaScale's gain is smoothed."""
 
 
 def run_worker(config: TrainConfig, method: Method) -> NoReturn:
@@ -39,8 +37,7 @@ def run_worker(config: TrainConfig, method: Method) -> NoReturn:
     data, console = build_data(config), Console()  # once a process: a change of members reads no corpus again
 
     policy = Policy.of(config, parts=method.parts)
-    gain = GainMonitor(horizon_samples=GAIN_BATCHES * config.global_batch_size)
-    keep = [gain] if policy.rule == "adascale" else []
+    keep = [gain_monitor(config)] if policy.rule == "adascale" else []
 
     def build(world: World) -> TrainingRun:
         return TrainingRun(rehearsed(config) if world.rehearsal else config, method, data, world, console, keep)

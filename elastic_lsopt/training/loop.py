@@ -26,19 +26,18 @@ from elastic_lsopt.checkpoint.ownership import Ownership
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.data.loader import StepLoader
 from elastic_lsopt.elastic.worker.journal import Journal, Rewind
-from elastic_lsopt.elastic.worker.rates import Rates
 from elastic_lsopt.elastic.worker.same_data import Identity, refuse_other_data
 from elastic_lsopt.errors import Diverged, UserError
 from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.step_report import StepReport
-from elastic_lsopt.schedules.learning_rate import LearningRate
 from elastic_lsopt.training.building.engines import build_engine, plain_loss_of
 from elastic_lsopt.training.building.models import identity_of_base
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data, build_data
 from elastic_lsopt.training.evaluation import Evaluation, evaluate, placed
+from elastic_lsopt.training.pace import Pace, watchers
 from elastic_lsopt.training.probing.during_training import Probing
 from elastic_lsopt.training.quiet import report_loads
 from elastic_lsopt.training.result import finish, say_unsaved
@@ -91,19 +90,19 @@ class TrainingRun:
         if world.plan is None and world.size > 1:
             assert dist.group.WORLD is not None
             refuse_other_data(dist.group.WORLD, self.data_identity())
-        self.batch = config.global_batch_size if world.plan is None else world.plan.global_batch_size
         self.total_samples = _steps(config, len(data.train)) * config.global_batch_size
+        keep = [*keep, *watchers(config, len(data.train))]
         self.engine = build_engine(config, method, data, world, self.total_samples, keep)
+        self._pace = Pace(config, self.engine, world.plan, rehearsal=world.rehearsal)
+        batch = config.global_batch_size if world.plan is None else world.plan.global_batch_size
         self.loader = StepLoader(
-            data.train, lambda rows: placed(data.collate(rows), world), global_batch_size=self.batch,
+            data.train, lambda rows: placed(data.collate(rows), world), global_batch_size=batch,
             microbatch_size=config.per_device_train_batch_size, seed=config.seed, rank=world.rank, world=world.size,
             total_samples=self.total_samples, parts=method.parts,
             microbatches=None if world.plan is None else world.plan.microbatches_of_rank[world.rank],
+            batch_at=self._pace.batch_at,
         )  # fmt: skip
         self.stopped, self.eval_loss = False, None
-        self._rate = LearningRate(peak=config.learning_rate, shape=config.lr_scheduler_type, warmup=config.warmup_ratio)
-        self._rates = None if world.plan is None else Rates(self.engine, world.plan)
-        self._peaks = [group["lr"] for group in self.engine.param_groups]
         self._probing = (
             Probing(config, self.engine, data, world, plain_loss_of(config, self.engine.module))
             if config.probes
@@ -137,7 +136,8 @@ class TrainingRun:
         """One optimizer step with its metrics, evaluation and checkpoint; returns its row of metrics.jsonl."""
         self._refuse_lost_folder()
         engine, config, start = self.engine, self.config, time.monotonic()
-        lr, before = self._set_rate(), (engine.clock.steps, engine.clock.samples)
+        before = engine.clock.steps, engine.clock.samples
+        lr, batch = self._pace.set_rate(self._lr_factor), self._pace.batch_at(engine.clock.samples)
         engine.train_batch(microbatches)
         report, clock = engine.last_step, engine.clock
         assert report is not None
@@ -145,7 +145,7 @@ class TrainingRun:
         step, last = clock.steps, clock.samples >= self.total_samples
         row = {
             "generation": self.world.generation, "step": step, "samples": clock.samples, "loss": report.loss, "lr": lr,
-            "batch": self.batch, "world": self.world.size, "seconds": time.monotonic() - start, **_told(report),
+            "batch": batch, "world": self.world.size, "seconds": time.monotonic() - start, **_told(report),
         }  # fmt: skip
         if len(self.data.eval) and (last or _due(step, config.eval_steps)):
             held_out = self._evaluated()
@@ -156,7 +156,7 @@ class TrainingRun:
         if self._folder is not None:
             self._folder.write(row)
             self._folder.state.running(step, self._last_step)
-        self.console.step(row)
+        self.console.step(row, steps=self._last_step, samples_left=self.total_samples - clock.samples)
         self.stopped = report.stop and not last
         self._streak.note(step, skipped=report.skipped)
         self._save_due = self._save_due or last or self.stopped or _due(step, config.save_steps)
@@ -215,15 +215,6 @@ class TrainingRun:
     @property
     def _lr_factor(self) -> float:
         return self.config.rewind_lr_factor**self.loader.rewinds
-
-    def _set_rate(self) -> float:
-        """The learning rate of the step that begins now, in every param group."""
-        if self._rates is not None:
-            return self._rates.set(self._rate.share(self.engine.clock) * self._lr_factor)
-        share = self._rate.share(self.engine.clock) * self._lr_factor
-        for group, peak in zip(self.engine.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * share
-        return self.config.learning_rate * share
 
     def _save(self) -> None:
         assert self._checkpoints is not None
@@ -297,9 +288,9 @@ class TrainingRun:
 
     @property
     def _last_step(self) -> int:
-        """Where the job ends if the batch stays as it is."""
+        """Where the job ends by the batches as they are planned now."""
         clock = self.engine.clock
-        return clock.steps + -(-(self.total_samples - clock.samples) // self.batch)
+        return clock.steps + self._pace.steps_from(clock.samples, self.total_samples)
 
     def _attend(self) -> None:
         self.console.attend(speaks=self.world.is_first, steps=self._last_step, done=self.engine.clock.steps)

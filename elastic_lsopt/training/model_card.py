@@ -13,6 +13,7 @@ import yaml
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.method import Method
+from elastic_lsopt.training.pace import batches_told
 
 SHOWN_CHANGES = 50
 """Changes of members in a card; of a longer journal the last ones."""
@@ -42,7 +43,7 @@ def model_card(
         "data": data,
         "method": _told(method),
         "base optimizer": f"{base}, peak learning rate {config.learning_rate:g} ({config.lr_scheduler_type})",
-        "batch": f"{config.global_batch_size} samples per step",
+        "batch": f"{batches_told(config)} samples per step",
         "training": f"{clock.samples:,} samples in {clock.steps:,} steps",
         "trained parameters": f"{parameters:,}",
         "seed": config.seed,

@@ -23,7 +23,8 @@ MEASURES = ["--measures", "lambda_max,trace,lpf", "--set", "trace.samples=3", "-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("probe")
-    job = write_job(folder / "run.yaml", model=LLAMA, max_steps=4, eval_steps=None, save_steps=2)
+    averages = {"lawa": {"k": 2, "every_samples": 14}}  # of the ends of steps 2 and 4, where checkpoints are too
+    job = write_job(folder / "run.yaml", model=LLAMA, max_steps=4, eval_steps=None, save_steps=2, averages=averages)
     run(command("none", job), folder)
     return folder
 
@@ -76,7 +77,7 @@ def test_the_saved_model_is_the_checkpoint(trained: Path) -> None:
 
 
 def test_the_way_between_two_checkpoints(trained: Path) -> None:
-    """Its ends are the two models' own losses, on one worker and on two."""
+    """Its ends are the two models' own losses, on one worker and on two; its middle is the average of the two."""
     checkpoints = trained / "run" / "checkpoints"
     given = [str(checkpoints / "checkpoint-4"), "--measures", "lambda_max,mode_connectivity", "--units", "3"]
     given += ["--set", "mode_connectivity.points=5", "--other", str(checkpoints / "checkpoint-2")]
@@ -85,6 +86,9 @@ def test_the_way_between_two_checkpoints(trained: Path) -> None:
     assert path["losses"] == pytest.approx(two["probes"]["mode_connectivity"]["losses"], rel=1e-5)
     first = probe(trained, str(checkpoints / "checkpoint-2"), "--measures", "lambda_max", "--units", "3")
     assert [path["losses"][0], path["losses"][-1]] == pytest.approx([first["loss"], one["loss"]], rel=1e-6)
+    mean = probe(trained, str(trained / "run"), "--measures", "lambda_max", "--units", "3", "--average", "lawa")
+    assert mean["average"] == "lawa" and mean["loss"] == pytest.approx(path["losses"][2], rel=1e-5)
+    assert mean["probes"]["lambda_max"]["eigenvalues"] != one["probes"]["lambda_max"]["eigenvalues"]
 
 
 def test_into_the_run_a_folder_each(trained: Path, tmp_path: Path, capsys: Any) -> None:
@@ -133,6 +137,8 @@ def test_under_torchrun(trained: Path) -> None:
         (["RUN", "--measures", "mode_connectivity", "--other", "no/such"], "no/such does not exist"),
         (["RUN/model"], "is a Hugging Face folder, which names no data; give --data"),
         (["RUN/.."], "is no checkpoint, run folder or Hugging Face folder"),
+        (["RUN", "--average", "ema"], "--average ema was not kept by"),
+        (["RUN/model", "--average", "lawa"], "which holds no average"),
         (["RUN", "--products", "fast"], "products='fast' is unknown; use one of auto"),
         (["RUN", "--units", "100000"], "are more than the"),
     ],

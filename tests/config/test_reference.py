@@ -15,6 +15,7 @@ from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.lora import LoraConfig
 from elastic_lsopt.config.probes import OWN
 from elastic_lsopt.config.reference import PAGE, keys_text
+from elastic_lsopt.config.schedules import BatchScheduleConfig, LrSchedulerKwargs
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.config.study import Grid, StudyConfig
 from tests.docs.blocks import blocks
@@ -26,6 +27,8 @@ TEXT = PAGE.read_text(encoding="utf-8")
 JOBS, STUDIES = TEXT.split("## A study\n")
 SETTINGS: list[tuple[type, dict[str, str], str, str]] = [
     (TrainConfig, examples.JOB, JOBS, ""), (LoraConfig, examples.LORA, JOBS, "lora."),
+    (LrSchedulerKwargs, examples.RATE, JOBS, "lr_scheduler_kwargs."),
+    (BatchScheduleConfig, examples.BATCH, JOBS, "batch_schedule."),
     (ElasticConfig, examples.ELASTIC, JOBS, "elastic."), (StudyConfig, examples.STUDY, STUDIES, ""),
     (Grid, examples.GRID, STUDIES, "grid."),
 ]  # fmt: skip

@@ -46,6 +46,7 @@ KEYS = [
     "activation_checkpointing",
     "per_device_train_batch_size",
     "global_batch_size",
+    "batch_schedule",
     "max_steps",
     "num_train_epochs",
     "optim",
@@ -55,6 +56,7 @@ KEYS = [
     "evaluate_average",
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_ratio",
     "max_grad_norm",
     "weight_decay",
@@ -89,6 +91,16 @@ ELASTIC_KEYS = [
     "mirror_gib", "lease_s", "hang_timeout_s", "join_debounce_s", "drain_timeout_s", "join_timeout_s", "endpoint",
     "address", "secret_file", "witness", "preemption_notice_file", "event_log", "respawn", "max_respawns",
 ]  # fmt: skip
+AUTODROP = {"lr_scheduler_type": "autodrop"}
+RAMP = {"kind": "ramp", "max_global_batch_size": 64, "ramp_samples": 1000}
+NOISE = {"kind": "noise_scale", "max_global_batch_size": 64}
+B64 = {"global_batch_size": 64}
+
+
+def steps(*given):
+    return {"batch_schedule": {"kind": "steps", "steps": [*given]}}
+
+
 SCALING = {"policy": "scale_batch", "reference_workers": 2}
 
 
@@ -153,6 +165,29 @@ def test_keys_of_other_trainers_are_refused_by_name(key):
         ({"elastic": {"policy": "scale_batch"}}, "policy=scale_batch needs reference_workers"),
         ({"elastic": {"lr_rule": "sqrt"}}, "lr_rule is for policy scale_batch"),
         ({"elastic": {"ramp_samples": 9}}, "ramp_samples is for policy scale_batch"),
+        ({"lr_scheduler_kwargs": {"theta": 1.0}}, "theta is for lr_scheduler_type autodrop, but it is linear"),
+        ({**AUTODROP, "lr_scheduler_kwargs": {"theta": 2.0}}, "theta=2 is above upper_theta=1"),
+        ({**AUTODROP, "lr_scheduler_kwargs": {"decay_ratio": 0.5}}, "decay_ratio is for .*warmup_stable_decay"),
+        ({"lr_scheduler_type": "inverse_sqrt"}, "needs lr_scheduler_kwargs: {timescale_samples"),
+        ({"lr_scheduler_type": "warmup_stable_decay", "warmup_ratio": 0.95}, "decay_ratio=0.1 and warmup_ratio=0.95"),
+        ({"batch_schedule": {"kind": "ramp", "ramp_samples": 9}}, "needs min_global_batch_size, max_global_batch_size"),
+        ({"batch_schedule": {"kind": "ramp", "max_global_batch_size": 64}}, "kind=ramp needs ramp_samples"),
+        ({"batch_schedule": {**RAMP, "max_global_batch_size": 32}}, "the ramp begins and ends at 32"),
+        ({"batch_schedule": {**RAMP, "max_global_batch_size": 60}}, "60 samples is not a multiple of .*=8"),
+        ({"batch_schedule": {**RAMP, "growth": 2.0}}, "growth is for kind noise_scale, but kind=ramp"),
+        ({"batch_schedule": {**RAMP, "max_global_batch_size": 512}}, r"16 times .* k \(1 - beta\) must be below 1"),
+        ({"batch_schedule": {**RAMP, "lr_rule": "adascale"}}, "adascale is for optim sgd"),
+        ({"batch_schedule": RAMP, "elastic": SCALING}, "both set the batch; use keep_batch"),
+        ({"batch_schedule": {"kind": "noise_scale"}}, "kind=noise_scale needs max_global_batch_size"),
+        ({"batch_schedule": {"kind": "noise_scale", "max_global_batch_size": 24}}, "=24 must be above 32"),
+        ({"batch_schedule": {**NOISE, "growth": 1.1}}, "growth=1.1 is below hysteresis=1.25"),
+        (steps(), "kind=steps needs steps"),
+        (steps({"at": 0.5}), r"steps\[0\]=.* must be one of at and at_samples"),
+        (steps({"at": 1.5, **B64}), "at=1.5 must be a share below 1"),
+        (steps({"at_samples": 0.5, **B64}), "at_samples=0.5 must be a whole number, above 0"),
+        (steps({"at": 0.5, **B64}, {"at": 0.5, **B64}), r"steps\[1\].at=0.5 must be a share below 1, above 0.5"),
+        (steps({"at": 0.5, **B64}, {"at_samples": 9, **B64}), "says at_samples and the first does not"),
+        (steps({"at": 0.5, "global_batch_size": 0}), "must be an integer >= 1"),
         ({"elastic": {"hang_timeout_s": 1.0}}, "hang_timeout_s=1 must be above lease_s=2"),
         ({"elastic": {"max_nodes": 1, "witness": "etcd://a:1"}}, "witness breaks ties"),
         ({"elastic": {**SCALING, "reference_workers": 3}}, "global_batch_size=32 must be a multiple of .*=8 x .*=3"),

@@ -167,6 +167,47 @@ def test_a_plans_uneven_shares() -> None:
     assert [u.index for u in ranks[0].microbatches_at(24)] == [0, 2]  # the small last step is dealt evenly
 
 
+RAMP = {0: 4, 4: 8, 12: 12, 24: 12, 36: 12, 48: 12, 60: 12}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_batch_that_changes_on_the_way(world: int) -> None:
+    """Every world reads the same micro-batches; each sample comes once, in order; the last step takes the rest."""
+    ranks = [
+        make(batch=4, unit=4, rank=r, world=world, total_samples=65, batch_at=RAMP.__getitem__) for r in range(world)
+    ]
+    assert len(ranks[0]) == 7
+    seen, position = [], 0
+    for steps in zip(*ranks, strict=True):
+        union = sorted((u for mine in steps for u in mine if not u.idle), key=lambda u: u.index)
+        assert union == make(batch=RAMP[position], unit=4, total_samples=65).microbatches_at(position)
+        seen += samples(union)
+        position = len(seen)
+        for loader in ranks:
+            loader.commit(len(samples(union)))
+    assert seen == [x for step in make(batch=1, unit=1, total_samples=65) for x in samples(step)]
+
+
+def test_a_batch_that_is_decided_when_a_step_has_ended() -> None:
+    """What was read ahead is read anew, in the size that counts then; a resume goes on with it."""
+    batch = [4]
+    loader = make(batch=4, unit=2, total_samples=40, batch_at=lambda position: batch[0])
+    steps = iter(loader)
+    sizes = []
+    for wanted in (4, 8, 8, 2, 12):
+        step = next(steps)
+        sizes.append(len(samples(step)))
+        loader.commit(sizes[-1])
+        batch[0] = wanted
+    assert sizes == [4, 4, 8, 8, 2]
+    again = make(batch=4, unit=2, total_samples=40, batch_at=lambda position: batch[0])
+    again.load_state_dict(loader.state_dict())
+    rest = [samples(step) for step in again]
+    assert [len(step) for step in rest] == [12, 2] and next(steps) is not None
+    everything = [x for step in make(batch=1, unit=1, total_samples=40) for x in samples(step)]
+    assert [x for step in rest for x in step] == everything[26:]
+
+
 def test_reading_ahead_is_not_saved() -> None:
     loader = make()
     steps = iter(loader)

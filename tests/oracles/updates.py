@@ -204,3 +204,14 @@ class AdaptiveMemory(torch.optim.Optimizer):
             s["d"] = ((1 - beta) * g + (lam * big + beta) * d) / (1 + lam * big)
             p.mul_(1 - decay * lr).sub_(lr * s["d"] / big)
             s["product"] *= beta
+
+
+def spaced(points: list[Any], clocks: list[int], first: float, every: int) -> list[Any]:
+    """Of the points that a run passes at these samples: the first in each window of `every` samples from `first` on."""
+    taken, mark = [], first
+    for point, samples in zip(points, clocks, strict=True):
+        if samples >= mark:
+            taken.append(point)
+            while mark <= samples:
+                mark += every
+    return taken

@@ -229,12 +229,17 @@ class LiveGeneration:
 
     def _change(self, agreed: Agreed, run: Run, moved_bytes: int, survives_node_loss: bool) -> Change:
         entered, clock = self.entered, run.engine.clock
+        batch = run.loader.batch_at(clock.samples)
+        # A schedule of the batch is the same under any plan, which keeps it.
+        scheduled = {"global_batch_size": batch} if batch != agreed.plan.global_batch_size else {}
+        before, after = (told(replace(p, **scheduled)) if p is not None else None for p in (agreed.before, agreed.plan))
+        assert after is not None
         return Change(
             generation=entered.number, why=entered.why, workers=entered.workers, nodes=entered.nodes,
             gone=entered.gone, samples=clock.samples, step=clock.steps,
             source="memory" if agreed.chosen is not None else "checkpoint" if clock.steps else "start",
             redone_steps=max(0, self.life.seen - clock.steps), bytes_moved=moved_bytes, seconds={},
-            before=None if agreed.before is None else told(agreed.before), after=told(agreed.plan),
+            before=before, after=after,
             survives_node_loss=survives_node_loss,
         )  # fmt: skip
 

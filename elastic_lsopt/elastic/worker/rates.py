@@ -6,27 +6,23 @@ from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.errors import Unsupported
 from elastic_lsopt.plan import Plan
 from elastic_lsopt.schedules.adascale import GAIN, measured
-from elastic_lsopt.schedules.batch_scaling import Hyperparameters, permits
+from elastic_lsopt.schedules.group_rates import GroupRates
 
 
 class Rates:
     """Each group's own hyper-parameters, as it had them when it was built, times what the plan says.
 
-    Groups may differ (biases without weight decay): each is scaled for itself. Under the rule adascale the rate follows
-    the gain as it is measured, step by step. Raises Unsupported where adascale has nothing that measures it.
+    Under the rule adascale the rate follows the gain as it is measured, step by step. Raises Unsupported where adascale
+    has nothing that measures it, or sqrt meets betas that its batch does not permit.
     """
 
     def __init__(self, engine: Engine, plan: Plan) -> None:
         self._engine, self._plan = engine, plan
-        batch = plan.reference.global_batch_size
-        self._own = [Hyperparameters.of_group(group, batch) for group in engine.param_groups]
-        for i, own in enumerate(self._own):
-            if not permits(own, plan.global_batch_size, plan.rule):
-                raise Unsupported(
-                    f"param group {i}: the rule sqrt cannot take betas={own.betas} from a batch of {batch} to "
-                    f"{plan.global_batch_size}; say them in the file (optim_args: {{betas: …}}), so that the batch is "
-                    "held, or set elastic.max_global_batch_size."
-                )
+        self._groups = GroupRates(
+            engine.param_groups, plan.reference.global_batch_size, plan.rule, [plan.global_batch_size],
+            "say them in the file (optim_args: {betas: …}), so that the batch is held, or set "
+            "elastic.max_global_batch_size.",
+        )  # fmt: skip
         if plan.rule == "adascale" and GAIN not in engine.families:
             raise Unsupported(
                 "lr_rule=adascale needs a measured gain: give the engine "
@@ -37,7 +33,4 @@ class Rates:
         """For the step that begins now; `share` of the peak rate is the schedule's. Returns the first group's rate."""
         engine = self._engine
         plan = self._plan.with_gain(measured(engine.families))
-        factors = plan.scaling(engine.clock)
-        for group, own in zip(engine.param_groups, self._own, strict=True):
-            factors.of(own, plan.global_batch_size).into_group(group, share)
-        return float(engine.param_groups[0]["lr"]) if self._own else 0.0
+        return self._groups.set(engine.param_groups, plan.scaling(engine.clock), plan.global_batch_size, share)

@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from elastic_lsopt.config.settings import SettingError, TrainConfig, landscape_fields, lr_rule
+from elastic_lsopt.config.settings import SettingError, TrainConfig, batch_sizes, landscape_fields, lr_rule
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.microbatch import part_bounds, slots, unit_sizes
 from elastic_lsopt.plan import Policy, Worker, plan
+from elastic_lsopt.schedules.batch_scaling import rate_factor
 from elastic_lsopt.training.estimate.communication import Passes, sent_per_step
 from elastic_lsopt.training.estimate.look import Looked
 from elastic_lsopt.training.estimate.offload import on_host
 from elastic_lsopt.training.estimate.placement import Placement
 from elastic_lsopt.training.estimate.probes import probe_vectors
 from elastic_lsopt.training.estimate.rank import RankMemory, memory_of_rank
-from elastic_lsopt.training.estimate.state import mirror_per_rank
+from elastic_lsopt.training.estimate.state import average_vectors, mirror_per_rank
+from elastic_lsopt.training.pace import vectors_watched
 
 ACCURACY = 0.1
 """What an estimate may miss: a rank fits where its peak and this share of it do."""
@@ -99,8 +101,14 @@ def bounds_of(config: TrainConfig) -> tuple[int, int]:
 
 
 def batch_on(config: TrainConfig, parts: int, world: int) -> Batch:
-    """By the job's policy; a job of fixed size keeps its batch. Raises SettingError where the policy refuses the
-    world."""
+    """By the job's policy; a job of fixed size keeps its batch; of a schedule of the batch its largest, with its rate.
+
+    Raises SettingError where the policy refuses the world.
+    """
+    if config.batch_schedule is not None and (most := max(batch_sizes(config))) != config.global_batch_size:
+        factor = rate_factor(config.global_batch_size, most, lr_rule(config, config.batch_schedule))
+        rate = config.learning_rate * factor
+        return batch_on(replace(config, batch_schedule=None, global_batch_size=most, learning_rate=rate), parts, world)
     if config.elastic is None:
         sizes = unit_sizes(config.global_batch_size, config.per_device_train_batch_size)
         forwards = sum(len(slots(bounds, 0, world)) for bounds in part_bounds(len(sizes), parts))
@@ -121,17 +129,17 @@ def on_world(
     """The plan of one world size."""
     at, batch = Placement.of(config, world), batch_on(config, parts, world)
     method, fields = landscape_fields(config)
+    averages, watched = average_vectors(config.averages), vectors_watched(config)
     kept: dict[str, Any] = {"optim": config.optim, "momentum": config.momentum}
     memory = memory_of_rank(
-        looked.size, looked.moments, at, method=method, averages=len(config.averages),
+        looked.size, looked.moments, at, method=method, averages=averages, watched=watched,
         probes=probe_vectors(config.probes), microbatches=batch.forwards, gpu=gpu and not at.optimizer_on_host, **kept,
     )  # fmt: skip
     device, offloaded = memory.parted(on_host(at))
     passes, elastic = Passes.of(method, fields), config.elastic
     host = {} if elastic is None else mirror_per_rank(
         looked.size.parameters, at, grams=looked.size.grams, copies=elastic.copies,
-        budget_bytes=elastic.mirror_gib * 2**30,
-        vectors=len(config.averages) + (elastic.policy == "scale_batch" and lr_rule(config, elastic) == "adascale"),
+        budget_bytes=elastic.mirror_gib * 2**30, vectors=averages + watched,
         **kept,
     )  # fmt: skip
     sent = sent_per_step(looked.size, at, microbatches=batch.forwards, passes=passes)

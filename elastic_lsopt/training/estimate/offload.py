@@ -25,8 +25,8 @@ from elastic_lsopt.training.estimate.size import ModelSize
 OF_THE_WEIGHTS = {"weights", "frozen weights"}
 OF_THE_OPTIMIZER = {
     "master weights", "gradient buffer", "gradient in fp32", "sum of gradients", "offload buffers", "optimizer state",
-    "averages of the weights", "direction of the method", "temporaries of the optimizer", "probes",
-    "probes while they measure",
+    "averages of the weights", "what schedules watch", "direction of the method", "temporaries of the optimizer",
+    "probes", "probes while they measure",
 }  # fmt: skip
 OF_FSDP2 = OF_THE_WEIGHTS | OF_THE_OPTIMIZER | {"gradient", "way back of a perturbation"}
 

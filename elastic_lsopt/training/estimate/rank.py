@@ -55,6 +55,7 @@ def memory_of_rank(
     momentum: float = 0.0,
     method: str = "none",
     averages: int = 0,
+    watched: int = 0,
     probes: tuple[int, int] = (0, 0),
     microbatches: int = 1,
     gpu: bool = False,
@@ -62,15 +63,9 @@ def memory_of_rank(
     """`moments` is a micro-batch's pass on storage-less tensors, None where it cannot be had; `microbatches` those of a
     rank in a pass; `probes` the vectors that probes keep, and that one holds while it measures."""
     kept = state_per_rank(
-        size.parameters,
-        at,
-        frozen=size.frozen,
-        optim=optim,
-        momentum=momentum,
-        method=method,
-        averages=averages,
-        grams=size.grams,
-    )
+        size.parameters, at, frozen=size.frozen, optim=optim, momentum=momentum, method=method, averages=averages,
+        watched=watched, grams=size.grams,
+    )  # fmt: skip
     passing = {name: kept.pop(name) for name in WHILE_PERTURBED}
     kept["communication buffers"] = kept_buffers(size, at)
     kept |= kept_beside(size, at, microbatches=microbatches)

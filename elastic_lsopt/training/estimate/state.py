@@ -19,8 +19,11 @@ Beside these a vector for methods that build a direction of their own. What a pa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import ceil
+from typing import Any
 
+from elastic_lsopt.averages.lawa import LAWA
 from elastic_lsopt.elastic.memory.budget import versions_within
 from elastic_lsopt.training.estimate.placement import FP32, Placement
 
@@ -55,6 +58,12 @@ def optimizer_states(parameters: int, at: Placement, *, optim: str, momentum: fl
     return ceil((states * parameters + 2 * grams) / (at.shards if at.shards > 1 else at.world))
 
 
+def average_vectors(averages: Mapping[str, Mapping[str, Any]]) -> int:
+    """Vectors that the averages of a job's settings keep; one of an average that is not ours."""
+    kinds = [(given.get("import", name), given) for name, given in averages.items()]
+    return sum(given.get("k", LAWA.k) if kind == "lawa" else 1 for kind, given in kinds)
+
+
 def state_per_rank(
     parameters: int,
     at: Placement,
@@ -65,8 +74,10 @@ def state_per_rank(
     method: str = "none",
     averages: int = 0,
     grams: int = 0,
+    watched: int = 0,
 ) -> dict[str, int]:
-    """Bytes on each rank, by what they are for; `parameters` counts trainable elements.
+    """Bytes on each rank, by what they are for; `parameters` counts trainable elements, `averages` and `watched` the
+    Vectors of averages and of schedules that look at the weights or gradients.
 
     A method that is not ours is taken to displace as SAM does.
     """
@@ -81,6 +92,7 @@ def state_per_rank(
         "master weights": FP32 * share if rebuilt else 0,
         "optimizer state": FP32 * states,
         "averages of the weights": FP32 * averages * share,
+        "what schedules watch": FP32 * watched * share,
         "way back of a perturbation": 0 if method in STAYS or rebuilt else at.working * share,
         "state of the method": FP32 * REMEMBERED.get(method, 0) * share,
         "direction of the method": FP32 * DIRECTIONS.get(method, 0) * share,

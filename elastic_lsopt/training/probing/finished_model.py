@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +48,8 @@ class Question:
     products: str = "auto"
     other: Path | None = None
     """Another model of the same shape, for the way between the two."""
+    average: str | None = None
+    """An average that the run kept, at which is measured; None: the weights themselves."""
     trust: bool = False
     """Whether code that a run's settings name as its model may run."""
 
@@ -76,6 +78,10 @@ def settings_of(question: Question, world_size: int) -> tuple[TrainConfig, Path 
     }
     own |= {key: value for key, value in asked.items() if value is not None}
     if not is_run:
+        if question.average is not None:
+            raise UserError(
+                f"{path} is a Hugging Face folder, which holds no average; remove --average, or give the run."
+            )
         if question.data is None:
             raise UserError(f"{path} is a Hugging Face folder, which names no data; give --data.")
         task = _task_of(path)
@@ -87,6 +93,9 @@ def settings_of(question: Question, world_size: int) -> tuple[TrainConfig, Path 
         raise UserError(f"{checkpoint} lies in no run folder ({run / CONFIG} is missing), so its model is not known.")
     config = load_config(run / CONFIG)
     refuse_untrusted(config, run / CONFIG, trust=question.trust)
+    if question.average is not None and question.average not in config.averages:
+        kept = ", ".join(config.averages) or "none"
+        raise UserError(f"--average {question.average} was not kept by {run} (averages: {kept}).")
     own["global_batch_size"] = max(config.global_batch_size, own.get("per_device_train_batch_size", 1))
     return replace(config, **own), checkpoint
 
@@ -138,6 +147,15 @@ def _measured(
     _fill(engine, checkpoint)
     engine.module.eval()
     other = _weights_of(question.other, question, engine, data, world) if question.other is not None else None
+    with nullcontext() if question.average is None else engine.averaged(question.average):
+        return _taken(question, config, checkpoint, folder, world, say, engine, data, initial, other)
+
+
+def _taken(
+    question: Question, config: TrainConfig, checkpoint: Path | None, folder: Path | None, world: World, say: Any,
+    engine: Engine, data: Data, initial: Vector | None, other: Vector | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The measures where the engine's weights are now."""
     units, single = fixed_microbatches(data, config, world, question.units)
     loss = plain_loss_of(config, engine.module)
     measuring = Measurement(engine.space, engine.backend, loss, products=question.products)  # type: ignore[arg-type]
@@ -147,7 +165,7 @@ def _measured(
         batches=lambda: [measuring.oracle(single(i), engine.clock, checked=False) for i in range(question.units)],
     )  # fmt: skip
     told: dict[str, Any] = {
-        "model": str(checkpoint or question.model), "step": _step(checkpoint),
+        "model": str(checkpoint or question.model), "step": _step(checkpoint), "average": question.average,
         "when": datetime.now(UTC).isoformat(timespec="seconds"), "data": config.dataset, "samples": together.samples,
         "parameters": engine.space.layout.numel, "workers": world.size, "loss": together.loss(), "probes": {},
         "failed": {},
@@ -177,7 +195,7 @@ def _fill(engine: Engine, checkpoint: Path | None) -> None:
 
 def _weights_of(path: Path, question: Question, engine: Engine, data: Data, world: World) -> Vector:
     """Another model's weights as a vector of this one's space (collective). Raises UserError for another shape."""
-    config, checkpoint = settings_of(replace(question, model=path, measures={}), world.size)
+    config, checkpoint = settings_of(replace(question, model=path, measures={}, average=None), world.size)
     loaded = build_engine(config, Plain(), data, world, total_samples=config.global_batch_size)
     _fill(loaded, checkpoint)
     found = loaded.space

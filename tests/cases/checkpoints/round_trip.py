@@ -11,11 +11,15 @@ from torch import nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.averages.ema import EMA
+from elastic_lsopt.averages.lawa import LAWA
+from elastic_lsopt.averages.swa import SWA
 from elastic_lsopt.checkpoint import Checkpointer, folder
 from tests.cases import engines
 from tests.cases.updates import UPDATES, ours, sampling_loss
 
 STEPS, UNITS = 6, 3
+SPACED = [SWA(start=0.0, every_samples=24), LAWA(k=2, every_samples=13)]
+"""Averages that take the weights now and then."""
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 
 
@@ -57,7 +61,7 @@ class Remembering:
 
 def _engine(kind: str, base: str, dtype: str, seed: int = 0, method: str = "") -> lso.Engine:
     """`zero3+small` has a sub-group a parameter, `+scalar` a parameter without dimensions, `+peft` adapters; bf16 is
-    ZeRO's, beside fp32 masters. An update of ours has an average beside it."""
+    ZeRO's, beside fp32 masters. An update of ours has averages beside it."""
     kind, *more = kind.split("+")
     zero = {"sub_group_size": 1} if "small" in more else {}
     extra = ("peft",) if "peft" in more else ("tied", "unused")
@@ -66,7 +70,7 @@ def _engine(kind: str, base: str, dtype: str, seed: int = 0, method: str = "") -
         model.register_parameter("temperature", nn.Parameter(torch.tensor(1.0 + seed)))
         model.register_forward_hook(lambda module, given, out: out * module.temperature)
     chosen = Drifting if base == "drifting" else ours(base) if base in UPDATES else base
-    keep = [EMA(decay=0.9)] if base in UPDATES else []
+    keep = [EMA(decay=0.9), *SPACED] if base in UPDATES else []
     landscape = lso.registry.build(method, **engines.HYPERPARAMETERS[method]) if method else Remembering()
     loss = {"loss_fn": sampling_loss()} if base == "sophia_g" else {}
     return engines.build(
@@ -85,8 +89,9 @@ def _weights(engine: lso.Engine) -> dict[str, list[float]]:
     out = {name: w.double().flatten().tolist() for name, w in engines.whole(engine.space).items()}
     for name, family in engine.families.items():
         if name.startswith("averages"):
-            mean: Any = family.state_dict()["mean"]
-            out |= {f"{name} {key}": numbers for key, numbers in _whole(engine.space, mean.tensors).items()}
+            for which, vector in family.state_dict().items():
+                found = {} if isinstance(vector, int | float) else _whole(engine.space, vector.tensors)
+                out |= {f"{name} {which} {key}": numbers for key, numbers in found.items()}
     return out
 
 

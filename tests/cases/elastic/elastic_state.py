@@ -21,7 +21,7 @@ from elastic_lsopt.elastic.memory.mirror import Mirror
 from elastic_lsopt.elastic.memory.reshard import choose, inventory, reshard
 from elastic_lsopt.elastic.memory.versions import HostVersions
 from tests.cases import engines
-from tests.cases.checkpoints.round_trip import Remembering
+from tests.cases.checkpoints.round_trip import SPACED, Remembering
 from tests.cases.checkpoints.round_trip import _whole as whole_vector
 from tests.cases.elastic.reforming import reforming
 from tests.cases.updates import UPDATES, ours
@@ -71,9 +71,9 @@ WORLD = 4
 
 
 def _engine(kind: str, base: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> lso.Engine:
-    """An update of ours has an average beside it; of `fsdp2+peft` adapters are trained."""
+    """An update of ours has averages beside it; of `fsdp2+peft` adapters are trained."""
     own = base in UPDATES
-    keep = [EMA(decay=0.9)] if own else []
+    keep = [EMA(decay=0.9), *SPACED] if own else []
     kind, _, peft = kind.partition("+")
     model = engines.net(("peft",) if peft else ("unused",), dtype, seed)
     return engines.build(kind, model, Remembering(), base=ours(base) if own else base, keep=keep)

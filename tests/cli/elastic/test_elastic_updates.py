@@ -1,4 +1,5 @@
-"""An update of ours with an average beside it in an elastic job: a death, a newcomer, a stop, and on from the disk."""
+"""An update of ours in an elastic job, with averages beside it, a batch that grows and a rate that drops: a death, a
+newcomer, a stop, and on from the disk."""
 
 from __future__ import annotations
 
@@ -13,10 +14,14 @@ import pytest
 from elastic_lsopt.elastic.worker.journal import read_journal
 from tests.jobs import TINY, Started, command, in_ranks, losses, rows, write_job
 
-STEPS = 36
+STEPS, SAMPLES = 36, 232  # ten steps of 4, seven of 6, nineteen of 8, of which the last takes what is left
 SHAPE: dict[str, Any] = {
-    "max_steps": STEPS, "eval_steps": 9, "save_steps": None, "workers": 2, "export": False,
-    "averages": {"ema": {"decay": 0.9}}, "evaluate_average": "ema",
+    "max_steps": SAMPLES // 8, "eval_steps": 9, "save_steps": None, "workers": 2, "export": False,
+    "averages": {"swa": {"start": 0.3, "every_samples": 20}, "lawa": {"k": 2, "every_samples": 24}, "ema": {}},
+    "evaluate_average": "swa", "global_batch_size": 8,
+    "batch_schedule": {"kind": "ramp", "min_global_batch_size": 4, "ramp_samples": 80, "lr_rule": "none"},
+    "lr_scheduler_type": "autodrop", "warmup_ratio": 0.0,
+    "lr_scheduler_kwargs": {"window_samples": 24, "theta": 180.0, "upper_theta": 180.0, "rho": 0.7, "extra_windows": 2},
 }  # fmt: skip
 UPDATES: dict[str, dict[str, Any]] = {
     "lars": {"optim": "lars", "learning_rate": 1.0, "momentum": None, "optim_args": {"momentum": 0.9}},
@@ -77,6 +82,10 @@ def test_killed_joined_stopped_and_resumed(
     assert f"of {STEPS}; the same command goes on" in first.output and "checkpoint-" in second.output, second.output
     # muon rounds to bf16, where another order of a sum may show
     close = 3e-3 if update == "muon" else 1e-4
+    for name in ("batch", "lr", "samples"):
+        assert [found[s][name] for s in sorted(found)] == pytest.approx([wanted[s][name] for s in sorted(wanted)])
+    assert [wanted[s]["batch"] for s in sorted(wanted)] == [4] * 10 + [6] * 7 + [8] * 19
+    assert len({row["lr"] for row in wanted.values()}) == 4
     assert losses(run) == pytest.approx([wanted[s]["loss"] for s in sorted(wanted)], rel=close)
     means = {step: row["eval_loss"] for step, row in wanted.items() if "eval_loss" in row}
     assert len(means) == STEPS // SHAPE["eval_steps"]
