@@ -159,9 +159,10 @@ def test_the_public_surface() -> None:
     """Adding a name is a decision; taking one away breaks users."""
     assert sorted(lso.__all__) == sorted(
         [
-            "ASAM", "Average", "EMA", "Engine", "FlatLoRA", "LAMB", "LARS", "LPFSGD", "LandscapeDeepSpeedStrategy",
+            "ASAM", "Average", "EMA", "Engine", "FlatLoRA", "LAMB", "LARS", "LAWA", "LPFSGD",
+            "LandscapeDeepSpeedStrategy",
             "LandscapeOptimizer", "LandscapeTrainer", "LandscapeTrainerMixin", "Loss", "MicroBatch",
-            "Muon", "NonFinite", "PeerFailed", "Plain", "ProbeCallback", "SAM", "Scales", "StaleGeneration",
+            "Muon", "NonFinite", "PeerFailed", "Plain", "ProbeCallback", "SAM", "SWA", "Scales", "StaleGeneration",
             "StaleGradient", "StaleWeights", "StepLoader", "StepReport", "Unsupported", "Update",
             "UpdateOptimizer", "UserError", "attach",
             "averages", "elastic", "initialize", "load", "probes", "registry", "save", "updates",
