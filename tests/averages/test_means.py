@@ -126,3 +126,33 @@ def test_an_average_that_has_not_begun_is_the_weights_and_says_so(caplog: Any) -
     with engine.averaged("lawa"):
         pass
     assert all(torch.equal(a, b) for a, b in zip(before, weights.parameters(), strict=True))
+
+
+@pytest.mark.fast
+def test_statistics_of_batch_norm_are_estimated_at_the_average() -> None:
+    """As docs/papers.md says it: those that the mean of the weights makes of the batches; the weights return."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    batches = [torch.randn(16, 4) for _ in range(4)]
+    base = torch.optim.SGD(model.named_parameters(), lr=0.05)  # type: ignore[arg-type]
+    optimizer = lso.LandscapeOptimizer(base, lso.Plain(), samples_per_step=16, keep=[lso.SWA(start=0.0)])
+    points = []
+    for x in batches:
+
+        def closure(x: torch.Tensor = x) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        points.append([p.detach().clone() for p in model[0].parameters()])
+    weight, bias = (torch.stack(of).mean(0) for of in zip(*points, strict=True))
+    kept, before = {n: b.clone() for n, b in model.named_buffers()}, [p.clone() for p in model.parameters()]
+    with optimizer.averaged("swa"):
+        torch.optim.swa_utils.update_bn(batches, model)
+        wanted = torch.stack([(x @ weight.T + bias).mean(0) for x in batches]).mean(0)
+        torch.testing.assert_close(model[1].running_mean, wanted)
+    for n, buffer in model.named_buffers():
+        buffer.copy_(kept[n])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

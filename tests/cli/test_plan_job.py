@@ -187,6 +187,11 @@ def test_the_policy_says_batch_and_rate(capsys):
     ]  # fmt: skip
     assert out[2]["held_by"].startswith("max_global_batch_size=48") and out[0]["held_by"] == ""
     assert all(sum(one["host_bytes"].values()) > 0 for one in out)
+    # A schedule of the batch is planned for its largest, with the rate that its rule gives there.
+    ramp = "batch_schedule={kind: ramp, max_global_batch_size: 128, ramp_samples: 1000}"
+    for more in ([], ["elastic={max_nodes: 8}"]):
+        [grown] = told(capsys, *given, ramp, *more, "--worlds", "2")["worlds"]
+        assert (grown["global_batch_size"], grown["forwards_per_pass"], grown["learning_rate"]) == (128, 8, 2e-3)
     kept = told(capsys, *given, "elastic={max_nodes: 8}", "--worlds", "1,2,8")["worlds"]
     assert [(one["global_batch_size"], one["forwards_per_pass"]) for one in kept] == [(32, 4), (32, 2), (32, 1)]
 

@@ -95,6 +95,13 @@ def test_the_memory_is_that_of_the_model(capsys):
     assert "backend fsdp2" in out and "SAM(rho=0.05" in out
 
 
+def test_a_schedule_of_the_batch_is_cut_at_its_largest(capsys):
+    ramp = "batch_schedule={kind: ramp, min_global_batch_size: 16, max_global_batch_size: 64, ramp_samples: 1000}"
+    assert "A step: 16 to 64 samples in at most 8 micro-batches of 8" in run(capsys, QUICKSTART, ramp)
+    said = refusal(capsys, QUICKSTART, ramp, "landscape={method: lpf_sgd, parts: 4}")
+    assert "of a batch of 16 samples" in said and "cannot be cut into 4 part(s)" in said
+
+
 def test_an_elastic_job_says_what_each_world_runs_and_what_its_mirror_holds(capsys):
     shape = ("hidden_size=64", "intermediate_size=128", "num_hidden_layers=1", "num_attention_heads=2")
     overrides = [f"model.{key}" for key in shape] + ["workers=1", "learning_rate=1e-3", "weight_decay=0"]

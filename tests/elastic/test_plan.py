@@ -293,6 +293,8 @@ def test_the_policy_of_a_file() -> None:
         microbatch_size=8, kind="scale_batch", reference_workers=2, rule="sqrt", parts=2,
         ramp_samples=9, max_learning_rate=1.0, may_balance=True,
     )  # fmt: skip
+    ramp = {"kind": "ramp", "max_global_batch_size": 64, "ramp_samples": 100}
+    assert Policy.of(config(batch_schedule=ramp)).largest_batch == 64
     sgd = Policy.of(config(optim="sgd", momentum=0.9, backend="fsdp2"))
     assert (sgd.reference.momentum, sgd.reference.betas, sgd.rule, sgd.may_balance) == (0.9, None, "none", False)
     with pytest.raises(ValueError, match="elastic"):
@@ -305,6 +307,8 @@ def test_what_is_refused() -> None:
     ):
         plan(workers(1), replace(KEEP, max_accumulation=15), START)
     plan(workers(2), replace(KEEP, max_accumulation=8), START)
+    with pytest.raises(UserError, match=r"a world of 2 worker.* too small for a global batch of 64: .* 16 micro-b"):
+        plan(workers(2), replace(KEEP, max_accumulation=8, largest_batch=64), START)
     with pytest.raises(UserError, match="cannot be cut into 17"):
         replace(KEEP, parts=17)
     with pytest.raises(UserError, match="multiple of the micro-batch of 2 samples x reference_workers=3"):

@@ -169,7 +169,7 @@ def test_the_public_surface() -> None:
     assert sorted(lso.__all__) == sorted(
         [
             *(kind.__name__ for kind in CLASSES.values()), "AdaHessian", "AdaptiveMemory", "Average", "EMA", "Engine",
-            "LAMB", "LARS", "LandscapeDeepSpeedStrategy", "LandscapeOptimizer", "LandscapeTrainer",
+            "LAMB", "LARS", "LAWA", "SWA", "LandscapeDeepSpeedStrategy", "LandscapeOptimizer", "LandscapeTrainer",
             "LandscapeTrainerMixin", "Loss", "MicroBatch", "Muon", "NonFinite", "PeerFailed", "ProbeCallback", "SASSHA",
             "SOAP", "Scales", "ScheduleFree", "SophiaG", "SophiaH", "StaleGeneration", "StaleGradient", "StaleWeights",
             "StepLoader", "StepReport", "Unsupported", "Update", "UpdateOptimizer", "UserError", "attach", "averages",

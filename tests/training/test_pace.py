@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs import Run, losses, rows, write_job
+from tests.jobs import Run, in_ranks, losses, rows, write_job
 
 BASE: dict[str, Any] = {
     "global_batch_size": 8, "max_steps": 20, "learning_rate": 0.05, "lr_scheduler_type": "constant",
@@ -91,3 +91,19 @@ def test_autodrop_lowers_the_rate_and_not_below(run: Run, folder: Path) -> None:
     run(2, write_job(folder / "drops.yaml", **shape))
     # Angles exist from the second window on, changes of them from the third: it and the fourth make the wait.
     assert rates(folder / "drops") == pytest.approx([0.05] * 8 + [0.025] * 4 + [0.0125] * 4 + [0.01] * 4)
+
+
+def test_a_worker_warms_up_without_what_measures(ranks: Any, folder: Path) -> None:
+    """It keeps no family then, which is no reason to refuse adascale, a measured batch or AutoDrop."""
+    scaled = {"elastic": {"policy": "scale_batch", "reference_workers": 2, "lr_rule": "adascale"}}
+    measured = {"elastic": {}, "batch_schedule": NOISE | {"lr_rule": "adascale"}, "lr_scheduler_type": "autodrop"}
+    for number, shape in enumerate((scaled, measured)):
+        job = write_job(folder / f"rehearsal-{number}.yaml", **BASE | shape)
+        [found] = in_ranks(ranks, 1, "rehearsal", path=str(job))
+        assert found == {"rule": ("adascale", "none")[number], "families": ["method"]}
+
+
+def test_parts_that_the_smallest_batch_cannot_be_cut_into(ranks: Any, folder: Path) -> None:
+    own = {"landscape": {"method": "lpf_sgd", "parts": 4}, "batch_schedule": RAMP}
+    for said in in_ranks(ranks, 2, "refused", path=str(write_job(folder / "parts.yaml", **BASE | own))):
+        assert "of a batch of 4 samples: a step of 2 micro-batch(es) cannot be cut into 4 part(s)" in said

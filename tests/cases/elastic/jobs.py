@@ -12,11 +12,14 @@ import torch.distributed as dist
 
 from elastic_lsopt.cli.job_file import read_job
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.plan import Policy, Worker, plan
 from elastic_lsopt.training.building.engines import build_engine
 from elastic_lsopt.training.building.models import build_model
+from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import build_data
 from elastic_lsopt.training.evaluation import evaluate
-from elastic_lsopt.training.loop import train
+from elastic_lsopt.training.loop import TrainingRun, train
 from elastic_lsopt.world import World
 
 
@@ -101,3 +104,14 @@ def first_failures() -> list[str]:
         world.first_failure("of rank 1")
     dist.barrier()
     return [world.first_failure(f"of rank {world.rank}")]
+
+
+def rehearsal(path: str) -> dict[str, Any]:
+    """What an elastic job's worker builds to warm up, before it has a world: the hyper-parameters of its plan."""
+    found = read_job(path)
+    policy = Policy.of(found.config, parts=found.method.parts)
+    alone = plan([Worker(0, "")], policy, SampleClock())
+    world = World(0, 1, torch.device("cpu"), dist.HashStore(), 0, alone, rehearsal=True)
+    run = TrainingRun(found.config, found.method, build_data(found.config), world, Console())
+    run.abandon()
+    return {"rule": alone.rule, "families": sorted(run.engine.families)}

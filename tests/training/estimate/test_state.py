@@ -6,13 +6,15 @@ import pytest
 import torch
 
 import elastic_lsopt as lso
+from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.training.estimate.activations import Pass, Segment
 from elastic_lsopt.training.estimate.offload import on_host
 from elastic_lsopt.training.estimate.placement import Placement
 from elastic_lsopt.training.estimate.probes import probe_vectors
 from elastic_lsopt.training.estimate.rank import memory_of_rank
 from elastic_lsopt.training.estimate.size import ModelSize
-from elastic_lsopt.training.estimate.state import mirror_per_rank, state_per_rank
+from elastic_lsopt.training.estimate.state import average_vectors, mirror_per_rank, state_per_rank
+from elastic_lsopt.training.pace import vectors_watched
 
 pytestmark = pytest.mark.fast
 NOTHING = Pass((Segment("forward", None, 0, 0, 0, 0),), 0)
@@ -97,6 +99,20 @@ def test_shards_divide_by_the_ranks_of_a_replica_group_and_round_up():
     assert weights(world=1) == 4 * 1001
     assert weights(world=4) == 4 * 251
     assert weights(world=4, replicas=2) == 4 * 501
+
+
+def test_averages_and_schedules_hold_vectors():
+    """LAWA its k, others one; AutoDrop two and the noise scale one; of 1,000 parameters on two ranks."""
+    assert average_vectors({"ema": {}, "lawa": {}, "short": {"import": "lawa", "k": 2}, "own": {"import": "a:B"}}) == 10
+    noise = {"kind": "noise_scale", "max_global_batch_size": 64}
+    config = TrainConfig(
+        dataset="a", output_dir="b", model={"model_type": "llama"}, max_steps=1, lr_scheduler_type="autodrop",
+        batch_schedule=noise,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert vectors_watched(config) == 3
+    at = Placement(backend="fsdp2", world=2)
+    kept = memory_of_rank(ModelSize(parameters=1000), None, at, averages=10, watched=3).kept
+    assert (kept["averages of the weights"], kept["what schedules watch"]) == (20000, 6000)
 
 
 def test_probes_hold_vectors():
