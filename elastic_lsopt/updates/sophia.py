@@ -72,7 +72,7 @@ class SophiaG(Sophia):
     range.
     """
 
-    facts: ClassVar = Facts(paper=PAPER, passes="1 + 1/k", memory="2", needs="lso.Loss with sample")
+    facts: ClassVar[Facts] = Facts(paper=PAPER, passes="1 + 1/k", memory="2", needs="lso.Loss with sample")
     sees: ClassVar[Sees] = "sampled_gradient"
 
     rho: float = 0.04
@@ -102,7 +102,7 @@ class SophiaH(Sophia):
     Raises UserError for a value out of range.
     """
 
-    facts: ClassVar = Facts(
+    facts: ClassVar[Facts] = Facts(
         paper=PAPER, passes="1, and a product with the Hessian (3) every k", memory="2", needs="a loss, not a closure"
     )
     sees: ClassVar[Sees] = "hessian_diagonal"
