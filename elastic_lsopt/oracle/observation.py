@@ -63,7 +63,7 @@ class Observation:
 
 def observe(oracle: Oracle) -> None:
     """Make what is due before the pass that begins now (collective). Raises NonFinite as a pass does."""
-    due = [o for o in oracle.observations if o.before == oracle.passes]
+    due = [o for o in oracle.observations if o.before <= oracle.passes]
     if not due:
         return
     oracle.observations = [o for o in oracle.observations if o not in due]

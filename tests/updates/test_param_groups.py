@@ -368,4 +368,4 @@ def test_bf16_parameters_step_near_fp32s(update: str) -> None:
             x, y = batch(i, dtype)
             engine.train_batch([(x, y.argmax(1))])
         ends.append(flat(model) - start)
-    assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 0.2
+    assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 0.4
