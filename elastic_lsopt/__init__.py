@@ -31,11 +31,25 @@ if TYPE_CHECKING:
         UserError,
     )
     from elastic_lsopt.optimizers import registry
+    from elastic_lsopt.optimizers.ae_sam import AESAM
     from elastic_lsopt.optimizers.asam import ASAM
+    from elastic_lsopt.optimizers.entropy_sgd import EntropySGD
+    from elastic_lsopt.optimizers.esam import ESAM
     from elastic_lsopt.optimizers.flat_lora import FlatLoRA
+    from elastic_lsopt.optimizers.friendly_sam import FriendlySAM
+    from elastic_lsopt.optimizers.functional_sam import FunctionalSAM
+    from elastic_lsopt.optimizers.gsam import GSAM
+    from elastic_lsopt.optimizers.looksam import LookSAM
     from elastic_lsopt.optimizers.lpf_sgd import LPFSGD
+    from elastic_lsopt.optimizers.m_sam import MicroSAM
+    from elastic_lsopt.optimizers.momentum_sam import MomentumSAM
+    from elastic_lsopt.optimizers.nbar import NBAR
     from elastic_lsopt.optimizers.plain import Plain
+    from elastic_lsopt.optimizers.random_sam import RandomSAM
+    from elastic_lsopt.optimizers.rwp import RWP
     from elastic_lsopt.optimizers.sam import SAM
+    from elastic_lsopt.optimizers.sampa import SAMPa
+    from elastic_lsopt.optimizers.wsam import WSAM
     from elastic_lsopt.oracle.loss import Loss
     from elastic_lsopt.oracle.microbatch import MicroBatch
     from elastic_lsopt.oracle.step_report import StepReport
@@ -54,30 +68,44 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AESAM",
     "ASAM",
     "EMA",
+    "ESAM",
+    "GSAM",
     "LAMB",
     "LARS",
     "LPFSGD",
+    "NBAR",
+    "RWP",
     "SAM",
     "SASSHA",
     "SOAP",
+    "WSAM",
     "AdaHessian",
     "AdaptiveMemory",
     "Average",
     "Engine",
+    "EntropySGD",
     "FlatLoRA",
+    "FriendlySAM",
+    "FunctionalSAM",
     "LandscapeDeepSpeedStrategy",
     "LandscapeOptimizer",
     "LandscapeTrainer",
     "LandscapeTrainerMixin",
+    "LookSAM",
     "Loss",
     "MicroBatch",
+    "MicroSAM",
+    "MomentumSAM",
     "Muon",
     "NonFinite",
     "PeerFailed",
     "Plain",
     "ProbeCallback",
+    "RandomSAM",
+    "SAMPa",
     "Scales",
     "ScheduleFree",
     "SophiaG",
@@ -103,6 +131,20 @@ __all__ = [
 ]
 
 _HOMES = {
+    "NBAR": "optimizers.nbar",
+    "AESAM": "optimizers.ae_sam",
+    "EntropySGD": "optimizers.entropy_sgd",
+    "ESAM": "optimizers.esam",
+    "FriendlySAM": "optimizers.friendly_sam",
+    "FunctionalSAM": "optimizers.functional_sam",
+    "GSAM": "optimizers.gsam",
+    "LookSAM": "optimizers.looksam",
+    "MomentumSAM": "optimizers.momentum_sam",
+    "MicroSAM": "optimizers.m_sam",
+    "RandomSAM": "optimizers.random_sam",
+    "RWP": "optimizers.rwp",
+    "SAMPa": "optimizers.sampa",
+    "WSAM": "optimizers.wsam",
     "ASAM": "optimizers.asam",
     "Average": "averages.average",
     "EMA": "averages.ema",

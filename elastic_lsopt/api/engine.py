@@ -23,6 +23,7 @@ from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
 from elastic_lsopt.oracle.observation import refuse_unseen
+from elastic_lsopt.oracle.split.logits import NO_LOGITS
 from elastic_lsopt.oracle.step_report import Piggyback, StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
@@ -50,6 +51,8 @@ class Engine:
         assert backend.module is not None
         self.backend = backend
         self.loss = as_loss(loss_fn, backend.module)
+        if getattr(method, "needs_logits", False) and not isinstance(self.loss, Loss):
+            raise UserError(f"{type(method).__name__} needs the logits: {NO_LOGITS}")
         self._landscape = LandscapeStep(backend, method, seed, SampleClock(total_samples=total_samples), kept=keep)
         if (update := updates_of(backend.base)) is not None:
             refuse_unseen(update.looking(), self.loss)

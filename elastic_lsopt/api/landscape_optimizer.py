@@ -21,6 +21,7 @@ from elastic_lsopt.oracle.curvature.compute_type import FP16
 from elastic_lsopt.oracle.family import Family, Stateful
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.observation import refuse_unseen
+from elastic_lsopt.oracle.split.logits import NO_LOGITS
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
@@ -80,6 +81,8 @@ class LandscapeOptimizer(torch.optim.Optimizer):
                 f"base is a {type(base).__name__}; give a torch optimizer (an update: "
                 "lso.UpdateOptimizer(model.parameters(), update, lr=…)), or use lso.initialize(…) for DeepSpeed."
             )
+        if getattr(method, "needs_logits", False):
+            raise UserError(f"{type(method).__name__} needs the logits, which a closure does not give: {NO_LOGITS}")
         if (update := updates_of(base)) is not None:
             refuse_unseen(update.looking(), None)
         self.base, self.method = base, method

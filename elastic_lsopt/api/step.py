@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from elastic_lsopt.api.base_view import BaseView
 from elastic_lsopt.averages.average import FAMILY as AVERAGES
 from elastic_lsopt.averages.average import Average
 from elastic_lsopt.backends.backend import Backend
@@ -51,6 +52,8 @@ class LandscapeStep:
         self.families: dict[str, Family] = {}
         for kind in (MethodFamily(self.method), *self.kept):
             self.add(Kept(kind, self.space))
+        self._base = BaseView(self.backend, self.space)
+        self._base.refuse(type(self.method).__name__, frozenset(getattr(self.method, "needs", ())))
         self._update = updates_of(self.backend.base)
         for family in self._update.bind(self.space, self.backend.parameters) if self._update is not None else ():
             self.add(family)
@@ -169,6 +172,7 @@ class LandscapeStep:
         space = self.space
         space.copies.refuse_stale("a step")
         space.fidelity.last = None
+        oracle.base = self._base
         # Rounding can spoil a perturbation where the forward is narrower than fp32: look once, on the first step, or on
         # the second where the first moved only before any forward, which tells its type.
         space.fidelity.narrow = self.clock.steps < 2 and not self._looked
@@ -184,6 +188,8 @@ class LandscapeStep:
                     raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")
                 for kept in self._watching():
                     kept.kind.before_step(space, gradient, samples, kept.state)
+                if (move := getattr(self.method, "move", None)) is not None:
+                    move(space, gradient, self._base, self.clock, self.state)
                 if self._update is not None:
                     if norm**2 > torch.finfo(torch.float32).max:  # DeepSpeed would leave out its part of the step
                         raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")
@@ -197,7 +203,7 @@ class LandscapeStep:
             space.fidelity.narrow = False
             self._looked = self._looked or space.fidelity.last is not None
         return StepReport(
-            oracle.losses[0],
+            oracle.first_loss,
             oracle.passes + oracle.observed,
             norm,
             samples,
@@ -229,8 +235,8 @@ class LandscapeStep:
         self.backend.clear_gradient()
         self.skipped_steps += 1
         log.warning("skipped a step on all ranks (%d so far): %s", self.skipped_steps, error)
-        loss = oracle.losses[0] if oracle.losses else math.nan
-        return StepReport(loss, oracle.passes + oracle.observed, math.nan, samples, True, oracle.stop, oracle.piggyback)
+        passes = oracle.passes + oracle.observed
+        return StepReport(oracle.first_loss, passes, math.nan, samples, True, oracle.stop, oracle.piggyback)
 
     def _faithful(self, fidelity: Fidelity | None) -> Fidelity | None:
         if fidelity is not None and fidelity.cosine < FAITHFUL and not self._warned:

@@ -108,12 +108,32 @@ class Backend(GradientEngine):
         # Offloaded values lie on the host, and NCCL talks only of what is on a GPU.
         return values.copy_(group.sum_(values.to(self.compute_device)))
 
+    def left_alone(self, vector: Vector, without: Sequence[int]) -> frozenset[int]:
+        """Of these slots, which no pass has given a gradient, those to which the vector gives none either.
+
+        A base leaves a parameter without a gradient as it is; zeros would make it decay, and count as a step. One
+        all-reduce of a number per slot, where there is any and weights are sharded.
+        """
+        if not without:
+            return frozenset()
+        number = {slot: i for i, slot in enumerate(without)}
+        moved = torch.zeros(len(number), dtype=torch.float64, device=self.device)
+        for piece, t in zip(self.layout.pieces, vector.tensors, strict=True):
+            if piece.slot in number:
+                moved[number[piece.slot]] += t.any()
+        return frozenset(s for s, any_ in zip(without, self.sum_pieces_(moved).tolist(), strict=True) if not any_)
+
     # -- the base optimizer's state ----------------------------------------------------------------------------
 
     def state_of(self, piece: Piece) -> tuple[dict[str, Any], Tensor]:
         """The base optimizer's own state dict for a piece's slot, and the slot's key tensor."""
         key = self.slot_keys[piece.slot]
         return (self.base.state[key] if self.base is not None else {}), key
+
+    def group_of(self, piece: Piece) -> dict[str, Any]:
+        """The base optimizer's param group of a piece."""
+        key = self.slot_keys[piece.slot]
+        return next(group for group in self.param_groups if any(p is key for p in group["params"]))
 
     def base_state(self, key: str) -> list[Tensor]:
         out = []

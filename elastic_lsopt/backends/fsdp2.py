@@ -211,11 +211,13 @@ class FSDP2(Backend):
         ]
 
     def install(self, vector: Vector) -> None:
-        for p in self._parameters:
-            if p.grad is None:
+        alone = self.left_alone(vector, [i for i, p in enumerate(self._parameters) if p.grad is None])
+        for i, p in enumerate(self._parameters):
+            if p.grad is None and i not in alone:
                 p.grad = torch.zeros_like(p)
         for piece, t in zip(self.layout.pieces, vector.tensors, strict=True):
-            local(self._parameters[piece.slot].grad).view(-1).copy_(t)  # type: ignore[arg-type]
+            if piece.slot not in alone:
+                local(self._parameters[piece.slot].grad).view(-1).copy_(t)  # type: ignore[arg-type]
 
     def step(self, gradient: Vector, norm: float | None) -> None:
         assert self.base is not None

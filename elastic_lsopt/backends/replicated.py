@@ -106,10 +106,12 @@ class Replicated(Backend):
         return [(torch.zeros_like(p) if p.grad is None else p.grad).view(-1) for p in self._parameters]
 
     def install(self, vector: Vector) -> None:
-        for p, t in zip(self._parameters, vector.tensors, strict=True):
-            if p.grad is None:
-                p.grad = torch.empty_like(p)
-            p.grad.view(-1).copy_(t)
+        alone = self.left_alone(vector, [i for i, p in enumerate(self._parameters) if p.grad is None])
+        for i, (p, t) in enumerate(zip(self._parameters, vector.tensors, strict=True)):
+            if i not in alone:
+                if p.grad is None:
+                    p.grad = torch.empty_like(p)
+                p.grad.view(-1).copy_(t)
 
     def step(self, gradient: Vector, norm: float | None) -> None:
         assert self.base is not None

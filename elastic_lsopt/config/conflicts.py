@@ -176,6 +176,8 @@ def _data_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
 def _merged_conflicts(c: TrainConfig, method: str) -> Iterator[tuple[str, str]]:
     if method == "flat_lora" and c.lora is None:
         yield "landscape", "landscape: flat_lora moves the weights that adapters are merged into; add a lora block."
+    if method == "nbar" and c.lora is None:
+        yield "landscape", "landscape: nbar balances the two factors of LoRA; add a lora block."
     if method == "flat_lora" and c.landscape_space != "merged":
         yield "landscape", "landscape: flat_lora moves the merged weights; set landscape_space: merged."
     if method != "flat_lora" and c.landscape_space == "merged":

@@ -148,5 +148,10 @@ GRID: dict[str, str] = {
     "seed": "grid: {seed: [0, 1, 2]}",
 }
 
-BESIDE = {"flat_lora": ("lora: {r: 16}", "landscape_space: merged")}
+BESIDE = {
+    "flat_lora": ("lora: {r: 16}", "landscape_space: merged"),
+    "nbar": ("lora: {r: 16}",),
+    "momentum_sam": ("optim: sgd", "momentum: 0.9"),
+    "sampa": ("optim: sgd", "momentum: 0.9"),
+}
 """What an algorithm's own example needs beside it."""

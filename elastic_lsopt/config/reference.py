@@ -149,7 +149,7 @@ def _algorithms(folder: str, example: Callable[[str, dict[str, Any]], dict[str, 
             name = _registered_as(found)
             if not isinstance(found, ast.ClassDef) or name is None:
                 continue
-            own = list(_own(found))
+            own = list(_own(found, module))
             first = " ".join((ast.get_docstring(module) or "").split("\n\n")[0].split())
             costs = " ".join((ast.get_docstring(found) or "").split("\n\n")[0].split())
             yield f"### `{name}`\n\n{first}\n\n{costs}\n"
@@ -168,10 +168,31 @@ def _registered_as(node: ast.stmt) -> str | None:
     return None
 
 
-def _own(body: ast.ClassDef) -> Iterator[Own]:
+def _own(body: ast.ClassDef, module: ast.Module) -> Iterator[Own]:
+    """The fields of a class, then those that a method has from what it is made of."""
+    seen = set()
     for node, meaning in _annotated(body):
         if "ClassVar" not in ast.unparse(node.annotation) and node.value is not None:
-            yield Own(node.target.id, _in_words(node.annotation), ast.literal_eval(node.value), meaning)
+            seen.add(node.target.id)
+            yield Own(node.target.id, _in_words(node.annotation), _default(node.value), meaning)
+    for base in body.bases:
+        for home in module.body:
+            if not isinstance(home, ast.ImportFrom) or not str(home.module).startswith("elastic_lsopt.optimizers."):
+                continue
+            if any(a.name == ast.unparse(base) for a in home.names):
+                path = PACKAGE.parent / f"{str(home.module).replace('.', '/')}.py"
+                theirs = ast.parse(path.read_text(encoding="utf-8"))
+                found = [c for c in theirs.body if isinstance(c, ast.ClassDef) and c.name == ast.unparse(base)]
+                yield from (f for c in found for f in _own(c, theirs) if f.name not in seen)
+
+
+def _default(value: ast.expr) -> Any:
+    match value:
+        case ast.Call(func=ast.Name(id="field"), keywords=[ast.keyword(value=ast.Name(id="dict"))]):
+            return {}
+        case ast.Call(func=ast.Name(id="field"), keywords=[ast.keyword(value=ast.Lambda(body=body))]):
+            return ast.literal_eval(body)
+    return ast.literal_eval(value)
 
 
 def _annotated(body: ast.ClassDef) -> Iterator[tuple[Any, str]]:
@@ -185,10 +206,17 @@ def _annotated(body: ast.ClassDef) -> Iterator[tuple[Any, str]]:
                     yield node, ""
 
 
+WORDS = {
+    "float": "a number", "int": "an integer", "bool": "true or false", "str": "a string",
+    "Scheduled": "a number or a schedule", "Perturb": "a mapping",
+}  # fmt: skip
+"""Of the types of fields."""
+
+
 def _in_words(annotation: ast.expr) -> str:
     match annotation:
         case ast.Name(id=name):
-            return {"float": "a number", "int": "an integer", "bool": "true or false", "str": "a string"}[name]
+            return WORDS[name]
         case ast.Constant(value=None):
             return "null"
         case ast.BinOp(left=left, right=right):

@@ -199,7 +199,7 @@ class TrainConfig:
     landscape: Annotated[dict[str, Any], Field(json_schema_extra=LANDSCAPE_SCHEMA)] = field(
         default_factory=lambda: {"method": "none"}
     )
-    """The landscape method (none, sam, asam, lpf_sgd, flat_lora, a registered name, or import: a class of your own) and
+    """The landscape method (none, sam, lpf_sgd, functional_sam … a registered name, or import: a class of your own) and
     its fields."""
     landscape_space: Literal["trained", "merged"] = "trained"
     """What the method moves: the trained parameters; or, of flat_lora, the weights that adapters are merged into."""

@@ -15,35 +15,43 @@ As the authors' code: a weight is a parameter whose name holds "weight" (norm ga
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from elastic_lsopt.by_name import require, require_number
+from elastic_lsopt.facts import Facts
+from elastic_lsopt.optimizers.ascent import Ascent
+from elastic_lsopt.optimizers.perturbed import chosen
 from elastic_lsopt.optimizers.registry import register
+from elastic_lsopt.optimizers.scheduled import Scheduled
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.geometry import ParameterSpace
-from elastic_lsopt.space.vector import Vector
-
-TINY = 1e-16
+from elastic_lsopt.space.vector import Scales, Vector
 
 
 @register("asam")
 @dataclass(frozen=True, kw_only=True)
-class ASAM:
+class ASAM(Ascent):
     """Cost: two passes. Memory: SAM's, and one vector (T g, then T^2 g) while perturbed; nothing between steps.
 
     Raises UserError for a value out of range, or where parameters came without names.
     """
 
-    rho: float = 0.5
-    """Radius in units of T's norm; >= 0. The paper: 0.5 on CIFAR-10, 1.0 on CIFAR-100."""
+    rho: Scheduled = 0.5
+    """Radius in units of T's norm; >= 0, or a schedule. The paper: 0.5 on CIFAR-10, 1.0 on CIFAR-100."""
     eta: float = 0.01
     """Added to |w|, so that a zero weight can move; >= 0."""
 
-    parts = 1
+    tiny: ClassVar[float] = 1e-16
+    facts: ClassVar[Facts] = Facts(
+        paper="Kwon et al. 2021, arXiv 2102.11600", passes="2 on every k-th step", memory="0; 2 while perturbed",
+        communication="an all-reduce of a number", needs="parameters with names",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        require_number("rho", self.rho)
+        super().__post_init__()
         require_number("eta", self.eta)
+        require(self.precondition == "none", "precondition", self.precondition, "none: T is what stretches the ball")
 
     def init(self, space: ParameterSpace) -> State:
         require(
@@ -52,20 +60,27 @@ class ASAM:
             'those of the model, so that ASAM knows weights from biases (a name with "weight" in it); '
             "give the base optimizer model.named_parameters()",
         )  # fmt: skip
-        return {}
+        return super().init(space)
 
     def passes_at(self, step: int) -> int:
         """Gradients of the global batch in this step."""
         return 2
 
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: State) -> Vector:
-        d = oracle.gradient().clone()
-        self._stretch_(space, d)
-        norm = space.norm_on_device(d)
-        self._stretch_(space, d)
-        with space.perturbed(d, self.rho / (norm + TINY)):
-            del d
+        g = oracle.gradient()
+        if not self.goes_up(oracle.step):
+            return g
+        with self.up(space, oracle, g):
             return oracle.gradient()
+
+    def along(self, space: ParameterSpace, oracle: Oracle, g: Vector) -> tuple[Vector, float | Scales]:
+        d = g.clone()
+        self._stretch_(space, d)
+        # On the device, so that nothing waits for it; only the whole model's length is there without names' lengths.
+        plain = self.radius == "model" and all(chosen(self.perturb, space))
+        length = space.norm_on_device(d) if plain else self.length(space, d)
+        self._stretch_(space, d)
+        return d, length
 
     def _stretch_(self, space: ParameterSpace, d: Vector) -> None:
         """d <- T d, piece by piece, so that T never stands in memory whole."""

@@ -10,17 +10,22 @@ Bisla, Wang, Choromanska: "Low-Pass Filtering SGD for Recovering Flat Optima in 
 Landscape", AISTATS 2022, arXiv 2201.08025, Algorithm 1. Rest point: gamma = 0.
 
 Each draw uses its own share of the batch, so the arithmetic is that of the base: it is gradient accumulation with other
-noise in each part. t / T runs on committed samples. Differs from the authors' code in: 1. their whole-vector norm for
+noise in each part. The authors' LPF-Adam, for translation, is this gradient with Adam as base.
+
+t / T runs on committed samples. Differs from the authors' code in: 1. their whole-vector norm for
 1-D parameters has 1e-16 added, which changes no float; 2. parts weigh what their samples or tokens weigh.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from elastic_lsopt.by_name import require_count, require_number
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.facts import Facts
+from elastic_lsopt.optimizers.perturbed import Perturb, chosen, masked, require_perturb
 from elastic_lsopt.optimizers.registry import register
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
@@ -44,13 +49,22 @@ class LPFSGD:
     """gamma0: standard deviation at the start, relative to a row's norm; >= 0."""
     alpha: float = 15.0
     """gamma at the end of the run over gamma0; >= 0 (1: constant)."""
+    perturb: Perturb = field(default_factory=dict)
+    """Which parameters move, by patterns of names: {match: …, exclude: ["*norm*"], dims: 2}; {}: all."""
+
+    facts: ClassVar[Facts] = Facts(
+        paper="Bisla et al. 2022, arXiv 2201.08025", passes="1, in M parts", memory="0; 1 while perturbed",
+        communication="an all-reduce of a number per row", needs="M micro-batches",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         require_count("parts", self.parts)
         require_number("gamma", self.gamma)
         require_number("alpha", self.alpha)
+        require_perturb(self.perturb)
 
     def init(self, space: ParameterSpace) -> State:
+        chosen(self.perturb, space)  # refuses what matches nothing
         return {}
 
     def gamma_at(self, progress: float) -> float:
@@ -64,8 +78,9 @@ class LPFSGD:
                 "give total_samples to the optimizer, or set alpha=1."
             )
         std = self.gamma_at(oracle.clock.progress) * space.norm_per_row(space.weights)
-        with oracle.accumulating() as total:
+        std = masked(std, chosen(self.perturb, space), space)
+        with space.perturbation() as walk, oracle.accumulating() as total:
             for m, part in enumerate(oracle.parts(self.parts)):
-                with space.perturbed(space.noise(oracle.step, m), std):
-                    part.backward()
+                walk.restart(space.noise(oracle.step, m), std)
+                part.backward()
         return total.gradient

@@ -58,6 +58,9 @@ class ClosureOracle(Oracle):
             "a closure runs backward too and cannot give the loss alone; use lso.attach(model, loss_fn, batches)."
         )
 
+    def _local_share(self, part: Part) -> float:
+        return part.weight / self.backend.world
+
     def _backward(self, part: Part, *, last: bool) -> tuple[float | Tensor, int | Tensor]:
         each = len(self._closures) // part.of
         numbers = range(part.number * each, (part.number + 1) * each)

@@ -20,6 +20,12 @@ class Method(Protocol):
         """Into how many parts the global batch is cut (1: each pass sees all of it at one point)."""
         ...
 
+    # A method may also have, and is then asked for:
+    #   needs                             what the base must keep: a set of `Need`s (oracle/base.py)
+    #   needs_logits                      whether the loss must be an lso.Loss
+    #   passes_at(step) -> int            passes that the step begins, where they are not one
+    #   move(space, gradient, base, clock, state)     just before the base steps: move `space.weights` itself, in place
+
     def init(self, space: ParameterSpace) -> State:
         """What the method remembers before its first step."""
         ...

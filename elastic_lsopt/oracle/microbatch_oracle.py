@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,11 +22,16 @@ from elastic_lsopt.oracle.oracle import Oracle, Part
 from elastic_lsopt.oracle.replay.buffers import still_buffers
 from elastic_lsopt.oracle.replay.forward_time import ForwardTime
 from elastic_lsopt.oracle.replay.slot import Slot, replayed
+from elastic_lsopt.oracle.split.logits import NO_LOGITS, OutputGradients, pulled
+from elastic_lsopt.oracle.split.sample_losses import Chosen, SampleLosses, risen
 from elastic_lsopt.oracle.step_report import Piggyback
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.noise import block_seed
 from elastic_lsopt.space.upload import on_device
 from elastic_lsopt.space.vector import BorrowedGradient, Vector
+
+Objective = Callable[[Slot, int], tuple[Tensor, Tensor]]
+"""(a micro-batch that counts, its place) -> its loss, and the number whose gradient is that of the pass."""
 
 
 class MicroBatchOracle(Oracle):
@@ -67,6 +71,9 @@ class MicroBatchOracle(Oracle):
         self._mode: Mode = products
         self._checked = checked
         self._curvature: Products | None = None
+        self._objective: Objective | None = None
+        self._chosen: dict[int, Chosen] | None = None
+        """In place of whole micro-batches, some of their samples."""
 
     @property
     def products(self) -> Products:
@@ -128,28 +135,28 @@ class MicroBatchOracle(Oracle):
         loss = self._loss
         if not isinstance(loss, Loss) or loss.sample is None:
             raise UserError("labels are drawn by lso.Loss(forward, criterion, count, sample=…); give one as loss_fn.")
-        self._loss_of = partial(self._sampling, loss)
-        try:
-            return self.gradient()
-        finally:
-            del self._loss_of
+        sample = loss.sample
 
-    def _loss_of(self, index: int | None) -> Any:
-        """The loss of a micro-batch in a gradient pass."""
-        return self._loss
-
-    def _sampling(self, loss: Loss, index: int | None) -> Loss:
-        """The loss with labels that are drawn by (seed, step, micro-batch), so the same on any rank."""
-        microbatch = self._microbatches.get(index) if index is not None else None
-        seed = block_seed(self.space.seed, "labels", self.step, -1 if microbatch is None else microbatch.index)
-
-        def criterion(logits: Tensor, batch: Any) -> Tensor:
-            assert loss.sample is not None
+        def objective(slot: Slot, at: int) -> tuple[Tensor, Tensor]:
+            """With labels that are drawn by (seed, step, micro-batch), so the same on any rank."""
+            logits = self._logits(slot)
+            seed = block_seed(self.space.seed, "labels", self.step, self._microbatches[at].index)
             with torch.no_grad(), replayed(seed, self.backend.compute_device):
-                drawn = loss.sample(logits.detach(), batch)
-            return loss.criterion(logits, drawn)
+                drawn = sample(logits.detach(), slot.batch)
+            value = loss.criterion(logits, drawn)
+            return value, value
 
-        return replace(loss, criterion=criterion)
+        return self._by_logits(objective)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        kept = self._objective, self._chosen
+        self._objective = self._chosen = None
+        try:
+            with super().aside():
+                yield
+        finally:
+            self._objective, self._chosen = kept
 
     def _outliving(self, v: Vector) -> Vector:
         """A gradient that is only lent would end with the checks' own passes."""
@@ -235,11 +242,7 @@ class MicroBatchOracle(Oracle):
 
         Raises UserError for a loss that is not split: then nobody knows what the logits are.
         """
-        if not isinstance(self._loss, Loss):
-            raise UserError(
-                "the logits need the loss in two steps; pass lso.Loss(forward, criterion, count) as loss_fn."
-            )
-        loss = self._loss
+        loss = self._split
 
         def value(slot: Slot) -> Tensor:
             logits = slot.logits(loss, self.backend.forward, self.backend.compute_device)
@@ -259,6 +262,75 @@ class MicroBatchOracle(Oracle):
                     local = local + _exact(found) * slot.share
         return self.backend.sum_replica_(on_device([local], self.backend.compute_device)).item()
 
+    def gradient_and_pull(self) -> tuple[BorrowedGradient, OutputGradients]:
+        kept = OutputGradients()
+        return self._by_logits(lambda slot, at: self._kept(kept, slot, at)), kept
+
+    def pullback(self, by_outputs: OutputGradients) -> BorrowedGradient:
+        def pull(slot: Slot, at: int) -> tuple[Tensor, Tensor]:
+            value = pulled(by_outputs.of[at], self._logits(slot))
+            return value, value
+
+        return self._by_logits(pull)
+
+    def gradient_and_sample_losses(self) -> tuple[BorrowedGradient, SampleLosses]:
+        losses = SampleLosses()
+
+        def objective(slot: Slot, at: int) -> tuple[Tensor, Tensor]:
+            logits = self._logits(slot)
+            losses.note(at, self._split, logits, slot.batch)
+            value = self._split.criterion(logits, slot.batch)
+            return value, value
+
+        return self._by_logits(objective), losses
+
+    def sample_losses(self) -> SampleLosses:
+        losses = SampleLosses()
+        self.space.copies.ready()
+        with torch.no_grad(), still_buffers(self.backend.roots):
+            for at in self._slots((0, self._count)):
+                slot = self._slot(at)
+                logits = self._logits(slot)
+                if slot.share and at is not None:
+                    losses.note(at, self._split, logits, slot.batch)
+        return losses
+
+    def gradient_of_risen(self, before: SampleLosses, after: SampleLosses, gamma: float) -> BorrowedGradient:
+        batches = {at: unit.batch for at, unit in self._microbatches.items()}
+        device = self.backend.compute_device
+        self._chosen = risen(before, after, batches, self._count, gamma, self.backend.sum_replica_, device)
+        swept = self._swept
+        try:
+            return self.gradient()
+        finally:
+            self._swept, self._chosen = swept + gamma, None
+
+    def _by_logits(self, objective: Objective) -> BorrowedGradient:
+        """A pass whose micro-batches go backward from what `objective` makes of their logits."""
+        self._objective = objective
+        try:
+            return self.gradient()
+        finally:
+            self._objective = None
+
+    def _kept(self, kept: OutputGradients, slot: Slot, at: int) -> tuple[Tensor, Tensor]:
+        """The loss, and what leads backward through the gradient by the logits, which is kept."""
+        logits = self._logits(slot)
+        with torch.enable_grad():
+            z = logits.detach().requires_grad_()
+            value = self._split.criterion(z, slot.batch)
+            [kept.of[at]] = torch.autograd.grad(value, z)
+        return value.detach(), pulled(kept.of[at], logits)
+
+    def _logits(self, slot: Slot) -> Tensor:
+        return slot.logits(self._split, self.backend.forward, self.backend.compute_device)
+
+    @property
+    def _split(self) -> Loss:
+        if not isinstance(self._loss, Loss):
+            raise UserError(NO_LOGITS)
+        return self._loss
+
     def _share(self, index: int | None) -> float:
         """A slot's share of the total weight; 0 for an idle one and for a micro-batch whose labels are all masked."""
         return self._weights.get(index, 0.0) / self._total if index is not None else 0.0
@@ -266,6 +338,9 @@ class MicroBatchOracle(Oracle):
     def _slot(self, index: int | None) -> Slot:
         microbatch = self._microbatches.get(index) if index is not None else None
         seed = block_seed(self.space.seed, "dropout", self.step, -1 if microbatch is None else microbatch.index)
+        if self._chosen is not None and index is not None and microbatch is not None:
+            chosen = self._chosen.get(index, Chosen(microbatch.batch, 0.0))  # not there: all of its labels are masked
+            return Slot(chosen.batch, chosen.share, seed)
         return Slot(microbatch.batch if microbatch else self._stand_in, self._share(index), seed)
 
     def _backward(self, part: Part, *, last: bool) -> tuple[float | Tensor, int | Tensor]:
@@ -275,17 +350,27 @@ class MicroBatchOracle(Oracle):
         nonfinite: int | Tensor = 0
         for k, index in enumerate(mine):
             self.backend.begin(last=last and k == len(mine) - 1)
-            slot, loss = self._slot(index), self._loss_of(index)
+            slot = self._slot(index)
             if not slot.share or index is None:
-                self.backend.backward(slot.value(loss, self.backend.forward, self.backend.compute_device))
+                self.backend.backward(slot.value(self._loss, self.backend.forward, self.backend.compute_device))
                 continue
             with self._time.of(self._unit_samples[index]):
-                value = slot.value(loss, self.backend.forward, self.backend.compute_device)
+                value, backward = self._value(slot, index)
             local = local + _exact(value) * slot.share
             nonfinite = nonfinite + (~_exact(value).isfinite()).int()
             # The backend averages over the world; the mean over the batch is a weighted sum.
-            self.backend.backward(value * (slot.share * self.backend.world))
+            self.backend.backward(backward * (slot.share * self.backend.world))
         return local, nonfinite
+
+    def _value(self, slot: Slot, index: int) -> tuple[Tensor, Tensor]:
+        """A micro-batch's loss, and the number whose gradient is that of the pass."""
+        if self._objective is not None:
+            return self._objective(slot, index)
+        value = slot.value(self._loss, self.backend.forward, self.backend.compute_device)
+        return value, value
+
+    def _local_share(self, part: Part) -> float:
+        return sum(self._share(index) for index in self._slots(part_bounds(self._count, part.of)[part.number]))
 
     @property
     def samples_per_second(self) -> float | None:

@@ -63,13 +63,11 @@ class Observation:
 
 def observe(oracle: Oracle) -> None:
     """Make what is due before the pass that begins now (collective). Raises NonFinite as a pass does."""
-    due = [o for o in oracle.observations if o.before <= oracle.passes]
+    due = [o for o in oracle.observations if o.before == oracle.begun]
     if not due:
         return
     oracle.observations = [o for o in oracle.observations if o not in due]
-    losses, moves = oracle.losses, oracle.moves_buffers
-    oracle.losses, oracle.moves_buffers = [], False  # its passes are none of the method's
-    try:
+    with oracle.aside():
         for observation in due:
             if observation.sees == "sampled_gradient":
                 vector: Vector = oracle.sampled_gradient()
@@ -79,8 +77,6 @@ def observe(oracle: Oracle) -> None:
                 if not math.isfinite(oracle.space.norm(vector)):
                     raise NonFinite(f"step {oracle.step}: the Hessian's diagonal that an update sees is inf or NaN")
             observation.tell(Seen(vector, oracle.weight))
-    finally:
-        oracle.losses, oracle.moves_buffers = losses, moves
 
 
 def signs(space: ParameterSpace, step: int) -> Vector:

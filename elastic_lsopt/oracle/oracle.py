@@ -4,10 +4,12 @@
     with oracle.accumulating() as total:         one pass whose parts may stand at different points
         for part in oracle.parts(m): part.backward()
     total.gradient
+    oracle.gradient(part)                        a pass over one part alone: the gradient of its own mean loss
 
-Every pass ends in one all-reduce of six numbers, (loss, sum of squares of the gradient, non-finite losses, stop
-requests, checksum of the used parameters, its square), and of the runtime's `Piggyback`, on which all ranks decide
-alike. There the host waits for the device, once per pass: until then losses stay where they were computed.
+Every pass ends in one all-reduce of seven numbers, (loss, sum of squares of the gradient, non-finite losses, stop
+requests, checksum of the used parameters, its square, share of the batch), and of the runtime's `Piggyback`, on which
+all ranks decide alike. There the host waits for the device, once per pass: until then losses stay where they were
+computed.
 """
 
 from __future__ import annotations
@@ -15,18 +17,22 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from elastic_lsopt.errors import NonFinite, UserError
+from elastic_lsopt.oracle.base import Base
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.curvature.compute_type import observed
 from elastic_lsopt.oracle.curvature.differences import Product
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.oracle.observation import HowProducts, Observation, observe
 from elastic_lsopt.oracle.replay.buffers import still_buffers
+from elastic_lsopt.oracle.split.logits import NO_LOGITS, OutputGradients
+from elastic_lsopt.oracle.split.sample_losses import SampleLosses
 from elastic_lsopt.oracle.step_report import Piggyback
 from elastic_lsopt.space.geometry import ParameterSpace, local_square
 from elastic_lsopt.space.upload import on_device
@@ -45,6 +51,8 @@ class Pass:
     local_loss: float | Tensor = 0.0
     nonfinite: int | Tensor = 0
     loss: float = math.nan
+    share: float = 1.0
+    """Of the batch's total weight that it has seen: less than 1 for a part alone."""
     _gradient: BorrowedGradient | None = None
 
     @property
@@ -56,7 +64,8 @@ class Pass:
 
 @dataclass(frozen=True)
 class Part:
-    """A share of the global batch, cut by sample index; `weight` is its share of the batch's total weight."""
+    """A share of the global batch, cut by sample index; `weight` is about its share of the batch's total weight, as if
+    all micro-batches weighed the same."""
 
     oracle: Oracle
     number: int
@@ -86,6 +95,13 @@ class Oracle(ABC):
     ) -> None:
         self.space, self.backend, self.clock = space, backend, clock
         self.losses: list[float] = []
+        self.base: Base | None = None
+        """What a method may know of the base that steps with its gradient; None outside of a step."""
+        self._first: dict[int | None, tuple[float, float]] = {}
+        """By part (None: all of them): the share of the batch and the loss of its first pass."""
+        self._swept = 0.0
+        self.begun = 0
+        """Passes that were begun, those over a part among them."""
         self.moves_buffers = False
         """Whether the first pass may move buffers (batch norm's statistics): it does in a step, and not in a probe."""
         self.observations: Sequence[Observation] = ()
@@ -96,6 +112,7 @@ class Oracle(ABC):
         self.piggyback: Piggyback | None = None
         self._stop_requested, self._own_piggyback = stop_requested, piggyback
         self._running: Pass | None = None
+        self._alone: Part | None = None
 
     @property
     def step(self) -> int:
@@ -103,8 +120,16 @@ class Oracle(ABC):
         return self.clock.steps
 
     @property
-    def passes(self) -> int:
-        return len(self.losses)
+    def passes(self) -> float:
+        """Gradients of the global batch that were taken; one of a part alone counts as the part's share."""
+        swept = round(self._swept, 6)
+        return int(swept) if swept.is_integer() else swept
+
+    @property
+    def first_loss(self) -> float:
+        """The mean loss of the first pass over the global batch, or of what was seen of it; nan before any."""
+        first = [self._first[None]] if None in self._first else list(self._first.values())
+        return sum(s * loss for s, loss in first) / sum(s for s, _ in first) if first else math.nan
 
     @property
     def samples_per_second(self) -> float | None:
@@ -121,21 +146,57 @@ class Oracle(ABC):
         """The mean loss of the global batch at the present weights: one forward of every micro-batch, no gradient."""
 
     @abstractmethod
+    def _local_share(self, part: Part) -> float:
+        """What this rank runs of the part, as a share of the batch's total weight."""
+
+    @abstractmethod
     def _backward(self, part: Part, *, last: bool) -> tuple[float | Tensor, int | Tensor]:
         """Run the part; return this rank's share of the mean loss and its count of non-finite losses.
 
         0-d tensors on the device where that is where they are: reading one here would wait for the forward.
         """
 
-    def gradient(self) -> BorrowedGradient:
+    def gradient(self, part: Part | None = None) -> BorrowedGradient:
         """The gradient of the mean loss at the present weights: one pass, no memory (borrowed).
 
-        Raises NonFinite on all ranks alike where any loss or gradient is inf or NaN.
+        Of all the batch; or of one part of it, whose share of the batch is then in `shares`, at the part's share of a
+        pass. Raises NonFinite on all ranks alike where any loss or gradient is inf or NaN.
         """
-        with self.accumulating() as total:
-            for part in self.parts(1):
-                part.backward()
+        with self._accumulating(part) as total:
+            for each in self.parts(1) if part is None else (part,):
+                each.backward()
         return total.gradient
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """The exact share of the batch's total weight of each part whose gradient was taken alone, by its number."""
+        return {number: share for number, (share, _) in self._first.items() if number is not None}
+
+    def gradient_and_pull(self) -> tuple[BorrowedGradient, OutputGradients]:
+        """`gradient`, and the gradients of the loss by the logits, which `pullback` takes elsewhere (collective).
+
+        Memory: the logits of this rank's micro-batches. Raises UserError where the loss is not an lso.Loss.
+        """
+        raise UserError(NO_LOGITS)
+
+    def pullback(self, by_outputs: OutputGradients) -> BorrowedGradient:
+        """J' u: the Jacobian of the logits at the present weights, transposed, times the gradients u (one pass)."""
+        raise UserError(NO_LOGITS)
+
+    def gradient_and_sample_losses(self) -> tuple[BorrowedGradient, SampleLosses]:
+        """`gradient`, and each sample's own loss (collective). Raises UserError where the loss is not an lso.Loss."""
+        raise UserError(NO_LOGITS)
+
+    def sample_losses(self) -> SampleLosses:
+        """Each sample's own loss at the present weights: one forward of every micro-batch (collective)."""
+        raise UserError(NO_LOGITS)
+
+    def gradient_of_risen(self, before: SampleLosses, after: SampleLosses, gamma: float) -> BorrowedGradient:
+        """The gradient of the mean loss of the share `gamma` of the samples whose losses have risen most (collective).
+
+        A pass over these samples alone.
+        """
+        raise UserError(NO_LOGITS)
 
     def hvp(self, v: Vector) -> Product:
         """The Hessian of the mean loss at the present weights, times v: sharded as v is (collective).
@@ -173,24 +234,42 @@ class Oracle(ABC):
         )
 
     @contextmanager
-    def accumulating(self) -> Iterator[Pass]:
+    def aside(self) -> Iterator[None]:
+        """Passes inside are none of the method's: they count nowhere, and move no buffers."""
+        kept = self.losses, self.moves_buffers, self._first, self._swept, self.begun
+        self.losses, self.moves_buffers, self._first = [], False, {}
+        try:
+            yield
+        finally:
+            self.losses, self.moves_buffers, self._first, self._swept, self.begun = kept
+
+    def accumulating(self) -> AbstractContextManager[Pass]:
         """One pass made of parts, each run once and in order, wherever the weights are meanwhile."""
+        return self._accumulating(None)
+
+    @contextmanager
+    def _accumulating(self, alone: Part | None) -> Iterator[Pass]:
         if self.observations:
             observe(self)
+        self.begun += 1
         self.space.check_generation()
         self.space.end_borrowed()
         self.backend.clear_gradient()
         self._running = total = Pass()
-        # The first pass of a step is at the weights themselves; no other may move running statistics.
-        moving = self.moves_buffers and not self.passes
+        if alone is not None:
+            total.done, total.parts = alone.number, alone.of
+        # The first pass over a sample is at the weights themselves; no other may move running statistics.
+        moving = self.moves_buffers and None not in self._first and (not alone or alone.number not in self._first)
+        self._alone = alone
         try:
             with nullcontext() if moving else still_buffers(self.backend.roots):
                 yield total
         finally:
             self._running = None
-        if total.done != total.parts or not total.parts:
+        end = total.parts if alone is None else alone.number + 1
+        if total.done != end or not total.parts:
             raise RuntimeError(f"{total.done} of {total.parts} parts ran backward(); run each once, in order.")
-        self._close(total)
+        self._close(total, alone)
 
     def install(self, vector: Vector) -> None:
         """Make `vector` the gradient that the engine steps with (nothing to do for the last pass's own gradient)."""
@@ -209,20 +288,26 @@ class Oracle(ABC):
         total.parts = part.of
         self.space.copies.ready()
         with observed(self.backend):
-            loss, nonfinite = self._backward(part, last=part.number == part.of - 1)
+            loss, nonfinite = self._backward(part, last=self._alone is not None or part.number == part.of - 1)
         total.local_loss += loss
         total.nonfinite += nonfinite
         total.done += 1
 
-    def _close(self, total: Pass) -> None:
+    def _close(self, total: Pass, alone: Part | None) -> None:
         gradients = self.backend.gradients()
         square = local_square(gradients) / self.backend.holders
         asked = self._stop_requested is not None and self._stop_requested()
         used = self.backend.used() % (EXACT // self.backend.world)
-        own = [total.local_loss, square, total.nonfinite, asked, used, used**2]
+        share = 0.0 if alone is None else self._local_share(alone)
+        own = [total.local_loss, square, total.nonfinite, asked, used, used**2, share]
         riding = self._own_piggyback().numbers if self._own_piggyback is not None else []
         values = on_device([*own, *riding], self.backend.compute_device)
-        loss, square, nonfinite, stop, used, squares, *rode = self.backend.sum_replica_(values).tolist()
+        loss, square, nonfinite, stop, used, squares, share, *rode = self.backend.sum_replica_(values).tolist()
+        if alone is not None:
+            total.share, whole = share, share or 1.0  # a part whose labels are all masked weighs nothing
+            loss, square = loss / whole, square / whole**2
+        self._first.setdefault(None if alone is None else alone.number, (total.share, loss))
+        self._swept += total.share
         self.losses.append(loss)
         self.stop = self.stop or stop > 0
         self.piggyback = Piggyback.of(rode) if rode else None
@@ -236,5 +321,7 @@ class Oracle(ABC):
             raise NonFinite(
                 f"step {self.step}, pass {self.passes}: loss {loss}, gradient norm {math.sqrt(abs(square))}"
             )
+        if alone is not None:
+            torch._foreach_mul_(list(gradients), 1 / (share or 1.0))
         total.loss = loss
         total._gradient = self.space.lend(gradients, math.sqrt(square))

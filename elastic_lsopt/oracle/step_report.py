@@ -39,8 +39,8 @@ class StepReport:
 
     loss: float
     """Mean loss of the first pass over the global batch."""
-    passes: int
-    """Gradients of the global batch that were taken."""
+    passes: float
+    """Gradients of the global batch that were taken; not whole where a method looks at parts of it."""
     gradient_norm: float
     """Global L2 norm of the gradient that the base stepped with, before clipping."""
     samples: int

@@ -1,7 +1,7 @@
 """Leaving the weights and coming back bit for bit.
 
     with space.perturbed(direction, scale): ...          one move
-    with space.perturbation() as walk: walk.move(d, s); …   any number of moves
+    with space.perturbation() as walk: walk.move(d, s); …   any number of moves; restart(d, s): from the beginning
 
 [Note: what a perturbation keeps] The way back is never computed as (w + e) - e, which differs from w by rounding. An
 outermost perturbation on a backend with a separate master rebuilds the working copy from the master and keeps nothing;
@@ -101,6 +101,26 @@ class Perturbation:
         with torch.no_grad():
             for i, (out, origin) in enumerate(zip(working, base, strict=True)):
                 _add_piece(shards, i, out, origin, direction, scale, keep_position=self._position is not None)
+        if before is not None:
+            self.fidelity = self._watch.last = _measure(shards, before, working, direction, scale)
+        self._moves += 1
+        self._copies.rewritten()
+        shards.refresh_gathered()
+
+    def restart(self, direction: Direction, scale: float | Scales = 1.0) -> None:
+        """Weights = those where the block began + scale * direction, from wherever they are (collective).
+
+        One way out for several draws: what is kept of the beginning is kept once.
+        """
+        shards = self._shards
+        shards.drop_gathered()
+        working = list(shards.working)
+        base = self._saved if self._saved is not None else list(shards.masters)
+        self._position = None
+        before = [t.to(shards.compute_dtype, copy=True) for t in base] if self._watch.measures(shards) else None
+        with torch.no_grad():
+            for i, (out, origin) in enumerate(zip(working, base, strict=True)):
+                _add_piece(shards, i, out, origin, direction, scale, keep_position=False)
         if before is not None:
             self.fidelity = self._watch.last = _measure(shards, before, working, direction, scale)
         self._moves += 1

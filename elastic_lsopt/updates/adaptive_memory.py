@@ -44,6 +44,7 @@ class AdaptiveMemory(Update):
     value out of range.
     """
 
+    first_moment: ClassVar[str] = "d"
     facts: ClassVar[Facts] = Facts(
         paper="2025, arXiv 2510.04988", memory="1 (sgd), 2 (adamw)", communication="one all-reduce per step"
     )

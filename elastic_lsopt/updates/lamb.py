@@ -12,7 +12,7 @@ norms out of the ratio: `vectors=False`. Rest point: that, of parameters that ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,6 +32,8 @@ class LAMB(Update):
     Raises UserError for a value out of range.
     """
 
+    first_moment: ClassVar[str] = "m"
+    second_moment: ClassVar[str] = "v"
     betas: tuple[float, float] = (0.9, 0.999)
     """b1 and b2; each >= 0 and < 1."""
     eps: float = 1e-6

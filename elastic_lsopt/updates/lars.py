@@ -11,7 +11,7 @@ point: parameters that are all vectors, where it is SGD with the rate inside the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,6 +31,7 @@ class LARS(Update):
     Raises UserError for a value out of range.
     """
 
+    first_moment: ClassVar[str] = "momentum"
     momentum: float = 0.9
     """m; >= 0 and < 1."""
     trust: float = 0.001

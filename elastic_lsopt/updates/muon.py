@@ -56,6 +56,7 @@ class Muon(Update):
     """
 
     decoupled_weight_decay: ClassVar[bool] = True
+    first_moment: ClassVar[str] = "momentum"
     momentum: float = 0.95
     """mu; >= 0 and < 1."""
     nesterov: bool = True

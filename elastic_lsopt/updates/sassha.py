@@ -38,6 +38,7 @@ class SASSHA(Update):
     Communication: the product's. Raises UserError for a value out of range.
     """
 
+    first_moment: ClassVar[str] = "m"
     facts: ClassVar[Facts] = Facts(
         paper="Shin, Lee, Oh, Baek, Lee 2025, arXiv 2502.18153",
         passes="those of sam, and a product with the Hessian (3) every k",

@@ -72,6 +72,7 @@ class SophiaG(Sophia):
     range.
     """
 
+    first_moment: ClassVar[str] = "m"
     facts: ClassVar[Facts] = Facts(paper=PAPER, passes="1 + 1/k", memory="2", needs="lso.Loss with sample")
     sees: ClassVar[Sees] = "sampled_gradient"
 
@@ -102,6 +103,7 @@ class SophiaH(Sophia):
     Raises UserError for a value out of range.
     """
 
+    first_moment: ClassVar[str] = "m"
     facts: ClassVar[Facts] = Facts(
         paper=PAPER, passes="1, and a product with the Hessian (3) every k", memory="2", needs="a loss, not a closure"
     )

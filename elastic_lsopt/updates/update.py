@@ -34,6 +34,10 @@ class Update(ABC):
     decoupled_weight_decay: ClassVar[bool] = False
     """Whether decay shrinks the weights by rate times decay itself: then batch scaling keeps the decay per sample."""
 
+    first_moment: ClassVar[str] = ""
+    """The name in its state of a mean of past gradients, for methods that look at one; empty: it keeps none."""
+    second_moment: ClassVar[str] = ""
+    """The name in its state of a mean of their squares, debiased by 1 - betas[1]^step."""
     together: ClassVar[bool] = False
     """Whether all its parameters must have the same hyper-parameters (beside rate and decay)."""
     sees: ClassVar[Sees] = "nothing"

@@ -165,6 +165,19 @@ class UpdateOptimizer(torch.optim.Optimizer):
                     _stepped(rule, part, Vector(part, _of(part, own)), state, self._rates(groups))
         self._taken = True
 
+    @property
+    def bound(self) -> Sequence[Bound]:
+        """The kinds of update with their parameters, as they are bound now."""
+        return self._bound
+
+    def group_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The param group of a parameter."""
+        return self.param_groups[self._by_id[id(parameter)]]
+
+    def rule_of(self, group: Mapping[str, Any]) -> Rule:
+        """What a param group steps by."""
+        return next(rule for own, rule in zip(self.param_groups, self._rules, strict=True) if own is group)
+
     def looking(self) -> list[tuple[str, Sees]]:
         """The names of updates that look at more than the gradient, and at what."""
         return [(name, kind.sees) for name, kind in self._kinds().items() if kind.sees != "nothing"]

@@ -33,11 +33,15 @@ def dropout_net(dtype: torch.dtype, checkpointing: str) -> nn.Module:
 
 
 def dropout(
-    kind: str, checkpointing: str = "", zero: dict[str, Any] | None = None, bf16: bool = False, dtype: str = "fp64"
-) -> dict[str, Any]:
-    """Two passes of one step, then three SAM steps; losses and weights, for comparison between world sizes."""
+    kind: str, checkpointing: str = "", zero: dict[str, Any] | None = None, bf16: bool = False, dtype: str = "fp64",
+    method: str = "sam",
+) -> dict[str, Any]:  # fmt: skip
+    """Two passes of one step, then three steps of the method; losses and weights, to compare between world sizes."""
     number = dtype_of(kind, dtype, bf16)
-    engine = engines.build(kind, dropout_net(number, checkpointing), lso.SAM(rho=0.3), zero=zero, bf16=bf16)
+    chosen = lso.registry.build(method, **engines.HYPERPARAMETERS[method])
+    engine = engines.build(
+        kind, dropout_net(number, checkpointing), chosen, zero=zero, bf16=bf16, total_samples=84
+    )  # fmt: skip
     steps = engines.batches(3, 7, dtype=number)
     before = torch.get_rng_state()
     oracle = engine.oracle(engines.mine(steps[0]))

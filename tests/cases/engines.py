@@ -24,7 +24,26 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "asam": {"rho": 0.5, "eta": 0.01},
     "lpf_sgd": {"parts": 3, "gamma": 0.05, "alpha": 5.0},
     "flat_lora": {"sigma": 0.5},
-}
+    "gsam": {"rho": 0.3, "alpha": 0.4},
+    "looksam": {"rho": 0.3, "k": 3, "alpha": 0.7},
+    "friendly_sam": {"rho": 0.3, "sigma": 0.8, "decay": 0.6},
+    "wsam": {"rho": 0.3, "gamma": 0.6, "decouple": True},
+    "momentum_sam": {"rho": 0.3},
+    "m_sam": {"rho": 0.3, "parts": 2},
+    "esam": {"rho": 0.3, "beta": 0.6, "gamma": 0.5},
+    "ae_sam": {"rho": 0.3, "decay": 0.5, "lambda1": -0.5, "lambda2": 0.5},
+    "sampa": {"rho": 0.3, "lam": 0.3},
+    "nbar": {"alpha": {"start": 0.5, "end": 0.1}},
+    "random_sam": {"rho": 0.3},
+    "functional_sam": {"rho": 0.3},
+    "rwp": {"gamma": 0.05, "alpha": 0.4},
+    "entropy_sgd": {
+        "inner_steps": 3, "gamma0": 0.5, "gamma1": 0.1, "noise": 1e-3, "inner_lr": 0.1, "inner_momentum": 0.9,
+        "average": 0.75,
+    },
+}  # fmt: skip
+SPLIT = lso.Loss(lambda model, b: model(b[0]), lambda z, b: cross_entropy(lambda _: z, b), lambda b: len(b[1]))
+"""`cross_entropy` in its steps."""
 FEATURES, CLASSES = 7, 3
 
 
@@ -186,13 +205,15 @@ def build(
     base: str | Callable[[Any], torch.optim.Optimizer] = "momentum",
     clip: float = 0.0,
     total_samples: int | None = None,
-    loss_fn: Any = cross_entropy,
+    loss_fn: Any = None,
     zero: dict[str, Any] | None = None,
     bf16: bool = False,
     keep: Sequence[Any] = (),
 ) -> lso.Engine:
     """An engine of that kind around `model` (which becomes the engine's own)."""
     make = optimizer(base) if isinstance(base, str) else base
+    if loss_fn is None:
+        loss_fn = SPLIT if getattr(method, "needs_logits", False) else cross_entropy
     if kind.startswith("zero"):
         config = {
             "zero_optimization": {"stage": int(kind[4]), **offload(kind), **(zero or {})},

@@ -45,20 +45,27 @@ def reference(
 
 
 def rest(
-    kind: str, method: str, rest_point: dict[str, Any], units: int = 3, extra: Sequence[str] = ()
-) -> dict[str, float]:
-    """Law 2: at its rest point the method equals the engine with no method, and still takes its passes."""
+    kind: str, method: str, rest_point: dict[str, Any], units: int = 3, extra: Sequence[str] = (),
+    known: tuple[str, dict[str, Any]] = ("none", {}),
+) -> dict[str, float]:  # fmt: skip
+    """Law 2: at its rest point the method equals the engine with a known one, and still takes its passes.
+
+    `apart`: how far the known one is from the base alone.
+    """
     steps = engines.batches(STEPS, units)
     runs = []
-    for chosen in (lso.Plain(), lso.registry.build(method, **rest_point)):
+    for chosen in (lso.Plain(), lso.registry.build(known[0], **known[1]), lso.registry.build(method, **rest_point)):
         engine = engines.build(kind, engines.net(extra), chosen, total_samples=STEPS * units * 4)
         for s in steps:
             engine.train_batch(engines.mine(s))
         assert engine.last_step
         runs.append((engines.whole(engine.space), engine.last_step.passes))
         engines.close(engine)
-    (plain, _), (ours, passes) = runs
-    return {"dw": max(float((plain[n] - ours[n]).abs().max()) for n in plain), "passes": passes}
+    (plain, _), (wanted, _), (ours, passes) = runs
+    return {
+        "dw": max(float((wanted[n] - ours[n]).abs().max()) for n in plain), "passes": passes,
+        "apart": max(float((wanted[n] - plain[n]).abs().max()) for n in plain),
+    }  # fmt: skip
 
 
 def returned(

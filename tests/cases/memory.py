@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,7 +94,9 @@ def wide_engine(kind: str, method: Any, total: int, zero: dict[str, Any] | None,
     return engines.build(kind, model, method, zero=zero, bf16=bf16, total_samples=total)
 
 
-def extra_bytes(kind: str, zero: dict[str, Any] | None = None, bf16: bool = False) -> dict[str, dict[str, float]]:
+def extra_bytes(
+    kind: str, zero: dict[str, Any] | None = None, bf16: bool = False, methods: Sequence[str] = ("asam", "lpf_sgd")
+) -> dict[str, dict[str, float]]:
     """Each method's bytes at the peak of a step and after it over those of the base alone, in fp32 shards of this rank.
 
     Under "base": the base's own peak over an empty process, in the same unit.
@@ -104,7 +106,7 @@ def extra_bytes(kind: str, zero: dict[str, Any] | None = None, bf16: bool = Fals
     units = [(torch.randn(4, WIDTH).to(dtype), torch.randint(0, engines.CLASSES, (4,))) for _ in range(6)]
     seen: dict[str, tuple[int, int]] = {}
     shard = 1
-    for name in ("sam", "none", "sam", "asam", "lpf_sgd"):  # the first run loads the code of both: written over
+    for name in ("sam", "none", "sam", *methods):  # the first run loads the code of both: written over
         empty = settled_bytes()
         engine = wide_engine(kind, lso.registry.build(name, **engines.HYPERPARAMETERS[name]), 100 * 24, zero, bf16)
         own = engines.mine(units)

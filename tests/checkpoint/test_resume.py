@@ -63,6 +63,21 @@ ZERO = [
 ]  # fmt: skip
 
 
+REMEMBERING = ("looksam", "friendly_sam", "ae_sam", "sampa", "entropy_sgd", "momentum_sam")
+
+
+@pytest.mark.parametrize("method", REMEMBERING)
+@pytest.mark.parametrize(("saved", "loaded"), [(("fsdp2", 3), ("ddp", 2))])
+def test_what_a_method_remembers_goes_on(ranks: Any, tmp_path: Path, saved: Any, loaded: Any, method: str) -> None:
+    assert law_4(ranks, tmp_path, saved, loaded, dtype="fp64", method=method) <= 1e-11
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.full) for m in REMEMBERING])
+def test_what_a_method_remembers_goes_on_under_zero(ranks: Any, tmp_path: Path, method: str) -> None:
+    assert law_4(ranks, tmp_path, ("zero3", 2), ("zero2", 3), method=method) <= 1e-6
+    assert law_4(ranks, tmp_path / "same", ("zero2", 2), ("zero2", 2), method=method) == 0.0
+
+
 @pytest.mark.parametrize(("saved", "loaded", "base"), FRAMEWORK)
 def test_another_layout_goes_on_in_fp64(ranks: Any, tmp_path: Path, saved: Any, loaded: Any, base: str) -> None:
     # fp64, because Adam divides the noise of another order of summation by itself

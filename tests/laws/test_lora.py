@@ -13,12 +13,13 @@ from tests.laws.cover import full_but
 
 FRAMEWORK = (("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("fsdp2-offload", 2))
 ZERO = (*((f"zero{stage}", world) for stage in (0, 1, 2, 3) for world in (1, 2, 3)), ("zero3-offload", 2))
-METHODS = ("none", "sam", "asam", "lpf_sgd", "flat_lora")
+METHODS = ("none", "sam", "asam", "lpf_sgd", "flat_lora", "nbar")
 PEFT = ["peft"]
 
 
 @pytest.mark.parametrize(
-    "kind,world,method", full_but([("ddp", 2, "sam"), ("fsdp2", 3, "flat_lora")], FRAMEWORK, METHODS)
+    "kind,world,method",
+    full_but([("ddp", 2, "sam"), ("fsdp2", 3, "flat_lora"), ("fsdp2", 2, "nbar")], FRAMEWORK, METHODS),
 )
 def test_law_1_the_papers_loop_in_fp64(ranks: Any, kind: str, world: int, method: str) -> None:
     case = "tests.cases.laws:reference"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.laws.cover import daily, joined
+from tests.laws.cover import FAMILY, daily, joined
 
 LIMIT = {"fp32": 1e-6, "fp64": 1e-12}
 METHODS = ("none", "sam", "asam", "lpf_sgd")
@@ -36,6 +36,18 @@ def test_two_ranks_in_fp64(ranks: Any, kind: str, method: str) -> None:
     check(out, "fp64", 2 if "sam" in method else 1)
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize("method", FAMILY)
+@pytest.mark.parametrize("kind,world", [("plain", 1), ("fsdp2", 2)])
+def test_the_family_in_fp64(ranks: Any, kind: str, world: int, method: str) -> None:
+    """Five units, the last smaller: parts of unequal weight, idle slots."""
+    out = ranks(world).run(
+        "tests.cases.laws:reference", kind=kind, method=method, dtype="fp64", last=2, clip=0.5, units=5
+    )
+    for rank, r in enumerate(out):
+        assert r["dw"] <= 1e-12 and r["dloss"] <= 1e-12, f"rank {rank}: {r}"
+
+
 @pytest.mark.parametrize("more", [{"radius": "parameter"}, {"radius": "row"}, {"every": 2}], ids=str)
 @pytest.mark.parametrize("kind,world", [("plain", 1), ("fsdp2", 3), ("ddp", 2)])
 def test_sam_variants_in_fp64(ranks: Any, kind: str, world: int, more: dict[str, Any]) -> None:
@@ -57,3 +69,16 @@ def test_unusual_parameters(ranks: Any, kind: str, world: int, extra: list[str],
         "tests.cases.laws:reference", kind=kind, method=method, dtype="fp64", extra=extra, units=5, clip=0.5
     )
     check(out, "fp64", 2 if method == "sam" else 1)
+
+
+@pytest.mark.parametrize(
+    "kind,world,method", daily([("fsdp2", 3), ("ddp", 2), ("hsdp", 4)], FAMILY, together=1), ids=joined
+)
+def test_unusual_parameters_of_the_family(ranks: Any, kind: str, world: int, method: str) -> None:
+    # Entropy-SGD's noise moves what no sample uses, too.
+    extra = ["tied", "frozen", *(["unused"] if method != "entropy_sgd" else [])]
+    out = ranks(world).run(
+        "tests.cases.laws:reference", kind=kind, method=method, dtype="fp64", extra=extra, units=5, clip=0.5
+    )
+    for rank, r in enumerate(out):
+        assert r["dw"] <= 1e-12 and r["dloss"] <= 1e-12, f"rank {rank}: {r}"

@@ -14,6 +14,12 @@ import pytest
 from tests.processes.ranks import Ranks
 
 STATED = {"sam": 1.0, "asam": 2.0, "lpf_sgd": 1.0}
+FAMILY = {
+    "gsam": (2.0, 0.0), "looksam": (2.0, 1.0), "friendly_sam": (3.0, 1.0), "wsam": (2.0, 0.0), "m_sam": (2.0, 0.0),
+    "momentum_sam": (1.0, 0.0), "esam": (1.0, 0.0), "ae_sam": (1.0, 0.0), "sampa": (3.0, 1.0), "rwp": (2.0, 0.0),
+    "random_sam": (1.0, 0.0), "functional_sam": (1.0, 0.0), "entropy_sgd": (5.0, 0.0),
+}  # fmt: skip
+"""What a method takes at the peak of a step, and what of it stays from step to step."""
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +42,13 @@ def test_extra_bytes(fresh: Callable[[int], Ranks], kind: str, world: int) -> No
         for method, stated in STATED.items():
             assert r[method]["peak"] <= stated + (0.15 if world == 1 else 0.5), (method, r)
             assert abs(r[method]["kept"]) < 0.1, (method, r)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 to count bytes")
+@pytest.mark.full
+@pytest.mark.parametrize("method", FAMILY)
+def test_extra_bytes_of_the_family(fresh: Callable[[int], Ranks], method: str) -> None:
+    peak, kept = FAMILY[method]
+    for r in fresh(2).run("tests.cases.memory:extra_bytes", kind="fsdp2", methods=[method], timeout_s=240):
+        assert r[method]["peak"] <= peak + 0.15, (method, r)
+        assert abs(r[method]["kept"] - kept) < 0.1, (method, r)

@@ -14,12 +14,18 @@ import elastic_lsopt as lso
 from elastic_lsopt.optimizers import registry
 
 pytestmark = pytest.mark.fast
-OURS = ["asam", "flat_lora", "lpf_sgd", "none", "sam"]
+CLASSES = {
+    "ae_sam": lso.AESAM, "asam": lso.ASAM, "entropy_sgd": lso.EntropySGD, "esam": lso.ESAM, "flat_lora": lso.FlatLoRA,
+    "friendly_sam": lso.FriendlySAM, "functional_sam": lso.FunctionalSAM, "gsam": lso.GSAM, "looksam": lso.LookSAM,
+    "lpf_sgd": lso.LPFSGD, "m_sam": lso.MicroSAM, "momentum_sam": lso.MomentumSAM, "nbar": lso.NBAR, "none": lso.Plain,
+    "random_sam": lso.RandomSAM, "rwp": lso.RWP, "sam": lso.SAM, "sampa": lso.SAMPa, "wsam": lso.WSAM,
+}  # fmt: skip
+OURS = sorted(CLASSES)
 
 
 def test_names_and_classes() -> None:
     assert registry.names() == OURS
-    assert [registry.get(n) for n in OURS] == [lso.ASAM, lso.FlatLoRA, lso.LPFSGD, lso.Plain, lso.SAM]
+    assert {n: registry.get(n) for n in OURS} == CLASSES
 
 
 def test_an_unknown_name_tells_the_nearest() -> None:
@@ -28,7 +34,7 @@ def test_an_unknown_name_tells_the_nearest() -> None:
     said = str(caught.value)
     assert "unknown method 'lpf-sgd'" in said and "did you mean 'lpf_sgd'?" in said and "\n" not in said
     assert all(n in said for n in OURS)
-    with pytest.raises(lso.UserError, match="Known: asam"):
+    with pytest.raises(lso.UserError, match="Known: ae_sam"):
         registry.get("zzz")
 
 
@@ -41,23 +47,26 @@ def test_a_method_is_a_frozen_keyword_only_dataclass() -> None:
 
 
 def test_defaults_are_the_papers() -> None:
-    """SAM, section 3; ASAM, appendix, on CIFAR-10; LPF-SGD, its authors' code; Flat-LoRA, on T5.
-
-    Only LPF-SGD cuts the batch.
-    """
+    """Each method's own fields; what SAM's family shares is SAM's own, at which it is the paper's."""
+    shared = {"every": 1, "radius": "model", "rho_scale": "none", "precondition": "none", "perturb": {}}
+    sam = {"rho": 0.05, **shared}
     defaults = {name: dataclasses.asdict(registry.build(name)) for name in OURS}
     assert defaults == {
-        "none": {}, "sam": {"rho": 0.05, "every": 1, "radius": "model", "rho_scale": "none"},
-        "asam": {"rho": 0.5, "eta": 0.01}, "flat_lora": {"sigma": 0.05},
-        "lpf_sgd": {"parts": 8, "gamma": 0.0005, "alpha": 15.0},
+        "none": {}, "flat_lora": {"sigma": 0.05}, "nbar": {"alpha": {"start": 0.5, "end": 0.0}},
+        "sam": sam, "asam": {**sam, "rho": 0.5, "eta": 0.01},
+        "gsam": {**sam, "alpha": 0.4}, "looksam": {**sam, "k": 5, "alpha": 0.7},
+        "friendly_sam": {**sam, "sigma": 1.0, "decay": 0.9}, "wsam": {**sam, "gamma": 0.9, "decouple": True},
+        "momentum_sam": {**sam, "rho": 0.3}, "m_sam": {**sam, "parts": 4}, "esam": {**sam, "beta": 0.5, "gamma": 0.5},
+        "ae_sam": {**sam, "decay": 0.9, "lambda1": -1.0, "lambda2": 1.0}, "sampa": {**sam, "rho": 0.1, "lam": 0.2},
+        "random_sam": sam, "functional_sam": sam, "rwp": {"gamma": 0.01, "alpha": 0.5, "perturb": {}},
+        "lpf_sgd": {"parts": 8, "gamma": 0.0005, "alpha": 15.0, "perturb": {}},
+        "entropy_sgd": {
+            "inner_steps": 5, "gamma0": 0.03, "gamma1": 0.001, "noise": 1e-4, "inner_lr": 0.1, "inner_momentum": 0.9,
+            "average": 0.75, "batch": "parts",
+        },
     }  # fmt: skip
-    assert {name: registry.build(name).parts for name in OURS} == {
-        "none": 1,
-        "sam": 1,
-        "asam": 1,
-        "flat_lora": 1,
-        "lpf_sgd": 8,
-    }
+    parts = {name: registry.build(name).parts for name in OURS}
+    assert {n: p for n, p in parts.items() if p > 1} == {"lpf_sgd": 8, "m_sam": 4, "rwp": 2, "entropy_sgd": 5}
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
@@ -159,19 +168,19 @@ def test_the_public_surface() -> None:
     """Adding a name is a decision; taking one away breaks users."""
     assert sorted(lso.__all__) == sorted(
         [
-            "ASAM", "AdaHessian", "AdaptiveMemory", "Average", "EMA", "Engine", "FlatLoRA", "LAMB", "LARS", "LPFSGD",
-            "LandscapeDeepSpeedStrategy", "LandscapeOptimizer", "LandscapeTrainer", "LandscapeTrainerMixin", "Loss",
-            "MicroBatch", "Muon", "NonFinite", "PeerFailed", "Plain", "ProbeCallback", "SAM", "SASSHA", "SOAP",
-            "Scales", "ScheduleFree", "SophiaG", "SophiaH", "StaleGeneration", "StaleGradient", "StaleWeights",
+            *(kind.__name__ for kind in CLASSES.values()), "AdaHessian", "AdaptiveMemory", "Average", "EMA", "Engine",
+            "LAMB", "LARS", "LandscapeDeepSpeedStrategy", "LandscapeOptimizer", "LandscapeTrainer",
+            "LandscapeTrainerMixin", "Loss", "MicroBatch", "Muon", "NonFinite", "PeerFailed", "ProbeCallback", "SASSHA",
+            "SOAP", "Scales", "ScheduleFree", "SophiaG", "SophiaH", "StaleGeneration", "StaleGradient", "StaleWeights",
             "StepLoader", "StepReport", "Unsupported", "Update", "UpdateOptimizer", "UserError", "attach", "averages",
             "elastic", "initialize", "load", "probes", "registry", "save", "updates",
         ]
     )  # fmt: skip
     assert all(hasattr(lso, name) for name in lso.__all__)
     signatures = {
-        lso.SAM: ["rho", "every", "radius", "rho_scale"],
-        lso.ASAM: ["rho", "eta"],
-        lso.LPFSGD: ["parts", "gamma", "alpha"],
+        lso.SAM: ["rho", "every", "radius", "rho_scale", "precondition", "perturb"],
+        lso.ASAM: ["rho", "every", "radius", "rho_scale", "precondition", "perturb", "eta"],
+        lso.LPFSGD: ["parts", "gamma", "alpha", "perturb"],
         lso.FlatLoRA: ["sigma"],
         lso.Plain: [],
     }

@@ -36,6 +36,15 @@ def test_same_masks(ranks: Any, kind: str, world: int, checkpointing: str) -> No
         assert max(abs(a - b) for a, b in zip(r["weights"], alone["weights"], strict=True)) < 1e-12
 
 
+@pytest.mark.parametrize("method", ["functional_sam", "m_sam", "rwp"])
+def test_same_masks_at_the_logits_and_in_parts(ranks: Any, method: str) -> None:
+    [alone] = ranks(1).run("tests.cases.dropout:dropout", kind="plain", method=method)
+    how = "" if method == "rwp" else "non-reentrant"  # its wrapper's name would be part of the noise
+    for r in ranks(2).run("tests.cases.dropout:dropout", kind="fsdp2", checkpointing=how, method=method):
+        assert max(abs(a - b) for a, b in zip(r["losses"], alone["losses"], strict=True)) < 1e-12
+        assert max(abs(a - b) for a, b in zip(r["weights"], alone["weights"], strict=True)) < 1e-12
+
+
 @pytest.mark.fast
 def test_each_step_draws_its_own_masks(ranks: Any) -> None:
     [alone] = ranks(1).run("tests.cases.dropout:own_masks")

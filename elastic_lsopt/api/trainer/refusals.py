@@ -114,6 +114,11 @@ def refuse_untested(trainer: Trainer, method: Method) -> None:
         )
     if not any(p.requires_grad for p in _model(trainer).parameters()):
         raise UserError("the model has no trainable parameter; set requires_grad on at least one.")
+    if getattr(method, "needs_logits", False):
+        raise Unsupported(
+            f"{type(method).__name__} needs the logits, and the Trainer's training_step gives the loss alone; use "
+            "`elastic-lsopt train`, lso.Engine.of or lso.initialize."
+        )
     if method.parts > args.gradient_accumulation_steps:
         raise UserError(
             f"{type(method).__name__} cuts an update into parts={method.parts}, and there are "

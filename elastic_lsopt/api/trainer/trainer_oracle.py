@@ -55,6 +55,9 @@ class TrainerOracle(Oracle):
             "loss_fn, batches), or trainer.evaluate()."
         )
 
+    def _local_share(self, part: Part) -> float:
+        return part.weight / self.backend.world
+
     def _backward(self, part: Part, *, last: bool) -> tuple[float | Tensor, int | Tensor]:
         first, end = part_bounds(len(self._batches), part.of)[part.number]
         local: float | Tensor = 0.0

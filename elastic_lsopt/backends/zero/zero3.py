@@ -57,6 +57,9 @@ class Zero3(ZeroBackend):
                 start += size
         return pieces
 
+    def group_of(self, piece: Piece) -> dict[str, Any]:
+        return self.param_groups[self._wrapper.sub_group_to_group_id[piece.slot]]
+
     def drop_gathered(self) -> None:
         module: Any = self.module
         broken: Exception | None = None

@@ -62,6 +62,6 @@ class Slot:
             out = loss.forward(model, self.batch)
         if not isinstance(out, Tensor):
             raise UserError(
-                f"forward of lso.Loss returned a {type(out).__name__}; Gauss-Newton products need one tensor of logits."
+                f"forward of lso.Loss returned a {type(out).__name__}; what asks for logits needs one tensor of them."
             )
         return out

@@ -50,6 +50,21 @@ class Passes:
                 return cls(gathers=1.0)
             case "lpf_sgd":
                 return cls(1.0, float(fields.get("parts", 8)))
+            case "rwp":
+                return cls(1.0, 1.0)
+            case "entropy_sgd":
+                steps = max(1, fields.get("inner_steps", 5))
+                return cls(1.0 if fields.get("batch", "parts") == "parts" else float(steps), steps - 1.0)
+            case "momentum_sam" | "random_sam":
+                return cls(1.0, 1.0 / fields.get("every", 1))
+            case "m_sam":
+                every = fields.get("every", 1)
+                return cls(1.0 + 1.0 / every, fields.get("parts", 4) / every)
+            case "looksam":
+                k = fields.get("k", 5)
+                return cls(1.0 + 1.0 / k, 1.0 / k)
+            case "sampa":
+                return cls(2.0, 2.0)
             case _:
                 every = fields.get("every", 1)
                 return cls(1.0 + 1.0 / every, 1.0 / every)

@@ -33,8 +33,12 @@ counted; of updates with two forms the larger, adamw's.)"""
 
 STAYS = ("none", "flat_lora")
 """Methods that do not move the trained weights."""
-DIRECTIONS = {"asam": 1}
-"""Vectors that a method holds while perturbed, beside the way back; LPF-SGD draws its noise in blocks."""
+DIRECTIONS = {
+    "asam": 1, "gsam": 1, "friendly_sam": 1, "wsam": 1, "m_sam": 1, "sampa": 1, "rwp": 1, "entropy_sgd": 4,
+}  # fmt: skip
+"""Vectors that a method holds within a step, beside the way back; LPF-SGD draws its noise in blocks."""
+REMEMBERED = {"looksam": 1, "friendly_sam": 1, "sampa": 1}
+"""Vectors that a method keeps from step to step."""
 
 METADATA_BYTES = 2**15
 """Of a version, for what is no tensor: the clock, cursors and random states, and gaps between tensors."""
@@ -78,6 +82,7 @@ def state_per_rank(
         "optimizer state": FP32 * states,
         "averages of the weights": FP32 * averages * share,
         "way back of a perturbation": 0 if method in STAYS or rebuilt else at.working * share,
+        "state of the method": FP32 * REMEMBERED.get(method, 0) * share,
         "direction of the method": FP32 * DIRECTIONS.get(method, 0) * share,
     }
 

@@ -55,7 +55,7 @@ class Remembering:
         return state["mean"].clone()
 
 
-def _engine(kind: str, base: str, dtype: str, seed: int = 0) -> lso.Engine:
+def _engine(kind: str, base: str, dtype: str, seed: int = 0, method: str = "") -> lso.Engine:
     """`zero3+small` has a sub-group a parameter, `+scalar` a parameter without dimensions, `+peft` adapters; bf16 is
     ZeRO's, beside fp32 masters. An update of ours has an average beside it."""
     kind, *more = kind.split("+")
@@ -67,8 +67,12 @@ def _engine(kind: str, base: str, dtype: str, seed: int = 0) -> lso.Engine:
         model.register_forward_hook(lambda module, given, out: out * module.temperature)
     chosen = Drifting if base == "drifting" else ours(base) if base in UPDATES else base
     keep = [EMA(decay=0.9)] if base in UPDATES else []
+    landscape = lso.registry.build(method, **engines.HYPERPARAMETERS[method]) if method else Remembering()
     loss = {"loss_fn": sampling_loss()} if base == "sophia_g" else {}
-    return engines.build(kind, model, Remembering(), base=chosen, zero=zero, bf16=dtype == "bf16", keep=keep, **loss)
+    return engines.build(
+        kind, model, landscape, base=chosen, zero=zero, bf16=dtype == "bf16", keep=keep,
+        total_samples=STEPS * UNITS * 4, **loss,
+    )  # fmt: skip
 
 
 def _train(engine: lso.Engine, first: int, last: int, dtype: str) -> list[float]:
@@ -86,9 +90,11 @@ def _weights(engine: lso.Engine) -> dict[str, list[float]]:
     return out
 
 
-def save_midway(path: str, kind: str, base: str = "momentum", dtype: str = "fp32") -> dict[str, list[float]]:
+def save_midway(
+    path: str, kind: str, base: str = "momentum", dtype: str = "fp32", method: str = ""
+) -> dict[str, list[float]]:
     """Train 6 steps, saving after 3; the weights at the end."""
-    engine = _engine(kind, base, dtype)
+    engine = _engine(kind, base, dtype, method=method)
     checkpoints = Checkpointer(path)
     _train(engine, 0, 3, dtype)
     for group in engine.param_groups:
@@ -103,9 +109,11 @@ def save_midway(path: str, kind: str, base: str = "momentum", dtype: str = "fp32
     return out
 
 
-def resume_and_finish(path: str, kind: str, base: str = "momentum", dtype: str = "fp32") -> dict[str, list[float]]:
+def resume_and_finish(
+    path: str, kind: str, base: str = "momentum", dtype: str = "fp32", method: str = ""
+) -> dict[str, list[float]]:
     """Another model, used for a step, takes the checkpoint over and trains the 3 steps that are left."""
-    engine = _engine(kind, base, dtype, seed=5)
+    engine = _engine(kind, base, dtype, seed=5, method=method)
     _train(engine, 5, 6, dtype)
     checkpoints = Checkpointer(path)
     found = checkpoints.resume(engine)

@@ -1,0 +1,252 @@
+"""The options of the way up, which all of SAM's family share: what is moved, how far, when, along what."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import elastic_lsopt as lso
+
+pytestmark = pytest.mark.fast
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.first, self.norm, self.last = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(torch.tanh(self.first(x))))
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(6)
+    return torch.randn(8, 4, dtype=torch.float64), torch.randint(0, 3, (8,))
+
+
+def loss_fn(model: Any, b: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(b[0]), b[1])
+
+
+def seen(method: Any, base: Any = None, steps: int = 1, total: int | None = 8) -> list[dict[str, Tensor]]:
+    """e of each forward of the last step: the weights that it saw, less those of the step."""
+    model = Net().double()
+    engine = lso.Engine.of(
+        model, (base or (lambda ps: torch.optim.SGD(ps, lr=0.1)))(model.named_parameters()), method=method,
+        loss_fn=loss_fn, total_samples=None if total is None else total * steps,
+    )  # fmt: skip
+    points: list[dict[str, Tensor]] = []
+    model.register_forward_pre_hook(
+        lambda *_: points.append({n: p.detach().clone() for n, p in model.named_parameters()})
+    )
+    for _ in range(steps):
+        points.clear()
+        engine.train_batch([batch()])
+    return [{n: p[n] - points[0][n] for n in p} for p in points]
+
+
+def gradient() -> dict[str, Tensor]:
+    model = Net().double()
+    loss_fn(model, batch()).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def length(of: Any) -> float:
+    return math.sqrt(sum(float(t.square().sum()) for t in of))
+
+
+@pytest.mark.parametrize(
+    "perturb,moved",
+    [
+        ({"exclude": ["norm.*"]}, {"first.weight", "first.bias", "last.weight", "last.bias"}),
+        ({"exclude": "*bias"}, {"first.weight", "norm.weight", "last.weight"}),
+        ({"match": ["first.*", "last.*"], "dims": 2}, {"first.weight", "last.weight"}),
+        ({"dims": 1}, {"first.bias", "norm.weight", "norm.bias", "last.bias"}),
+    ],
+)
+@pytest.mark.parametrize("method", [lso.SAM, lso.ASAM])
+def test_which_parameters_move(perturb: dict[str, Any], moved: set[str], method: Any) -> None:
+    _, e = seen(method(rho=0.2, perturb=perturb))
+    assert {n for n, t in e.items() if t.abs().max() > 0} == moved
+    if method is lso.SAM:
+        g = gradient()
+        whole = length(g[n] for n in moved)
+        assert all(torch.allclose(e[n], 0.2 * g[n] / whole, rtol=0, atol=1e-12) for n in moved)
+
+
+@pytest.mark.parametrize("radius", ["parameter", "row"])
+def test_lengths_of_what_moves(radius: Any) -> None:
+    _, e = seen(lso.SAM(rho=0.2, radius=radius, perturb={"exclude": "norm.*"}))
+    assert float(e["norm.weight"].abs().max()) == 0
+    rows = e["first.weight"] if radius == "row" else [e["first.weight"]]
+    assert all(math.isclose(float(row.norm()), 0.2, rel_tol=1e-9) for row in rows)
+
+
+def test_noise_spares_what_is_excluded() -> None:
+    for method in (lso.LPFSGD(parts=1, gamma=0.1, alpha=1.0, perturb={"exclude": "norm.*"}), lso.RandomSAM(rho=0.2)):
+        model = Net().double()
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        engine = lso.Engine.of(model, torch.optim.SGD(model.parameters(), lr=0.1), method=method, loss_fn=loss_fn)
+        at: dict[str, Tensor] = {}
+        model.register_forward_pre_hook(
+            lambda *_, model=model, at=at: at.update({n: p.detach().clone() for n, p in model.named_parameters()})
+        )
+        engine.train_batch([batch()])
+        e = {n: at[n] - before[n] for n in at}
+        assert float(e["first.weight"].abs().max()) > 0
+        if isinstance(method, lso.LPFSGD):
+            assert float(e["norm.weight"].abs().max()) == 0
+        else:
+            assert math.isclose(length(e.values()), 0.2, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "shape,at", [("linear", [0.1, 0.2, 0.3, 0.4]), ("cosine", None), ("step", [0.1, 0.5, 0.5, 0.5])]
+)
+def test_rho_moves_with_the_run(shape: str, at: list[float] | None) -> None:
+    """On steps 0 to 3 of 4: linear from 0.1 to 0.5, half a cosine, and a step after the first quarter is begun."""
+    rho: Any = {"start": 0.1, "end": 0.5, "shape": shape}
+    wanted = at or [0.1 + 0.4 * (1 - math.cos(math.pi * t / 4)) / 2 for t in range(4)]
+    for step in range(4):
+        model = Net().double()
+        engine = lso.Engine.of(
+            model, torch.optim.SGD(model.parameters(), lr=0.0), method=lso.SAM(rho=rho), loss_fn=loss_fn,
+            total_samples=32,
+        )  # fmt: skip
+        points: list[list[Tensor]] = []
+        model.register_forward_pre_hook(
+            lambda *_, model=model, points=points: points.append([p.detach().clone() for p in model.parameters()])
+        )
+        for _ in range(step + 1):
+            points.clear()
+            engine.train_batch([batch()])
+        e = length(a - b for a, b in zip(points[1], points[0], strict=True))
+        assert math.isclose(e, wanted[step], rel_tol=1e-9), (step, e)
+
+
+def test_every_and_passes() -> None:
+    assert [len(seen(lso.SAM(rho=0.1, every=3), steps=n)) for n in (1, 2, 3, 4)] == [2, 1, 1, 2]
+    assert [len(seen(lso.LookSAM(rho=0.1, k=2), steps=n)) for n in (1, 2, 3)] == [2, 1, 2]
+    assert [len(seen(lso.MomentumSAM(rho=0.1), base=momentum, steps=n)) for n in (1, 2)] == [1, 1]
+
+
+def momentum(ps: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(ps, lr=0.1, momentum=0.9)
+
+
+def adamw(ps: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(ps, lr=0.01, betas=(0.9, 0.99), eps=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adam_metric"])
+@pytest.mark.parametrize("ours", [False, True])
+def test_preconditioned_by_adams_second_moment(kind: Any, ours: bool) -> None:
+    """q = g / (sqrt v + 1e-8), v the mean of squares over 1 - b2^t; ||e|| = rho, or e' D e = rho^2 with D = sqrt v."""
+
+    def base(ps: Any) -> torch.optim.Optimizer:
+        if ours:  # through our own adapter, beside another rule
+            ps = list(ps)
+            groups = [{"params": [ps[0][1]], "update": "lamb"}, {"params": [p for _, p in ps[1:]]}]
+            return lso.UpdateOptimizer(groups, "AdamW", lr=0.01, betas=(0.9, 0.99))
+        return adamw(ps)
+
+    steps, rho = 4, 0.2
+    model = Net().double()
+    named = list(model.named_parameters())
+    engine = lso.Engine.of(model, base(iter(named)), method=lso.SAM(rho=rho, precondition=kind), loss_fn=loss_fn)
+    twin, v = copy.deepcopy(model), {n: torch.zeros_like(p) for n, p in named}
+    points: list[dict[str, Tensor]] = []
+    model.register_forward_pre_hook(
+        lambda *_: points.append({n: p.detach().clone() for n, p in model.named_parameters()})
+    )
+    for t in range(1, steps + 1):
+        points.clear()
+        engine.train_batch([batch()])
+        g = at(twin, points[0])
+        root = {n: (v[n] / (1 - 0.99 ** (t - 1) or 1.0)).sqrt() + 1e-8 for n in v}
+        q = {n: g[n] / root[n] for n in v}
+        whole = length(q.values()) if kind == "adam" else math.sqrt(sum(float((g[n] * q[n]).sum()) for n in v))
+        for n in v:
+            assert torch.allclose(points[1][n] - points[0][n], rho * q[n] / whole, rtol=0, atol=1e-11), (t, n)
+        up = at(twin, points[1])
+        v = {n: 0.99 * v[n] + 0.01 * up[n] ** 2 for n in v}
+
+
+def at(model: nn.Module, point: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.load_state_dict(point)
+    model.zero_grad()
+    loss_fn(model, batch()).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+REFUSED: list[tuple[Any, Any, str]] = [
+    (lso.MomentumSAM, lambda ps: torch.optim.SGD(ps, lr=0.1),
+     "MomentumSAM needs a base that keeps momentum, and the base is SGD without momentum; give one that has"),
+    (lambda: lso.SAM(precondition="adam"), momentum,
+     "SAM needs a base that keeps second moments, and the base is SGD; give one that has (AdamW, Adam, RMSprop, LAMB)"),
+    (lso.SAMPa, adamw, "SAMPa needs SGD, and the base is AdamW; give torch.optim.SGD"),
+    (lso.FunctionalSAM, momentum, "FunctionalSAM needs the logits: the logits need the loss in two steps"),
+    (lso.ESAM, momentum, "ESAM needs the logits: the logits need the loss in two steps"),
+    (lambda: lso.SAM(perturb={"exclude": ["*nrm*"]}), momentum, "perturb: no parameter matches '*nrm*'; names are"),
+    (lambda: lso.GSAM(perturb={"dims": 7}), momentum, "perturb: no parameter is left to move (match=['*'], exclude="),
+    (lambda: lso.SAM(perturb={"only": "*"}), momentum, "perturb has no key 'only'; A schedule"),
+    (lambda: lso.SAM(rho={"start": 0.1}), momentum, "rho={'start': 0.1} has no end; give start and end"),
+    (lambda: lso.SAM(rho={"start": 0.1, "end": 1, "shape": "sine"}), momentum, "rho.shape='sine' must be one of"),
+    (lambda: lso.SAM(rho={"start": 0.1, "end": 1, "after": 1}), momentum, "rho: after=1 and until=1.0 must be shares"),
+    (lambda: lso.SAM(precondition="adam_metric", radius="row"), adamw, "radius='row' must be model where precondition"),
+    (lambda: lso.LookSAM(every=2), momentum, "every=2 must be 1: looksam's own interval is k"),
+    (lambda: lso.WSAM(gamma=1.0), momentum, "gamma=1.0 must be a number >= 0 and < 1"),
+    (lambda: lso.ESAM(beta=0.0), momentum, "beta=0.0 must be a number > 0 and <= 1"),
+    (lambda: lso.RWP(alpha=1.5), momentum, "alpha=1.5 must be a number in [0, 1]"),
+    (lambda: lso.EntropySGD(inner_lr=0.0), momentum, "inner_lr=0.0 must be a number > 0"),
+    (lambda: lso.EntropySGD(inner_steps=-1), momentum, "inner_steps=-1 must be a whole number >= 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method,base,says", REFUSED, ids=[says[:24] for *_, says in REFUSED])
+def test_refused_at_construction_in_one_line(method: Any, base: Any, says: str) -> None:
+    model = Net().double()
+    with pytest.raises(lso.UserError) as caught:
+        lso.Engine.of(model, base(model.named_parameters()), method=method(), loss_fn=loss_fn)
+    assert str(caught.value).startswith(says.replace("A schedule", "")) and "\n" not in str(caught.value), caught.value
+
+
+def test_a_schedule_needs_the_length_of_the_run() -> None:
+    with pytest.raises(lso.UserError, match=r"^rho=\{'start': 0.1, 'end': 0.2\} moves over the run, whose length"):
+        seen(lso.SAM(rho={"start": 0.1, "end": 0.2}), total=None)
+
+
+def test_closures_in_parts_and_what_a_closure_cannot_give() -> None:
+    """m-SAM on closures: a closure a part. Functional SAM: refused, as a closure shows no logits."""
+    one, other = Net().double(), Net().double()
+    x, y = batch()
+    halves = [(x[:4], y[:4]), (x[4:], y[4:])]
+    engine = lso.Engine.of(
+        one, torch.optim.SGD(one.parameters(), lr=0.1), method=lso.MicroSAM(rho=0.2, parts=2), loss_fn=loss_fn
+    )
+    engine.train_batch(halves)
+    optimizer = lso.LandscapeOptimizer(
+        torch.optim.SGD(other.named_parameters(), lr=0.1), lso.MicroSAM(rho=0.2, parts=2)
+    )
+
+    def closure(b: tuple[Tensor, Tensor]) -> Any:
+        def run() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_fn(other, b)
+            loss.backward()
+            return loss
+
+        return run
+
+    optimizer.step([closure(half) for half in halves])
+    assert optimizer.last_step is not None and optimizer.last_step.passes == 2
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-12
+    with pytest.raises(lso.UserError, match="needs the logits, which a closure does not give"):
+        lso.LandscapeOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), lso.FunctionalSAM())
