@@ -32,6 +32,7 @@ from torch import Tensor
 
 from elastic_lsopt.api.initialize import Json, clipping
 from elastic_lsopt.api.step import LandscapeStep
+from elastic_lsopt.api.trainer.refusals import refuse_update
 from elastic_lsopt.api.trainer.trainer_oracle import TrainerOracle
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.config.deepspeed_json import engine_json, read_deepspeed_json
@@ -108,6 +109,7 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
         self.setup_optimizers(trainer)
         if len(self.optimizers) != 1:
             raise UserError(f"configure_optimizers gave {len(self.optimizers)} optimizers; DeepSpeed steps one.")
+        refuse_update(self.optimizers[0], "Lightning")
         backend: Any = self._engine(trainer, self.optimizers[0])
         self.model = backend.engine
         self.optimizers = [backend.engine.optimizer]

@@ -40,7 +40,7 @@ class AdaHessian(Update):
     """
 
     first_moment: ClassVar[str] = "m"
-    facts: ClassVar = Facts(
+    facts: ClassVar[Facts] = Facts(
         paper="Yao, Gholami, Shen, Mustafa, Keutzer, Mahoney 2021, arXiv 2006.00719",
         passes="1, and a product with the Hessian (3)",
         memory="2",

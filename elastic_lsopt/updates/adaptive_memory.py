@@ -45,7 +45,7 @@ class AdaptiveMemory(Update):
     """
 
     first_moment: ClassVar[str] = "d"
-    facts: ClassVar = Facts(
+    facts: ClassVar[Facts] = Facts(
         paper="2025, arXiv 2510.04988", memory="1 (sgd), 2 (adamw)", communication="one all-reduce per step"
     )
 

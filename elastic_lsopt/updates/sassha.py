@@ -39,7 +39,7 @@ class SASSHA(Update):
     """
 
     first_moment: ClassVar[str] = "m"
-    facts: ClassVar = Facts(
+    facts: ClassVar[Facts] = Facts(
         paper="Shin, Lee, Oh, Baek, Lee 2025, arXiv 2502.18153",
         passes="those of sam, and a product with the Hessian (3) every k",
         memory="2",

@@ -37,7 +37,7 @@ class ScheduleFree(Update):
     Raises UserError for a value out of range.
     """
 
-    facts: ClassVar = Facts(
+    facts: ClassVar[Facts] = Facts(
         paper="Defazio, Yang, Mehta, Mishchenko, Khaled, Cutkosky 2024, arXiv 2405.15682", memory="1 (sgd), 2 (adamw)"
     )
 

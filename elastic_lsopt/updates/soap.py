@@ -51,7 +51,7 @@ class SOAP(Update):
     UserError for a value out of range, and for param groups whose hyper-parameters differ.
     """
 
-    facts: ClassVar = Facts(
+    facts: ClassVar[Facts] = Facts(
         paper="Vyas et al. 2025, arXiv 2409.11321",
         memory="2, and 2 (r^2 + c^2) per matrix r x c, each on one rank",
         communication="two all-to-alls per step",

@@ -73,7 +73,7 @@ class SophiaG(Sophia):
     """
 
     first_moment: ClassVar[str] = "m"
-    facts: ClassVar = Facts(paper=PAPER, passes="1 + 1/k", memory="2", needs="lso.Loss with sample")
+    facts: ClassVar[Facts] = Facts(paper=PAPER, passes="1 + 1/k", memory="2", needs="lso.Loss with sample")
     sees: ClassVar[Sees] = "sampled_gradient"
 
     rho: float = 0.04
@@ -104,7 +104,7 @@ class SophiaH(Sophia):
     """
 
     first_moment: ClassVar[str] = "m"
-    facts: ClassVar = Facts(
+    facts: ClassVar[Facts] = Facts(
         paper=PAPER, passes="1, and a product with the Hessian (3) every k", memory="2", needs="a loss, not a closure"
     )
     sees: ClassVar[Sees] = "hessian_diagonal"

@@ -61,6 +61,25 @@ def test_refused(tmp_path: Path, landscape: Any, more: dict[str, Any], model: An
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize(
+    "update,says",
+    [
+        ("adahessian", "update adahessian looks at the curvature of the loss, and a closure gives gradients only"),
+        ("schedule_free", "update schedule_free: the Trainer evaluates and saves the weights"),
+    ],
+)
+def test_an_update_that_the_trainer_cannot_serve_is_refused(tmp_path: Path, update: str, says: str) -> None:
+    model = cases.llama()
+    base = lso.UpdateOptimizer(model.parameters(), update, lr=0.1)
+    with pytest.raises(lso.UserError) as caught:
+        lso.LandscapeTrainer(
+            model=model, args=cases.arguments("plain", str(tmp_path)), train_dataset=cases.rows(),
+            optimizers=(base, None), landscape=SAM,
+        )  # fmt: skip
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.fast
 def test_a_wrapped_optimizer_is_refused(tmp_path: Path) -> None:
     model, optimizers = wrapped()
     args = cases.arguments("plain", str(tmp_path))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import elastic_lsopt as lso
+from tests.cases.updates import OPTIONS, sampling_loss
 from tests.oracles import updates
 
 pytestmark = pytest.mark.fast
@@ -353,3 +354,18 @@ def test_a_gradient_that_was_written_in_place_is_clipped_by_its_own_length() -> 
             assert p.grad is not None
             p.sub_(10 * p.grad * 0.5 / length, alpha=0.1)
     assert torch.allclose(flat(mine), flat(theirs), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("update", ["soap", "sophia_g", "sassha", "am_adamw", "schedule_free_adamw"])
+def test_bf16_parameters_step_near_fp32s(update: str) -> None:
+    """Of updates of ours, whose own vectors are fp32 beside weights in bf16."""
+    ends = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = net(torch.bfloat16).to(dtype)
+        start, (name, options) = flat(model), OPTIONS[update]
+        engine = lso.Engine.of(model, lso.UpdateOptimizer(model.parameters(), name, **options), loss_fn=sampling_loss())
+        for i in range(4):
+            x, y = batch(i, dtype)
+            engine.train_batch([(x, y.argmax(1))])
+        ends.append(flat(model) - start)
+    assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 0.4

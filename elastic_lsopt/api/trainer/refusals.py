@@ -14,6 +14,8 @@ from elastic_lsopt.errors import Unsupported, UserError
 from elastic_lsopt.optimizers import registry
 from elastic_lsopt.optimizers.plain import Plain
 from elastic_lsopt.oracle.method import Method
+from elastic_lsopt.oracle.observation import refuse_unseen
+from elastic_lsopt.updates.update_optimizer import updates_of
 
 STANDS_IN_FOR = (
     "create_accelerator_and_postprocess", "create_optimizer", "get_batch_samples", "training_step", "_clip_grad_norm",
@@ -46,6 +48,19 @@ def method_of(landscape: Any) -> Method:
         what = landscape.__name__ if isinstance(landscape, type) else type(landscape).__name__
         raise UserError(f"landscape={what} is no method; give one, such as lso.SAM(rho=0.05), or its name.")
     return landscape
+
+
+def refuse_update(base: Any, who: str) -> None:
+    """Raise UserError for an update that sees more than `who` can show it, or whose model is not at the weights."""
+    update = updates_of(getattr(base, "optimizer", base))
+    if update is None:
+        return
+    refuse_unseen(update.looking(), None)
+    if elsewhere := update.points():
+        raise UserError(
+            f"update {elsewhere[0]}: {who} evaluates and saves the weights, and the model is at an average; use "
+            f"elastic-lsopt train, or a loop of your own with engine.averaged({elsewhere[0]!r})."
+        )
 
 
 def refuse_version() -> None:

@@ -25,7 +25,13 @@ from transformers.trainer import SCHEDULER_NAME
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.api.trainer.logged_counts import not_counted
 from elastic_lsopt.api.trainer.probe_callback import ProbeCallback
-from elastic_lsopt.api.trainer.refusals import method_of, refuse_surprises, refuse_untested, refuse_version
+from elastic_lsopt.api.trainer.refusals import (
+    method_of,
+    refuse_surprises,
+    refuse_untested,
+    refuse_update,
+    refuse_version,
+)
 from elastic_lsopt.api.trainer.trainer_checkpoint import (
     has_weights,
     load_portable,
@@ -38,7 +44,6 @@ from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import Unsupported, UserError
 from elastic_lsopt.optimizers.plain import Plain
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.observation import refuse_unseen
 from elastic_lsopt.oracle.step_report import StepReport, log
 from elastic_lsopt.updates.update_optimizer import updates_of
 
@@ -72,6 +77,7 @@ class LandscapeTrainerMixin(_Base):
         with resumable(given.get("model"), given.get("args")):
             super().__init__(*args, **more)
         self._own_optimizer = self.optimizer
+        refuse_update(self.optimizer, "the Trainer")
         refuse_surprises(self)
         if self._takes_steps:
             refuse_untested(self, self.landscape)
@@ -95,12 +101,7 @@ class LandscapeTrainerMixin(_Base):
         given = self.optimizer
         optimizer = super().create_optimizer(model)
         if (update := updates_of(getattr(optimizer, "optimizer", optimizer))) is not None:
-            refuse_unseen(update.looking(), None)
-            if elsewhere := update.points():
-                raise UserError(
-                    f"update {elsewhere[0]}: the Trainer evaluates and saves the weights, and the model is at an "
-                    f"average; use elastic-lsopt train, or a loop of your own with engine.averaged({elsewhere[0]!r})."
-                )
+            refuse_update(update, "the Trainer")
             update.steps_elsewhere, self._updates = True, True  # the loop also steps where a step was left out
         elif given is None and self._keeps_our_checkpoints:
             # The Trainer makes a group for what does not decay, also where there is nothing of it (LoRA), and DeepSpeed
