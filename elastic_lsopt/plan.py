@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from elastic_lsopt.config.settings import ADAMS, TORCH_OPTIMS, TrainConfig, landscape_fields, lr_rule
+from elastic_lsopt.config.settings import ADAMS, TrainConfig, landscape_fields, lr_rule
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.microbatch import part_bounds
@@ -111,7 +111,7 @@ class Policy:
         if elastic is None:
             raise ValueError("the job has no elastic block.")
         adam = config.optim in ADAMS
-        own = config.optim_args if config.optim not in TORCH_OPTIMS else {}
+        own = config.optim_args
         first, *others = betas_of(config)
         method = landscape_fields(config)[1]
         bounds = ("min_global_batch_size", "max_global_batch_size", "min_learning_rate", "max_learning_rate")
@@ -140,8 +140,8 @@ class Policy:
         )
 
 
-LAMB_BETAS = (0.9, 0.999)
-"""What LAMB has where the file says nothing."""
+ADAMLIKE, BETAS = ("lamb", "nadam", "radam", "adamax"), (0.9, 0.999)
+"""Optimizers with Adam's two moments but without his keys in a job, and what they have where the file says nothing."""
 
 
 def betas_of(config: TrainConfig) -> list[tuple[float, float] | None]:
@@ -149,13 +149,12 @@ def betas_of(config: TrainConfig) -> list[tuple[float, float] | None]:
     adams = (config.adam_beta1, config.adam_beta2)
 
     def of(optim: str, own: Mapping[str, Any]) -> tuple[float, float] | None:
-        given = own.get("betas", adams if optim in ADAMS else LAMB_BETAS if optim == "lamb" else None)
+        given = own.get("betas", adams if optim in ADAMS else BETAS if optim in ADAMLIKE else None)
         return None if given is None else (float(given[0]), float(given[1]))
 
     rules = [(str(g.get("optim", config.optim)), g.get("optim_args", {})) for g in config.param_groups]
     beside = [adams] if "muon" in (config.optim, *(optim for optim, _ in rules)) else []
-    own = config.optim_args if config.optim not in TORCH_OPTIMS else {}
-    return [of(config.optim, own), *(of(optim, given) for optim, given in rules), *beside]
+    return [of(config.optim, config.optim_args), *(of(optim, given) for optim, given in rules), *beside]
 
 
 @dataclass(frozen=True, kw_only=True)

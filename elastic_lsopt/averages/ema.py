@@ -14,11 +14,12 @@ It is taken of the fp32 masters. A skipped step changes nothing. The window is a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from elastic_lsopt.averages.average import Average
 from elastic_lsopt.averages.registry import register
 from elastic_lsopt.by_name import require_count, require_share
+from elastic_lsopt.facts import Facts
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -32,6 +33,8 @@ class EMA(Average):
 
     Raises UserError for a decay out of range.
     """
+
+    facts: ClassVar[Facts] = Facts(paper="Polyak, Juditsky 1992; Busbridge et al. 2023, arXiv 2307.13813", memory="1")
 
     decay: float = 0.999
     """rho: what a step on the first step's batch leaves of the average; >= 0 and < 1."""

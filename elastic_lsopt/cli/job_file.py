@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -66,12 +66,12 @@ def _method(config: TrainConfig) -> Any:
     if not is_dataclass(found) or not callable(getattr(found, "gradient", None)):
         raise SettingError("landscape.import", f"{name} is no method: a dataclass with init and gradient.")
     known = get_type_hints(found)
-    fields = {key: known[key] for key in found.__dataclass_fields__}
+    own = {field.name: known[field.name] for field in fields(found)}
     for key, value in given.items():
-        if key not in fields:
-            raise SettingError(f"landscape.{key}", f"method {name!r} has no field {key!r}{did_you_mean(key, fields)}")
+        if key not in own:
+            raise SettingError(f"landscape.{key}", f"method {name!r} has no field {key!r}{did_you_mean(key, own)}")
         try:
-            TypeAdapter(fields[key]).validate_python(value, strict=True)
+            TypeAdapter(own[key]).validate_python(value, strict=True)
         except ValidationError as error:
             wish = error.errors()[0]["msg"].removeprefix("Input should be ")
             raise SettingError(f"landscape.{key}", f"{key}={value!r} must be {wish}.") from None

@@ -76,6 +76,10 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
             from elastic_lsopt.cli.study import study
 
             return study(arguments.file, arguments.overrides)
+        case "methods":
+            from elastic_lsopt.cli.methods import methods
+
+            return methods(arguments.name, as_json=arguments.json)
         case "status":
             from elastic_lsopt.cli.status import status
 
@@ -134,6 +138,10 @@ def command_line() -> argparse.ArgumentParser:
             command.add_argument("--trust", action="store_true", help=why)
         if name == "plan":
             _plan_options(command)
+    purpose = "every method, update and average: what it costs, what it needs, where it is tested"
+    catalogue = commands.add_parser("methods", help=purpose, description=purpose)
+    catalogue.add_argument("name", metavar="NAME", nargs="?", help="show this one in full: recurrence, fields, example")
+    catalogue.add_argument("--json", action="store_true", help="print a JSON list")
     purpose = "members, generation, throughput and last changes of an elastic job"
     live = commands.add_parser("status", help=purpose, description=purpose)
     live.add_argument("run_folder", metavar="RUN_FOLDER", help="the job's output_dir")

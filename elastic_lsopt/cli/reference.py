@@ -27,6 +27,7 @@ EXAMPLES = {
     "validate": ("elastic-lsopt validate configs/quickstart.yaml",),
     "plan": ("elastic-lsopt plan configs/quickstart.yaml --worlds 2,8,64 --gpu-memory 80GiB",),
     "study": ("elastic-lsopt study configs/study-digits.yaml workers=8 'grid.seed=[0, 1, 2]'",),
+    "methods": ("elastic-lsopt methods", "elastic-lsopt methods sam"),
     "status": ("elastic-lsopt status runs/elastic-quickstart",),
     "report": ("elastic-lsopt report runs/quickstart",),
     "doctor": ("elastic-lsopt doctor --gpu --hostfile launch/hostfile --output-dir /shared/runs",),

@@ -9,9 +9,9 @@ from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.probes import read_probes
 from elastic_lsopt.config.settings import (
     ADAMS,
+    KEYS_OF_OPTIM,
     MOST_MICROBATCHES,
     MOST_WORKERS,
-    TORCH_OPTIMS,
     TrainConfig,
     landscape_fields,
     lr_rule,
@@ -100,11 +100,9 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         for key, default in (("adam_beta1", 0.9), ("adam_beta2", 0.999), ("adam_epsilon", 1e-8)):
             if getattr(c, key) != default:
                 yield key, f"{key} is for optim adam and adamw, but optim={c.optim}; remove the key."
-    if c.optim_args and c.optim in TORCH_OPTIMS:
-        yield (
-            "optim_args",
-            f"optim_args are for lamb, lars, muon or an import path, but optim={c.optim}; remove the key.",
-        )
+    for name, key in KEYS_OF_OPTIM.get(c.optim, {}).items():
+        if name in c.optim_args:
+            yield "optim_args", f"optim_args.{name} of optim={c.optim} is a key of the job: use {key}."
     if c.evaluate_average is not None and c.evaluate_average not in c.averages:
         known = ", ".join(c.averages) or "none"
         yield (

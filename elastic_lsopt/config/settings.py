@@ -36,7 +36,17 @@ LANDSCAPE_SCHEMA: dict[str, Any] = {
     "oneOf": [{"required": ["method"]}, {"required": ["import"]}],
 }
 
-ADAMS, TORCH_OPTIMS = ("adam", "adamw"), ("adam", "adamw", "sgd")
+ADAMS = ("adam", "adamw")
+Optim = Literal[
+    "adamw", "adam", "sgd", "lamb", "lars", "muon",
+    "adadelta", "adagrad", "adamax", "asgd", "nadam", "radam", "rmsprop", "rprop",
+]  # fmt: skip
+"""Ours, and the element-wise classes of torch.optim; an installed package may bring more names."""
+KEYS_OF_OPTIM = {
+    "sgd": {"momentum": "momentum"},
+    **{name: {"betas": "adam_beta1", "eps": "adam_epsilon"} for name in ADAMS},
+}
+"""Hyper-parameters that are keys of the job, and so no `optim_args`."""
 
 # Data that comes with Python or with scikit-learn: names, never paths.
 BUILTIN_DATASETS = ("python-stdlib", "digits")
@@ -141,10 +151,11 @@ class TrainConfig:
     """Passes over the training samples, may be a fraction; exactly one of max_steps and num_train_epochs."""
 
     # The base optimizer and its schedule.
-    optim: Literal["adamw", "adam", "sgd", "lamb", "lars", "muon"] | ImportPath = "adamw"
-    """The base optimizer, which steps with the gradient that the landscape method makes; or an update of your own."""
+    optim: Optim | Name = "adamw"
+    """The base optimizer, which steps with the gradient that the landscape method makes: an update of ours, a class of
+    torch.optim that works element by element, a name that an installed package announces, or "package.module:Class"."""
     optim_args: dict[str, Any] = field(default_factory=dict)
-    """The own hyper-parameters of lamb, lars, muon or of an imported update, such as trust."""
+    """The optimizer's own hyper-parameters for which the job has no key, such as trust of lars or nesterov of sgd."""
     param_groups: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
     """Parameters that are treated otherwise, the first that matches: {match: "*.weight", dims: 2, optim: muon,
     learning_rate: 0.02, weight_decay: 0.1, optim_args: {…}}; what is not said, and the rest, is as for the job."""

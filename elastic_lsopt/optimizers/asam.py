@@ -15,8 +15,10 @@ As the authors' code: a weight is a parameter whose name holds "weight" (norm ga
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from elastic_lsopt.by_name import require, require_number
+from elastic_lsopt.facts import Facts
 from elastic_lsopt.optimizers.registry import register
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
@@ -33,6 +35,13 @@ class ASAM:
 
     Raises UserError for a value out of range, or where parameters came without names.
     """
+
+    facts: ClassVar[Facts] = Facts(
+        paper="Kwon et al. 2021, arXiv 2102.11600",
+        passes="2",
+        memory="0; while perturbed 2 (1 on ZeRO-1/2 and bf16 ZeRO-3)",
+        needs="names of the parameters",
+    )
 
     rho: float = 0.5
     """Radius in units of T's norm; >= 0. The paper: 0.5 on CIFAR-10, 1.0 on CIFAR-100."""

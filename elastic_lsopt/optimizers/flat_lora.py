@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from elastic_lsopt.by_name import require_number
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.facts import Facts
 from elastic_lsopt.optimizers.registry import register
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
@@ -35,6 +37,13 @@ class FlatLoRA:
     Communication: one gather of the adapters per step. Raises UserError for a value out of range, a model without
     adapters, or where the length of the run is not known.
     """
+
+    facts: ClassVar[Facts] = Facts(
+        paper="Li et al. 2024, arXiv 2409.14396",
+        memory="0; an adapted layer's noise while it runs, and the adapters whole on each rank",
+        communication="one gather of the adapters per step",
+        needs="adapters (lora:), landscape_space: merged, and the run's length",
+    )
 
     sigma: float = 0.05
     """Standard deviation at the end of the run, relative to a row's root mean square; >= 0. The paper: 0.05 for

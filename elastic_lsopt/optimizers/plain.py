@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from elastic_lsopt.facts import Facts
 from elastic_lsopt.optimizers.registry import register
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
@@ -15,6 +17,8 @@ from elastic_lsopt.space.vector import Vector
 @dataclass(frozen=True, kw_only=True)
 class Plain:
     """The gradient as it is. Cost: one pass, no memory."""
+
+    facts: ClassVar[Facts] = Facts(paper="")
 
     parts = 1
 

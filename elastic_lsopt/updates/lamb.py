@@ -12,11 +12,12 @@ norms out of the ratio: `vectors=False`. Rest point: that, of parameters that ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from elastic_lsopt.by_name import require, require_number
+from elastic_lsopt.facts import Facts
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Scales, Vector
@@ -31,6 +32,12 @@ class LAMB(Update):
 
     Raises UserError for a value out of range.
     """
+
+    facts: ClassVar[Facts] = Facts(
+        paper="You et al. 2019, arXiv 1904.00962",
+        memory="2",
+        communication="one all-reduce of two numbers per parameter and step",
+    )
 
     betas: tuple[float, float] = (0.9, 0.999)
     """b1 and b2; each >= 0 and < 1."""

@@ -11,11 +11,12 @@ point: parameters that are all vectors, where it is SGD with the rate inside the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from elastic_lsopt.by_name import require_number, require_share
+from elastic_lsopt.facts import Facts
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Scales, Vector
@@ -30,6 +31,12 @@ class LARS(Update):
 
     Raises UserError for a value out of range.
     """
+
+    facts: ClassVar[Facts] = Facts(
+        paper="You et al. 2017, arXiv 1708.03888",
+        memory="1",
+        communication="one all-reduce of two numbers per parameter and step",
+    )
 
     momentum: float = 0.9
     """m; >= 0 and < 1."""

@@ -22,9 +22,12 @@ from __future__ import annotations
 from elastic_lsopt.elastic.memory.budget import versions_within
 from elastic_lsopt.training.estimate.placement import FP32, Placement
 
-STATES = {"adamw": 2, "adam": 2, "lamb": 2, "lars": 1, "muon": 1}
+STATES = {
+    "adamw": 2, "adam": 2, "lamb": 2, "lars": 1, "muon": 1, "nadam": 2, "radam": 2, "adamax": 2, "adadelta": 2,
+    "rprop": 2, "adagrad": 1, "rmsprop": 1, "asgd": 1,
+}  # fmt: skip
 """fp32 tensors of optimizer state per parameter; sgd: 1 with momentum, else 0. (Beside muon AdamW's are not
-counted.)"""
+counted, nor what optim_args add: amsgrad, rmsprop's momentum.)"""
 
 STAYS = ("none", "flat_lora")
 """Methods that do not move the trained weights."""
