@@ -33,7 +33,11 @@ def read_job(path: str | Path, overrides: Sequence[str] = (), *, imports: bool =
     Without `imports` no code that the file names is run: what it is of is not checked, and its method is `none`. Raises
     UserError, one line with the place, for whatever is wrong.
     """
-    file = ConfigFile.read(path, overrides)
+    return job_of(ConfigFile.read(path, overrides), imports=imports)
+
+
+def job_of(file: ConfigFile, *, imports: bool = True) -> Job:
+    """The same of a file that has been read."""
     config = file.config()
     code = () if imports else {re.split(r"[.[]", key)[0] for key, _ in import_paths(config)}
     with file.located():

@@ -92,7 +92,7 @@ class TrainingRun:
             assert dist.group.WORLD is not None
             refuse_other_data(dist.group.WORLD, self.data_identity())
         self.batch = config.global_batch_size if world.plan is None else world.plan.global_batch_size
-        self.total_samples = _steps(config, len(data.train)) * config.global_batch_size
+        self.total_samples = steps_of(config, len(data.train)) * config.global_batch_size
         self.engine = build_engine(config, method, data, world, self.total_samples, keep)
         self.loader = StepLoader(
             data.train, lambda rows: placed(data.collate(rows), world), global_batch_size=self.batch,
@@ -137,18 +137,16 @@ class TrainingRun:
         """One optimizer step with its metrics, evaluation and checkpoint; returns its row of metrics.jsonl."""
         self._refuse_lost_folder()
         engine, config, start = self.engine, self.config, time.monotonic()
-        lr, before = self._set_rate(), (engine.clock.steps, engine.clock.samples)
-        engine.train_batch(microbatches)
-        report, clock = engine.last_step, engine.clock
-        assert report is not None
-        self.loader.commit(clock.samples - self.loader.committed)
+        before = (engine.clock.steps, engine.clock.samples)
+        lr, report = self.advance(microbatches)
+        clock = engine.clock
         step, last = clock.steps, clock.samples >= self.total_samples
         row = {
             "generation": self.world.generation, "step": step, "samples": clock.samples, "loss": report.loss, "lr": lr,
             "batch": self.batch, "world": self.world.size, "seconds": time.monotonic() - start, **_told(report),
         }  # fmt: skip
         if len(self.data.eval) and (last or _due(step, config.eval_steps)):
-            held_out = self._evaluated()
+            held_out = self.evaluated()
             row["eval_loss"] = self.eval_loss = held_out.loss
             row |= {f"eval_{name}": value for name, value in held_out.metrics.items()}
         if self._probing is not None and (probes := self._probing.after(before)):
@@ -163,7 +161,16 @@ class TrainingRun:
         self._save_or_diverge(step, last, row.get("eval_loss"))
         return row
 
-    def _evaluated(self) -> Evaluation:
+    def advance(self, microbatches: list[MicroBatch]) -> tuple[float, StepReport]:
+        """The step alone, at the schedule's rate: that rate, and what the step reports (collective)."""
+        lr, engine = self._set_rate(), self.engine
+        engine.train_batch(microbatches)
+        assert engine.last_step is not None
+        self.loader.commit(engine.clock.samples - self.loader.committed)
+        return lr, engine.last_step
+
+    def evaluated(self) -> Evaluation:
+        """What the model, or the average that is asked for, reaches on the held-out data (collective)."""
         name = self.config.evaluate_average
         with nullcontext() if name is None else self.engine.averaged(name):
             return evaluate(self.engine, self.data, self.config, self.world)
@@ -343,7 +350,8 @@ class TrainingRun:
         return (self._owner is None or self._owner.held) and (fence is None or fence(step))
 
 
-def _steps(config: TrainConfig, samples: int) -> int:
+def steps_of(config: TrainConfig, samples: int) -> int:
+    """The steps of a job at its own batch. Raises UserError for less than one."""
     if config.max_steps is not None:
         return config.max_steps
     assert config.num_train_epochs is not None

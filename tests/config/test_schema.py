@@ -51,11 +51,7 @@ def test_the_schema_refuses_what_we_refuse(wrong):
         ("max_steps", "an integer >= 1 or null"),
         ("bf16", "true or false"),
         ("fsdp_reshard_after_forward", "true or false or an integer >= 1"),
-        (
-            "optim",
-            "one of adamw, adam, sgd, lamb, lars, muon, adadelta, adagrad, adamax, asgd, nadam, radam, rmsprop, rprop or "
-            "a non-empty string",
-        ),
+        ("lr_scheduler_type", "one of constant, linear, cosine"),
         ("report_to", "a list of one of tensorboard, wandb, trackio, mlflow"),
         ("deepspeed", "a non-empty string or a mapping or null"),
         ("elastic", "a mapping or null"),
