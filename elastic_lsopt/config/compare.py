@@ -79,8 +79,6 @@ class CompareConfig:
         for key in OURS:
             if key in self.job:
                 raise SettingError(f"job.{key}", f"job.{key} is set by the comparison; remove it.")
-        if self.target_loss is not None and self.job.get("eval_steps") is None:
-            raise SettingError("target_loss", "target_loss is looked for at evaluations; set job.eval_steps.")
         for label in self.methods:
             self._check_method(label)
         for name, values in self.axes.items():

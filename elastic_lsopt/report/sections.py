@@ -35,7 +35,7 @@ class Section:
     meaning: str
     draw: Callable[[Run, Path], str | None]
     of: str
-    """rows (a training run), probes (a training run or a finished model), study, comparison: what a folder must hold."""
+    """rows (a training run), probes (a training run or a finished model), study, comparison: what there must be."""
     probe: str | None = None
     """The measure that it is drawn from, which a missing picture's line names."""
     kinds: tuple[str, ...] = ()

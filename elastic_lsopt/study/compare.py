@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from elastic_lsopt.config.compare import NOISE, CompareConfig, Keys
+from elastic_lsopt.config.ranges import SettingError
 from elastic_lsopt.config.settings import TrainConfig, landscape_fields
+from elastic_lsopt.facts import Facts
+from elastic_lsopt.optimizers import registry
 from elastic_lsopt.study.cells_file import Line, Record
 from elastic_lsopt.study.interval import interval
 from elastic_lsopt.study.one_run import IMPORTED_LATE, Task, rank_of, train_and_measure
@@ -57,9 +60,12 @@ def contenders(config: CompareConfig) -> list[Contender]:
 def task_of(config: CompareConfig, one: Contender, chosen: Keys, seed: int, job_of: JobOf) -> Task:
     """One run. Raises UserError, with its place, for keys that make no job."""
     job = job_of(one.label, config.job_of(one.label, one.point, chosen) | {"seed": seed})
+    if config.target_loss is not None and job.eval_steps is None:
+        raise SettingError("target_loss", f"target_loss is looked for at evaluations: {one.label} needs eval_steps.")
     noise, equal = float(one.point.get(NOISE, 0.0)), one.equal
-    if landscape_fields(job)[0] == "none":
-        equal = "epochs"  # the same run: one gradient a step
+    facts = getattr(registry.get(landscape_fields(job)[0]), "facts", None)
+    if isinstance(facts, Facts) and facts.passes.split(",")[0].strip() == "1":
+        equal = "epochs"  # the same run: a step takes one gradient
     kept = {key: value for key, value in asdict(job).items() if key not in NO_PART}
     said = {"job": kept, "noise": noise, "equal": equal, "target": config.target_loss, "version": VERSION}
     if config.measures:
@@ -71,9 +77,12 @@ def task_of(config: CompareConfig, one: Contender, chosen: Keys, seed: int, job_
 
 def check(config: CompareConfig, job_of: JobOf) -> int:
     """The number of runs, each of whose jobs is made once. Raises UserError for keys that make no job."""
-    tuned = [task_of(config, c, values, config.tuning_seed, job_of).id for c in contenders(config)
-             for values in config.candidates(c.label) if len(config.candidates(c.label)) > 1]  # fmt: skip
-    return len(set(tuned)) + len(contenders(config)) * len(config.seeds)
+    tuned = set()
+    for one in contenders(config):
+        candidates = config.candidates(one.label)
+        made = {task_of(config, one, values, config.tuning_seed, job_of).id for values in candidates}
+        tuned |= made if len(candidates) > 1 else set()
+    return len(tuned) + len(contenders(config)) * len(config.seeds)
 
 
 def run_comparison(
@@ -90,7 +99,8 @@ def run_comparison(
             i: [task_of(config, one, values, config.tuning_seed, job_of) for values in config.candidates(one.label)]
             for i, one in enumerate(everyone) if len(config.candidates(one.label)) > 1
         }  # fmt: skip
-        done.run([task for tasks in tried.values() for task in tasks], measured=False)
+        distinct = {task.id: task for tasks in tried.values() for task in tasks}
+        done.run([*distinct.values()], measured=False)
         rows, runs = [], []
         finals: dict[int, list[Task]] = {}
         for i, one in enumerate(everyone):

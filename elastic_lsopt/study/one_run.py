@@ -5,6 +5,7 @@ A pure function of the task: settings in, numbers out. It writes nothing.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, replace
 from math import inf, isfinite, nan
@@ -53,6 +54,7 @@ class Task:
 
 def train_and_measure(task: Task) -> dict[str, Any]:
     """The run's losses, counts and measures; `reason` where it has diverged. Raises what training raises."""
+    logging.getLogger("elastic_lsopt").setLevel(logging.ERROR)  # steps that are skipped show in the result
     began, config, data, world = time.process_time(), task.config, _data(task), join()
     name, fields = landscape_fields(config)
     method = registry.build(name, **fields)

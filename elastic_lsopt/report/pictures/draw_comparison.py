@@ -35,7 +35,7 @@ def draw_comparison(run: Run, target: Path) -> str | None:
     methods = list(dict.fromkeys(str(row["method"]) for row in rows))
     tall = 2.9 if along else max(2.4, 0.9 + 0.28 * len(methods))
     figure = canvas(max(5.5, 3.3 * len(panels)), tall * len(shown) + 0.8)
-    grid = figure.subplots(len(shown), len(panels), squeeze=False)
+    grid = figure.subplots(len(shown), len(panels), squeeze=False, sharey="row" if along else False)
     for line, name in zip(grid, shown, strict=True):
         for at, panel in zip(line, panels, strict=True):
             tidy(at, panel or TITLES.get(name, name), size=9, limit=46)

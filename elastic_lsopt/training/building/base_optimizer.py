@@ -101,7 +101,8 @@ def check_updates(config: TrainConfig) -> None:
                     raise UserError(
                         f"update {optim!r} has no hyper-parameter {name!r}; it has: {', '.join(known_entries(kind))}"
                     )
-            entries(kind, {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+            said = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in own.items())
+            entries(kind, _options(config, Treatment(optim, said, 0.0, rate)))
             refuse_decay(kind, rate)
         except UserError as error:
             raise SettingError(key.partition("[")[0], f"{key}: {error}") from None
@@ -136,7 +137,7 @@ def base_of(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.opti
                 groups.setdefault(how, group)["params"].append(p)
         if alone is not None and is_torch(alone):
             plain = [{k: v for k, v in group.items() if k != "update"} for group in groups.values()]
-            make, shared = cast(Any, alone), dict(next(iter(own)).optim_args)
+            make, shared = cast(Any, alone), _options(config, next(iter(own)))
             return make(plain, lr=config.learning_rate, **shared)  # what a class reads when it is made, and no group
         return UpdateOptimizer(list(groups.values()), lr=config.learning_rate)
 
