@@ -131,7 +131,7 @@ def command_line() -> argparse.ArgumentParser:
         ("agent", "be this node's agent in an elastic job: start, feed and fence its workers, and vote"),
         ("validate", "check a file; print the batch arithmetic and the memory per rank, without a GPU"),
         ("plan", "memory, batch, communication, time and price on each world size, before the job runs"),
-        ("compare", "methods x seeds on one task: tune each, run in parallel, print means with 95 % intervals"),
+        ("compare", "methods x seeds on one task: tune each, run in parallel, print means with intervals"),
         ("study", "train a grid of small networks; rank flatness measures by Kendall's tau with the gap"),
     ):
         command = commands.add_parser(name, help=purpose, description=purpose)

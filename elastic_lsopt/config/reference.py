@@ -18,6 +18,7 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from elastic_lsopt.config import examples
+from elastic_lsopt.config.compare import CompareConfig
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.lora import LoraConfig
 from elastic_lsopt.config.probes import OWN, ProbeConfig
@@ -61,8 +62,9 @@ values that they suggest: [papers](papers.md).
 OF_UPDATES = """\
 ## Each update: fields of `optim_args`
 
-`optim: "package.module:Class"` names a class of your own ([how](authors.md)). adamw, adam and sgd have keys of the
-job instead.
+`optim: "package.module:Class"` names a class of your own ([how](authors.md)). Those that are called as classes of
+torch.optim take these classes' own arguments (`optim: sgd`, `optim_args: {nesterov: true}`), but for those that are
+keys of the job: momentum of sgd, betas and eps of adamw and adam.
 """
 OF_AVERAGES = """\
 ## Each average: fields of `averages.NAME`
@@ -75,6 +77,13 @@ OF_STUDIES = """\
 
 A study's file is one of another kind, for `elastic-lsopt study FILE.yaml` ([what it does](study.md)). Each
 key of `grid` is a list; the networks are all combinations.
+"""
+
+OF_COMPARISONS = """\
+## A comparison
+
+A comparison's file is for `elastic-lsopt compare FILE.yaml` ([what it does](compare.md)); `job` holds keys of the job
+above.
 """
 
 
@@ -90,6 +99,7 @@ def keys_text() -> str:
         OF_AVERAGES, *_algorithms("averages", lambda name, own: {"averages": {name: own}}),
         OF_STUDIES, *_settings(StudyConfig, examples.STUDY, end=" of a study"),
         *_settings(Grid, examples.GRID, "grid."),
+        OF_COMPARISONS, *_settings(CompareConfig, examples.COMPARE, end=" of a comparison"),
     ]  # fmt: skip
     return "\n".join(parts)
 

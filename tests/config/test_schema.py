@@ -12,8 +12,9 @@ from elastic_lsopt.config.schema import SHIPPED, allowed, schema_text
 
 pytestmark = pytest.mark.fast
 
-# A study has a reader of its own.
-CONFIGS = [p for p in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")) if "study" not in p.stem]
+# A study and a comparison have readers of their own.
+SHIPPED_FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = [path for path in SHIPPED_FILES if not path.stem.startswith(("study", "compare"))]
 SCHEMA = json.loads(SHIPPED.read_text(encoding="utf-8"))
 
 

@@ -121,7 +121,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"job": SETTINGS["job"] | {"max_steps": 0}}, "max_steps=0 must be an integer >= 1"),
     ({"axes": {"label_noise": [1.5]}}, "1.5 must be a number >= 0 and < 1"),
     ({"axes": {"momentum": 0.9}}, "axes.momentum=0.9 must be a list"),
-    ({"target_loss": 0.5}, "sgd needs eval_steps"),
+    ({"target_loss": 0.5}, "needs eval_steps"),
     ({"measures": ["lambda_mx"]}, "measure 'lambda_mx' is unknown; did you mean 'lambda_max'?"),
 ]  # fmt: skip
 
