@@ -79,6 +79,15 @@ class Registry:
         """An instance with these hyper-parameters. Raises UserError for one that it does not have, or out of range."""
         return built(self.kind, name, self.get(name), hyperparameters, self._defines)
 
+    def origin(self, name: str) -> str | None:
+        """The package that announces a name by an entry point, and what it announces; None for ours."""
+        if name in self._ours:
+            return None
+        found = [
+            f"{e.dist.name if e.dist else 'a package'}: {e.value}" for e in entry_points(group=self.group, name=name)
+        ]
+        return found[0] if found else "this program"
+
     def name_of(self, kind: type) -> str:
         """What a class is called: its name here, else its own."""
         return next((n for n, c in self._known.items() if c is kind), kind.__name__.lower())

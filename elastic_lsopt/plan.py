@@ -30,7 +30,6 @@ from elastic_lsopt.config.settings import (
     ADAMS,
     BY_FORM,
     DECOUPLED,
-    TORCH_OPTIMS,
     TrainConfig,
     batch_sizes,
     landscape_fields,
@@ -122,7 +121,7 @@ class Policy:
         if elastic is None:
             raise ValueError("the job has no elastic block.")
         adam = config.optim in ADAMS
-        own = config.optim_args if config.optim not in TORCH_OPTIMS else {}
+        own = config.optim_args
         first, *others = betas_of(config)
         method = landscape_fields(config)[1]
         bounds = ("min_global_batch_size", "max_global_batch_size", "min_learning_rate", "max_learning_rate")
@@ -153,8 +152,10 @@ class Policy:
         )
 
 
-OWN_BETAS = {"lamb": (0.9, 0.999), "soap": (0.95, 0.95)}
-"""What updates have where the file says nothing, of those that the square-root rule serves."""
+ADAMLIKE, BETAS = ("lamb", "nadam", "radam", "adamax"), (0.9, 0.999)
+OWN_BETAS = {**dict.fromkeys(ADAMLIKE, BETAS), "soap": (0.95, 0.95)}
+"""What optimizers with Adam's two moments, but without his keys in a job, have where the file says nothing; of those
+that the square-root rule serves."""
 
 
 def betas_of(config: TrainConfig) -> list[tuple[float, float] | None]:
@@ -167,8 +168,7 @@ def betas_of(config: TrainConfig) -> list[tuple[float, float] | None]:
 
     rules = [(str(g.get("optim", config.optim)), g.get("optim_args", {})) for g in config.param_groups]
     beside = [adams] if "muon" in (config.optim, *(optim for optim, _ in rules)) else []
-    own = config.optim_args if config.optim not in TORCH_OPTIMS else {}
-    return [of(config.optim, own), *(of(optim, given) for optim, given in rules), *beside]
+    return [of(config.optim, config.optim_args), *(of(optim, given) for optim, given in rules), *beside]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,10 @@
 """What the suite covers, as one committed list: each test with the values of its axes (law, backend, world, setting).
 
-    python -m tests.manifest            write tests/manifest.txt             (make manifest)
-    python -m tests.manifest --check    1 where the tests differ from it     (.ci/run)
+    python -m tests.manifest            write tests/manifest.txt and elastic_lsopt/tested.json     (make manifest)
+    python -m tests.manifest --check    1 where the tests differ from them                         (.ci/run)
 
-So a test or a value that goes is a line that goes, in the same commit.
+So a test or a value that goes is a line that goes, in the same commit. `tested.json` is what `elastic-lsopt methods`
+shows under "tested": see tests/tested.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from elastic_lsopt.cli.methods import TESTED
+from tests.tested import tested_text
 
 FILE = Path(__file__).with_name("manifest.txt")
 LONGEST = 48
@@ -64,18 +68,18 @@ def collect() -> list[pytest.Item]:
 
 
 def main(check: bool) -> int:
-    wanted = "".join(f"{line}\n" for line in lines_of(collect()))
+    items = collect()
+    fresh = {FILE: "".join(f"{line}\n" for line in lines_of(items)), TESTED: tested_text(items)}
     if not check:
-        FILE.write_text(wanted)
+        for path, text in fresh.items():
+            path.write_text(text)
         return 0
-    known = FILE.read_text()
-    if known == wanted:
-        return 0
-    sys.stdout.writelines(
-        difflib.unified_diff(known.splitlines(True), wanted.splitlines(True), "tests/manifest.txt", "the tests", n=0)
-    )
-    print("The tests are not those of tests/manifest.txt: run `make manifest`, and commit what goes with its reason.")
-    return 1
+    stale = {path: text for path, text in fresh.items() if path.read_text() != text}
+    for path, text in stale.items():
+        known = path.read_text().splitlines(True)
+        sys.stdout.writelines(difflib.unified_diff(known, text.splitlines(True), path.name, "the tests", n=0))
+        print(f"The tests are not those of {path.name}: run `make manifest`, and commit what goes with its reason.")
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

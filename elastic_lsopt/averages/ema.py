@@ -34,7 +34,7 @@ class EMA(Average):
     Raises UserError for a decay out of range.
     """
 
-    facts: ClassVar[Facts] = Facts(paper="Tarvainen, Valpola, 2017, arXiv 1703.01780", passes="0", memory="1")
+    facts: ClassVar[Facts] = Facts(paper="Polyak, Juditsky 1992; Busbridge et al. 2023, arXiv 2307.13813", memory="1")
 
     decay: float = 0.999
     """rho: what a step on the first step's batch leaves of the average; >= 0 and < 1."""

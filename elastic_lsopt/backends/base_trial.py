@@ -87,6 +87,10 @@ def reason_against_rows(
 
     `cut` makes a whole tensor this rank's DTensor among `shards`, `local` gives its part, `total_` sums over the job.
     """
+    if type(base) is torch.optim.Rprop:
+        return (
+            "it writes by index, which DTensors cannot (lso.UpdateOptimizer(params, 'Rprop', …) steps on their pieces)"
+        )
     if type(base) in ELEMENT_WISE:
         return None
     dims = [sorted({p.dim() for p in group["params"]}) for group in base.param_groups]

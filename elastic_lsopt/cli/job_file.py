@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -33,7 +33,11 @@ def read_job(path: str | Path, overrides: Sequence[str] = (), *, imports: bool =
     Without `imports` no code that the file names is run: what it is of is not checked, and its method is `none`. Raises
     UserError, one line with the place, for whatever is wrong.
     """
-    file = ConfigFile.read(path, overrides)
+    return job_of(ConfigFile.read(path, overrides), imports=imports)
+
+
+def job_of(file: ConfigFile, *, imports: bool = True) -> Job:
+    """The same of a file that has been read."""
     config = file.config()
     code = () if imports else {re.split(r"[.[]", key)[0] for key, _ in import_paths(config)}
     with file.located():
@@ -66,12 +70,12 @@ def _method(config: TrainConfig) -> Any:
     if not is_dataclass(found) or not callable(getattr(found, "gradient", None)):
         raise SettingError("landscape.import", f"{name} is no method: a dataclass with init and gradient.")
     known = get_type_hints(found)
-    fields = {key: known[key] for key in found.__dataclass_fields__}
+    own = {field.name: known[field.name] for field in fields(found)}
     for key, value in given.items():
-        if key not in fields:
-            raise SettingError(f"landscape.{key}", f"method {name!r} has no field {key!r}{did_you_mean(key, fields)}")
+        if key not in own:
+            raise SettingError(f"landscape.{key}", f"method {name!r} has no field {key!r}{did_you_mean(key, own)}")
         try:
-            TypeAdapter(fields[key]).validate_python(value, strict=True)
+            TypeAdapter(own[key]).validate_python(value, strict=True)
         except ValidationError as error:
             wish = error.errors()[0]["msg"].removeprefix("Input should be ")
             raise SettingError(f"landscape.{key}", f"{key}={value!r} must be {wish}.") from None

@@ -1,4 +1,4 @@
-"""The command line: `train | agent | validate | plan | study FILE.yaml [key=value …]`, `status | report FOLDER`, …
+"""The command line: `train | agent | validate | plan | compare | study FILE.yaml [key=value …]`, `status FOLDER`, …
 
 Sub-commands import what they need when they run, so `--help` answers at once. A user's mistake is one line on stderr
 and exit code 2; whatever else goes wrong keeps its traceback, because it is ours to mend.
@@ -76,6 +76,14 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
             from elastic_lsopt.cli.study import study
 
             return study(arguments.file, arguments.overrides)
+        case "compare":
+            from elastic_lsopt.cli.compare import compare
+
+            return compare(arguments.file, arguments.overrides)
+        case "methods":
+            from elastic_lsopt.cli.methods import methods
+
+            return methods(arguments.name, as_json=arguments.json)
         case "status":
             from elastic_lsopt.cli.status import status
 
@@ -123,6 +131,7 @@ def command_line() -> argparse.ArgumentParser:
         ("agent", "be this node's agent in an elastic job: start, feed and fence its workers, and vote"),
         ("validate", "check a file; print the batch arithmetic and the memory per rank, without a GPU"),
         ("plan", "memory, batch, communication, time and price on each world size, before the job runs"),
+        ("compare", "methods x seeds on one task: tune each, run in parallel, print means with intervals"),
         ("study", "train a grid of small networks; rank flatness measures by Kendall's tau with the gap"),
     ):
         command = commands.add_parser(name, help=purpose, description=purpose)
@@ -134,6 +143,10 @@ def command_line() -> argparse.ArgumentParser:
             command.add_argument("--trust", action="store_true", help=why)
         if name == "plan":
             _plan_options(command)
+    purpose = "every method, update and average: what it costs, what it needs, where it is tested"
+    catalogue = commands.add_parser("methods", help=purpose, description=purpose)
+    catalogue.add_argument("name", metavar="NAME", nargs="?", help="show this one in full: recurrence, fields, example")
+    catalogue.add_argument("--json", action="store_true", help="print a JSON list")
     purpose = "members, generation, throughput and last changes of an elastic job"
     live = commands.add_parser("status", help=purpose, description=purpose)
     live.add_argument("run_folder", metavar="RUN_FOLDER", help="the job's output_dir")
@@ -142,7 +155,9 @@ def command_line() -> argparse.ArgumentParser:
     live.add_argument("--once", action="store_true", help="print once, also on a terminal")
     purpose = "draw a run: one HTML page that needs no network, and its pictures"
     drawn = commands.add_parser("report", help=purpose, description=purpose)
-    drawn.add_argument("run_folder", metavar="RUN_FOLDER", help="a job's output_dir, or the folder of a probe or study")
+    drawn.add_argument(
+        "run_folder", metavar="RUN_FOLDER", help="a job's output_dir, or the folder of a probe, study or comparison"
+    )
     purpose = "is this machine, and are its hosts, ready for a job; what to fix"
     looks = commands.add_parser("doctor", help=purpose, description=purpose)
     looks.add_argument("--hostfile", metavar="FILE", help="reach each of its hosts by ssh, and compare clocks")

@@ -7,7 +7,7 @@ from typing import Any
 
 from elastic_lsopt.elastic.worker.journal import JOURNAL, read_journal
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.report.run import PROBES, STUDY, Run, answers_of
+from elastic_lsopt.report.run import COMPARISON, PROBES, STUDY, Run, answers_of
 from elastic_lsopt.report.write import write_report
 from elastic_lsopt.training.run_folder import METRICS, read_metrics
 
@@ -19,10 +19,13 @@ def report(run_folder: str | Path) -> int:
     """
     folder = Path(run_folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give the output_dir of a job, or the folder of a probe or a study.")
-    if not any((folder / name).is_file() for name in (METRICS, PROBES, STUDY)) and not answers_of(folder):
         raise UserError(
-            f"{folder} is no run folder: it holds none of {METRICS}, {PROBES}, {STUDY}; give the output_dir of a job."
+            f"{folder} is no folder; give the output_dir of a job, or the folder of a probe, a study or a comparison."
+        )
+    if not any((folder / name).is_file() for name in (METRICS, PROBES, STUDY, COMPARISON)) and not answers_of(folder):
+        raise UserError(
+            f"{folder} is no run folder: it holds none of {METRICS}, {PROBES}, {STUDY}, {COMPARISON}; give the "
+            "output_dir of a job."
         )
     for path in write_report(folder, Run.of(folder, _rows(folder / METRICS), _changes(folder))):
         print(path)

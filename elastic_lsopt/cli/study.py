@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
+from elastic_lsopt.cli.progress import Told
 from elastic_lsopt.cli.report import report
 from elastic_lsopt.config.study import StudyConfig, read_study
 from elastic_lsopt.study.ranking import Ranking
-from elastic_lsopt.study.study import Progress, Result, best_first, run_study
-
-LINE_EVERY_S = 10.0
+from elastic_lsopt.study.study import Result, best_first, run_study
 
 
 def study(path: str | Path, overrides: Sequence[str] = ()) -> int:
@@ -28,7 +23,7 @@ def study(path: str | Path, overrides: Sequence[str] = ()) -> int:
     Raises UserError, before a network is trained, for a wrong file.
     """
     read = read_study(path, overrides)
-    with read.file.located(), _Told() as told:
+    with read.file.located(), Told("network") as told:
         result = run_study(read.config, told)
     out = Console(soft_wrap=True, highlight=False)
     out.print(ranking_table(result, read.config))
@@ -81,35 +76,3 @@ def _number(value: float) -> str:
 def _interval(ranking: Ranking) -> str:
     low, high = ranking.interval
     return f"{low:+.3f} … {high:+.3f}" if isfinite(low) else "-"
-
-
-class _Told:
-    """Progress on stderr: a bar on a terminal, else a line now and then."""
-
-    def __init__(self) -> None:
-        self._console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
-        self._bar: Bar | None = None
-        self._began, self._said = time.monotonic(), 0.0
-
-    def __call__(self, now: Progress) -> None:
-        failed = f"{now.failed} failed" if now.failed else ""
-        if self._console.is_terminal:
-            if self._bar is None:
-                self._bar = Bar(
-                    TextColumn("network"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("<"),
-                    TimeRemainingColumn(), TextColumn("{task.fields[failed]}"), console=self._console,
-                )  # fmt: skip
-                self._task = self._bar.add_task("", total=now.total, completed=now.done, failed=failed)
-                self._bar.start()
-            self._bar.update(self._task, completed=now.done, failed=failed)
-        elif time.monotonic() - self._said > LINE_EVERY_S or now.done == now.total:
-            self._said = time.monotonic()
-            rest = f", {failed}" if failed else ""
-            print(f"{now.done}/{now.total} networks{rest}, {self._said - self._began:.0f} s", file=sys.stderr)
-
-    def __enter__(self) -> _Told:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -11,10 +11,10 @@ from elastic_lsopt.config.schedules import OF_SHAPE, BatchScheduleConfig
 from elastic_lsopt.config.settings import (
     ADAMS,
     EVALUATE_ELSEWHERE,
+    KEYS_OF_OPTIM,
     MOST_MICROBATCHES,
     MOST_WORKERS,
     NO_SQUARE_ROOT,
-    TORCH_OPTIMS,
     TrainConfig,
     landscape_fields,
     lr_rule,
@@ -109,11 +109,9 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
             f"lr_scheduler_type={c.lr_scheduler_type}: {elsewhere[0]} averages in place of a schedule; set "
             "lr_scheduler_type: constant (a warmup_ratio goes with it).",
         )
-    if c.optim_args and c.optim in TORCH_OPTIMS:
-        yield (
-            "optim_args",
-            f"optim_args are for updates such as lamb or muon, or an import path, but optim={c.optim}; remove the key.",
-        )
+    for name, key in KEYS_OF_OPTIM.get(c.optim, {}).items():
+        if name in c.optim_args:
+            yield "optim_args", f"optim_args.{name} of optim={c.optim} is a key of the job: use {key}."
     if c.evaluate_average is not None and c.evaluate_average not in {*c.averages, *(optims & EVALUATE_ELSEWHERE)}:
         known = ", ".join(c.averages) or "none"
         yield (

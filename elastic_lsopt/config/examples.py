@@ -182,6 +182,22 @@ GRID: dict[str, str] = {
     "seed": "grid: {seed: [0, 1, 2]}",
 }
 
+COMPARE: dict[str, str] = {
+    "job": "job: {model: {model_type: llama, hidden_size: 64}, dataset: python-stdlib, max_steps: 200}",
+    "methods": "methods: {adamw: {}, sam: {landscape: {method: sam}, grid: {landscape.rho: [0.02, 0.05, 0.1]}}}",
+    "axes": "axes: {global_batch_size: [32, 128]}",
+    "seeds": "seeds: [0, 1, 2]",
+    "tuning_seed": "tuning_seed: 77",
+    "equal": "equal: [epochs, gradient_evaluations]",
+    "target_loss": "target_loss: 2.5",
+    "measures": "measures: [lambda_max, lpf]",
+    "units": "units: 8",
+    "output_dir": "output_dir: runs/compare",
+    "confidence": "confidence: 0.9",
+    "workers": "workers: 8",
+    "timeout_s": "timeout_s: 1200",
+}
+
 BESIDE = {
     "flat_lora": ("lora: {r: 16}", "landscape_space: merged"),
     "nbar": ("lora: {r: 16}",),

@@ -18,6 +18,7 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from elastic_lsopt.config import examples
+from elastic_lsopt.config.compare import CompareConfig
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.lora import LoraConfig
 from elastic_lsopt.config.probes import OWN, ProbeConfig
@@ -62,8 +63,9 @@ values that they suggest: [papers](papers.md).
 OF_UPDATES = """\
 ## Each update: fields of `optim_args`
 
-`optim: "package.module:Class"` names a class of your own ([how](authors.md)). adamw, adam and sgd have keys of the
-job instead.
+`optim: "package.module:Class"` names a class of your own ([how](authors.md)). Those that are called as classes of
+torch.optim take these classes' own arguments (`optim: sgd`, `optim_args: {nesterov: true}`), but for those that are
+keys of the job: momentum of sgd, betas and eps of adamw and adam.
 """
 OF_AVERAGES = """\
 ## Each average: fields of `averages.NAME`
@@ -76,6 +78,13 @@ OF_STUDIES = """\
 
 A study's file is one of another kind, for `elastic-lsopt study FILE.yaml` ([what it does](study.md)). Each
 key of `grid` is a list; the networks are all combinations.
+"""
+
+OF_COMPARISONS = """\
+## A comparison
+
+A comparison's file is for `elastic-lsopt compare FILE.yaml` ([what it does](compare.md)); `job` holds keys of the job
+above.
 """
 
 
@@ -94,6 +103,7 @@ def keys_text() -> str:
         OF_AVERAGES, *_algorithms("averages", lambda name, own: {"averages": {name: own}}),
         OF_STUDIES, *_settings(StudyConfig, examples.STUDY, end=" of a study"),
         *_settings(Grid, examples.GRID, "grid."),
+        OF_COMPARISONS, *_settings(CompareConfig, examples.COMPARE, end=" of a comparison"),
     ]  # fmt: skip
     return "\n".join(parts)
 
@@ -108,7 +118,7 @@ def _settings(kind: type, given: Mapping[str, str], prefix: str = "", block: str
             last = groups[f.name]
             yield f"## {block}{last[0].lower() + last[1:] if block else last}\n"
         made = f.default if f.default_factory is MISSING else f.default_factory()
-        default = "It must be given" if made is MISSING else f"Default: `{_yaml(made)}`"
+        default = "It must be given" if made is MISSING else f"Default: `{yaml_of(made)}`"
         meaning = " ".join(setting(f.name, kind)["description"].split())
         yield f"### `{prefix}{f.name}`{end}\n\n{meaning}\n"
         yield f"Takes {allowed(f.name, kind)}. {default}.\n"
@@ -120,7 +130,7 @@ def _groups(kind: type) -> dict[str, str]:
     source = inspect.getsource(kind)
     [body] = ast.parse(source).body
     assert isinstance(body, ast.ClassDef)
-    names = {node.lineno: node.target.id for node, _ in _annotated(body)}
+    names = {node.lineno: node.target.id for node, _ in annotated(body)}
     group, found = "", {}
     for number, line in enumerate(source.splitlines(), 1):
         if comment := re.match(r"    # ([^:]*?)[.:]", line):
@@ -158,10 +168,10 @@ def _algorithms(folder: str, example: Callable[[str, dict[str, Any]], dict[str, 
             costs = " ".join((ast.get_docstring(found) or "").split("\n\n")[0].split())
             yield f"### `{name}`\n\n{first}\n\n{costs}\n"
             if own:
-                rows = [f"| `{f.name}` | {f.takes} | `{_yaml(f.default)}` | {_cell(f.meaning)} |" for f in own]
+                rows = [f"| `{f.name}` | {f.takes} | `{yaml_of(f.default)}` | {_cell(f.meaning)} |" for f in own]
                 yield "\n".join(["| field | takes | default | meaning |", "|---|---|---|---|", *rows, ""])
             values = example(name, {f.name: f.default for f in own if f.default is not None})
-            lines = [f"{key}: {_yaml(value)}" for key, value in values.items() if value != {}]
+            lines = [f"{key}: {yaml_of(value)}" for key, value in values.items() if value != {}]
             yield "\n".join(["```yaml", *examples.BESIDE.get(name, ()), *lines, "```", ""])
 
 
@@ -175,10 +185,10 @@ def _registered_as(node: ast.stmt) -> str | None:
 def _own(body: ast.ClassDef, module: ast.Module) -> Iterator[Own]:
     """The fields of a class, then those that a method has from what it is made of."""
     seen = set()
-    for node, meaning in _annotated(body):
+    for node, meaning in annotated(body):
         if "ClassVar" not in ast.unparse(node.annotation) and node.value is not None:
             seen.add(node.target.id)
-            yield Own(node.target.id, _in_words(node.annotation), _default(node.value), meaning)
+            yield Own(node.target.id, in_words(node.annotation), _default(node.value), meaning)
     for base in body.bases:
         for home in module.body:
             if not isinstance(home, ast.ImportFrom) or not str(home.module).startswith("elastic_lsopt.optimizers."):
@@ -199,7 +209,7 @@ def _default(value: ast.expr) -> Any:
     return ast.literal_eval(value)
 
 
-def _annotated(body: ast.ClassDef) -> Iterator[tuple[Any, str]]:
+def annotated(body: ast.ClassDef) -> Iterator[tuple[Any, str]]:
     """The fields of a class, each with the text below it."""
     for node, after in zip(body.body, [*body.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
@@ -217,22 +227,22 @@ WORDS = {
 """Of the types of fields."""
 
 
-def _in_words(annotation: ast.expr) -> str:
+def in_words(annotation: ast.expr) -> str:
     match annotation:
         case ast.Name(id=name):
             return WORDS[name]
         case ast.Constant(value=None):
             return "null"
         case ast.BinOp(left=left, right=right):
-            return f"{_in_words(left)} or {_in_words(right)}"
+            return f"{in_words(left)} or {in_words(right)}"
         case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
             return f"one of {', '.join(ast.literal_eval(choices))}"
         case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=[first, *_])):
-            return f"a list, each {_in_words(first)}"
+            return f"a list, each {in_words(first)}"
     raise ValueError(f"no words for {ast.unparse(annotation)}; add them.")
 
 
-def _yaml(value: Any) -> str:
+def yaml_of(value: Any) -> str:
     plain = to_jsonable_python(value)
     return yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=1000).splitlines()[0]
 

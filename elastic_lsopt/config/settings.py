@@ -37,7 +37,17 @@ LANDSCAPE_SCHEMA: dict[str, Any] = {
     "oneOf": [{"required": ["method"]}, {"required": ["import"]}],
 }
 
-ADAMS, TORCH_OPTIMS = ("adam", "adamw"), ("adam", "adamw", "sgd")
+ADAMS = ("adam", "adamw")
+Optim = Literal[
+    "adamw", "adam", "sgd", "adahessian", "adaptive_memory", "lamb", "lars", "muon", "sassha", "schedule_free", "soap",
+    "sophia_g", "sophia_h", "adadelta", "adagrad", "adamax", "asgd", "nadam", "radam", "rmsprop", "rprop",
+]  # fmt: skip
+"""Ours, and the element-wise classes of torch.optim; an installed package may bring more names."""
+KEYS_OF_OPTIM = {
+    "sgd": {"momentum": "momentum"},
+    **{name: {"betas": "adam_beta1", "eps": "adam_epsilon"} for name in ADAMS},
+}
+"""Hyper-parameters that are keys of the job, and so no `optim_args`."""
 EVALUATE_ELSEWHERE = frozenset({"schedule_free"})
 """Updates that are an average themselves, by whose name the model is evaluated there."""
 DECOUPLED = frozenset({"adahessian", "adamw", "muon", "sassha", "soap", "sophia_g", "sophia_h"})
@@ -154,27 +164,11 @@ class TrainConfig:
     """Passes over the training samples, may be a fraction; exactly one of max_steps and num_train_epochs."""
 
     # The base optimizer and its schedule.
-    optim: (
-        Literal[
-            "adamw",
-            "adam",
-            "sgd",
-            "adahessian",
-            "adaptive_memory",
-            "lamb",
-            "lars",
-            "muon",
-            "sassha",
-            "schedule_free",
-            "soap",
-            "sophia_g",
-            "sophia_h",
-        ]
-        | ImportPath
-    ) = "adamw"
-    """The base optimizer, which steps with the gradient that the landscape method makes; or an update of your own."""
+    optim: Optim | Name = "adamw"
+    """The base optimizer, which steps with the gradient that the landscape method makes: an update of ours, a class of
+    torch.optim that works element by element, a name that an installed package announces, or "package.module:Class"."""
     optim_args: dict[str, Any] = field(default_factory=dict)
-    """The own hyper-parameters of an update such as lamb, lars or muon, or of an imported one: {trust: 0.002}."""
+    """The optimizer's own hyper-parameters for which the job has no key, such as trust of lars or nesterov of sgd."""
     param_groups: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
     """Parameters that are treated otherwise, the first that matches: {match: "*.weight", dims: 2, optim: muon,
     learning_rate: 0.02, weight_decay: 0.1, optim_args: {…}}; what is not said, and the rest, is as for the job."""

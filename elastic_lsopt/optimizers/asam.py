@@ -62,10 +62,6 @@ class ASAM(Ascent):
         )  # fmt: skip
         return super().init(space)
 
-    def passes_at(self, step: int) -> int:
-        """Gradients of the global batch in this step."""
-        return 2
-
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: State) -> Vector:
         g = oracle.gradient()
         if not self.goes_up(oracle.step):

@@ -38,6 +38,13 @@ class FlatLoRA:
     adapters, or where the length of the run is not known.
     """
 
+    facts: ClassVar[Facts] = Facts(
+        paper="Li et al. 2024, arXiv 2409.14396",
+        memory="0; an adapted layer's noise while it runs, and the adapters whole on each rank",
+        communication="one gather of the adapters per step",
+        needs="adapters (lora:), landscape_space: merged, and the run's length",
+    )
+
     sigma: float = 0.05
     """Standard deviation at the end of the run, relative to a row's root mean square; >= 0. The paper: 0.05 for
     language models, 0.15 for CLIP."""

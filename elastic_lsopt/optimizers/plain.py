@@ -18,7 +18,8 @@ from elastic_lsopt.space.vector import Vector
 class Plain:
     """The gradient as it is. Cost: one pass, no memory."""
 
-    facts: ClassVar[Facts] = Facts(paper="none")
+    facts: ClassVar[Facts] = Facts(paper="")
+
     parts = 1
 
     def init(self, space: ParameterSpace) -> State:

@@ -39,10 +39,6 @@ class SAM(Ascent):
         paper="Foret et al. 2021, arXiv 2010.01412", passes="2 on every k-th step", memory="0; 1 while perturbed"
     )
 
-    def passes_at(self, step: int) -> int:
-        """Gradients of the global batch in this step."""
-        return 1 if step % self.every else 2
-
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: State) -> Vector:
         g = oracle.gradient()
         if not self.goes_up(oracle.step):

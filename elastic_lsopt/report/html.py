@@ -122,6 +122,8 @@ def _summary(run: Run) -> str:
     if run.study is not None:
         models = run.study.get("models")
         said.append(f"a study of {len(models) if isinstance(models, list) else 0} models")
+    if run.comparison is not None:
+        said.append("a comparison of methods")
     return " · ".join(said)
 
 

@@ -1,10 +1,11 @@
-"""What a run folder tells of its probes: over training, of finished models, and of a study. Reads files only.
+"""What a run folder tells of its probes: over training, of finished models, of a study or a comparison. It only reads.
 
 config.yaml    {probes: {name: {measure: the measure's name, where it is not the probe's}}}
 metrics.jsonl  {"step", "samples", "loss", "lr", "batch", "world", …, "probes": {name: {field: number or list}}} a line
 probes.json    {"probes": {name: {…}}, "model": where the model lies, "step", "when", "failed": {name: reason}}
 probes/probe-2/probes.json                     the same: an answer of `elastic-lsopt probe` about this run
 study.json     {"measures": {name: {"tau", "interval", "models"}}, "models": [{setting: …, "gap", measure: …}]}
+compare.json   {"rows": [{"method", axis: …, "numbers": {name: {"mean", "low", "high", "n"}}}], "axes": […]}
 
 Every field may be absent or null (what was not finite).
 """
@@ -21,7 +22,7 @@ from typing import Any
 
 from elastic_lsopt.errors import UserError
 
-CONFIG, PROBES, STUDY = "config.yaml", "probes.json", "study.json"
+CONFIG, PROBES, STUDY, COMPARISON = "config.yaml", "probes.json", "study.json", "compare.json"
 ANSWERS = "probes"
 """The folder of the answers, a folder each."""
 EIGENVALUES = ("top_eigenvalues", "lobpcg", "power_iteration", "lambda_max")
@@ -58,6 +59,7 @@ class Run:
     changes: Sequence[dict[str, Any]] = ()
     finished: dict[str, Any] | None = None
     study: dict[str, Any] | None = None
+    comparison: dict[str, Any] | None = None
     answers: Sequence[Run] = ()
     """What `elastic-lsopt probe` has found of it, newest first: each is seen as a run without steps."""
     measures: Mapping[str, str] = field(default_factory=dict)
@@ -70,7 +72,8 @@ class Run:
         """With the steps of metrics.jsonl and the changes of journal.jsonl; the other files are read here."""
         return cls(
             folder.resolve().name, rows, changes, _object(folder / PROBES, "probes"),
-            _object(folder / STUDY, "measures"), [cls.of(place, (), ()) for place in answers_of(folder)],
+            _object(folder / STUDY, "measures"), _object(folder / COMPARISON, "settings"),
+            [cls.of(place, (), ()) for place in answers_of(folder)],
             _renamed(folder / CONFIG),
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from elastic_lsopt.report.pictures.draw_comparison import draw_comparison
 from elastic_lsopt.report.pictures.draw_loss_curve import draw_loss
 from elastic_lsopt.report.pictures.draw_members import draw_members
 from elastic_lsopt.report.pictures.draw_over_training import draw_measures, draw_noise, draw_spent
@@ -34,7 +35,7 @@ class Section:
     meaning: str
     draw: Callable[[Run, Path], str | None]
     of: str
-    """rows (a training run), probes (a training run or a finished model) or study: what a folder must hold."""
+    """rows (a training run), probes (a training run or a finished model), study, comparison: what there must be."""
     probe: str | None = None
     """The measure that it is drawn from, which a missing picture's line names."""
     kinds: tuple[str, ...] = ()
@@ -151,5 +152,11 @@ SECTIONS = (
         "A point a model. A ranking may come from one setting that drives both (the learning rate, say): clusters in "
         "the points are the sign of it.",
         draw_scatter, "study",
+    ),
+    Section(
+        "comparison", "Methods side by side",
+        "Each method with the best values of its own grid. Intervals that overlap do not show that methods are alike, "
+        "nor a lower mean that a method is better elsewhere: this is one task.",
+        draw_comparison, "comparison",
     ),
 )  # fmt: skip

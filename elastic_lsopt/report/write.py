@@ -54,9 +54,10 @@ def write_report(folder: Path, run: Run) -> list[Path]:
 
 def _has(run: Run, section: Section) -> bool:
     """Whether the folder holds what the section is of."""
-    return {"rows": bool(run.rows), "probes": bool(run.rows or run.finished), "study": run.study is not None}[
-        section.of
-    ]
+    return {
+        "rows": bool(run.rows), "probes": bool(run.rows or run.finished), "study": run.study is not None,
+        "comparison": run.comparison is not None,
+    }[section.of]  # fmt: skip
 
 
 def _all_drawn(run: Run, folder: Path, before: str) -> list[Picture]:

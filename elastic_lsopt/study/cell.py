@@ -11,10 +11,9 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isfinite, nan
+from math import isfinite
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -23,11 +22,13 @@ from elastic_lsopt.api.attach import attach
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.config.study import StudyConfig
 from elastic_lsopt.oracle.loss import classification_loss
-from elastic_lsopt.probes.catalogue import ProbeContext, headline
+from elastic_lsopt.probes.catalogue import ProbeContext
 from elastic_lsopt.probes.measurement import Measurement
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 from elastic_lsopt.study.grid import Cell
+from elastic_lsopt.study.label_noise import wrong_labels
+from elastic_lsopt.study.measures import asked
 from elastic_lsopt.training.datasets.samples import build_data
 
 BRANCHES, FIRST_BRANCH = 4, 1 << 32
@@ -92,12 +93,8 @@ def data(config: StudyConfig, label_noise: float) -> tuple[Samples, Samples, int
         Samples(torch.from_numpy(part.x).double(), torch.from_numpy(part.labels))  # type: ignore[attr-defined]
         for part in (whole.train, whole.eval)
     )
-    classes, n = len(whole.classes), len(train.labels)
-    draw = np.random.default_rng(config.seed)
-    order, shift = draw.permutation(n), draw.integers(1, classes, size=n)
-    wrong = order[: round(label_noise * n)]
-    labels = train.labels.clone()
-    labels[wrong] = (labels[wrong] + torch.from_numpy(shift[wrong])) % classes
+    classes = len(whole.classes)
+    labels = torch.from_numpy(wrong_labels(train.labels.numpy(), classes, label_noise, config.seed))
     return Samples(train.x, labels), test, classes
 
 
@@ -161,22 +158,7 @@ def measure(model: nn.Module, train: Samples, start: list[Tensor], task: Task) -
         branches=branches,
     )  # fmt: skip
     measuring = Measurement(space, oracle.backend, classification_loss())
-    values: dict[str, float | None] = {}
-    reasons: dict[str, str] = {}
-    seconds: dict[str, float] = {}
-    for name in task.measures:
-        began = time.monotonic()
-        try:
-            with measuring.at_rest():
-                answer = measuring.take(name, {}, minimum)
-            value = nan if answer.reason is not None else headline(answer.told)
-            values[name] = value if isfinite(value) else None
-            if values[name] is None:
-                reasons[name] = answer.reason or f"it is {value}"
-        except Exception as error:  # one measure's failure is that measure's
-            values[name], reasons[name] = None, " ".join(f"{type(error).__name__}: {error}".split())
-        seconds[name] = round(time.monotonic() - began, 3)
-    return {"measures": values, "reasons": reasons, "measure_seconds": seconds}
+    return asked(measuring, task.measures, minimum)
 
 
 def _vector(space: ParameterSpace, weights: list[Tensor]) -> Vector:

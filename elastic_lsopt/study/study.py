@@ -127,15 +127,15 @@ def write(result: Result, config: StudyConfig) -> None:
         for name in best_first(result.by_gap)
     }
     whole = {"measures": measures, "models": result.models, "others": result.others, "settings": asdict(config)}
-    _replace(folder / STUDY, json.dumps(whole, indent=1, allow_nan=False) + "\n")
+    replace_file(folder / STUDY, json.dumps(whole, indent=1, allow_nan=False) + "\n")
     rows = [
         {"measure": name, "tau": m["tau"], "low": m["interval"][0], "high": m["interval"][1], "models": m["models"]}
         | {"psi": m["psi"], "tau_loss_gap": m["loss_gap"]["tau"]}
         | {f"tau_{axis}": tau for axis, tau in m["granulated"].items()}
         for name, m in measures.items()
     ]
-    _replace(folder / RANKING, _csv(rows))
-    _replace(folder / MODELS, _csv(result.models))
+    replace_file(folder / RANKING, csv_of(rows))
+    replace_file(folder / MODELS, csv_of(result.models))
 
 
 def _numbers(ranking: Ranking) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _numbers(ranking: Ranking) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _csv(rows: Sequence[Line]) -> str:
+def csv_of(rows: Sequence[Line]) -> str:
     from io import StringIO
 
     text = StringIO()
@@ -158,7 +158,7 @@ def _csv(rows: Sequence[Line]) -> str:
     return text.getvalue()
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     new = path.with_suffix(f"{path.suffix}.new")
     new.write_text(text, encoding="utf-8")
     new.replace(path)

@@ -90,7 +90,7 @@ class TrainingRun:
         if world.plan is None and world.size > 1:
             assert dist.group.WORLD is not None
             refuse_other_data(dist.group.WORLD, self.data_identity())
-        self.total_samples = _steps(config, len(data.train)) * config.global_batch_size
+        self.total_samples = steps_of(config, len(data.train)) * config.global_batch_size
         keep = [*keep, *watchers(config, len(data.train))]
         self.engine = build_engine(config, method, data, world, self.total_samples, keep)
         self._pace = Pace(config, self.engine, world.plan, rehearsal=world.rehearsal)
@@ -136,19 +136,16 @@ class TrainingRun:
         """One optimizer step with its metrics, evaluation and checkpoint; returns its row of metrics.jsonl."""
         self._refuse_lost_folder()
         engine, config, start = self.engine, self.config, time.monotonic()
-        before = engine.clock.steps, engine.clock.samples
-        lr, batch = self._pace.set_rate(self._lr_factor), self._pace.batch_at(engine.clock.samples)
-        engine.train_batch(microbatches)
-        report, clock = engine.last_step, engine.clock
-        assert report is not None
-        self.loader.commit(clock.samples - self.loader.committed)
+        before, batch = (engine.clock.steps, engine.clock.samples), self._pace.batch_at(engine.clock.samples)
+        lr, report = self.advance(microbatches)
+        clock = engine.clock
         step, last = clock.steps, clock.samples >= self.total_samples
         row = {
             "generation": self.world.generation, "step": step, "samples": clock.samples, "loss": report.loss, "lr": lr,
             "batch": batch, "world": self.world.size, "seconds": time.monotonic() - start, **_told(report),
         }  # fmt: skip
         if len(self.data.eval) and (last or _due(step, config.eval_steps)):
-            held_out = self._evaluated()
+            held_out = self.evaluated()
             row["eval_loss"] = self.eval_loss = held_out.loss
             row |= {f"eval_{name}": value for name, value in held_out.metrics.items()}
         if self._probing is not None and (probes := self._probing.after(before)):
@@ -163,7 +160,16 @@ class TrainingRun:
         self._save_or_diverge(step, last, row.get("eval_loss"))
         return row
 
-    def _evaluated(self) -> Evaluation:
+    def advance(self, microbatches: list[MicroBatch]) -> tuple[float, StepReport]:
+        """The step alone, at the schedule's rate: that rate, and what the step reports (collective)."""
+        lr, engine = self._pace.set_rate(self._lr_factor), self.engine
+        engine.train_batch(microbatches)
+        assert engine.last_step is not None
+        self.loader.commit(engine.clock.samples - self.loader.committed)
+        return lr, engine.last_step
+
+    def evaluated(self) -> Evaluation:
+        """What the model, or the average that is asked for, reaches on the held-out data (collective)."""
         name = self.config.evaluate_average or self.engine.evaluates_at
         with nullcontext() if name is None else self.engine.averaged(name):
             return evaluate(self.engine, self.data, self.config, self.world)
@@ -334,7 +340,8 @@ class TrainingRun:
         return (self._owner is None or self._owner.held) and (fence is None or fence(step))
 
 
-def _steps(config: TrainConfig, samples: int) -> int:
+def steps_of(config: TrainConfig, samples: int) -> int:
+    """The steps of a job at its own batch. Raises UserError for less than one."""
     if config.max_steps is not None:
         return config.max_steps
     assert config.num_train_epochs is not None

@@ -5,6 +5,7 @@ A rule is an `Update` (its class, where all of its hyper-parameters stand in the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -37,6 +38,11 @@ def resolved(update: Any) -> Rule:
     if isinstance(update, type) and issubclass(update, Update):
         return update if is_dataclass(update) else built("update", updates.name_of(update), update, {})
     if is_torch(update):
+        if update is torch.optim.Muon:
+            raise UserError(
+                "torch's Muon makes a shard orthogonal, not the matrix that it is a part of; use 'muon', ours, which "
+                "brings each matrix together."
+            )
         if update not in ELEMENT_WISE:
             known = ", ".join(sorted(c.__name__ for c in ELEMENT_WISE))
             raise UserError(
@@ -54,6 +60,12 @@ def is_torch(rule: Any) -> TypeGuard[type[torch.optim.Optimizer]]:
     return isinstance(rule, type) and issubclass(rule, torch.optim.Optimizer)
 
 
+def refuse_decay(rule: Rule, decay: float) -> None:
+    """Raise UserError for a weight decay that a class of torch.optim would not look at."""
+    if decay and is_torch(rule) and "weight_decay" not in inspect.signature(rule).parameters:
+        raise UserError(f"{name_of(rule)} has no weight decay, but weight_decay={decay:g}; set it to 0.")
+
+
 def name_of(rule: Rule) -> str:
     """What messages, param groups and files call it."""
     if is_torch(rule):
@@ -64,7 +76,7 @@ def name_of(rule: Rule) -> str:
 def known_entries(rule: Rule) -> list[str]:
     """The names of its hyper-parameters beside lr and weight decay."""
     if is_torch(rule):
-        return [k for k in _of_torch(rule, {}) if k != DECOUPLED]
+        return [k for k in _of_torch(rule, {}) if k in inspect.signature(rule).parameters]
     return [f.name for f in fields(rule)] if is_dataclass(rule) else []
 
 

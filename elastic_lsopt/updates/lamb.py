@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from elastic_lsopt.by_name import require, require_betas, require_number
+from elastic_lsopt.facts import Facts
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Scales, Vector
@@ -34,6 +35,12 @@ class LAMB(Update):
 
     first_moment: ClassVar[str] = "m"
     second_moment: ClassVar[str] = "v"
+    facts: ClassVar[Facts] = Facts(
+        paper="You et al. 2019, arXiv 1904.00962",
+        memory="2",
+        communication="one all-reduce of two numbers per parameter and step",
+    )
+
     betas: tuple[float, float] = (0.9, 0.999)
     """b1 and b2; each >= 0 and < 1."""
     eps: float = 1e-6

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from elastic_lsopt.by_name import require_number, require_share
+from elastic_lsopt.facts import Facts
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Scales, Vector
@@ -32,6 +33,12 @@ class LARS(Update):
     """
 
     first_moment: ClassVar[str] = "momentum"
+    facts: ClassVar[Facts] = Facts(
+        paper="You et al. 2017, arXiv 1708.03888",
+        memory="1",
+        communication="one all-reduce of two numbers per parameter and step",
+    )
+
     momentum: float = 0.9
     """m; >= 0 and < 1."""
     trust: float = 0.001

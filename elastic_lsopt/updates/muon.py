@@ -24,6 +24,7 @@ from torch import Tensor
 
 from elastic_lsopt.by_name import require, require_share
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.facts import Facts
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
@@ -54,6 +55,13 @@ class Muon(Update):
     Communication: an all-to-all of the momentum and one of the steps (one all-gather where all ranks hold all). Raises
     UserError for a value out of range, and for a parameter that is no matrix: give those another update.
     """
+
+    facts: ClassVar[Facts] = Facts(
+        paper="Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982",
+        memory="1; in the step also this rank's share of whole matrices",
+        communication="an all-to-all of the momentum and one of the steps (one all-gather where all ranks hold all)",
+        needs="matrices; what is none takes another update",
+    )
 
     decoupled_weight_decay: ClassVar[bool] = True
     first_moment: ClassVar[str] = "momentum"

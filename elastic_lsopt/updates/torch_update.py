@@ -28,15 +28,17 @@ ELEMENT_WISE = frozenset({
 class TorchFamily:
     """A torch optimizer on this rank's pieces, as a state family: `exp_avg` is a Vector, `step/<parameter>` a number.
 
-    `groups` are the param groups of the space's parameters. The arithmetic is in the weights' own precision.
+    `groups` are the param groups of the space's parameters, `said` the hyper-parameters of each group. The arithmetic
+    is in the weights' own precision.
     """
 
     same_on_all_replicas = False
 
     def __init__(
-        self, name: str, kind: type[torch.optim.Optimizer], space: ParameterSpace, groups: Sequence[int]
-    ) -> None:
-        self.name, self.space, self._kind, self._groups = name, space, kind, list(groups)
+        self, name: str, kind: type[torch.optim.Optimizer], space: ParameterSpace, groups: Sequence[int],
+        said: Mapping[int, Mapping[str, Any]],
+    ) -> None:  # fmt: skip
+        self.name, self.space, self._kind, self._groups, self._said = name, space, kind, list(groups), said
         self.begin()
 
     def begin(self) -> None:
@@ -106,9 +108,8 @@ class TorchFamily:
         if [t.data_ptr() for t in now] != [t.data_ptr() for t in self._pieces] or not self._optimizer.param_groups:
             had = self._optimizer.state
             new = self._over(now)
-            for t, before in zip([*now, *self._witnesses], [*self._pieces, *self._witnesses], strict=False):
-                if before in had:
-                    new.state[t] = had[before]
+            pairs = [*zip(now, self._pieces, strict=False), *((t, t) for t in self._witnesses)]
+            new.state.update({t: had[before] for t, before in pairs if before in had})
             self._pieces, self._optimizer = now, new
 
     def _over(self, pieces: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -118,7 +119,12 @@ class TorchFamily:
             of[self._groups[piece.parameter]].append(t)
         for t, g in {id(t): (t, g) for t, g in zip(self._witnesses, self._groups, strict=True)}.values():
             of[g].append(t)
-        return self._kind([{"params": own} for own in of.values()], lr=0.0)  # type: ignore[call-arg]
+        make: Any = self._kind
+        made = make([{"params": own} for own in of.values()], lr=0.0)
+        for g, own in of.items():  # what a class lays down when it is made, by each group's values: Adagrad's sums
+            if own:
+                made.state.update(make(own, lr=0.0, **self._said[g]).state)
+        return made
 
     def _witness(self) -> Tensor:
         return torch.zeros(1, dtype=self.space.dtype, device=self.space.shards.device)

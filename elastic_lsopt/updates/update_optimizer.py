@@ -28,7 +28,7 @@ from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.observation import HowProducts, Observation, Seen, Sees
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
-from elastic_lsopt.updates.group_rules import Rule, entries, known_entries, name_of, now, resolved
+from elastic_lsopt.updates.group_rules import Rule, entries, known_entries, name_of, now, refuse_decay, resolved
 from elastic_lsopt.updates.torch_update import TorchFamily
 from elastic_lsopt.updates.update import Rates, Update, keep_numbers, numbers
 
@@ -105,6 +105,7 @@ class UpdateOptimizer(torch.optim.Optimizer):
         found = entries(rule, {**shared, **said})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        refuse_decay(rule, group["weight_decay"])
         for key in group.keys() - EVERY_GROUPS:  # a default of other groups
             del group[key]
         group.update(found, update=name_of(rule))
@@ -146,7 +147,9 @@ class UpdateOptimizer(torch.optim.Optimizer):
             if isinstance(rule, Update):
                 family: Kept | TorchFamily = Kept(UpdateFamily(rule, f"{FAMILY}{name}"), own)
             else:
-                family = TorchFamily(f"{FAMILY}{name}", rule, own, of)
+                known = known_entries(rule)
+                said = {g: {k: v for k, v in self.param_groups[g].items() if k in known} for g in of}
+                family = TorchFamily(f"{FAMILY}{name}", rule, own, of, said)
             self._bound.append(bound := Bound(family, of))
             if isinstance(family, Kept):
                 list(self._parts(bound, family))  # refuses

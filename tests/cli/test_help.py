@@ -17,6 +17,7 @@ pytestmark = pytest.mark.fast
 HEAVY = ("torch", "numpy", "pydantic", "rich", "transformers", "deepspeed", "matplotlib")
 COMMANDS = (
     "", "train", "agent", "validate", "plan", "study", "status", "doctor", "runs", "report", "probe", "schema",
+    "methods", "compare",
 )  # fmt: skip
 
 

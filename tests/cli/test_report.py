@@ -39,7 +39,7 @@ def test_a_study_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     ("files", "expected"),
     [
         (None, "is no folder; give the output_dir"),
-        ({}, "is no run folder: it holds none of metrics.jsonl, probes.json, study.json"),
+        ({}, "is no run folder: it holds none of metrics.jsonl, probes.json, study.json, compare.json"),
         ({"metrics.jsonl": ""}, "holds nothing to draw"),
         ({"metrics.jsonl": '{"loss": 1}\n{"loss": 2}\n'}, r"metrics\.jsonl is damaged \(KeyError: 'step'\)"),
         ({"metrics.jsonl": "3\n"}, r"metrics\.jsonl is damaged"),

@@ -11,6 +11,7 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from elastic_lsopt.config import examples
+from elastic_lsopt.config.compare import CompareConfig
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.lora import LoraConfig
 from elastic_lsopt.config.probes import OWN
@@ -24,13 +25,14 @@ from tests.docs.checks import yaml_block
 pytestmark = pytest.mark.fast
 
 TEXT = PAGE.read_text(encoding="utf-8")
-JOBS, STUDIES = TEXT.split("## A study\n")
+JOBS, OTHERS = TEXT.split("## A study\n")
+STUDIES, COMPARISONS = OTHERS.split("## A comparison\n")
 SETTINGS: list[tuple[type, dict[str, str], str, str]] = [
     (TrainConfig, examples.JOB, JOBS, ""), (LoraConfig, examples.LORA, JOBS, "lora."),
     (LrSchedulerKwargs, examples.RATE, JOBS, "lr_scheduler_kwargs."),
     (BatchScheduleConfig, examples.BATCH, JOBS, "batch_schedule."),
     (ElasticConfig, examples.ELASTIC, JOBS, "elastic."), (StudyConfig, examples.STUDY, STUDIES, ""),
-    (Grid, examples.GRID, STUDIES, "grid."),
+    (Grid, examples.GRID, STUDIES, "grid."), (CompareConfig, examples.COMPARE, COMPARISONS, ""),
 ]  # fmt: skip
 
 
@@ -54,15 +56,15 @@ def test_each_key_has_its_default_and_an_example_that_sets_it(
             made = f.default if f.default_factory is MISSING else f.default_factory()
             assert yaml.safe_load(default[1]) == to_jsonable_python(made)
         else:
-            assert name in ("dataset", "output_dir") and "It must be given." in part
+            assert name in ("dataset", "output_dir", "job", "methods") and "It must be given." in part
 
 
 def test_the_readers_take_each_example() -> None:
-    first_of_studies = JOBS.count("\n")
+    studies, comparisons = JOBS.count("\n"), JOBS.count("\n") + STUDIES.count("\n")
     read = [*blocks("docs/keys.md", "yaml")]
     assert len(read) > sum(len(given) for _, given, _, _ in SETTINGS) + len(OWN)
     for block in read:
-        yaml_block(block, study=block.line > first_of_studies)
+        yaml_block(block, kind="compare" if block.line > comparisons else "study" if block.line > studies else "job")
 
 
 @pytest.mark.parametrize(

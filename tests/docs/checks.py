@@ -23,6 +23,7 @@ import yaml
 
 from elastic_lsopt.cli.job_file import read_job
 from elastic_lsopt.cli.main import command_line
+from elastic_lsopt.config.compare import read_comparison
 from elastic_lsopt.config.deepspeed_json import read_deepspeed_json
 from elastic_lsopt.config.study import read_study
 from elastic_lsopt.errors import UserError
@@ -37,6 +38,13 @@ LEAST: dict[str, Any] = {
     "model": {"model_type": "llama"}, "dataset": "python-stdlib", "output_dir": "runs/a", "max_steps": 1,
 }  # fmt: skip
 """What a page's YAML leaves out, where it shows some keys of a job only."""
+OUT = {"output_dir": LEAST["output_dir"]}
+LEAST_OF: dict[str, dict[str, Any]] = {
+    "job": LEAST, "study": OUT,
+    "compare": OUT | {"job": {k: v for k, v in LEAST.items() if k not in OUT}, "methods": {"adamw": {}}},
+}  # fmt: skip
+READERS_BY = {"grid": "study", "methods": "compare"}
+"""Keys by which a file is known for a study's or a comparison's."""
 INSTEAD = {"model": "model_name_or_path", "max_steps": "num_train_epochs"}
 MODULES = {"elastic_lsopt.train": ["train"], "elastic_lsopt.agent": ["agent"], "elastic_lsopt": []}
 FILES = ("configs/", "examples/", "launch/", "benchmarks/", "tests/")
@@ -52,15 +60,15 @@ NOT_RUN = {
 """Programs whose commands are looked at only for the files that they name, and why."""
 
 
-def yaml_block(block: Block, beside: Files = NOTHING, study: bool = False) -> None:
-    """It is a job's settings or some of them, or a study's (which have a `grid`), as `elastic-lsopt` reads them."""
+def yaml_block(block: Block, beside: Files = NOTHING, kind: str = "") -> None:
+    """It is a job's settings or some of them, a study's (which have a `grid`) or a comparison's (`methods`), as
+    `elastic-lsopt` reads them."""
     given = _loaded(block) or {}
-    is_study = study or "grid" in given
-    missing = {k: v for k, v in LEAST.items() if not {k, INSTEAD.get(k)} & {*given}}
-    missing = {k: v for k, v in missing.items() if not is_study or k == "output_dir"}
+    kind = kind or next((READERS_BY[key] for key in READERS_BY if key in given), "job")
+    missing = {k: v for k, v in LEAST_OF[kind].items() if not {k, INSTEAD.get(k)} & {*given}}
     text = f"{block.text}\n{yaml.safe_dump(missing) if missing else ''}"
     with _saved({**beside, "job.yaml": text}) as folder:
-        _read(block, read_study if is_study else _job, folder / "job.yaml", [])
+        _read(block, READERS[kind], folder / "job.yaml", [])
 
 
 def shell_block(block: Block, beside: Files = NOTHING) -> None:
@@ -117,10 +125,10 @@ def _program(block: Block, arguments: list[str], beside: Files) -> None:
 
 def _ours(block: Block, arguments: list[str], beside: Files) -> None:
     given = _parsed(block, command_line().parse_args, arguments)
-    if given.command in ("train", "agent", "validate", "plan", "study"):
+    if given.command in ("train", "agent", "validate", "plan", "study", "compare"):
         with _saved({"job.yaml": yaml.safe_dump(LEAST), **beside}) as folder:
             path = next((at / given.file for at in (folder, ROOT) if (at / given.file).exists()), folder / "job.yaml")
-            _read(block, read_study if given.command == "study" else _job, path, given.overrides)
+            _read(block, READERS.get(given.command, _job), path, given.overrides)
 
 
 @contextmanager
@@ -133,6 +141,11 @@ def _saved(files: Files) -> Iterator[Path]:
 
 def _job(path: Path, overrides: list[str]) -> None:
     read_job(path, overrides, imports=False)
+
+
+READERS: dict[str, Callable[[Any, list[str]], object]] = {
+    "job": _job, "study": read_study, "compare": read_comparison,
+}  # fmt: skip
 
 
 def _read(block: Block, reader: Callable[[Any, list[str]], object], what: Any, overrides: list[str]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import elastic_lsopt as lso
+from elastic_lsopt.updates.torch_update import ELEMENT_WISE
 from tests.cases.updates import OPTIONS, sampling_loss
 from tests.oracles import updates
 
@@ -72,15 +73,41 @@ def halves(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 ADAMW = [{"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1}, {"betas": (0.9, 0.99), "lr": 0.02}]
 SGD = [{"momentum": 0.5}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}]
+ADAGRAD = [{"lr_decay": 0.1}, {"weight_decay": 0.01}]
+RMSPROP = [{"momentum": 0.5, "centered": True}, {"alpha": 0.9, "weight_decay": 0.01}]
+ASGD = [{"t0": 2.0, "lambd": 0.01}, {"alpha": 0.5, "weight_decay": 0.01}]
+RPROP = [{"etas": (0.4, 1.3), "lr": 0.02}, {"step_sizes": (1e-4, 0.015)}]
+NADAM = [{"momentum_decay": 0.1, "decoupled_weight_decay": True, "weight_decay": 0.1}, {"betas": (0.5, 0.9)}]
+OTHERS = [{"weight_decay": 0.1, "eps": 1e-3}, {"lr": 0.02}]
+TORCHS = {
+    "AdamW": ADAMW, "SGD": SGD, "Adam": ADAMW, "Adagrad": ADAGRAD, "RMSprop": RMSPROP, "ASGD": ASGD, "Rprop": RPROP,
+    "NAdam": NADAM, "RAdam": OTHERS, "Adamax": OTHERS, "Adadelta": OTHERS,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "said"), [("AdamW", ADAMW), ("SGD", SGD)])
+def test_each_element_wise_class_is_tried() -> None:
+    assert {kind.__name__ for kind in ELEMENT_WISE} == {*TORCHS}
+
+
+@pytest.mark.parametrize(("kind", "said"), TORCHS.items())
 def test_groups_of_a_torch_class_are_torchs(kind: str, said: Groups) -> None:
     mine, theirs = net(), net()
     given = [{"params": p, **own} for p, own in zip(halves(mine), said, strict=True)]
     wanted = [{"params": p, **own} for p, own in zip(halves(theirs), said, strict=True)]
-    base = lso.UpdateOptimizer(given, kind, lr=0.01)
-    assert torch.equal(ours(mine, base), loop(theirs, getattr(torch.optim, kind)(wanted, lr=0.01, weight_decay=0.0)))
+    whole: dict[str, Any] = {"initial_accumulator_value": 0.3} if kind == "Adagrad" else {}
+    base = lso.UpdateOptimizer(given, kind, lr=0.01, **whole)
+    decay = {} if kind == "Rprop" else {"weight_decay": 0.0}
+    assert torch.equal(ours(mine, base), loop(theirs, getattr(torch.optim, kind)(wanted, lr=0.01, **whole, **decay)))
+
+
+def test_a_decay_that_a_class_does_not_have_is_refused() -> None:
+    with pytest.raises(lso.UserError, match=r"rprop has no weight decay.* set it to 0"):
+        lso.UpdateOptimizer(net().parameters(), "Rprop", lr=0.01, weight_decay=0.1)
+
+
+def test_torchs_own_muon_is_refused_by_the_name_of_ours() -> None:
+    with pytest.raises(lso.UserError, match=r"torch's Muon makes a shard orthogonal.*'muon', ours"):
+        lso.UpdateOptimizer(net().parameters(), torch.optim.Muon, lr=0.01)
 
 
 def lars(model: nn.Module, first: dict[str, Any], second: dict[str, Any]) -> torch.optim.Optimizer:

@@ -10,22 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from elastic_lsopt.by_name import nearest
-from elastic_lsopt.config.settings import SettingError, TrainConfig
+from elastic_lsopt.config.settings import ADAMS, SettingError, TrainConfig
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.updates import registry
 from elastic_lsopt.updates.group_rules import Rule as Update
-from elastic_lsopt.updates.group_rules import entries, is_torch, known_entries, resolved
+from elastic_lsopt.updates.group_rules import entries, is_torch, known_entries, refuse_decay, resolved
 from elastic_lsopt.updates.param_groups import Rule, assign, unused
+from elastic_lsopt.updates.torch_update import ELEMENT_WISE
 from elastic_lsopt.updates.update_optimizer import UpdateOptimizer
 from elastic_lsopt.updates.whole_matrices import not_for_muon
 
-TORCH = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+TORCH = {kind.__name__.lower(): kind for kind in sorted(ELEMENT_WISE, key=lambda kind: kind.__name__)}
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,12 @@ def treatments(config: TrainConfig, dims: Mapping[str, int], tables: frozenset[s
 
 def check_updates(config: TrainConfig) -> None:
     """Raise SettingError, before there is a model, for an update that is not known or does not take its arguments."""
-    for key, optim, own in [
-        ("optim", config.optim, config.optim_args),
+    decay = config.weight_decay
+    for key, optim, own, rate in [
+        ("optim", config.optim, config.optim_args, decay),
         *(
-            (f"param_groups[{i}]", group.get("optim", config.optim), group.get("optim_args", {}))
-            for i, group in enumerate(config.param_groups)
+            (f"param_groups[{i}]", g.get("optim", config.optim), g.get("optim_args", {}), g.get("weight_decay", decay))
+            for i, g in enumerate(config.param_groups)
         ),
     ]:
         if not isinstance(own, Mapping):
@@ -99,7 +101,9 @@ def check_updates(config: TrainConfig) -> None:
                     raise UserError(
                         f"update {optim!r} has no hyper-parameter {name!r}; it has: {', '.join(known_entries(kind))}"
                     )
-            entries(kind, {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+            said = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in own.items())
+            entries(kind, _options(config, Treatment(optim, said, 0.0, rate)))
+            refuse_decay(kind, rate)
         except UserError as error:
             raise SettingError(key.partition("[")[0], f"{key}: {error}") from None
 
@@ -115,6 +119,7 @@ def base_of(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.opti
     treated = treatments(config, trained, not_for_muon(model))
     kinds = {optim: _kind(optim) for optim in dict.fromkeys(t.optim for t in treated.values())}
     alone = next(iter(kinds.values()), None) if len(kinds) == 1 else None
+    alone = None if alone is torch.optim.Rprop else alone  # which torch cannot step on DTensors, but on their pieces
     try:
         own = {t: {"update": kinds[t.optim], **_options(config, t)} for t in treated.values()}
         if alone is None or not is_torch(alone):
@@ -132,7 +137,8 @@ def base_of(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.opti
                 groups.setdefault(how, group)["params"].append(p)
         if alone is not None and is_torch(alone):
             plain = [{k: v for k, v in group.items() if k != "update"} for group in groups.values()]
-            return alone(plain, lr=config.learning_rate)  # type: ignore[call-arg]
+            make, shared = cast(Any, alone), _options(config, next(iter(own)))
+            return make(plain, lr=config.learning_rate, **shared)  # what a class reads when it is made, and no group
         return UpdateOptimizer(list(groups.values()), lr=config.learning_rate)
 
     return build
@@ -150,14 +156,15 @@ def _kind(optim: str) -> Update:
     if ":" not in optim and optim not in (known := [*TORCH, *registry.names()]):
         raise UserError(f"unknown optim {optim!r}{nearest(optim, known, 'Known')} (one of your own: module:Class).")
     found = TORCH[optim] if optim in TORCH else registry.get(optim)
-    return found if issubclass(found, torch.optim.Optimizer) else resolved(found)
+    own = issubclass(found, torch.optim.Optimizer) and found is not torch.optim.Muon  # where it steps, it is tried
+    return found if own else resolved(found)
 
 
 def _options(config: TrainConfig, how: Treatment) -> dict[str, Any]:
     """The group's own hyper-parameters."""
     if how.optim == "sgd":
         return {"momentum": config.momentum, **dict(how.optim_args)}
-    if how.optim in TORCH:
+    if how.optim in ADAMS:
         betas = (config.adam_beta1, config.adam_beta2)
         return {"betas": betas, "eps": config.adam_epsilon, **dict(how.optim_args)}
     return dict(how.optim_args)

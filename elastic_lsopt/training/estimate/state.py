@@ -29,10 +29,11 @@ from elastic_lsopt.training.estimate.placement import FP32, Placement
 
 STATES = {
     "adahessian": 2, "adam": 2, "adamw": 2, "adaptive_memory": 2, "lamb": 2, "lars": 1, "muon": 1, "sassha": 2,
-    "schedule_free": 2, "soap": 2, "sophia_g": 2, "sophia_h": 2,
+    "schedule_free": 2, "soap": 2, "sophia_g": 2, "sophia_h": 2, "nadam": 2, "radam": 2, "adamax": 2, "adadelta": 2,
+    "rprop": 2, "adagrad": 1, "rmsprop": 1, "asgd": 1,
 }  # fmt: skip
 """fp32 tensors of optimizer state per parameter; sgd: 1 with momentum, else 0. (Beside muon AdamW's are not
-counted; of updates with two forms the larger, adamw's.)"""
+counted, nor what optim_args add: amsgrad, rmsprop's momentum; of updates with two forms the larger, adamw's.)"""
 
 STAYS = ("none", "flat_lora")
 """Methods that do not move the trained weights."""

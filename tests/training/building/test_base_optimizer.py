@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -18,9 +19,11 @@ from elastic_lsopt.config.settings import (
     SettingError,
     TrainConfig,
 )
-from elastic_lsopt.plan import OWN_BETAS, Policy
+from elastic_lsopt.plan import ADAMLIKE, BETAS, OWN_BETAS, Policy
 from elastic_lsopt.training.building.base_optimizer import base_of
 from elastic_lsopt.training.building.engines import averages_of
+from elastic_lsopt.training.estimate.state import STATES
+from elastic_lsopt.updates.torch_update import ELEMENT_WISE
 
 pytestmark = pytest.mark.fast
 
@@ -110,7 +113,7 @@ def test_what_settings_know_of_updates_is_what_these_say() -> None:
     assert not any(ours[name](form="sgd").decoupled_weight_decay for name in by_form)
     assert {name for name, kind in ours.items() if kind.point is not lso.Update.point} == EVALUATE_ELSEWHERE
     with_betas = {name for name, kind in ours.items() if "betas" in {f.name for f in fields(kind)}}
-    assert with_betas - NO_SQUARE_ROOT == set(OWN_BETAS)
+    assert with_betas - NO_SQUARE_ROOT == set(OWN_BETAS) - {*ADAMLIKE} | {"lamb"}
 
 
 @pytest.mark.parametrize("name", ["SOAP", "Adaptive_Memory", "schedule_free", "AdaHessian", "sophia_h", "sassha"])
@@ -124,9 +127,51 @@ def test_a_deepspeed_json_names_an_update(name: str) -> None:
 
 def test_the_batch_is_held_for_every_groups_betas() -> None:
     """LAMB's and AdamW's beside Muon, whether the file says them or not."""
-    assert {name: lso.updates.get(name)().betas for name in OWN_BETAS} == OWN_BETAS
+    own = {kind.__name__.lower(): kind for kind in (torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)}
+    assert {*ADAMLIKE} == {"lamb", *own} and lso.LAMB().betas == BETAS and lso.SOAP().betas == OWN_BETAS["soap"]
+    assert all(kind([torch.zeros(1)], lr=0.1).defaults["betas"] == BETAS for kind in own.values())
     elastic = {"policy": "scale_batch", "reference_workers": 1, "lr_rule": "sqrt"}
     of = {"global_batch_size": 8, "per_device_train_batch_size": 8, "elastic": elastic}
     for changes in ({"optim": "lamb"}, {"optim": "muon"}, {"param_groups": ({"match": "*", "optim": "lamb"},)}):
         policy = Policy.of(config(**{**of, **changes}))
         assert not policy.breaks(9, None) and "betas=(0.9, 0.999)" in policy.breaks(10, None)
+
+
+@pytest.mark.parametrize("kind", sorted(ELEMENT_WISE, key=lambda kind: kind.__name__), ids=lambda kind: kind.__name__)
+def test_each_element_wise_class_by_name_and_what_it_keeps(kind: type[torch.optim.Optimizer]) -> None:
+    """Its steps are those of the class; the plan counts what it keeps per parameter."""
+    name = kind.__name__.lower()
+    own: dict[str, Any] = {"initial_accumulator_value": 0.3} if name == "adagrad" else {}
+    config = TrainConfig(**LEAST, optim=name, optim_args=own, learning_rate=0.01)
+    mine, theirs = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
+    theirs.load_state_dict(mine.state_dict())
+    make: Any = kind
+    theirs_base = make(theirs.parameters(), lr=0.01, **own, **({"weight_decay": 0.0} if name == "adamw" else {}))
+    base = base_of(config, mine)(mine.parameters())
+    engine = lso.Engine.of(mine, base, loss_fn=lambda model, x: model(x).square().mean())
+    for i in range(3):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(i))
+        engine.train_batch([x])
+        theirs_base.zero_grad()
+        theirs(x).square().mean().backward()
+        theirs_base.step()
+    torch.testing.assert_close(mine.weight, theirs.weight, rtol=1e-6, atol=1e-7)
+    kept = sum(
+        v.numel() for s in theirs_base.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.dim()
+    )
+    assert STATES.get(name, 0) * mine.weight.numel() == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"optim": "rprop", "weight_decay": 0.1}, "rprop has no weight decay"),
+        ({"optim": "torch.optim:Muon"}, "torch's Muon makes a shard orthogonal"),
+        ({"optim": "nadam", "optim_args": {"beta": 1}}, "has no hyper-parameter 'beta'"),
+        ({"optim": "rmsprop", "momentum": 0.9}, "momentum is for optim sgd, but optim=rmsprop; use optim_args"),
+        ({"optim": "sgd", "optim_args": {"momentum": 0.9}}, "optim_args.momentum of optim=sgd is a key of the job"),
+    ],
+)
+def test_what_a_class_does_not_take_is_one_line(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        base_of(TrainConfig(**LEAST, **given), nn.Linear(3, 2))

@@ -1,0 +1,201 @@
+"""A comparison's settings: a job, methods that change some of its keys, and what all of them are tried on.
+
+    read = read_comparison("configs/compare-digits.yaml", ["seeds=[0, 1]", "job.num_train_epochs=2"])
+
+`job` holds the keys of a training job. A method and a labelled value of an axis hold keys of the job too, laid over it:
+dotted ones into a block (`landscape.rho`), others in place of what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field, fields
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from elastic_lsopt.config.load import ConfigFile
+from elastic_lsopt.config.ranges import SETTINGS, Count, CountOrZero, Name, Positive, SettingError
+from elastic_lsopt.config.spelling import did_you_mean
+
+Equal = Literal["epochs", "gradient_evaluations"]
+Keys = dict[str, Any]
+NOISE = "label_noise"
+"""An axis that is no key of a job: the share of the training labels that are wrong."""
+OF_METHOD = ("grid", "scale_learning_rate")
+"""Keys of a method that are none of the job."""
+RULES = ("none", "linear", "sqrt")
+OURS = ("output_dir", "seed", "backend", "workers", "elastic", "probes", "deepspeed", "report_to")
+"""Keys of a job that a comparison sets itself: a run is one process, on the replicated backend."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
+class CompareConfig:
+    """One comparison. Raises pydantic's ValidationError when made in Python; see `read_comparison`."""
+
+    job: dict[str, Any]
+    """The keys of a training job that all runs share: model, dataset, batch, length, schedule."""
+    methods: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    """By label, keys laid over the job (landscape, optim …); `grid`, lists of values of which the best is taken; and
+    `scale_learning_rate`, none, linear or sqrt: with the batch, from the job's own on."""
+    axes: dict[str, Any] = field(default_factory=dict)
+    """What the methods are tried on, all combinations: label_noise or a key of the job with a list of values, or a name
+    with labels and the keys that each lays over the job."""
+    seeds: Annotated[tuple[CountOrZero, ...], Field(min_length=1, strict=False)] = (0, 1, 2, 3, 4)
+    """Of the first weights, the order and the noise: a run for each."""
+    tuning_seed: CountOrZero = 1000
+    """With which a method's grid is tried; its best values, at each point of the axes, are those of all seeds."""
+    equal: Annotated[tuple[Equal, ...], Field(min_length=1, strict=False)] = ("epochs",)
+    """What runs have in common: the job's epochs or steps, or as many gradients of a batch as the job has steps."""
+    target_loss: Positive | None = None
+    """A held-out loss at which a run ends: steps and samples to it are compared. Needs eval_steps in the job."""
+    measures: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    """Measures of flatness that are taken at the end of a run."""
+    units: Count = 4
+    """Micro-batches of training samples that a measure sees."""
+    output_dir: Name
+    """The comparison's folder: cells.jsonl (a run a line), compare.json, runs.csv, table.csv, the picture."""
+    confidence: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.95
+    """Of the intervals, in (0, 1)."""
+    workers: Count = 2
+    """Runs at a time, each a process with one thread."""
+    timeout_s: Positive = 600.0
+    """Seconds after which a run is given up, and recorded as failed."""
+
+    def __post_init__(self) -> None:
+        for key in ("seeds", "equal", "measures"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise SettingError(key, f"{key}={[*values]} holds a value twice; keep one.")
+        if self.tuning_seed in self.seeds and any(self._grid(label) for label in self.methods):
+            raise SettingError(
+                "tuning_seed",
+                f"tuning_seed={self.tuning_seed} is one of the seeds, whose runs the choice would favour.",
+            )
+        for key in OURS:
+            if key in self.job:
+                raise SettingError(f"job.{key}", f"job.{key} is set by the comparison; remove it.")
+        for label in self.methods:
+            self._check_method(label)
+        for name, values in self.axes.items():
+            if not isinstance(values, list | dict) or not values:
+                raise SettingError(f"axes.{name}", f"axes.{name}={values!r} must be a list, or labels with keys.")
+            if isinstance(values, dict) and not all(isinstance(keys, dict) for keys in values.values()):
+                raise SettingError(
+                    f"axes.{name}", f"axes.{name}: each label needs keys of the job, such as {{optim: sgd}}."
+                )
+        for share in self.axes.get(NOISE, ()):
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+                raise SettingError(f"axes.{NOISE}", f"axes.{NOISE}: {share!r} must be a number >= 0 and < 1.")
+
+    def _check_method(self, label: str) -> None:
+        own = self.methods[label]
+        rule = own.get("scale_learning_rate", "none")
+        if rule not in RULES:
+            key = f"methods.{label}.scale_learning_rate"
+            raise SettingError(key, f"{key}={rule!r} must be one of {', '.join(RULES)}.")
+        for key in OURS:
+            if key in own:
+                raise SettingError(
+                    f"methods.{label}.{key}", f"methods.{label}.{key} is set by the comparison; remove it."
+                )
+        grid = self._grid(label)
+        for key, values in grid.items() if isinstance(grid, dict) else [("", grid)]:
+            if not isinstance(values, list) or not values:
+                place = f"methods.{label}.grid{key and '.'}{key}"
+                raise SettingError(place, f"{place}={values!r} must be a list of values, such as [0.01, 0.1].")
+
+    def _grid(self, label: str) -> Any:
+        return self.methods[label].get("grid", {})
+
+    def points(self) -> list[Keys]:
+        """All combinations of the axes, each the label or value of every axis."""
+        return [dict(zip(self.axes, chosen, strict=True)) for chosen in product(*self.axes.values())]
+
+    def candidates(self, label: str) -> list[Keys]:
+        """All combinations of a method's grid; [{}] where it has none."""
+        grid = self._grid(label)
+        return [dict(zip(grid, chosen, strict=True)) for chosen in product(*grid.values())]
+
+    def job_of(self, label: str, point: Mapping[str, Any], chosen: Mapping[str, Any]) -> Keys:
+        """The keys of the job of one run, without seed and output_dir."""
+        keys: Keys = dict(self.job)
+        for axis, value in point.items():
+            if axis != NOISE:
+                lay_over(keys, self.axes[axis][value] if isinstance(self.axes[axis], dict) else {axis: value})
+        own = self.methods[label]
+        lay_over(keys, {key: value for key, value in own.items() if key not in OF_METHOD})
+        lay_over(keys, chosen)
+        reference, batch = self.job.get("global_batch_size", 32), keys.get("global_batch_size", 32)
+        power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[own.get("scale_learning_rate", "none")]
+        if power and "learning_rate" in keys:
+            keys["learning_rate"] = float(keys["learning_rate"]) * (batch / reference) ** power
+        keys["per_device_train_batch_size"] = min(keys.get("per_device_train_batch_size", 8), batch)
+        return keys
+
+
+def lay_over(keys: Keys, others: Mapping[str, Any]) -> None:
+    """Set keys in place; a dotted one inside of a block, of which a copy is made."""
+    for dotted, value in others.items():
+        block, *path = keys, *str(dotted).split(".")
+        for name in path[:-1]:
+            inner = block.get(name)
+            block[name] = dict(inner) if isinstance(inner, dict) else {}
+            block = block[name]
+        block[path[-1]] = value
+
+
+KEYS = tuple(f.name for f in fields(CompareConfig))
+
+
+@plain_dataclass(frozen=True)
+class Comparison:
+    """The settings, and the file that knows where each key stands."""
+
+    config: CompareConfig
+    file: ConfigFile
+
+    def job_file(self, label: str, keys: Keys) -> ConfigFile:
+        """One run's job as a file of its own, whose errors have the places of this one."""
+        values = keys | {"output_dir": self.config.output_dir}
+        places = dict(_inside(self.file.places, "job."))
+        places |= {key: place for key, place in _inside(self.file.places, f"methods.{label}.")}
+        places |= {key.removeprefix("grid."): place for key, place in places.items() if key.startswith("grid.")}
+        return ConfigFile(path=self.file.path, values=values, places=places)
+
+
+def _inside(places: Mapping[str, str], block: str) -> Iterator[tuple[str, str]]:
+    return ((key.removeprefix(block), place) for key, place in places.items() if key.startswith(block))
+
+
+def read_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
+    """The settings of a YAML file with `key=value` overrides laid over it.
+
+    Raises UserError, one line with the file, the line and the fix, for whatever is wrong beside the jobs themselves.
+    """
+    file = ConfigFile.read(path, overrides)
+    with file.located():
+        for key in file.values:
+            if key not in KEYS:
+                raise SettingError(str(key), f"unknown key {str(key)!r}{did_you_mean(str(key), KEYS)}")
+        try:
+            config = CompareConfig(**file.values)
+        except ValidationError as error:
+            raise _setting_error(error) from None
+    return Comparison(config, file)
+
+
+def _setting_error(error: ValidationError) -> SettingError:
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, SettingError):
+        return cause
+    key = ".".join(str(name) for name in first["loc"][:2] if isinstance(name, str))
+    if first["type"] == "missing":
+        return SettingError(key, f"{key} is missing: see docs/compare.md.")
+    wish = first["msg"].removeprefix("Input should be ")
+    return SettingError(key, f"{key}={first['input']!r:.60} must be {wish[0].lower()}{wish[1:]}.")

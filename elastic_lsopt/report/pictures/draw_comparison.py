@@ -1,0 +1,116 @@
+"""The picture of a comparison: each method's mean over seeds with its interval, along an axis of numbers if any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from elastic_lsopt.report.pictures.style import CYCLE, MARKERS, canvas, plain, save, short, tidy
+from elastic_lsopt.report.run import Run, number
+
+TITLES = {
+    "eval_loss": "held-out loss, nats", "eval_accuracy": "held-out accuracy", "steps_to_target": "steps to the target",
+    "samples_to_target": "samples to the target",
+}  # fmt: skip
+MOST_MEASURES = 2
+SPREAD = 20.0
+"""Largest over smallest value from which an axis is logarithmic."""
+DODGE = 0.012
+"""Between the methods' marks, as a share of the axis: intervals do not lie on each other."""
+Row = dict[str, Any]
+
+
+def draw_comparison(run: Run, target: Path) -> str | None:
+    """comparison.png: a line of panels per quantity, a column per point of the axes that are not along x."""
+    told = run.comparison or {}
+    rows = [row for row in told.get("rows") or [] if isinstance(row, dict) and isinstance(row.get("numbers"), dict)]
+    axes = [str(axis) for axis in told.get("axes") or []]
+    shown = _quantities(rows, (told.get("settings") or {}).get("measures") or [])
+    if not rows or not shown:
+        return None
+    along = _along(rows, axes)
+    panels = list(dict.fromkeys(_panel(row, axes, along) for row in rows))
+    methods = list(dict.fromkeys(str(row["method"]) for row in rows))
+    tall = 2.9 if along else max(2.4, 0.9 + 0.28 * len(methods))
+    figure = canvas(max(5.5, 3.3 * len(panels)), tall * len(shown) + 0.8)
+    grid = figure.subplots(len(shown), len(panels), squeeze=False, sharey="row" if along else False)
+    for line, name in zip(grid, shown, strict=True):
+        for at, panel in zip(line, panels, strict=True):
+            tidy(at, panel or TITLES.get(name, name), size=9, limit=46)
+            own = [row for row in rows if _panel(row, axes, along) == panel]
+            _curves(at, own, methods, along, name) if along else _marks(at, own, methods, name)
+        (line[0].set_ylabel if along else line[0].set_xlabel)(plain(TITLES.get(name, name), 40), fontsize=9)
+    if along:
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8, frameon=False)
+    save(figure, target)
+    runs, failed = (sum(int(number(row.get(key))) for row in rows) for key in ("runs", "failed"))
+    share = number(told.get("confidence"))
+    lost = f", {failed} of them without numbers" if failed else ""
+    return f"{len(methods)} methods, {runs} runs{lost}; bars: {share:.0%} intervals over seeds (Student's t)."
+
+
+def _quantities(rows: Sequence[Row], measures: Sequence[str]) -> list[str]:
+    """What is drawn: steps to the target, else accuracy, else loss; and the first measures."""
+    known = {name for row in rows for name, told in row["numbers"].items() if told.get("mean") is not None}
+    first = next((name for name in ("steps_to_target", "eval_accuracy", "eval_loss") if name in known), None)
+    return [*([first] if first else []), *[m for m in measures if m in known][:MOST_MEASURES]]
+
+
+def _along(rows: Sequence[Row], axes: Sequence[str]) -> str | None:
+    """The axis of numbers with the most values."""
+    values = {axis: {row.get(axis) for row in rows} for axis in axes}
+    numeric = {a: v for a, v in values.items() if len(v) > 1 and not any(math.isnan(number(x)) for x in v)}
+    return max(numeric, key=lambda axis: len(numeric[axis]), default=None)
+
+
+def _panel(row: Row, axes: Sequence[str], along: str | None) -> str:
+    parts = [f"{axis.rpartition('.')[2]} {row.get(axis)}" for axis in axes if axis != along]
+    return ", ".join([*parts, f"equal {str(row.get('equal')).replace('_', ' ')}"])
+
+
+def _curves(at: Any, rows: Sequence[Row], methods: Sequence[str], along: str, name: str) -> None:
+    xs = sorted({float(row[along]) for row in rows})
+    logarithmic = xs[0] > 0 and xs[-1] > SPREAD * xs[0]
+    for i, method in enumerate(methods):
+        points = [(float(r[along]), *_number(r, name)) for r in rows if r["method"] == method]
+        points = sorted(point for point in points if not math.isnan(point[1]))
+        shift = DODGE * (i - (len(methods) - 1) / 2)
+        wide = (xs[-1] / xs[0]) ** shift if logarithmic else shift * (xs[-1] - xs[0])
+        x = [p[0] * wide if logarithmic else p[0] + wide for p in points]
+        at.errorbar(
+            x, [p[1] for p in points], yerr=[[p[1] - p[2] for p in points], [p[3] - p[1] for p in points]],
+            label=plain(method, 30), color=CYCLE[i % len(CYCLE)], marker=MARKERS[i % len(MARKERS)], markersize=4,
+            linewidth=1.2, elinewidth=0.9, capsize=2, linestyle="-" if i < len(CYCLE) else "--",
+        )  # fmt: skip
+    if logarithmic:
+        at.set_xscale("log", base=2)
+    at.set_xticks(xs, [short(x) for x in xs])
+    at.minorticks_off()
+    at.set_xlabel(plain(along.replace("_", " "), 40), fontsize=9)
+    at.tick_params(labelsize=8)
+    values = [v for r in rows if not math.isnan(v := _number(r, name)[0])]
+    if values and min(values) > 0 and max(values) > SPREAD * min(values):
+        at.set_yscale("log")
+
+
+def _marks(at: Any, rows: Sequence[Row], methods: Sequence[str], name: str) -> None:
+    for row in rows:
+        mean, low, high = _number(row, name)
+        i = methods.index(str(row["method"]))
+        if not math.isnan(mean):
+            at.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color=CYCLE[i % len(CYCLE)], capsize=3)
+    at.set_yticks(range(len(methods)), [plain(method, 30) for method in methods], fontsize=8)
+    at.set_ylim(len(methods) - 0.5, -0.5)
+    at.grid(axis="x", alpha=0.25)
+    at.tick_params(axis="x", labelsize=8)
+
+
+def _number(row: Row, name: str) -> tuple[float, float, float]:
+    """The mean and the ends of its interval, the mean itself where it has none."""
+    told = row["numbers"].get(name) or {}
+    mean = number(told.get("mean"))
+    ends = [number(told.get(key)) for key in ("low", "high")]
+    return (mean, *(mean if math.isnan(end) else end for end in ends))  # type: ignore[return-value]

@@ -1,0 +1,189 @@
+"""A comparison from the command line: end to end, continued after a kill -9, its numbers by hand; and its refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from scipy import stats
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from elastic_lsopt.cli.compare import _jobs
+from elastic_lsopt.cli.main import main
+from elastic_lsopt.config.compare import read_comparison
+from elastic_lsopt.study.compare import contenders, task_of
+from elastic_lsopt.study.label_noise import wrong_labels
+from elastic_lsopt.training.classifiers import small_cnn
+from tests.processes.ranks import ROOT, rank_environment
+from tests.processes.warm import BIN, Popen, run
+
+MLP = {"import": "elastic_lsopt.training.classifiers:mlp", "args": {"inputs": 64, "hidden": 8, "classes": 10}}
+SETTINGS: dict[str, Any] = {
+    "job": {
+        "task": "classification", "dataset": "digits", "eval_fraction": 0.8, "model": MLP, "global_batch_size": 64,
+        "per_device_train_batch_size": 64, "max_steps": 6, "optim": "sgd", "momentum": 0.9, "max_grad_norm": 0,
+        "lr_scheduler_type": "constant",
+    },
+    "methods": {
+        "sgd": {"learning_rate": 0.1}, "sam": {"landscape": {"method": "sam"}, "grid": {"learning_rate": [1e-4, 0.1]}},
+    },
+    "seeds": [0, 1], "equal": ["epochs", "gradient_evaluations"], "measures": ["weight_norm"], "units": 2,
+}  # fmt: skip
+
+
+def write(folder: Path, name: str = "compare", **changes: Any) -> tuple[Path, Path]:
+    out, path = folder / name, folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS | {"output_dir": str(out)} | changes))
+    return path, out
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    cells = out / "cells.jsonl"
+    return [json.loads(line) for line in cells.read_text().splitlines()] if cells.exists() else []
+
+
+def test_killed_continued_and_right(tmp_path: Path) -> None:
+    path, out = write(tmp_path)
+    command = [str(BIN / "elastic-lsopt"), "compare", str(path)]
+    with Popen(command, env=rank_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        until = time.monotonic() + 120
+        while len(lines(out)) < 2:
+            assert time.monotonic() < until and first.poll() is None
+            time.sleep(0.02)
+        first.send_signal(signal.SIGKILL)
+    done = lines(out)
+    assert not (out / "compare.json").exists()
+    ended = run(command, env=rank_environment(), timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    assert lines(out)[: len(done)] == done, "nothing is done twice"
+    # sgd takes one gradient a step: what is equal in epochs is equal in gradients, and is run once.
+    assert len({line["id"] for line in lines(out)}) == len(lines(out)) == 2 + 2 * (2 + 2)
+    rows = {(row["method"], row["equal"]): row for row in json.loads((out / "compare.json").read_text())["rows"]}
+    runs = [*csv.DictReader((out / "runs.csv").open())]
+    for (method, equal), row in rows.items():
+        mine = [r for r in runs if (r["method"], r["equal"], r["of"]) == (method, equal, "seed")]
+        assert row["chosen"] == ({"learning_rate": 0.1} if method == "sam" else {}), "the best of its grid"
+        losses = [float(r["eval_loss"]) for r in mine]
+        low, high = stats.t.interval(0.95, 1, loc=np.mean(losses), scale=stats.sem(losses))
+        told = row["numbers"]["eval_loss"]
+        assert (told["low"], told["high"], told["n"]) == (pytest.approx(low), pytest.approx(high), 2)
+        assert f"{told['mean']:.4g}" in ended.stdout
+        steps = 3 if (method, equal) == ("sam", "gradient_evaluations") else 6
+        assert row["numbers"]["steps"]["mean"] == steps
+        assert row["numbers"]["gradient_evaluations"]["mean"] == steps * (2 if method == "sam" else 1)
+        assert row["numbers"]["weight_norm"]["n"] == 2
+    assert rows["sgd", "epochs"]["numbers"] == rows["sgd", "gradient_evaluations"]["numbers"]
+    assert len([*csv.DictReader((out / "table.csv").open())]) == 4
+    assert (out / "pictures/comparison.png").stat().st_size > 5000 and "Methods side by side" in (
+        out / "report.html"
+    ).read_text()
+
+
+def test_a_run_that_fails_harms_no_other_and_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One that diverges, one whose code raises; a target that one method reaches."""
+    methods = {
+        "good": {"learning_rate": 0.1}, "far": {"learning_rate": 1e30},
+        "raises": {"model": {"import": MLP["import"], "args": {"inputs": 3, "hidden": 8, "classes": 10}}},
+    }  # fmt: skip
+    job = SETTINGS["job"] | {"eval_steps": 2, "max_steps": 40}
+    path, out = write(tmp_path, methods=methods, job=job, seeds=[0], equal=["epochs"], target_loss=2.0)
+    assert main(["compare", str(path)]) == 0
+    rows = {row["method"]: row for row in json.loads((out / "compare.json").read_text())["rows"]}
+    assert rows["good"]["failed"] == 0 and rows["good"]["numbers"]["steps_to_target"]["mean"] in range(2, 40, 2)
+    assert rows["good"]["numbers"]["steps"]["mean"] == rows["good"]["numbers"]["steps_to_target"]["mean"]
+    assert rows["far"]["failed"] == rows["raises"]["failed"] == 1
+    assert "diverged" in rows["far"]["failure"] and "mat1 and mat2" in rows["raises"]["failure"]
+    assert "raises, equal=epochs: 1 of 1 runs have no numbers; the first: RuntimeError" in capfd.readouterr().out
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"sedes": [0]}, "unknown key 'sedes'; did you mean 'seeds'?"),
+    ({"seeds": [0, 0]}, "seeds=[0, 0] holds a value twice"),
+    ({"seeds": [0, 1000]}, "tuning_seed=1000 is one of the seeds"),
+    ({"equal": ["hours"]}, "must be 'epochs' or 'gradient_evaluations'"),
+    ({"methods": {}}, "methods={} must be"),
+    ({"methods": {"a": {"learnig_rate": 1}}}, "unknown key 'learnig_rate'; did you mean 'learning_rate'?"),
+    ({"methods": {"a": {"landscape": {"method": "smm"}}}}, "unknown method 'smm'; did you mean 'sam'?"),
+    ({"methods": {"a": {"grid": {"learning_rate": 0.1}}}}, "methods.a.grid.learning_rate=0.1 must be a list"),
+    ({"methods": {"a": {"scale_learning_rate": "cube"}}}, "must be one of none, linear, sqrt"),
+    ({"methods": {"a": {"seed": 1}}}, "methods.a.seed is set by the comparison"),
+    ({"job": SETTINGS["job"] | {"workers": 2}}, "job.workers is set by the comparison"),
+    ({"job": SETTINGS["job"] | {"max_steps": 0}}, "max_steps=0 must be an integer >= 1"),
+    ({"axes": {"label_noise": [1.5]}}, "1.5 must be a number >= 0 and < 1"),
+    ({"axes": {"momentum": 0.9}}, "axes.momentum=0.9 must be a list"),
+    ({"target_loss": 0.5}, "needs eval_steps"),
+    ({"measures": ["lambda_mx"]}, "measure 'lambda_mx' is unknown; did you mean 'lambda_max'?"),
+]  # fmt: skip
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("changes", "says"), WRONG, ids=[next(iter(c)) + str(i) for i, (c, _) in enumerate(WRONG)])
+def test_a_wrong_file_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], says: str
+) -> None:
+    path, out = write(tmp_path, **changes)
+    assert main(["compare", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert says in said and str(path) in said and len(said.splitlines()) == 1, said
+    assert lines(out) == []
+
+
+@pytest.mark.fast
+def test_keys_are_laid_over_each_other(tmp_path: Path) -> None:
+    """Axis, then method, then the grid's value; the rate of a rule grows with the batch from the job's own on."""
+    axes = {"global_batch_size": [64, 256], "net": {"wide": {"model.args.hidden": 32}}}
+    methods = {"a": {"landscape": {"method": "sam"}, "learning_rate": 0.1, "scale_learning_rate": "sqrt"}}
+    path, _ = write(tmp_path, axes=axes, methods=methods, job=SETTINGS["job"] | {"per_device_train_batch_size": 128})
+    read = read_comparison(path)
+    made = [task_of(read.config, one, {"landscape.rho": 0.3}, 5, _jobs(read)) for one in contenders(read.config)]
+    jobs = [task.config for task in made if task.equal == "epochs"]
+    assert [job.global_batch_size for job in jobs] == [64, 256]
+    assert [job.learning_rate for job in jobs] == [pytest.approx(0.1), pytest.approx(0.2)]
+    assert [job.per_device_train_batch_size for job in jobs] == [64, 128]
+    assert all(job.landscape == {"method": "sam", "rho": 0.3} and job.seed == 5 for job in jobs)
+    assert all((job.model or {})["args"]["hidden"] == 32 for job in jobs)
+    assert len({task.id for task in made}) == 4
+    assert SETTINGS["job"]["model"]["args"]["hidden"] == 8
+
+
+@pytest.mark.fast
+def test_wrong_labels() -> None:
+    labels = np.arange(1000, dtype=np.int64) % 10
+    few, many = (wrong_labels(labels, 10, share, 3) for share in (0.2, 0.4))
+    assert (few != labels).sum() == 200 and (many != labels).sum() == 400
+    assert ((few != labels) <= (many != labels)).all() and set(many.tolist()) == set(range(10))
+
+
+@pytest.mark.fast
+def test_the_small_cnn_learns_an_edge() -> None:
+    torch.manual_seed(0)
+    model = small_cnn(side=8, channels=4, classes=2)
+    x = torch.randn(64, 8, 8)
+    y = (x[:, 0].sum(-1) > 0).long()
+    base = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(60):
+        base.zero_grad()
+        cross_entropy(model(x.flatten(1)), y).backward()
+        base.step()
+    assert (model(x.flatten(1)).argmax(1) == y).float().mean() > 0.95
+    assert isinstance(model[1], nn.Conv2d) and sum(p.numel() for p in model.parameters()) == 594
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("compare-*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_files_make_jobs(path: Path) -> None:
+    read = read_comparison(path)
+    jobs = _jobs(read)
+    for one in contenders(read.config):
+        for values in read.config.candidates(one.label):
+            task_of(read.config, one, values, 0, jobs)
