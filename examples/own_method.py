@@ -15,9 +15,9 @@ from sklearn.datasets import load_digits
 import elastic_lsopt as lso
 
 
-@lso.registry.register("momentum_sam")
+@lso.registry.register("look_ahead")
 @dataclass(frozen=True, kw_only=True)
-class MomentumSAM:
+class LookAhead:
     """Cost: one pass. Memory: one shard while perturbed. The base must be SGD with momentum."""
 
     rho: float = 0.3
@@ -59,7 +59,7 @@ def held_out_accuracy(method) -> tuple[int, float]:
 
 
 def main() -> None:
-    for method in (lso.Plain(), MomentumSAM(), lso.SAM(rho=0.1)):
+    for method in (lso.Plain(), LookAhead(), lso.SAM(rho=0.1)):
         passes, accuracy = held_out_accuracy(method)
         print(f"{method}: passes a step {passes}, held-out accuracy {accuracy:.3f}")
 

@@ -24,6 +24,8 @@ BACKENDS = (*FRAMEWORK, "native", *ZERO)
 """By the names that the tests' `kind` has, in this order; more words of a kind follow a dash: zero2-offload."""
 COMMON = ("none", "plain")
 """Names that mean other things too: counted only where the axis says that it is the method."""
+FORMS = ("_sgd", "_adamw")
+"""What the tests add to the name of an update with two forms."""
 Named = tuple[str, str]
 
 
@@ -79,8 +81,9 @@ def _values(given: Any, axis: str = "") -> Iterator[tuple[str, Any]]:
 def _algorithms(said: list[tuple[str, Any]], classes: dict[type, str]) -> Iterator[str]:
     for axis, value in said:
         if isinstance(value, str):
-            if value in classes.values() and (axis == "method" or value not in COMMON):
-                yield value
+            known = {value, *(value.removesuffix(form) for form in FORMS)} & {*classes.values()}
+            if known and (axis == "method" or value not in COMMON):
+                yield from known
         elif (kind := value if isinstance(value, type) else type(value)) in classes:
             yield classes[kind]
 

@@ -27,7 +27,7 @@ VECTORS = {"swa": 1.0, "lawa": 2.0}
 
 
 @pytest.mark.parametrize("kind,world", full_but([("fsdp2", 3), ("zero1", 2), ("zero3", 2)], KINDS))
-def test_the_mean_of_what_a_plain_loop_takes(ranks: Any, kind: str, world: int) -> None:
+def test_swa_lawa_the_mean_of_what_a_plain_loop_takes(ranks: Any, kind: str, world: int) -> None:
     zero = kind.startswith("zero")
     close = {"mean": 2e-7, "loss": 1e-6} if zero else {"mean": 1e-12, "loss": 1e-12}
     for rank in ranks(world).run("tests.cases.averages:followed", kind=kind, dtype="fp32" if zero else "fp64"):

@@ -193,6 +193,8 @@ def optimizer(name: str) -> Callable[[Any], torch.optim.Optimizer]:
             return lambda params: torch.optim.SGD(params, lr=0.1)
         case "momentum":
             return lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-3)
+        case "undecayed":
+            return lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9)
         case _:
             return lambda params: torch.optim.AdamW(params, lr=1e-2)
 
@@ -205,15 +207,15 @@ def build(
     base: str | Callable[[Any], torch.optim.Optimizer] = "momentum",
     clip: float = 0.0,
     total_samples: int | None = None,
-    loss_fn: Any = None,
+    loss_fn: Any = cross_entropy,
     zero: dict[str, Any] | None = None,
     bf16: bool = False,
     keep: Sequence[Any] = (),
 ) -> lso.Engine:
     """An engine of that kind around `model` (which becomes the engine's own)."""
     make = optimizer(base) if isinstance(base, str) else base
-    if loss_fn is None:
-        loss_fn = SPLIT if getattr(method, "needs_logits", False) else cross_entropy
+    if loss_fn is cross_entropy and getattr(method, "needs_logits", False):
+        loss_fn = SPLIT
     if kind.startswith("zero"):
         config = {
             "zero_optimization": {"stage": int(kind[4]), **offload(kind), **(zero or {})},

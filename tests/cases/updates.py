@@ -27,8 +27,8 @@ LAMB = {"lr": 0.02, "weight_decay": 0.01, "eps": 1e-6, "most": 1.0, "vectors": T
 MUON, ADAMW = {"lr": 0.02, "weight_decay": 0.1}, {"lr": 1e-2, "weight_decay": 0.01}
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "lars": ("lars", LARS), "lamb": ("lamb", LAMB),
-    "am_sgd": ("adaptive_memory", {"form": "sgd", "lr": 0.05, "weight_decay": 1e-3}),
-    "am_adamw": ("adaptive_memory", {"form": "adamw", "lr": 0.01, "weight_decay": 0.01}),
+    "adaptive_memory_sgd": ("adaptive_memory", {"form": "sgd", "lr": 0.05, "weight_decay": 1e-3}),
+    "adaptive_memory_adamw": ("adaptive_memory", {"form": "adamw", "lr": 0.01, "weight_decay": 0.01}),
     "soap": ("soap", {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-3}),
     "soap_often": ("soap", {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-3, "every": 2}),
     "soap_short": ("soap", {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-3, "most": 7}),
@@ -176,7 +176,9 @@ def rested(kind: str, update: str) -> dict[str, float]:
         rules: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "lars": ("SGD", "lars", sgd), "lamb": ("AdamW", LAMB_RULE(vectors=False), adamw),
             "muon": (Muon(iterations=0, momentum=0.0, nesterov=False), "SGD", {"lr": 0.05, "weight_decay": 0.0}),
-            "am_sgd": (AdaptiveMemory(form="sgd", lam=0.0, most=0.0), "SGD", {"lr": 0.05, "weight_decay": 1e-3}),
+            "adaptive_memory_sgd": (
+                AdaptiveMemory(form="sgd", lam=0.0, most=0.0), "SGD", {"lr": 0.05, "weight_decay": 1e-3},
+            ),
         }  # fmt: skip
         of_matrices, of_vectors, options = rules[update]
         groups = [{"params": matrices, "update": of_matrices}, {"params": vectors, "update": of_vectors}]
@@ -187,7 +189,7 @@ def rested(kind: str, update: str) -> dict[str, float]:
     known = {
         "lars": lambda ps: torch.optim.SGD(ps, **sgd), "lamb": lambda ps: torch.optim.AdamW(ps, **adamw),
         "muon": lambda ps: updates.Normalised(ps, lr=0.05),
-        "am_sgd": lambda ps: torch.optim.SGD(ps, lr=0.05, weight_decay=1e-3),
+        "adaptive_memory_sgd": lambda ps: torch.optim.SGD(ps, lr=0.05, weight_decay=1e-3),
     }  # fmt: skip
     paper_loops.run(plain, steps, known[update](list(plain.parameters())), "none", {})
     for s in steps:

@@ -52,7 +52,7 @@ def test_the_schema_refuses_what_we_refuse(wrong):
         ("max_steps", "an integer >= 1 or null"),
         ("bf16", "true or false"),
         ("fsdp_reshard_after_forward", "true or false or an integer >= 1"),
-        ("lr_scheduler_type", "one of constant, linear, cosine"),
+        ("lr_scheduler_type", "one of constant, linear, cosine, warmup_stable_decay, inverse_sqrt, autodrop"),
         ("report_to", "a list of one of tensorboard, wandb, trackio, mlflow"),
         ("deepspeed", "a non-empty string or a mapping or null"),
         ("elastic", "a mapping or null"),

@@ -383,7 +383,7 @@ def test_a_gradient_that_was_written_in_place_is_clipped_by_its_own_length() -> 
     assert torch.allclose(flat(mine), flat(theirs), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("update", ["soap", "sophia_g", "sassha", "am_adamw", "schedule_free_adamw"])
+@pytest.mark.parametrize("update", ["soap", "sophia_g", "sassha", "adaptive_memory_adamw", "schedule_free_adamw"])
 def test_bf16_parameters_step_near_fp32s(update: str) -> None:
     """Of updates of ours, whose own vectors are fp32 beside weights in bf16."""
     ends = []

@@ -12,7 +12,8 @@ LIMIT = {"fp32": 1e-6, "fp64": 1e-12}
 FRAMEWORK = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4)]
 ZERO = [(f"zero{stage}", world) for stage in (0, 1, 2, 3) for world in (1, 2, 3)]
 VECTORS = {
-    "lars": 1.0, "lamb": 2.0, "am_sgd": 1.0, "am_adamw": 2.0, "schedule_free_sgd": 1.0, "schedule_free_adamw": 2.0,
+    "lars": 1.0, "lamb": 2.0, "adaptive_memory_sgd": 1.0, "adaptive_memory_adamw": 2.0,
+    "schedule_free_sgd": 1.0, "schedule_free_adamw": 2.0,
     "sophia_g": 2.0, "sophia_h": 2.0, "adahessian": 2.0, "sassha": 2.0,
 }  # fmt: skip
 """What an update keeps, in vectors: law 7. (Muon and SOAP have tests of their own.)"""
@@ -21,7 +22,8 @@ LATER = [*VECTORS][2:]
 METHODS = ["none", "sam", "asam", "lpf_sgd"]
 EVERY_DAY = [
     ("zero1", 2, "sassha", "sam"), ("zero2", 3, "sophia_g", "lpf_sgd"), ("zero3", 2, "adahessian", "none"),
-    ("zero0", 2, "sophia_h", "none"), ("zero2", 2, "am_adamw", "asam"), ("zero3", 3, "schedule_free_sgd", "sam"),
+    ("zero0", 2, "sophia_h", "none"), ("zero2", 2, "adaptive_memory_adamw", "asam"),
+    ("zero3", 3, "schedule_free_sgd", "sam"),
 ]  # fmt: skip
 
 
@@ -78,7 +80,7 @@ def test_under_a_method(ranks: Any, kind: str, world: int, update: str, method: 
     check(ranks(world).run(case, kind=kind, update=update, method=method, dtype="fp64", units=4), update, "fp64")
 
 
-@pytest.mark.parametrize("update", ["lars", "lamb", "muon", "am_sgd"])
+@pytest.mark.parametrize("update", ["lars", "lamb", "muon", "adaptive_memory_sgd"])
 @pytest.mark.parametrize("kind,world", [("ddp", 2), ("fsdp2", 3)])
 def test_at_rest(ranks: Any, kind: str, world: int, update: str) -> None:
     for r in ranks(world).run("tests.cases.updates:rested", kind=kind, update=update):
@@ -89,5 +91,7 @@ def test_at_rest(ranks: Any, kind: str, world: int, update: str) -> None:
 def test_norms_cost_one_reduction_per_step_and_an_average_none(ranks: Any, kind: str, world: int) -> None:
     for r in ranks(world).run("tests.cases.updates:counted", kind=kind):
         assert r["adamw"] > 0 and r["ema"] == r["adamw"], r
-        assert all(r[name] == r["adamw"] + 1 for name in ("lars", "lamb", "am_sgd", "am_adamw")), r
+        assert all(
+            r[name] == r["adamw"] + 1 for name in ("lars", "lamb", "adaptive_memory_sgd", "adaptive_memory_adamw")
+        ), r
         assert all(r[name] == r["adamw"] for name in ("schedule_free_sgd", "schedule_free_adamw", "soap")), r

@@ -49,6 +49,7 @@ PRIVATE = {
         "_backward_active_depth",
     ),
     "DeepSpeedZeroOptimizer_Stage3": (
+        "sub_group_to_group_id",
         "optimizer", "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat",
         "grad_partitions_flat_buffer", "persistent_parameters", "_partition_all_parameters",
         "ipg_buckets", "_backward_active_depth",

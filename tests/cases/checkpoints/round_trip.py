@@ -60,11 +60,11 @@ class Remembering:
 
 
 def _engine(kind: str, base: str, dtype: str, seed: int = 0, method: str = "") -> lso.Engine:
-    """`zero3+small` has a sub-group a parameter, `+scalar` a parameter without dimensions, `+peft` adapters; bf16 is
-    ZeRO's, beside fp32 masters. An update of ours has averages beside it."""
+    """`zero3+small` has a sub-group a parameter, `+scalar` a parameter without dimensions, `+peft` adapters, `+used` none that
+    nothing uses, of which torch keeps no state; bf16 is ZeRO's, beside fp32 masters. An update of ours has averages beside it."""
     kind, *more = kind.split("+")
     zero = {"sub_group_size": 1} if "small" in more else {}
-    extra = ("peft",) if "peft" in more else ("tied", "unused")
+    extra = ("peft",) if "peft" in more else ("tied",) if "used" in more else ("tied", "unused")
     model = engines.net(extra, torch.float32 if dtype == "bf16" else DTYPES[dtype], seed)
     if "scalar" in more:
         model.register_parameter("temperature", nn.Parameter(torch.tensor(1.0 + seed)))
@@ -133,7 +133,7 @@ def resume_and_finish(
 
 def transfer(path: str, kind: str, base: str = "adamw") -> dict[str, Any]:
     """Save after 3 steps on the first call, load on the next: weights, base state and method state, whole, by name."""
-    engine = _engine(kind, base, "fp32", seed=5)
+    engine = _engine(f"{kind}+used", base, "fp32", seed=5)
     checkpoints = Checkpointer(path)
     if folder.latest(path) is None:
         _train(engine, 0, 3, "fp32")
