@@ -60,8 +60,9 @@ class Remembering:
 
 
 def _engine(kind: str, base: str, dtype: str, seed: int = 0, method: str = "") -> lso.Engine:
-    """`zero3+small` has a sub-group a parameter, `+scalar` a parameter without dimensions, `+peft` adapters, `+used` none that
-    nothing uses, of which torch keeps no state; bf16 is ZeRO's, beside fp32 masters. An update of ours has averages beside it."""
+    """`zero3+small` has a sub-group a parameter, `+scalar` a parameter without dimensions, `+peft` adapters, `+used` no
+    parameter that nothing uses, of which torch keeps no state; bf16 is ZeRO's, beside fp32 masters. An update of ours
+    has averages beside it."""
     kind, *more = kind.split("+")
     zero = {"sub_group_size": 1} if "small" in more else {}
     extra = ("peft",) if "peft" in more else ("tied",) if "used" in more else ("tied", "unused")
