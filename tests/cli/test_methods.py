@@ -133,6 +133,7 @@ print("done")
 """
 
 
+@pytest.mark.full
 def test_a_package_that_is_installed_brings_its_own(tmp_path: Path) -> None:
     """By name: in the list, in a YAML, in a DeepSpeed JSON's optimizer block, in Python."""
     source, site = tmp_path / "source", tmp_path / "site"

@@ -86,12 +86,12 @@ def test_entropy_sgd_reaches_the_local_entropys_gradient() -> None:
 
 
 def test_lpf_sgd_is_the_smoothed_gradient() -> None:
-    """f = sum w^4 / 4, smoothed by N(0, s^2): its gradient is w^3 + 3 w s^2; s = gamma ||w||. Mean of 4096 draws."""
+    """f = sum w^4 / 4, smoothed by N(0, s^2): its gradient is w^3 + 3 w s^2; s = gamma ||w||. Mean of 1024 draws."""
     x = torch.tensor([0.5, -0.4, 0.3], dtype=F64)
     s = 0.3 * float(x.norm())
-    found = gradient(lso.LPFSGD(parts=4096, gamma=0.3, alpha=1.0), x, lambda w: w.pow(4).sum() / 4, units=4096)
+    found = gradient(lso.LPFSGD(parts=1024, gamma=0.3, alpha=1.0), x, lambda w: w.pow(4).sum() / 4, units=1024)
     # A draw's standard deviation is below 3 w^2 s + 3 |w| s^2 sqrt 2 + s^3 sqrt 15
-    error = 4 * (3 * x.square() * s + 3 * x.abs() * s**2 * 2**0.5 + s**3 * 15**0.5) / 64
+    error = 4 * (3 * x.square() * s + 3 * x.abs() * s**2 * 2**0.5 + s**3 * 15**0.5) / 32
     assert ((found - (x**3 + 3 * x * s**2)).abs() < error).all(), found
     assert ((found - x**3).abs() > error).any()  # the plain gradient is another
 

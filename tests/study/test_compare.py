@@ -89,6 +89,7 @@ def test_killed_continued_and_right(tmp_path: Path) -> None:
     ).read_text()
 
 
+@pytest.mark.full
 def test_a_run_that_fails_harms_no_other_and_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """One that diverges, one whose code raises; a target that one method reaches."""
     methods = {
