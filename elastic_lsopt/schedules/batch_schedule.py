@@ -21,8 +21,8 @@ from dataclasses import dataclass
 class Steps:
     """One batch after another.
 
-    >>> [Steps(first=32, changes=((100, 64),)).at(samples) for samples in (0, 99, 100)]
-    [32, 32, 64]
+    >>> tuple(Steps(first=32, changes=((100, 64),)).at(samples) for samples in (0, 99, 100))
+    (32, 32, 64)
     """
 
     first: int
@@ -38,8 +38,8 @@ class Steps:
 class Ramp:
     """From `first` to `last` in equal stages of a micro-batch each.
 
-    >>> [Ramp(first=2, last=8, samples=60, microbatch=2).at(samples) for samples in (0, 19, 20, 40, 59, 60)]
-    [2, 2, 4, 6, 6, 8]
+    >>> tuple(Ramp(first=2, last=8, samples=60, microbatch=2).at(samples) for samples in (0, 19, 20, 40, 59, 60))
+    (2, 2, 4, 6, 6, 8)
     """
 
     first: int
