@@ -194,11 +194,13 @@ class LandscapeStep:
                     raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")
                 for kept in self._watching():
                     kept.kind.before_step(space, gradient, samples, kept.state)
-                if (move := getattr(self.method, "move", None)) is not None:
+                move = getattr(self.method, "move", None)
+                too_large = norm**2 > torch.finfo(torch.float32).max  # DeepSpeed would leave out its part of the step
+                if too_large and (move is not None or self._update is not None):
+                    raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")
+                if move is not None:
                     move(space, gradient, self._base, self.clock, self.state)
                 if self._update is not None:
-                    if norm**2 > torch.finfo(torch.float32).max:  # DeepSpeed would leave out its part of the step
-                        raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")
                     self._update.take(self._clipped(gradient, norm))
                 if self.steps_base:
                     self.backend.step(gradient, norm)
@@ -206,6 +208,8 @@ class LandscapeStep:
         except NonFinite as error:
             return self._skip(oracle, samples, error)
         finally:
+            for key in [key for key in self.state if key.startswith("_")]:  # of this step alone
+                del self.state[key]
             space.fidelity.narrow = False
             self._looked = self._looked or space.fidelity.last is not None
         return StepReport(

@@ -67,7 +67,8 @@ class RWP:
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: State) -> Vector:
         std = value_at("gamma", self.gamma, oracle.clock) * space.norm_per_row(space.weights)
         std = masked(std, chosen(self.perturb, space), space)
-        moved, still = oracle.parts(2)
+        first, *rest = oracle.parts(2)
+        moved, still = first, rest[0] if rest else first  # the Trainer's last update of an epoch may have one part
         total = oracle.gradient(still).clone().mul_(1 - self.alpha)
         with space.perturbed(space.noise(oracle.step), std):
             return total.add_(oracle.gradient(moved), alpha=self.alpha)

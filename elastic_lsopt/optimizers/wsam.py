@@ -50,7 +50,6 @@ class WSAM(Ascent):
         require_share("gamma", self.gamma)
 
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Vector:
-        state.pop("sharpness", None)
         g = oracle.gradient()
         if not self.goes_up(oracle.step):
             return g
@@ -60,14 +59,14 @@ class WSAM(Ascent):
         a = self.gamma / (1 - self.gamma)
         if not self.decouple:
             return g.mul_(1 - a).add_(s, alpha=a)
-        state["sharpness"] = (s - g).mul_(a)
+        state["_sharpness"] = (s - g).mul_(a)
         return g
 
     def move(
         self, space: ParameterSpace, gradient: Vector, base: Base, clock: SampleClock, state: dict[str, Any]
     ) -> None:
         """Just before the base's step: w <- w - lr a (s - g). No communication."""
-        sharpness: Vector | None = state.pop("sharpness", None)
+        sharpness: Vector | None = state.pop("_sharpness", None)
         if sharpness is not None:
             for w, t, lr in zip(space.weights.tensors, sharpness.tensors, base.rates(), strict=True):
                 w.add_(t.to(w.dtype), alpha=-lr)

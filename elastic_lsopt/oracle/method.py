@@ -9,7 +9,8 @@ from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 
 State = dict[str, Vector | float | int]
-"""Named Vectors and numbers: saved, mirrored and resharded by name."""
+"""Named Vectors and numbers: saved, mirrored and resharded by name; a method's keys that begin with _ end with the
+step."""
 
 
 class Method(Protocol):

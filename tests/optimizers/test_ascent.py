@@ -250,3 +250,36 @@ def test_closures_in_parts_and_what_a_closure_cannot_give() -> None:
         assert (p - q).abs().max() < 1e-12
     with pytest.raises(lso.UserError, match="needs the logits, which a closure does not give"):
         lso.LandscapeOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), lso.FunctionalSAM())
+
+
+def test_a_gradient_too_large_for_the_step_moves_nothing_beforehand() -> None:
+    """Decoupled WSAM moves the weights just before the base steps: not where the step is about to be left out."""
+    model = Net().double()
+    engine = lso.Engine.of(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), method=lso.WSAM(rho=0.1),
+        loss_fn=lambda m, b: loss_fn(m, b) * 1e30,
+    )  # fmt: skip
+    before = [p.detach().clone() for p in model.parameters()]
+    engine.train_batch([batch()])
+    assert engine.last_step is not None and engine.last_step.skipped and engine.method_state == {}
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_rwp_where_an_update_has_one_micro_batch_only() -> None:
+    """As the Trainer's last update of an epoch may: both gradients are then of that micro-batch."""
+    from elastic_lsopt.api.trainer.trainer_oracle import TrainerOracle
+
+    model = Net().double()
+    engine = lso.Engine.of(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=loss_fn)
+
+    def run(b: tuple[Tensor, Tensor]) -> Tensor:
+        loss = loss_fn(model, b)
+        loss.backward()
+        return loss
+
+    oracle = TrainerOracle(engine.space, engine.backend, engine.clock, run, [batch()])
+    found = lso.RWP(gamma=0.0, alpha=0.3).gradient(engine.space, oracle, {})
+    wanted = gradient()
+    for piece, t in zip(engine.space.layout.pieces, found.tensors, strict=True):
+        name = engine.space.layout.parameters[piece.parameter].name
+        assert torch.allclose(t, wanted[name].flatten(), rtol=0, atol=1e-12)
