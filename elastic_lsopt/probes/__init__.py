@@ -7,6 +7,7 @@ from elastic_lsopt.probes.flatness.filter_normalisation import filter_normalised
 from elastic_lsopt.probes.flatness.fisher_rao import fisher_rao
 from elastic_lsopt.probes.flatness.gradient_norm import gradient_norm
 from elastic_lsopt.probes.flatness.local_entropy import local_entropy, local_entropy_gradient
+from elastic_lsopt.probes.flatness.logit_share import logit_share
 from elastic_lsopt.probes.flatness.lpf import lpf
 from elastic_lsopt.probes.flatness.mean_valley import mean_valley
 from elastic_lsopt.probes.flatness.pac_bayes import pac_bayes
@@ -48,6 +49,7 @@ __all__ = [
     "lobpcg",
     "local_entropy",
     "local_entropy_gradient",
+    "logit_share",
     "lpf",
     "mean_valley",
     "mode_connectivity",

@@ -31,6 +31,7 @@ from elastic_lsopt.probes.flatness.filter_norms import normalised
 from elastic_lsopt.probes.flatness.fisher_rao import fisher_rao
 from elastic_lsopt.probes.flatness.gradient_norm import gradient_norm
 from elastic_lsopt.probes.flatness.local_entropy import local_entropy, local_entropy_gradient
+from elastic_lsopt.probes.flatness.logit_share import logit_share
 from elastic_lsopt.probes.flatness.lpf import lpf
 from elastic_lsopt.probes.flatness.mean_valley import mean_valley
 from elastic_lsopt.probes.flatness.pac_bayes import pac_bayes
@@ -259,6 +260,7 @@ MEASURES: dict[str, Measure] = {
     "lobpcg": _probe(lobpcg),
     "local_entropy": _probe(local_entropy),
     "local_entropy_gradient": _probe(local_entropy_gradient),
+    "logit_share": _probe(logit_share),
     "lpf": _probe(lpf),
     "mode_connectivity": _needing("other", _asking(_connectivity)),
     "noise_scale": _asking(_noise),

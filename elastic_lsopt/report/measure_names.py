@@ -47,6 +47,7 @@ MEASURES = {
     "adaptive_sharpness": Measure(
         "adaptive sharpness", "nats", "SAM sharpness with a radius relative to each weight's size"
     ),
+    "logit_share": Measure("logits' share", "", "part of what SAM adds to the gradient that comes by the logits"),
     "mean_valley": Measure("mean valley", "weight", "distance from the workers' mean to where the loss is a multiple"),
     "gradient_norm": Measure("gradient norm", "nats / weight", "steepness where the weights are; 0 at a minimum"),
     "edge_of_stability": Measure(

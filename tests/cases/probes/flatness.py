@@ -13,6 +13,7 @@ from elastic_lsopt.probes.flatness.filter_norms import filter_norms, normalised
 from elastic_lsopt.probes.flatness.fisher_rao import fisher_rao
 from elastic_lsopt.probes.flatness.gradient_norm import gradient_norm
 from elastic_lsopt.probes.flatness.local_entropy import local_entropy, local_entropy_gradient
+from elastic_lsopt.probes.flatness.logit_share import logit_share
 from elastic_lsopt.probes.flatness.lpf import lpf
 from elastic_lsopt.probes.flatness.mean_valley import mean_valley
 from elastic_lsopt.probes.flatness.pac_bayes import pac_bayes
@@ -108,6 +109,7 @@ def measures(kind: str, bits: int = 64) -> dict[str, list[float]]:
         "epsilon": _numbers(epsilon_sharpness(space, oracle, **short)),
         "epsilon normalised": _numbers(epsilon_sharpness(space, oracle, **short, normalised=True)),
         "pac_bayes": _numbers(pac_bayes(space, oracle, initial=workers[0], draws=2, **short)),
+        "logit_share": _numbers(logit_share(space, oracle, rho=0.1)),
         "fisher_rao": _numbers(fisher_rao(space, oracle)),
         "local_entropy": _numbers(local_entropy(space, oracle, draws=3)),
         "mu_le": _numbers(local_entropy_gradient(space, oracle, steps=4, normalised=True)),
