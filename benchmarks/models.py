@@ -106,9 +106,9 @@ def engine(
     )
 
 
-def beside(other: lso.Engine, method: Any) -> lso.Engine:
+def beside(other: lso.Engine, method: Any, **more: Any) -> lso.Engine:
     """Another method on the same backend: the same weights at the same addresses."""
-    return lso.Engine(other.backend, method, loss_fn=other.loss)
+    return lso.Engine(other.backend, method, loss_fn=other.loss, **more)
 
 
 def _shard(model: nn.Module, size: Size) -> None:

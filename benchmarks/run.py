@@ -18,8 +18,9 @@ from benchmarks.targets import TARGETS, rows
 
 NAMES = {
     "imports": "imports", "noise": "noise", "one_process": "one_process", "steps": "step.methods",
-    "memory": "step.memory", "curvature": "curvature.products", "curvature_spectra": "curvature.spectra",
-    "curvature_memory": "curvature.memory", "elastic": "elastic.recovery", "elastic_agent": "elastic.agent",
+    "family": "step.family", "memory": "step.memory", "curvature": "curvature.products",
+    "curvature_spectra": "curvature.spectra", "curvature_memory": "curvature.memory",
+    "elastic": "elastic.recovery", "elastic_agent": "elastic.agent",
     "elastic_layer": "elastic.layer",
     "membership_simulation": "elastic.membership_simulation", "updates": "step.updates", "adapters": "step.adapters",
     "loading": "loading", "large_model": "large_model", "trainer": "step.trainer_steps", "plan_memory": "plan_memory",

@@ -7,6 +7,8 @@ from typing import Any
 
 from benchmarks.imports import COMMANDS
 from benchmarks.plan_memory import SETTINGS as PLANNED
+from benchmarks.step.family import BACKENDS as FAMILY_BACKENDS
+from benchmarks.step.family import TOGETHER
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,21 @@ class Target:
         return f"≤ {self.at_most:,g}" if self.at_most is not None else f"≥ {self.at_least:,g}"
 
 
+RULES, MOST = [rule.name for rules in TOGETHER for rule in rules], {"momentum_sam": 1.03}
 SCRATCH_BYTES = 4 * 2**20
 """The bounded scratch that counts as none: a move in fp32 reaches narrower weights through a chunk of this size."""
 
 TARGETS = (
     *(Target("steps", f"sam_{b}_of_two_base_steps", at_most=1.05) for b in ("fsdp2", "ddp", "zero2", "zero3")),
-    *(Target("steps", f"lpf_sgd_{b}_of_base_step", at_most=1.05) for b in ("fsdp2", "ddp")),
-    *(Target("steps", f"lpf_sgd_{b}_of_base_step", at_most=1.10) for b in ("zero2", "zero3")),
+    *(Target("steps", f"lpf_sgd_{b}_of_base_step", at_most=1.05) for b in ("fsdp2", "ddp", "zero2")),
+    Target("steps", "lpf_sgd_zero3_of_base_step", at_most=1.10),
+    *(
+        Target("family", f"{rule}_{b}_of_its_passes", at_most=MOST.get(rule, 1.05))
+        for b in FAMILY_BACKENDS
+        for rule in RULES
+    ),
+    *(Target("family", f"looksam_{b}_of_base_step", at_most=1.30) for b in FAMILY_BACKENDS),
+    *(Target("family", f"functional_sam_{b}_of_sam", at_most=1.10) for b in FAMILY_BACKENDS),
     *(Target("trainer", f"sam_{place}_of_two_trainer_steps", at_most=1.05) for place in ("one_process", "ddp")),
     *(Target("trainer", f"none_{place}_of_trainer_step", at_most=1.01) for place in ("one_process", "ddp")),
     Target("one_process", "sam_engine_of_pytorch_optimizer", at_most=1.0),
@@ -78,7 +88,10 @@ TARGETS = (
     *(Target("updates", f"{name}_zero2_step_of_adamw", at_most=1.10) for name in ("lars", "lamb")),
     Target("updates", "muon_own_step_of_torch_on_one", at_most=0.65),  # 1/N + 0.15 on two ranks
     Target("updates", "ema_zero2_step_of_base", at_most=1.02),
-    Target("updates", "ema_zero2_bytes_of_fp32_shard", at_most=1.0001),
+    *(Target("updates", f"{name}_zero2_bytes_of_fp32_shard", at_most=1.0001) for name in ("ema", "swa")),
+    Target("updates", "lawa_zero2_bytes_of_fp32_shard", at_most=2.0001),  # a copy each that it holds
+    Target("updates", "adamw_own_step_of_torchs_fused", at_most=1.2),
+    Target("updates", "soap_own_step_of_the_authors", at_most=1.1),
     *(
         Target("loading", f"peak_{kind}_world{world}_of_shard_and_block", at_most=0.9)
         for kind in ("fsdp2", "zero3")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT_S = 900
+TIMEOUT_S = 1800
 
 
 def world() -> int:
@@ -30,7 +30,7 @@ def on_ranks(
 
     `before` runs in the launcher before it starts, which so may put itself under a limit.
     One thread a rank on a CPU, so that ranks do not fight for cores. Raises CalledProcessError with the ranks' own
-    output on standard error where one fails, TimeoutExpired after 15 minutes.
+    output on standard error where one fails, TimeoutExpired after half an hour.
     """
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR",

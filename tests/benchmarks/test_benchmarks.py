@@ -16,7 +16,7 @@ from benchmarks.curvature import products as curvature
 from benchmarks.curvature import spectra as curvature_spectra
 from benchmarks.elastic import membership_simulation
 from benchmarks.models import TOY
-from benchmarks.targets import Target, rows
+from benchmarks.targets import RULES, Target, rows
 from benchmarks.timing import ratio_of
 from tests.processes.ranks import ROOT, Ranks, rank_environment
 from tests.processes.warm import run as run_command
@@ -30,6 +30,19 @@ def test_steps(ranks: Callable[[int], Ranks], kind: str) -> None:
     figures = ranks(2).run("benchmarks.step.methods:compare", kind=kind, size="toy")[0]
     assert figures[f"sam_{kind}_of_two_base_steps"] > 0
     assert figures[f"lpf_sgd_{kind}_of_base_step"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [pytest.param("fsdp2", marks=pytest.mark.full), "zero2"])
+def test_family(ranks: Callable[[int], Ranks], kind: str) -> None:
+    figures = ranks(2).run("benchmarks.step.family:compare", kind=kind, size="toy")[0]
+    assert all(figures[f"{rule}_{kind}_of_its_passes"] > 0 for rule in RULES)
+    assert figures[f"looksam_{kind}_of_base_step"] > 0 and figures[f"functional_sam_{kind}_of_sam"] > 0
+
+
+def test_own_steps(ranks: Callable[[int], Ranks]) -> None:
+    figures = ranks(1).run("benchmarks.step.updates:own_steps", size="toy")[0]
+    assert figures["adamw_own_step_of_torchs_fused"] > 0 and figures["soap_own_step_of_the_authors"] > 0
 
 
 @pytest.mark.long
@@ -68,8 +81,9 @@ def test_products() -> None:
 def test_updates_and_an_average(ranks: Callable[[int], Ranks]) -> None:
     figures = ranks(2).run("benchmarks.step.updates:steps", kind="zero2", size="toy")[0]
     assert all(figures[f"{name}_zero2_step_of_adamw"] > 0 for name in ("lars", "lamb", "muon"))
-    figures = ranks(2).run("benchmarks.step.updates:ema", kind="zero2", size="toy")[0]
-    assert figures["ema_zero2_bytes_of_fp32_shard"] == pytest.approx(1.0, abs=0.01)
+    figures = ranks(2).run("benchmarks.step.updates:averages", kind="zero2", size="toy")[0]
+    for name, shards in (("ema", 1), ("swa", 1), ("lawa", 2)):
+        assert figures[f"{name}_zero2_bytes_of_fp32_shard"] == pytest.approx(shards, abs=0.01)
     assert ranks(2).run("benchmarks.step.updates:muons_own_step", size="toy")[0]["muon_own_step_of_torch_on_one"] > 0
 
 

@@ -27,6 +27,10 @@ from elastic_lsopt.updates.update_optimizer import UpdateOptimizer
 from elastic_lsopt.updates.whole_matrices import not_for_muon
 
 TORCH = {kind.__name__.lower(): kind for kind in sorted(ELEMENT_WISE, key=lambda kind: kind.__name__)}
+FUSED = frozenset({torch.optim.Adam, torch.optim.AdamW})
+"""Classes whose step torch has as one kernel, on a CPU too."""
+CHOSEN = {"fused", "foreach", "capturable", "differentiable"}
+"""Options of a job's own that say how such a class steps."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,8 @@ def base_of(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.opti
         if alone is not None and is_torch(alone):
             plain = [{k: v for k, v in group.items() if k != "update"} for group in groups.values()]
             make, shared = cast(Any, alone), _options(config, next(iter(own)))
+            if alone in FUSED and not CHOSEN & shared.keys():
+                shared["fused"] = True  # a third of the time of torch's default on a CPU
             return make(plain, lr=config.learning_rate, **shared)  # what a class reads when it is made, and no group
         return UpdateOptimizer(list(groups.values()), lr=config.learning_rate)
 
