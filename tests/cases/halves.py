@@ -170,6 +170,7 @@ def refused_in_a_step() -> dict[str, str]:
     return {
         "plain": said(lambda: engine.train_batch([units[rank]])),
         "numbered": said(lambda: engine.train_batch(engines.mine(units))),
+        "misplaced": said(lambda: engine.train_batch([lso.MicroBatch(1 - engine.deal[0], units[0])])),
         "one alike": said(lambda: engine.train_batch([units[0], units[1 + rank // (dist.get_world_size() // 2)]])),
         "buffer": said(lambda: counting.train_batch(engines.mine(units, counting.deal))),
         "oracle": said(lambda: engine.oracle(engines.mine(units)).gradients_of_halves()),
