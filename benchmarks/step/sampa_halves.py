@@ -1,9 +1,7 @@
 """SAMPa's two gradients at once, each on half of the ranks, against one after the other: whole steps.
 
-    one     a batch of N / 2 micro-batches on N ranks: one after the other leaves half of the ranks without work
-    two     a batch of N micro-batches: equally many forwards per rank either way
-
-Both engines have weights of their own, the same at the start. A rank of a half runs the whole batch's share of two.
+one_microbatch      for every two ranks: one pass after the other leaves half of the ranks without work
+two_microbatches    for every two ranks: equally many forwards per rank either way
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from benchmarks.models import SIZES, Size, device, engine
 from benchmarks.timing import ratio_of, rounds
 from benchmarks.workers import on_ranks
 
-COUNTS = {"one": 1, "two": 2}
+COUNTS = {"one_microbatch": 1, "two_microbatches": 2}
 """Micro-batches for every two ranks."""
 
 
@@ -44,7 +42,7 @@ def compare(size: str) -> dict[str, object]:
             ours=lambda ours=ours: halves.train_batch(ours),
         )
         assert halves.last_step is not None and not halves.last_step.skipped, "a skipped step measures nothing"
-        figures |= ratio_of(times["ours"], times["base"]).figures(f"{name}_microbatch_per_two_ranks_of_serial")
+        figures |= ratio_of(times["ours"], times["base"]).figures(f"{name}_per_two_ranks_of_serial")
     return figures
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from elastic_lsopt.backends.groups import Group
 from elastic_lsopt.errors import Unsupported
+from elastic_lsopt.space.upload import on_device
 
 
 class Halves:
@@ -50,9 +51,9 @@ class Halves:
         sizes = [*(p.numel() for p in parameters), len(parameters)]
         own = torch.empty(sum(sizes), dtype=dtype, device=parameters[0].device)
         *pieces, has = own.split(sizes)
-        for i, (piece, p) in enumerate(zip(pieces, parameters, strict=True)):
+        has.copy_(on_device([p.grad is not None for p in parameters], own.device))
+        for piece, p in zip(pieces, parameters, strict=True):
             piece.zero_() if p.grad is None else piece.copy_(p.grad.reshape(-1))
-            has[i] = 0.0 if p.grad is None else 1.0
             p.grad = None
         self._own.sum_(own).div_(self.size)
         other = torch.empty_like(own)

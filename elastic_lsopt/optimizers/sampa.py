@@ -49,7 +49,7 @@ class SAMPa(Ascent):
     """Weight of the gradient at y'; in [0, 1]. The paper: 0.2."""
 
     halves: bool = False
-    """Both gradients at once, each on one half of the ranks; for an even number of ranks that hold all weights."""
+    """Both gradients at once, each on half of the ranks, which hold all weights; own loops deal by `engine.deal`."""
 
     facts: ClassVar[Facts] = Facts(
         paper="Xie et al. 2024, arXiv 2410.10683", passes="2", memory="1; 3 within the step",
