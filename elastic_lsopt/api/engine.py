@@ -19,6 +19,7 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.default_loss import as_loss
 from elastic_lsopt.oracle.eval_mode import eval_mode
 from elastic_lsopt.oracle.family import Family, Stateful
+from elastic_lsopt.oracle.halves_oracle import HalvesOracle
 from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
@@ -53,7 +54,9 @@ class Engine:
         self.loss = as_loss(loss_fn, backend.module)
         if getattr(method, "needs_logits", False) and not isinstance(self.loss, Loss):
             raise UserError(f"{type(method).__name__} needs the logits: {NO_LOGITS}")
-        self._landscape = LandscapeStep(backend, method, seed, SampleClock(total_samples=total_samples), kept=keep)
+        clock = SampleClock(total_samples=total_samples)
+        self._landscape = LandscapeStep(backend, method, seed, clock, kept=keep, deals=True)
+        self._oracle = HalvesOracle if getattr(method, "halves", False) else MicroBatchOracle
         if (update := updates_of(backend.base)) is not None:
             refuse_unseen(update.looking(), self.loss)
         self._stop_requested = False
@@ -129,6 +132,14 @@ class Engine:
         self._landscape.clock = clock
 
     @property
+    def deal(self) -> tuple[int, int]:
+        """(rank, ranks): micro-batch u of a training step is this rank's where u mod ranks is rank.
+
+        This rank's number and the world's size; of a method with `halves`, those within this rank's half.
+        """
+        return self._oracle.dealt_as(self.backend)
+
+    @property
     def skipped_steps(self) -> int:
         return self._landscape.skipped_steps
 
@@ -143,7 +154,10 @@ class Engine:
 
     def oracle(self, microbatches: Sequence[Any]) -> MicroBatchOracle:
         """The loss on these micro-batches of all ranks, as something one can ask."""
-        return MicroBatchOracle(
+        return self._oracle_of(MicroBatchOracle, microbatches)
+
+    def _oracle_of(self, kind: type[MicroBatchOracle], microbatches: Sequence[Any]) -> MicroBatchOracle:
+        return kind(
             self.space, self.backend, self.loss, microbatches, self.clock,
             stop_requested=lambda: self._stop_requested, piggyback=self.piggyback,
         )  # fmt: skip
@@ -152,14 +166,15 @@ class Engine:
         """One optimizer step on this rank's micro-batches; returns the mean loss of the global batch before it.
 
         `microbatches` are plain batches (the j-th of rank r is micro-batch j * world + r of the step) or `MicroBatch`s.
-        The ranks' lists may differ in length. `last_step` tells more.
+        The ranks' lists may differ in length. Of a method with `halves`, rank and world are those of `deal`, and ranks
+        r and r + world / 2 give the same. `last_step` tells more.
         """
         self._inside = True
         try:
             with self._landscape.informing():
                 self.space.copies.refuse_stale("a step")
                 self._refuse_other_parameters()
-                oracle = self.oracle(microbatches)
+                oracle = self._oracle_of(self._oracle, microbatches)
                 self.last_step = self._landscape.take(oracle, oracle.samples)
         finally:
             self._inside = False

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elastic_lsopt.api.accumulation import Accumulation, accelerate_goes_on
 from elastic_lsopt.api.owners import owners_of, refuse_not_averaged
-from elastic_lsopt.api.step import LandscapeStep
+from elastic_lsopt.api.step import LandscapeStep, refuse_halves
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import UserError
@@ -81,6 +81,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
                 f"base is a {type(base).__name__}; give a torch optimizer (an update: "
                 "lso.UpdateOptimizer(model.parameters(), update, lr=…)), or use lso.initialize(…) for DeepSpeed."
             )
+        refuse_halves(method)
         if getattr(method, "needs_logits", False):
             raise UserError(f"{type(method).__name__} needs the logits, which a closure does not give: {NO_LOGITS}")
         if (update := updates_of(base)) is not None:

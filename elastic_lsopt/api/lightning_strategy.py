@@ -31,7 +31,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from elastic_lsopt.api.initialize import Json, clipping
-from elastic_lsopt.api.step import LandscapeStep
+from elastic_lsopt.api.step import LandscapeStep, refuse_halves
 from elastic_lsopt.api.trainer.refusals import refuse_update
 from elastic_lsopt.api.trainer.trainer_oracle import TrainerOracle
 from elastic_lsopt.backends.backend import Backend
@@ -67,6 +67,7 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
         if isinstance(method, type) or not callable(getattr(method, "gradient", None)):
             raise UserError(f"method={method!r} is no method; give one, such as lso.SAM(rho=0.05).")
         super().__init__(**more)
+        refuse_halves(method)
         self._config, self._method, self._seed = read_deepspeed_json(config), method, seed
         if "optimizer" in self._config:
             raise UserError("the DeepSpeed JSON has an optimizer; return it from configure_optimizers, and remove it.")

@@ -44,8 +44,15 @@ class LandscapeStep:
     steps_base: bool = True
     """False: who holds the base optimizer clips and steps it himself, with the gradient that is in `.grad` then."""
 
+    deals: bool = False
+    """Who holds this takes whole micro-batches, which may be dealt to both halves of the ranks."""
+
     def __post_init__(self) -> None:
         self.backend.refuse_base()
+        if getattr(self.method, "halves", False):
+            if not self.deals:
+                refuse_halves(self.method)
+            self.backend.form_halves()
         self.space = ParameterSpace(self.backend, self.seed)
         if getattr(self.method, "moves_merged", False):
             self.space.merged = MergedWeights(self.backend)
@@ -147,8 +154,9 @@ class LandscapeStep:
         space is retired.
         """
         new = LandscapeStep(
-            backend, self.method, self.seed, self.clock, self.skipped_steps, kept=self.kept, steps_base=self.steps_base
-        )
+            backend, self.method, self.seed, self.clock, self.skipped_steps, kept=self.kept, steps_base=self.steps_base,
+            deals=self.deals,
+        )  # fmt: skip
         new._warned, new._looked = self._warned, self._looked
         for name, family in self.families.items():
             if (mine := new.families.get(name)) is None:
@@ -292,6 +300,15 @@ class LandscapeStep:
         samples, steps = state_dict["clock"]
         self.clock = SampleClock(samples, steps, self.clock.total_samples)
         self.skipped_steps = state_dict["skipped_steps"]
+
+
+def refuse_halves(method: Method) -> None:
+    """Raise UserError for a method whose halves of the ranks run the same micro-batches, where nobody deals them so."""
+    if getattr(method, "halves", False):
+        raise UserError(
+            f"{type(method).__name__}(halves=True) deals each micro-batch to both halves of the ranks, which only "
+            "lso.Engine and `elastic-lsopt train` do, in a job of fixed size; use one of these, or set halves=False."
+        )
 
 
 def _carried(value: Vector, fresh: Vector | float | None, space: ParameterSpace) -> Vector:

@@ -19,6 +19,7 @@ from elastic_lsopt.backends.dealt import Replicated, Sharded
 from elastic_lsopt.backends.gathering import Gathering
 from elastic_lsopt.backends.groups import Group, Groups, present
 from elastic_lsopt.backends.transport import Transport
+from elastic_lsopt.errors import Unsupported
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.space.dealing import Dealing
 from elastic_lsopt.space.layout import Piece
@@ -81,6 +82,17 @@ class Backend(GradientEngine):
     def unreduced_gradients(self) -> Sequence[Tensor]:
         """Gradients that the framework has accumulated without reducing them, where it keeps such aside."""
         return []
+
+    # -- halves ------------------------------------------------------------------------------------------------
+
+    def form_halves(self) -> None:
+        raise Unsupported(
+            f"halves=True needs every rank to hold all weights, each half at a point of its own, and {self.name} does "
+            "not do that; wrap the model in DistributedDataParallel (backend: replicated), or set halves=False."
+        )
+
+    def gradients_of_halves(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        raise NotImplementedError(self.name)
 
     # -- pieces ------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from elastic_lsopt.backends.backend import Backend, scale_to_norm_
+from elastic_lsopt.backends.halves import Halves
 from elastic_lsopt.backends.trainable import trainable
 from elastic_lsopt.backends.transport import Transport
 from elastic_lsopt.errors import Unsupported
@@ -43,6 +44,7 @@ class Replicated(Backend):
         self._ddp = model if isinstance(model, DistributedDataParallel) else None
         self.module = self._ddp.module if self._ddp else model
         self._learns_graph = self._ddp is not None and self._ddp.static_graph
+        self._halves: Halves | None = None
         self.transport = Transport()
         self.rank, self.world = self.transport.rank, self.transport.world
         if model is not None and self._ddp is None and self.world > 1:
@@ -104,6 +106,27 @@ class Replicated(Backend):
 
     def gradients(self) -> list[Tensor]:
         return [(torch.zeros_like(p) if p.grad is None else p.grad).view(-1) for p in self._parameters]
+
+    def form_halves(self) -> None:
+        if self._halves is not None:
+            return
+        if self._ddp is not None and self._ddp.static_graph:
+            raise Unsupported(
+                "halves=True: DistributedDataParallel(static_graph=True) averages its first backward pass over all "
+                "ranks, which stand at two points; leave static_graph out, or set halves=False."
+            )
+        self._halves = Halves(self.groups.replica)
+        self.half = self._halves.number
+        self.transport.learn_ports()  # of the halves' own groups
+
+    def gradients_of_halves(self) -> tuple[list[Tensor], list[Tensor]]:
+        assert self._halves is not None
+        self.transport.refuse_cut()
+        first, second, taken = self._halves.reduced(self._parameters)
+        for p, t, any_ in zip(self._parameters, second, taken, strict=True):
+            if any_:  # by this rank or another: the base of each must see the same ones
+                p.grad = t.view(p.shape).to(p.dtype)
+        return first, self.gradients()
 
     def install(self, vector: Vector) -> None:
         alone = self.left_alone(vector, [i for i, p in enumerate(self._parameters) if p.grad is None])

@@ -51,14 +51,18 @@ class Transport:
         Transport._made += 1
         if self._job.size > 1:
             end_well()
-            mine = sorted({local for _, local, _, listens in sockets() if listens})
-            heads = self._gather([Transport._made, len(mine)])
-            # a newcomer has made fewer than a survivor: all go on from the largest number
-            Transport._made = max(made for made, _ in heads)
-            longest = max(ports for _, ports in heads)
-            everyones = self._gather([*mine, *[0] * (longest - len(mine))])
-            self._ports = {port for ports in everyones for port in ports if port}
+            self.learn_ports()
         self._prefix = f"elastic_lsopt/{Transport._made}"
+
+    def learn_ports(self) -> None:
+        """By which ports the ranks talk, also in a group that was made since (collective; two small gathers)."""
+        mine = sorted({local for _, local, _, listens in sockets() if listens})
+        heads = self._gather([Transport._made, len(mine)])
+        # a newcomer has made fewer than a survivor: all go on from the largest number
+        Transport._made = max(made for made, _ in heads)
+        longest = max(ports for _, ports in heads)
+        everyones = self._gather([*mine, *[0] * (longest - len(mine))])
+        self._ports |= {port for ports in everyones for port in ports if port}
 
     @property
     def _store(self) -> dist.Store:

@@ -26,7 +26,16 @@ from elastic_lsopt.cli.tables import (
     uses_host,
 )
 from elastic_lsopt.config.deepspeed_json import read_deepspeed_json, zero_stage
-from elastic_lsopt.config.settings import ADAMS, BUILTIN_DATASETS, SettingError, TrainConfig, batch_sizes, lr_rule
+from elastic_lsopt.config.settings import (
+    ADAMS,
+    BUILTIN_DATASETS,
+    SettingError,
+    TrainConfig,
+    batch_sizes,
+    in_halves,
+    lr_rule,
+    ranks_that_share,
+)
 from elastic_lsopt.elastic.worker.open_files import too_few
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
@@ -61,7 +70,7 @@ def validate(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = F
         plans = _plans(job)
         code = {} if trust else foreign_code(job.config)
         looked = look_at_model(job.config) if "model.import" not in code else None
-    worlds = sorted({*WORLDS, job.config.workers})
+    worlds = [w for w in sorted({*WORLDS, job.config.workers}) if w % 2 == 0 or not in_halves(job.config)]
     console = console_of_tables()
     parameters = f"{said_of_size(looked.size)}, " if looked is not None else ""
     console.print(f"{path}: {job.config.task}, {parameters}backend {_backend(job.config)}")
@@ -140,9 +149,9 @@ class Cut:
     sizes: tuple[int, ...]
     parts: tuple[tuple[int, int], ...]
 
-    def forwards(self, world: int) -> int:
-        """Forwards of each rank in one pass over the global batch, idle ones included."""
-        return sum(len(slots(bounds, 0, world)) for bounds in self.parts)
+    def forwards(self, ranks: int) -> int:
+        """Forwards of each of these ranks in one pass over the global batch, idle ones included."""
+        return sum(len(slots(bounds, 0, ranks)) for bounds in self.parts)
 
 
 def _cut(job: Job) -> Cut:
@@ -166,10 +175,12 @@ def _batch_table(console: Console, config: TrainConfig, cut: Cut, worlds: Sequen
         ["ranks", "micro-batches a rank", "forwards a rank and pass", "idle slots"],
     )
     for world in worlds:
-        counts = {len(microbatches_of_rank(microbatches, rank, world)) for rank in range(world)}
-        forwards = cut.forwards(world)
+        ranks = ranks_that_share(config, world)
+        counts = {len(microbatches_of_rank(microbatches, rank, ranks)) for rank in range(ranks)}
+        forwards = cut.forwards(ranks)
         each = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
-        rows.add_row(rank_name(world, config), each, str(forwards), str(forwards * world - microbatches))
+        idle = (forwards * ranks - microbatches) * (world // ranks)
+        rows.add_row(rank_name(world, config), each, str(forwards), str(idle))
     return rows
 
 

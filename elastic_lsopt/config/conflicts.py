@@ -16,6 +16,7 @@ from elastic_lsopt.config.settings import (
     MOST_WORKERS,
     NO_SQUARE_ROOT,
     TrainConfig,
+    in_halves,
     landscape_fields,
     lr_rule,
 )
@@ -134,6 +135,7 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         )
     else:
         yield from _merged_conflicts(c, landscape_fields(c)[0])
+        yield from _halves_conflicts(c)
     if c.elastic is not None:
         yield from _elastic_conflicts(c, c.elastic)
         for name in c.report_to:
@@ -236,6 +238,25 @@ def _data_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         )
     if c.compute_metrics is not None and c.eval_dataset is None and not c.eval_fraction:
         yield "compute_metrics", "compute_metrics needs held-out data; set eval_fraction or eval_dataset."
+
+
+def _halves_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
+    key = "landscape.halves"
+    if not in_halves(c):
+        return
+    if c.elastic is not None:
+        yield (
+            key,
+            f"{key}: an elastic job may come to an odd number of ranks; remove the elastic block, or set it false.",
+        )
+    if c.backend != "replicated":
+        yield (
+            key,
+            f"{key} needs every rank to hold all weights as they are, but backend={c.backend} keeps them its own way; "
+            "use backend: replicated, or set it false.",
+        )
+    if c.workers > 1 and c.workers % 2:
+        yield key, f"{key}: workers={c.workers} cannot be parted into two halves; use an even number, or set it false."
 
 
 def _merged_conflicts(c: TrainConfig, method: str) -> Iterator[tuple[str, str]]:

@@ -273,6 +273,16 @@ def landscape_fields(config: TrainConfig) -> tuple[str, dict[str, Any]]:
     return own.pop("method") if "method" in own else own.pop("import"), own
 
 
+def in_halves(config: TrainConfig) -> bool:
+    """Whether the landscape method parts the ranks into halves, which run the same micro-batches."""
+    return config.landscape.get("halves") is True
+
+
+def ranks_that_share(config: TrainConfig, world: int) -> int:
+    """Among how many of the job's ranks a step's micro-batches are dealt: all, or those of one half."""
+    return world // 2 if in_halves(config) else world
+
+
 def batch_sizes(config: TrainConfig) -> tuple[int, ...]:
     """The global batches that bound those of the job's steps, the first one first."""
     block, own = config.batch_schedule, config.global_batch_size

@@ -24,6 +24,10 @@ class GradientEngine(Shards, WholeParameters):
     """This rank's number and the number of ranks in its replica: those that train one copy of the model in step."""
     holders: int
     """How many ranks hold each piece: the sum of local squares over the world counts it so often."""
+    half: int | None = None
+    """In which half of the ranks this one is, 0 or 1, once `form_halves` has parted them."""
+    still: bool = False
+    """The forward was looked at, and moves no buffer."""
     observed: bool = False
     """A forward has told in what type it computes (`compute_type.py`)."""
 
@@ -87,6 +91,20 @@ class GradientEngine(Shards, WholeParameters):
     @abstractmethod
     def install(self, vector: Vector) -> None:
         """Make `vector` the gradient that the base optimizer will step with."""
+
+    @abstractmethod
+    def form_halves(self) -> None:
+        """Part the ranks into two halves that may stand at different points (collective; once).
+
+        Raises Unsupported where a rank does not hold all weights, and for an odd number of ranks.
+        """
+
+    @abstractmethod
+    def gradients_of_halves(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The gradient of each half, after passes that none of them has closed (`begin(last=False)`; collective).
+
+        As `gradients`, whose buffer holds the second half's from then on.
+        """
 
     @abstractmethod
     def sum_replica_(self, values: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class Method(Protocol):
     # A method may also have, and is then asked for:
     #   needs                             what the base must keep: a set of `Need`s (oracle/base.py)
     #   needs_logits                      whether the loss must be an lso.Loss
+    #   halves                            whether its two gradients are taken at once (oracle/halves_oracle.py)
     #   passes_at(step) -> int            passes that the step begins, where they are not one
     #   move(space, gradient, base, clock, state)     just before the base steps: move `space.weights` itself, in place
 

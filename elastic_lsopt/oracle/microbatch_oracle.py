@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,9 @@ class MicroBatchOracle(Oracle):
     one costs one all-reduce of 5 + world numbers. Raises UserError where a rank has no micro-batch, or another's.
     """
 
+    copies: ClassVar[int] = 1
+    """How many ranks run each micro-batch."""
+
     def __init__(
         self,
         space: ParameterSpace,
@@ -60,7 +63,8 @@ class MicroBatchOracle(Oracle):
         if backend.module is not None:
             refuse_coupled_samples(backend.module)
         self._loss = loss
-        microbatches = as_microbatches(microbatches, backend.rank, backend.world, backend.replica, backend.replicas)
+        self._rank, self._ranks = self.dealt_as(backend)
+        microbatches = as_microbatches(microbatches, self._rank, self._ranks, backend.replica, backend.replicas)
         self._microbatches = {u.at: u for u in microbatches if not u.idle}
         """By their places in the replica."""
         self._stand_in = microbatches[0].batch if microbatches else None
@@ -74,6 +78,11 @@ class MicroBatchOracle(Oracle):
         self._objective: Objective | None = None
         self._chosen: dict[int, Chosen] | None = None
         """In place of whole micro-batches, some of their samples."""
+
+    @staticmethod
+    def dealt_as(backend: GradientEngine) -> tuple[int, int]:
+        """(rank, ranks): micro-batch u of the replica is dealt to rank u mod ranks."""
+        return backend.rank, backend.world
 
     @property
     def products(self) -> Products:
@@ -164,7 +173,7 @@ class MicroBatchOracle(Oracle):
 
     def _agree(self, microbatches: Sequence[MicroBatch]) -> None:
         """All ranks learn the total weight, the number of micro-batches, and whether a rank has nothing to run."""
-        world, rank = self.backend.world, self.backend.rank
+        world, rank, ranks = self.backend.world, self.backend.rank, self._ranks
         given = [u.at for u in microbatches if not u.idle]
         counts = [
             self._loss.count(u.batch) for u in self._microbatches.values()
@@ -173,24 +182,26 @@ class MicroBatchOracle(Oracle):
             sum(counts),
             sum(self._unit_samples.values()),
             not microbatches,
-            any(u < 0 or u % world != rank for u in given),
+            any(u < 0 or u % ranks != self._rank for u in given),
             len(given) - len(self._microbatches),
             *(max(self._microbatches, default=-1) + 1 if r == rank else 0 for r in range(world)),
+            *(marks := self._marks()),
         ]
         sums = self.backend.sum_replica_(on_device(own, self.backend.compute_device))
         both = torch.cat([sums, on_device(counts, self.backend.compute_device)]).tolist()
-        total, number, empty, misplaced, twice, *ends = both[: len(own)]
+        total, number, empty, misplaced, twice, *ends = both[: 5 + world]
         self._weights = dict(zip(self._microbatches, both[len(own) :], strict=True))
         self._count, self._evenly = int(max(ends)), not misplaced
         if misplaced and not self._each_once():
             raise UserError(
                 f"{int(misplaced)} rank(s) got a micro-batch that is another's: micro-batch u belongs to rank "
-                f"u mod {world}."
+                f"u mod {ranks}{' of each half' if self.copies > 1 else ''}."
             )
         if twice:
             raise UserError(
                 f"{int(twice)} micro-batch(s) share the index of another; every micro-batch needs an index of its own."
             )
+        self._compare(both[5 + world : 5 + world + len(marks)])
         if empty:
             raise UserError(
                 f"{int(empty)} of {world} ranks got no micro-batch; give every rank at least one (or Unit(idle=True))."
@@ -199,7 +210,14 @@ class MicroBatchOracle(Oracle):
             raise UserError(
                 f"the total weight of the global batch is {total}; it must be > 0 (are all labels masked?)."
             )
-        self._total, self.samples = total, int(number)
+        self._total, self.samples = total, int(number) // self.copies
+
+    def _marks(self) -> Sequence[float | Tensor]:
+        """Numbers that are summed over the ranks with the others, for `_compare`."""
+        return ()
+
+    def _compare(self, marks: Sequence[float]) -> None:
+        """Raise UserError for sums that show ranks that were dealt wrong."""
 
     def _each_once(self) -> bool:
         """Whether the ranks hold each micro-batch once in shares of their own, as a plan for unequal ranks deals them.
@@ -207,7 +225,7 @@ class MicroBatchOracle(Oracle):
         Only where every rank holds all weights: there no forward waits for another rank. One all-reduce of a number a
         micro-batch.
         """
-        if self.backend.holders < self.backend.world:
+        if self.backend.holders < self.backend.world or self.copies > 1:
             return False
         held = torch.zeros(self._count + 1, dtype=torch.float64, device=self.backend.compute_device)
         for index in self._microbatches:
@@ -218,7 +236,7 @@ class MicroBatchOracle(Oracle):
     def _slots(self, bounds: tuple[int, int]) -> list[int | None]:
         """This rank's forwards for one part; None is an idle slot."""
         if self._evenly:
-            return slots(bounds, self.backend.rank, self.backend.world)
+            return slots(bounds, self._rank, self._ranks)
         first, end = bounds
         # At least one: the backward that closes a pass is each rank's.
         return [*sorted(u for u in self._microbatches if first <= u < end)] or [None]
@@ -226,7 +244,7 @@ class MicroBatchOracle(Oracle):
     @property
     def weight(self) -> float:
         """The total weight of the global batch: its samples or unmasked tokens."""
-        return self._total
+        return self._total / self.copies
 
     def parts(self, m: int) -> list[Part]:
         return [

@@ -41,6 +41,11 @@ from elastic_lsopt.space.vector import BorrowedGradient, Vector
 EXACT = 2**26
 """Sums over the ranks below this have a square that fp64 holds exactly."""
 
+NO_HALVES = (
+    "halves of the ranks are formed by lso.Engine and `elastic-lsopt train`, which deal each micro-batch to both; use "
+    "one of these, or set halves=False."
+)
+
 
 @dataclass
 class Pass:
@@ -197,6 +202,18 @@ class Oracle(ABC):
         A pass over these samples alone.
         """
         raise UserError(NO_LOGITS)
+
+    @property
+    def half(self) -> int:
+        """In which half of the ranks this one is, 0 or 1. Raises UserError where there are no halves."""
+        raise UserError(NO_HALVES)
+
+    def gradients_of_halves(self) -> tuple[Vector, BorrowedGradient]:
+        """The gradient where the first half of the ranks stands, and that where the second does: one pass by the clock.
+
+        Both on every rank (collective). Raises UserError where there are no halves.
+        """
+        raise UserError(NO_HALVES)
 
     def hvp(self, v: Vector) -> Product:
         """The Hessian of the mean loss at the present weights, times v: sharded as v is (collective).

@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from elastic_lsopt.api.engine import Engine
+from elastic_lsopt.api.step import refuse_halves
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
 from elastic_lsopt.checkpoint.divergence import Streak, last_words, set_bad_aside
 from elastic_lsopt.checkpoint.folder import listing
@@ -92,12 +93,15 @@ class TrainingRun:
             refuse_other_data(dist.group.WORLD, self.data_identity())
         self.total_samples = steps_of(config, len(data.train)) * config.global_batch_size
         keep = [*keep, *watchers(config, len(data.train))]
+        if world.plan is not None:
+            refuse_halves(method)
         self.engine = build_engine(config, method, data, world, self.total_samples, keep)
         self._pace = Pace(config, self.engine, world.plan, rehearsal=world.rehearsal)
         batch = config.global_batch_size if world.plan is None else world.plan.global_batch_size
+        rank, ranks = self.engine.deal
         self.loader = StepLoader(
             data.train, lambda rows: placed(data.collate(rows), world), global_batch_size=batch,
-            microbatch_size=config.per_device_train_batch_size, seed=config.seed, rank=world.rank, world=world.size,
+            microbatch_size=config.per_device_train_batch_size, seed=config.seed, rank=rank, world=ranks,
             total_samples=self.total_samples, parts=method.parts,
             microbatches=None if world.plan is None else world.plan.microbatches_of_rank[world.rank],
             batch_at=self._pace.batch_at,

@@ -53,6 +53,13 @@ def test_adapters(ranks: Callable[[int], Ranks], kind: str) -> None:
     assert figures[f"flat_lora_{kind}_of_lora_step"] > 0
 
 
+@pytest.mark.long
+def test_sampa_in_halves(ranks: Callable[[int], Ranks]) -> None:
+    figures = ranks(2).run("benchmarks.step.sampa_halves:compare", size="toy")[0]
+    assert figures["one_microbatch_per_two_ranks_of_serial"] > 0
+    assert figures["two_microbatches_per_two_ranks_of_serial"] > 0
+
+
 def test_one_process() -> None:
     figures = one_process.compare(TOY)
     assert figures["sam_engine_of_pytorch_optimizer"] > 0

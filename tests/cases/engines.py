@@ -180,9 +180,9 @@ def batches(
     ]
 
 
-def mine(units: Sequence[Any]) -> list[Any]:
-    """This rank's units, as the loader deals them; a rank without one gets a stand-in."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def mine(units: Sequence[Any], deal: tuple[int, int] | None = None) -> list[Any]:
+    """This rank's units, as the loader deals them (to an engine with that `deal`); a rank without gets a stand-in."""
+    rank, world = deal or (dist.get_rank(), dist.get_world_size())
     own = [lso.MicroBatch(u, units[u]) for u in range(rank, len(units), world)]
     return own or [lso.MicroBatch(0, units[0], idle=True)]
 

@@ -16,6 +16,8 @@ from tests.jobs import LLAMA, TINY, command, losses, rows, run, write_job
 
 ZERO = {"backend": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 2}}}
 
+HALVES = {"backend": "replicated", "landscape": {"method": "sampa", "halves": True}}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -44,6 +46,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (ZERO | {"deepspeed": {"fp16": {"enabled": True}}}, r":\d+: deepspeed: fp16 is refused.* use bf16"),
         (ZERO | {"deepspeed": "/no/such.json"}, r":\d+: the DeepSpeed JSON /no/such\.json does not exist"),
         ({"resume_from_checkpoint": "/no/checkpoint-1"}, r":\d+: resume_from_checkpoint=/no/checkpoint-1 does not ex"),
+        (
+            HALVES | {"workers": 3},
+            r":\d+: landscape\.halves: workers=3 cannot be parted into two halves",
+        ),
+        (
+            HALVES | {"backend": "fsdp2"},
+            r":\d+: landscape\.halves needs .* backend=fsdp2 .* backend: replicated",
+        ),
+        (HALVES | {"elastic": {"max_nodes": 2}}, r":\d+: landscape\.halves: an elastic job may come to an odd number"),
         ({"output_dir": "/dev/null/run"}, r":\d+: output_dir=/dev/null/run: /dev/null is not a folder"),
     ],
 )

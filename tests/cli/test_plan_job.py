@@ -207,6 +207,24 @@ def test_time_and_price(capsys):
     assert "hours" in capsys.readouterr().out
 
 
+def test_halves_of_the_ranks_run_a_batch_each(capsys):
+    """Four micro-batches of 8: SAMPa's two passes take the time of one, and no world is odd."""
+    given = (QUICKSTART, *SMALL, "backend=replicated", "optim=sgd", "max_steps=1000", "block_size=128")
+    speed = ("--tokens-per-second", "1000")
+    halves = told(capsys, *given, "landscape={method: sampa, halves: true}", *speed)["worlds"]
+    assert [one["world"] for one in halves] == [2, 4, 8, 16, 32, 64]
+    assert [one["forwards_per_pass"] for one in halves] == [4, 2, 1, 1, 1, 1]
+    serial = told(capsys, *given, "landscape={method: sampa}", *speed, "--worlds", "2,4,8,16,32,64")["worlds"]
+    ratios = [ours["hours"] / theirs["hours"] for ours, theirs in zip(halves, serial, strict=True)]
+    assert ratios == pytest.approx([1, 1, 0.5, 0.5, 0.5, 0.5])
+    by_world = {one["world"]: one["sent_bytes_per_step"]["gradients"] for one in halves}
+    parameters = serial[0]["sent_bytes_per_step"]["gradients"] / (2 * 2 * 4 * 1 / 2)
+    assert by_world[2] == pytest.approx(4 * parameters)  # to the twin
+    assert by_world[8] == pytest.approx((2 * 3 / 4 + 1) * 4 * parameters)  # around a ring of four first
+    assert main(["plan", *given, "landscape={method: sampa, halves: true}", "--worlds", "3"]) == 2
+    assert "--worlds 3 has no halves" in capsys.readouterr().err
+
+
 def test_the_tables(capsys):
     assert main(["plan", QUICKSTART, *SMALL, "elastic={max_nodes: 4}", "--gpu-memory", "80 GB"]) == 0
     out = capsys.readouterr().out

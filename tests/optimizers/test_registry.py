@@ -57,7 +57,8 @@ def test_defaults_are_the_papers() -> None:
         "gsam": {**sam, "alpha": 0.4}, "looksam": {**sam, "k": 5, "alpha": 0.7},
         "friendly_sam": {**sam, "sigma": 1.0, "decay": 0.9}, "wsam": {**sam, "gamma": 0.9, "decouple": True},
         "momentum_sam": {**sam, "rho": 0.3}, "m_sam": {**sam, "parts": 4}, "esam": {**sam, "beta": 0.5, "gamma": 0.5},
-        "ae_sam": {**sam, "decay": 0.9, "lambda1": -1.0, "lambda2": 1.0}, "sampa": {**sam, "rho": 0.1, "lam": 0.2},
+        "ae_sam": {**sam, "decay": 0.9, "lambda1": -1.0, "lambda2": 1.0},
+        "sampa": {**sam, "rho": 0.1, "lam": 0.2, "halves": False},
         "random_sam": sam, "functional_sam": sam, "rwp": {"gamma": 0.01, "alpha": 0.5, "perturb": {}},
         "lpf_sgd": {"parts": 8, "gamma": 0.0005, "alpha": 15.0, "perturb": {}},
         "entropy_sgd": {

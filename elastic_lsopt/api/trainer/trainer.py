@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from elastic_lsopt.api.step import LandscapeStep
+from elastic_lsopt.api.step import LandscapeStep, refuse_halves
 from elastic_lsopt.api.trainer.logged_counts import not_counted
 from elastic_lsopt.api.trainer.probe_callback import ProbeCallback
 from elastic_lsopt.api.trainer.refusals import (
@@ -66,6 +66,7 @@ class LandscapeTrainerMixin(_Base):
     def __init__(self, *args: Any, landscape: Any = None, **more: Any) -> None:
         refuse_version()
         self.landscape = method_of(landscape)
+        refuse_halves(self.landscape)
         self.last_step: StepReport | None = None
         self._landscape_step: LandscapeStep | None = None
         self._placed: tuple[Any, Any] | None = None

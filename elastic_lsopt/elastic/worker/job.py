@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from elastic_lsopt.api.engine import Engine
+from elastic_lsopt.api.step import refuse_halves
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
 from elastic_lsopt.checkpoint.divergence import Streak, last_words, set_bad_aside
 from elastic_lsopt.checkpoint.ownership import Ownership
@@ -98,6 +99,7 @@ class Job:
         assert plan is not None
         if total_samples is None:
             raise UserError("an elastic job's engine has no total_samples, the length of the job; give it one.")
+        refuse_halves(self.engine.method)
         self._rates = Rates(self.engine, plan)
         self.loader = StepLoader(
             self.dataset, self.collate, global_batch_size=plan.global_batch_size, microbatch_size=plan.microbatch_size,

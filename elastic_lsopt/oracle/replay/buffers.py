@@ -10,7 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+def moving_buffers(roots: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """The buffers of modules in training mode by name, as a forward may move them (copies)."""
+    owners = ((name, m) for root in roots for name, m in root.named_modules() if m.training)
+    found = ((f"{owner}.{name}".lstrip("."), b) for owner, m in owners for name, b in m._buffers.items())
+    return {name: b.clone() for name, b in found if b is not None}
 
 
 @contextmanager

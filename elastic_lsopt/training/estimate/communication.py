@@ -7,6 +7,7 @@ method's p passes with m moves of the weights:
     replicated   gradients   p x 2 x 4 P                                reduced once per pass
     fsdp2        weights     p a x 2 c P                                forward, and again in the backward
                  gradients   p a x r P, r = 4                           and 2 x 4 P / N over the replicas of HSDP
+    in halves    gradients   2 x 4 P (N/2 - 1) / (N/2) + 4 P            SAMPa's two passes at once
     ZeRO 0       gradients   p x 2 x c P
     ZeRO 1       gradients   p x 2 x c P        weights   (1 + m) x c P      after the step, and after each move
     ZeRO 2       gradients   p a x 2 x c P      weights   (1 + m) x c P      its buckets are all-reduced
@@ -39,6 +40,13 @@ class Passes:
     """Moves of the weights."""
     gathers: float = 0.0
     """Gathers of all trained weights."""
+    halves: bool = False
+    """Two of the passes are taken at once, each by one half of the ranks."""
+
+    @property
+    def in_turn(self) -> float:
+        """Passes of a rank, one after the other."""
+        return self.gradients - self.halves
 
     @classmethod
     def of(cls, method: str, fields: Mapping[str, Any]) -> Passes:
@@ -64,7 +72,7 @@ class Passes:
                 k = fields.get("k", 5)
                 return cls(1.0 + 1.0 / k, 1.0 / k)
             case "sampa":
-                return cls(2.0, 2.0)
+                return cls(2.0, 2.0, halves=fields.get("halves") is True)
             case _:
                 every = fields.get("every", 1)
                 return cls(1.0 + 1.0 / every, 1.0 / every)
@@ -92,6 +100,9 @@ def sent_per_step(size: ModelSize, at: Placement, *, microbatches: int, passes: 
         reductions = forwards if at.stage == 2 else passes.gradients
         weights = c * trained * (1 + passes.moves) * ring if at.sharded else 0.0
         gradients = 2 * reductions * (c if at.backend == "deepspeed" else FP32) * trained * ring
+    if passes.halves:
+        half = at.world // 2  # one all-reduce within it, and a message to the twin
+        gradients = FP32 * trained * (2 * (half - 1) / half + 1)
     if at.sharded:
         weights += passes.gathers * FP32 * trained * ring
     return {"weights": round(weights), "gradients": round(gradients + replicas)}

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from elastic_lsopt.config.settings import SettingError, TrainConfig, batch_sizes, landscape_fields, lr_rule
+from elastic_lsopt.config.settings import (
+    SettingError,
+    TrainConfig,
+    batch_sizes,
+    in_halves,
+    landscape_fields,
+    lr_rule,
+    ranks_that_share,
+)
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.microbatch import part_bounds, slots, unit_sizes
@@ -81,16 +89,24 @@ def worlds_of(config: TrainConfig, given: Sequence[int]) -> list[int]:
     one that is asked for and cannot be.
     """
     least, most = bounds_of(config)
+    step = step_of_worlds(config)
     if not given:
         powers = [2**k for k in range(7)]
         own = least if config.elastic is not None else config.workers
-        return sorted({w for w in (*powers, own) if least <= w <= most and w % config.fsdp_replicas == 0} or {own})
+        return sorted({w for w in (*powers, own) if least <= w <= most and w % step == 0} or {own})
     for world in given:
         if world % config.fsdp_replicas:
             raise SettingError("fsdp_replicas", f"fsdp_replicas={config.fsdp_replicas} must divide --worlds {world}.")
+        if world % step:
+            raise SettingError("landscape.halves", f"landscape.halves: --worlds {world} has no halves; give even ones.")
         if not least <= world <= most:
             raise SettingError("elastic", f"--worlds {world} lies outside the job's {least} to {most} workers.")
     return sorted(set(given))
+
+
+def step_of_worlds(config: TrainConfig) -> int:
+    """What divides each world that the job may have."""
+    return 2 if in_halves(config) else config.fsdp_replicas
 
 
 def bounds_of(config: TrainConfig) -> tuple[int, int]:
@@ -111,7 +127,8 @@ def batch_on(config: TrainConfig, parts: int, world: int) -> Batch:
         return batch_on(replace(config, batch_schedule=None, global_batch_size=most, learning_rate=rate), parts, world)
     if config.elastic is None:
         sizes = unit_sizes(config.global_batch_size, config.per_device_train_batch_size)
-        forwards = sum(len(slots(bounds, 0, world)) for bounds in part_bounds(len(sizes), parts))
+        ranks = ranks_that_share(config, world)
+        forwards = sum(len(slots(bounds, 0, ranks)) for bounds in part_bounds(len(sizes), parts))
         return Batch(samples=config.global_batch_size, forwards=forwards, learning_rate=config.learning_rate)
     try:
         made = plan([Worker(r, "") for r in range(world)], Policy.of(config, parts=parts), SampleClock())
@@ -154,7 +171,7 @@ def _length(config: TrainConfig, batch: Batch, world: int, passes: Passes, speed
         return None
     tokens = config.block_size if config.task != "classification" else 1
     steps = config.max_steps * config.global_batch_size / batch.samples
-    a_step = passes.gradients * batch.forwards * config.per_device_train_batch_size * tokens / speed.tokens_per_second
+    a_step = passes.in_turn * batch.forwards * config.per_device_train_batch_size * tokens / speed.tokens_per_second
     hours = steps * a_step / 3600
     return Length(hours=hours, price=None if speed.price_per_hour is None else hours * world * speed.price_per_hour)
 
@@ -169,7 +186,7 @@ def smallest_world(
 ) -> int | None:
     """The fewest ranks on which the job fits; None: not on MOST_WORLD either."""
     least, most = bounds_of(config)
-    step = config.fsdp_replicas
+    step = step_of_worlds(config)
     first, last = -(-least // step), min(most, MOST_WORLD) // step
 
     def right(groups: int) -> bool:
