@@ -204,7 +204,8 @@ class Engine:
 
     @property
     def evaluates_at(self) -> str | None:
-        """The average at which the base optimizer says that the model is ("schedule_free"); None: at the weights."""
+        """The average at which method or base say that the model is ("bi_lora", "schedule_free"); None: at the
+        weights."""
         return self._landscape.evaluates_at
 
     def state_dict(self) -> dict[str, Any]:

@@ -134,6 +134,12 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         )
     else:
         yield from _merged_conflicts(c, landscape_fields(c)[0])
+        if landscape_fields(c)[0] == "bi_lora" and (elsewhere := sorted(optims & EVALUATE_ELSEWHERE)):
+            yield (
+                "optim",
+                f"optim={elsewhere[0]} keeps the weights in other places too, and bi_lora moves them when it has "
+                "stepped; use adamw.",
+            )
     if c.elastic is not None:
         yield from _elastic_conflicts(c, c.elastic)
         for name in c.report_to:
@@ -243,6 +249,8 @@ def _merged_conflicts(c: TrainConfig, method: str) -> Iterator[tuple[str, str]]:
         yield "landscape", "landscape: flat_lora moves the weights that adapters are merged into; add a lora block."
     if method == "nbar" and c.lora is None:
         yield "landscape", "landscape: nbar balances the two factors of LoRA; add a lora block."
+    if method == "bi_lora" and c.lora is None:
+        yield "landscape", "landscape: bi_lora trains a second adapter against that of LoRA; add a lora block."
     if method == "flat_lora" and c.landscape_space != "merged":
         yield "landscape", "landscape: flat_lora moves the merged weights; set landscape_space: merged."
     if method != "flat_lora" and c.landscape_space == "merged":

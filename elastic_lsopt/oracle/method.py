@@ -26,6 +26,10 @@ class Method(Protocol):
     #   needs_logits                      whether the loss must be an lso.Loss
     #   passes_at(step) -> int            passes that the step begins, where they are not one
     #   move(space, gradient, base, clock, state)     just before the base steps: move `space.weights` itself, in place
+    #   settle(space, state) -> bool      when the base has stepped (not where the step was left out): move
+    #                                     `space.weights`, in place; whether it did, alike on all ranks
+    #   point(space, weights) -> Vector   the model's own weights, of these or of an average of them: where it is
+    #                                     evaluated and exported; a Vector of its own
 
     def init(self, space: ParameterSpace) -> State:
         """What the method remembers before its first step."""
