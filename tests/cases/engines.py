@@ -33,7 +33,7 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "esam": {"rho": 0.3, "beta": 0.6, "gamma": 0.5},
     "ae_sam": {"rho": 0.3, "decay": 0.5, "lambda1": -0.5, "lambda2": 0.5},
     "sampa": {"rho": 0.3, "lam": 0.3},
-    "bi_lora": {"r": 3, "rho": 0.2},
+    "bi_lora": {"r": 3, "rho": 0.05},
     "nbar": {"alpha": {"start": 0.5, "end": 0.1}},
     "random_sam": {"rho": 0.3},
     "functional_sam": {"rho": 0.3},
