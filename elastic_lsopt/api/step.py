@@ -16,10 +16,12 @@ from elastic_lsopt.averages.average import Average
 from elastic_lsopt.backends.adversary import AdversaryAdapter
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.merged_weights import MergedWeights
+from elastic_lsopt.backends.restricted import restricted_space
 from elastic_lsopt.errors import NonFinite, PeerFailed, StaleWeights, UserError
 from elastic_lsopt.optimizers.registry import methods
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.family import Family, Kept, MethodFamily, Stateful
+from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.observation import HowProducts
 from elastic_lsopt.oracle.oracle import Oracle
@@ -107,6 +109,14 @@ class LandscapeStep:
         if self._point_of_method is not None:
             return self._point_of_method
         return next(iter(self._update.points()), None) if self._update is not None else None
+
+    def measured(self) -> tuple[ParameterSpace, GradientEngine]:
+        """The trained parameters of the model that is wanted, for measures: all of them, or all but an adversary's."""
+        adversary = self.space.adversary
+        if adversary is None:
+            return self.space, self.backend
+        chosen = [i for i, is_factor in enumerate(adversary.factors) if not is_factor]
+        return restricted_space(self.space, self.backend, chosen)
 
     @contextmanager
     def averaged(self, name: str) -> Iterator[Vector]:

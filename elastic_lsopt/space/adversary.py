@@ -9,10 +9,15 @@ from typing import Protocol
 class Adversary(Protocol):
     """The factors B2 and A2 of a model's layers: parameters of the space, and no part of the model that is wanted."""
 
-    factors: Sequence[bool]
-    """For each parameter of the space whether it is one of them."""
-    ranks: frozenset[int]
-    """Of its products."""
+    @property
+    def factors(self) -> Sequence[bool]:
+        """For each parameter of the space whether it is one of them."""
+        ...
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        """Of its products."""
+        ...
 
     def norm(self) -> float:
         """The length of all that it adds to the weights, sqrt(sum over layers ||s B2 A2||_F^2), the same number on

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.averages.ema import EMA
+from elastic_lsopt.oracle.clock import SampleClock
+from elastic_lsopt.probes.catalogue import ProbeContext
+from elastic_lsopt.probes.measurement import Measurement
 from elastic_lsopt.space.vector import Vector
 from tests.cases import api, engines
 from tests.cases.laws import DTYPES, STEPS
@@ -115,7 +119,7 @@ def left_out(kind: str) -> dict[str, bool]:
 def own_loop(kind: str, clip: float = 0.5) -> dict[str, float]:
     """LandscapeOptimizer around a user's own peft model, beside the paper's loop, fp64."""
     hyper = engines.HYPERPARAMETERS["bi_lora"]
-    steps = engines.batches(STEPS, 2, dtype=torch.float64)
+    steps = engines.batches(STEPS, dist.get_world_size(), dtype=torch.float64)
     plain = engines.net(EXTRA, torch.float64)
     own = copy.deepcopy(plain)
     named = [(n, p) for n, p in plain.named_parameters() if p.requires_grad]
@@ -130,6 +134,49 @@ def own_loop(kind: str, clip: float = 0.5) -> dict[str, float]:
         "dw": engines.furthest(optimizer.space, plain),
         "dloss": max(abs(a - b) for a, b in zip(losses, wanted, strict=True)),
     }
+
+
+MEASURED: dict[str, dict[str, Any]] = {
+    "gradient_norm": {}, "lambda_max": {}, "lpf": {"draws": 3}, "noise_scale": {}, "sam_sharpness": {},
+    "trace": {"samples": 2}, "weight_norm": {},
+}  # fmt: skip
+
+
+def _measures(engine: lso.Engine, products: Any) -> dict[str, Any]:
+    space, backend = engine.measured()
+    loss = engines.SPLIT
+    units = engines.batches(1, 4, seed=3)[0]
+    measuring = Measurement(space, backend, loss, products=products)
+    with measuring.at_rest():
+        oracle = measuring.oracle(engines.mine(units), engine.clock)
+        alone = [
+            measuring.oracle([lso.MicroBatch(0, u, idle=dist.get_rank() > 0)], engine.clock, checked=False)
+            for u in units
+        ]
+        context = ProbeContext(space=space, oracle=oracle, batches=lambda: alone, samples=16)
+        return {name: measuring.take(name, settings, context).told for name, settings in MEASURED.items()}
+
+
+def measured(kind: str, products: str = "auto") -> dict[str, Any]:
+    """Measures of an engine with an adversary, where its model is, beside those of LoRA with the same adapter."""
+    engine = engines.build(kind, engines.net(EXTRA), lso.BiLoRA(r=R, rho=3.0), base="momentum", loss_fn=engines.SPLIT)
+    steps = engines.batches(STEPS, 3)
+    for s in steps:
+        engine.train_batch(engines.mine(s))
+    model = engines.net(("peft",))
+    found = engines.whole(engine.space)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(found.get(name, p))
+    with engine.averaged("bi_lora"):
+        ours = _measures(engine, products)
+    loss = engine.train_batch(engines.mine(steps[0]))
+    engines.close(engine)
+    lora = engines.build(kind, model, lso.Plain(), base="momentum", loss_fn=engines.SPLIT)
+    lora.clock = SampleClock(engine.clock.samples - 12, STEPS)
+    wanted = _measures(lora, products)
+    engines.close(lora)
+    return {"ours": ours, "wanted": wanted, "loss": loss}
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

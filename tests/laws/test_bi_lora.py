@@ -73,6 +73,30 @@ def test_the_model_is_without_it(ranks: Any, kind: str, bf16: bool) -> None:
         assert r["alone"] <= near and r["ema"] <= near and min(r["trained"], r["mean"]) > far, r
 
 
+def _numbers(told: Any, at: str = "") -> dict[str, float]:
+    """Every number in the answer of a measure, by its place; its time is none."""
+    rows = told.items() if isinstance(told, dict) else enumerate(told) if isinstance(told, list) else ()
+    out = {f"{at}": float(told)} if isinstance(told, int | float) else {}
+    for key, value in rows:
+        if key != "seconds":
+            out |= _numbers(value, f"{at}/{key}")
+    return out
+
+
+@pytest.mark.parametrize(
+    "kind,products",
+    full_but([("fsdp2", "blockwise"), ("zero2", "kept")], ("ddp", "fsdp2", "hsdp", "zero0", "zero2", "zero3"),
+             ("kept", "blockwise", "differences")),
+)  # fmt: skip
+def test_measures_are_those_of_lora(ranks: Any, kind: str, products: str) -> None:
+    """The adversary is a direction of no measure, and no part of a norm."""
+    near = 2e-2 if products == "differences" else 2e-4
+    for r in ranks(2).run(CASES + "measured", kind=kind, products=products):
+        ours, wanted = _numbers(r["ours"]), _numbers(r["wanted"])
+        assert len(ours) > 20 and ours.keys() == wanted.keys(), r
+        assert ours == pytest.approx(wanted, rel=near, abs=near), r
+
+
 @pytest.mark.parametrize("kind", full_but([("fsdp2",), ("zero3",)], ("ddp", "fsdp2", "zero2", "zero3")))
 def test_a_step_that_is_left_out_moves_nothing(ranks: Any, kind: str) -> None:
     for r in ranks(2).run(CASES + "left_out", kind=kind):

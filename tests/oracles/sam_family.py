@@ -273,7 +273,7 @@ def nbar(
 
 def length_of(model: nn.Module) -> float:
     """sqrt(sum ||s B2 A2||_F^2) of the adapter called adversary, from the whole products."""
-    layers = [layer for layer in model.modules() if "adversary" in getattr(layer, "lora_A", ())]
+    layers: list[Any] = [layer for layer in model.modules() if "adversary" in getattr(layer, "lora_A", ())]
     factors = [(x.scaling["adversary"], x.lora_B["adversary"].weight, x.lora_A["adversary"].weight) for x in layers]
     return norm([s * b.detach().double() @ a.detach().double() for s, b, a in factors])
 
