@@ -7,12 +7,13 @@
     if c > rho:  A2 <- sqrt(rho / c) A2,  B2 <- sqrt(rho / c) B2       so that what is added has the length rho
 
 Liu, Li, Huang, Yang, Huang: "Bi-LoRA: Efficient Sharpness-Aware Minimization for Fine-Tuning Large-Scale Models", ICLR
-2026, arXiv 2508.19564. The adversary is no part of the model: evaluation, probes of a finished run and exports are
-without it (`engine.averaged("bi_lora")`, where its factors are 0). Rest point: rho = 0, where it stays 0: plain LoRA.
+2026, arXiv 2508.19564. The adversary is no part of the model: evaluation, probes, averages and exports are without it
+(`engine.averaged("bi_lora")`, where its factors are 0), and checkpoints keep it. Rest point: rho = 0, where B2 stays 0
+and all else is plain LoRA.
 
-Differs from the paper in: 1. c counts peft's factor s = alpha / r, which the paper leaves out of its formulas, so that
-rho is the length of what is really added to the weights; the adversary has the s of the trained adapter; 2. a factor
-that begins at 0 is B2, as in peft, and the adversary has no dropout.
+Differs from the paper in: 1. c counts peft's factor s = alpha / r, where the paper writes ||B2 A2||, so that rho is the
+length of what is really added to the weights. Choices of this project: the s of the adversary is that of the trained
+adapter, it begins as peft's do (B2 = 0), and it has no dropout; at rho = 0 its gradient is 0, not only its length.
 
 The base clips the gradients of both by one norm, and its weight decay shrinks both.
 """
