@@ -85,7 +85,7 @@ def _numbers(told: Any, at: str = "") -> dict[str, float]:
 
 @pytest.mark.parametrize(
     "kind,products",
-    full_but([("fsdp2", "blockwise"), ("zero2", "kept")], ("ddp", "fsdp2", "hsdp", "zero0", "zero2", "zero3"),
+    full_but([("zero2", "kept")], ("ddp", "fsdp2", "hsdp", "zero0", "zero2", "zero3"),
              ("kept", "blockwise", "differences")),
 )  # fmt: skip
 def test_measures_are_those_of_lora(ranks: Any, kind: str, products: str) -> None:
@@ -115,20 +115,21 @@ def test_a_users_own_loop(ranks: Any, kind: str, world: int) -> None:
 @pytest.mark.parametrize(
     "saved,loaded",
     [
-        (("fsdp2+peft+adversary", 3), ("zero3+peft+adversary", 2)),
+        (("fsdp2", 3), ("zero3", 2)),
         *(
             pytest.param(*row, marks=pytest.mark.full)
             for row in (
-                (("plain+peft+adversary", 1), ("fsdp2+peft+adversary", 3)),
-                (("zero3+peft+adversary", 2), ("ddp+peft+adversary", 2)),
-                (("zero2+peft+adversary", 2), ("zero2+peft+adversary", 3)),
+                (("plain", 1), ("fsdp2", 3)),
+                (("zero3", 2), ("ddp", 2)),
+                (("zero2", 2), ("zero2", 3)),
             )
         ),
     ],
     ids=str,
 )  # fmt: skip
 def test_law_4_goes_on_elsewhere(ranks: Any, tmp_path: Path, saved: Any, loaded: Any) -> None:
-    assert law_4(ranks, tmp_path, saved, loaded, base="momentum", method="bi_lora") <= 1e-6
+    there, here = ((f"{kind}+peft+adversary", world) for kind, world in (saved, loaded))
+    assert law_4(ranks, tmp_path, there, here, base="momentum", method="bi_lora") <= 1e-6
 
 
 REFUSED = {
