@@ -134,12 +134,8 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         )
     else:
         yield from _merged_conflicts(c, landscape_fields(c)[0])
-        if landscape_fields(c)[0] == "bi_lora" and (elsewhere := sorted(optims & EVALUATE_ELSEWHERE)):
-            yield (
-                "optim",
-                f"optim={elsewhere[0]} keeps the weights in other places too, and bi_lora moves them when it has "
-                "stepped; use adamw.",
-            )
+        if landscape_fields(c)[0] == "bi_lora":
+            yield from _adversary_conflicts(c, optims)
     if c.elastic is not None:
         yield from _elastic_conflicts(c, c.elastic)
         for name in c.report_to:
@@ -263,6 +259,34 @@ def _merged_conflicts(c: TrainConfig, method: str) -> Iterator[tuple[str, str]]:
             "landscape_space",
             f"landscape_space=merged is for method flat_lora, but method={method}: {why}; remove the key.",
         )
+
+
+def _adversary_conflicts(c: TrainConfig, optims: set[str]) -> Iterator[tuple[str, str]]:
+    """What bi_lora's second adapter, which is trained upwards, does not go with."""
+    if elsewhere := sorted(optims & EVALUATE_ELSEWHERE):
+        yield (
+            "optim",
+            f"optim={elsewhere[0]} keeps the weights in other places too, and bi_lora moves them when it has stepped; "
+            "use adamw.",
+        )
+    if c.lr_scheduler_type == "autodrop":
+        yield (
+            "lr_scheduler_type",
+            "lr_scheduler_type=autodrop looks how the weights turn, and with bi_lora its adversary turns among them; "
+            "use cosine.",
+        )
+    if c.batch_schedule is not None and c.batch_schedule.kind == "noise_scale":
+        yield (
+            "batch_schedule",
+            "batch_schedule.kind=noise_scale measures the gradient, and with bi_lora that of its adversary among it; "
+            "use ramp.",
+        )
+    for key, block in (("batch_schedule", c.batch_schedule), ("elastic", c.elastic)):
+        if block is not None and lr_rule(c, block) == "adascale":
+            yield (
+                f"{key}.lr_rule",
+                "lr_rule=adascale measures the gradient, and with bi_lora that of its adversary among it; use linear.",
+            )
 
 
 def _group_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:

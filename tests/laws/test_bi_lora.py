@@ -10,8 +10,11 @@ import pytest
 from tests.checkpoint.test_resume import law_4
 from tests.laws.cover import full_but
 
-FRAMEWORK = (("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("fsdp2-offload", 2))
-ZERO = (*((f"zero{stage}", world) for stage in (0, 1, 2, 3) for world in (1, 2, 3)), ("zero3-offload", 2))
+FRAMEWORK = (("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("fsdp2-kept", 2), ("hsdp", 4), ("fsdp2-offload", 2))
+ZERO = (
+    *((f"zero{stage}", world) for stage in (0, 1, 2, 3) for world in (1, 2, 3)),
+    *((f"zero{k}", 2) for k in ("2-offload", "3-offload", "3-offload-param")),
+)
 PEFT = ["peft", "adversary"]
 REFERENCE = "tests.cases.laws:reference"
 CASES = "tests.cases.bi_lora:"
