@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from elastic_lsopt.optimizers import registry
     from elastic_lsopt.optimizers.ae_sam import AESAM
     from elastic_lsopt.optimizers.asam import ASAM
+    from elastic_lsopt.optimizers.bi_lora import BiLoRA
     from elastic_lsopt.optimizers.entropy_sgd import EntropySGD
     from elastic_lsopt.optimizers.esam import ESAM
     from elastic_lsopt.optimizers.flat_lora import FlatLoRA
@@ -89,6 +90,7 @@ __all__ = [
     "AdaHessian",
     "AdaptiveMemory",
     "Average",
+    "BiLoRA",
     "Engine",
     "EntropySGD",
     "FlatLoRA",
@@ -136,6 +138,7 @@ __all__ = [
 
 _HOMES = {
     "NBAR": "optimizers.nbar",
+    "BiLoRA": "optimizers.bi_lora",
     "AESAM": "optimizers.ae_sam",
     "EntropySGD": "optimizers.entropy_sgd",
     "ESAM": "optimizers.esam",

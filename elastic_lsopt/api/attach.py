@@ -32,12 +32,13 @@ def attach(
         >>> space.norm(oracle.gradient() - space.weights)
         0.0
 
+    Of an engine with bi_lora the space is without its adversary; ask inside `engine.averaged("bi_lora")`.
     `products` says how curvature is multiplied with vectors: auto, kept, rebuilt, blockwise or differences. The first
     product is preceded by the checks of `oracle/curvature/curvature_checks.py` unless `checked` is False.
     Raises Unsupported and UserError as the engine does.
     """
     if isinstance(model_or_engine, Engine):
-        backend, space = model_or_engine.backend, model_or_engine.space
+        space, backend = model_or_engine.measured()
         loss, clock = model_or_engine.loss if loss_fn is None else loss_fn, model_or_engine.clock
     else:
         backend, loss, clock = backend_for(model_or_engine), loss_fn, SampleClock()

@@ -20,6 +20,7 @@ from elastic_lsopt.oracle.default_loss import as_loss
 from elastic_lsopt.oracle.eval_mode import eval_mode
 from elastic_lsopt.oracle.family import Family, Stateful
 from elastic_lsopt.oracle.halves_oracle import HalvesOracle
+from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.oracle.loss import Loss, LossFunction
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
@@ -219,8 +220,13 @@ class Engine:
 
     @property
     def evaluates_at(self) -> str | None:
-        """The average at which the base optimizer says that the model is ("schedule_free"); None: at the weights."""
+        """The average at which method or base say that the model is ("bi_lora", "schedule_free"); None: at the
+        weights."""
         return self._landscape.evaluates_at
+
+    def measured(self) -> tuple[ParameterSpace, GradientEngine]:
+        """Space and backend for measures: of all trained parameters, or of all but the adversary of bi_lora."""
+        return self._landscape.measured()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the method's state, and the clock. (Checkpoints for any world size: `lso.checkpoint`.)"""

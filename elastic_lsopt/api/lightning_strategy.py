@@ -32,7 +32,7 @@ from torch import Tensor
 
 from elastic_lsopt.api.initialize import Json, clipping
 from elastic_lsopt.api.step import LandscapeStep, refuse_halves
-from elastic_lsopt.api.trainer.refusals import refuse_update
+from elastic_lsopt.api.trainer.refusals import refuse_method, refuse_update
 from elastic_lsopt.api.trainer.trainer_oracle import TrainerOracle
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.config.deepspeed_json import engine_json, read_deepspeed_json
@@ -66,6 +66,7 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
             )
         if isinstance(method, type) or not callable(getattr(method, "gradient", None)):
             raise UserError(f"method={method!r} is no method; give one, such as lso.SAM(rho=0.05).")
+        refuse_method(method, "Lightning")
         super().__init__(**more)
         refuse_halves(method)
         self._config, self._method, self._seed = read_deepspeed_json(config), method, seed

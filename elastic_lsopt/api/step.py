@@ -13,11 +13,15 @@ import torch
 from elastic_lsopt.api.base_view import BaseView
 from elastic_lsopt.averages.average import FAMILY as AVERAGES
 from elastic_lsopt.averages.average import Average
+from elastic_lsopt.backends.adversary import AdversaryAdapter
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.merged_weights import MergedWeights
+from elastic_lsopt.backends.restricted import restricted_space
 from elastic_lsopt.errors import NonFinite, PeerFailed, StaleWeights, UserError
+from elastic_lsopt.optimizers.registry import methods
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.family import Family, Kept, MethodFamily, Stateful
+from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.observation import HowProducts
 from elastic_lsopt.oracle.oracle import Oracle
@@ -26,7 +30,7 @@ from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.perturbation import Fidelity
 from elastic_lsopt.space.upload import on_device
 from elastic_lsopt.space.vector import BorrowedGradient, Vector
-from elastic_lsopt.updates.update_optimizer import updates_of
+from elastic_lsopt.updates.update_optimizer import UpdateOptimizer, updates_of
 
 
 @dataclass
@@ -56,12 +60,15 @@ class LandscapeStep:
         self.space = ParameterSpace(self.backend, self.seed)
         if getattr(self.method, "moves_merged", False):
             self.space.merged = MergedWeights(self.backend)
+        if getattr(self.method, "moves_adversary", False):
+            self.space.adversary = AdversaryAdapter(self.backend)
         self.families: dict[str, Family] = {}
         for kind in (MethodFamily(self.method), *self.kept):
             self.add(Kept(kind, self.space))
         self._base = BaseView(self.backend, self.space)
         self._base.refuse(type(self.method).__name__, frozenset(getattr(self.method, "needs", ())))
         self._update = updates_of(self.backend.base)
+        refuse_moved_after(self.method, self._update, steps_base=self.steps_base)
         for family in self._update.bind(self.space, self.backend.parameters) if self._update is not None else ():
             self.add(family)
         self._products = HowProducts()
@@ -70,13 +77,29 @@ class LandscapeStep:
         """Averages that were asked for before they had begun."""
 
     def average(self, name: str) -> Vector:
-        """The average of that name, live: read it, never write it. Raises UserError where none is kept."""
+        """The average of that name, live: read it, never write it. Raises UserError where none is kept.
+
+        Of a method that evaluates elsewhere than at the weights (bi_lora) the average is taken there, as a Vector of
+        its own; under the method's own name that of the weights themselves.
+        """
+        point = getattr(self.method, "point", None)
+        if point is None:
+            return self._average(name)
+        return point(self.space, self.space.weights if name == self._point_of_method else self._average(name))
+
+    @property
+    def _point_of_method(self) -> str | None:
+        """The method's name, where it evaluates elsewhere than at the weights."""
+        return methods.name_of(type(self.method)) if hasattr(self.method, "point") else None
+
+    def _average(self, name: str) -> Vector:
         kept = self.families.get(f"{AVERAGES}{name}")
         if kept is None and self._update is not None and name in self._update.points():
             return self._update.point(name, self.space)
         if not isinstance(kept, Kept) or not isinstance(kept.kind, Average):
             known = [n.removeprefix(AVERAGES) for n in self.families if n.startswith(AVERAGES)]
             known += self._update.points() if self._update is not None else []
+            known += [self._point_of_method] if self._point_of_method is not None else []
             raise UserError(
                 f"no average {name!r} is kept (there are: {', '.join(known) or 'none'}); build with "
                 f"keep=[lso.averages.build({name!r})], in a YAML with averages: {{{name}: {{…}}}}."
@@ -88,8 +111,19 @@ class LandscapeStep:
 
     @property
     def evaluates_at(self) -> str | None:
-        """The average at which the base optimizer says that the model is (schedule_free's); None: at the weights."""
+        """The average at which the method or the base optimizer says that the model is (bi_lora's, schedule_free's);
+        None: at the weights."""
+        if self._point_of_method is not None:
+            return self._point_of_method
         return next(iter(self._update.points()), None) if self._update is not None else None
+
+    def measured(self) -> tuple[ParameterSpace, GradientEngine]:
+        """The trained parameters of the model that is wanted, for measures: all of them, or all but an adversary's."""
+        adversary = self.space.adversary
+        if adversary is None:
+            return self.space, self.backend
+        chosen = [i for i, is_factor in enumerate(adversary.factors) if not is_factor]
+        return restricted_space(self.space, self.backend, chosen)
 
     @contextmanager
     def averaged(self, name: str) -> Iterator[Vector]:
@@ -212,6 +246,9 @@ class LandscapeStep:
                     self._update.take(self._clipped(gradient, norm))
                 if self.steps_base:
                     self.backend.step(gradient, norm)
+                settle = getattr(self.method, "settle", None)
+                if settle is not None and settle(space, self.state):
+                    space.copies.refresh()
                 space.stepped()
         except NonFinite as error:
             return self._skip(oracle, samples, error)
@@ -308,6 +345,20 @@ def refuse_halves(method: Method) -> None:
         raise UserError(
             f"{type(method).__name__}(halves=True) deals each micro-batch to both halves of the ranks, which only "
             "lso.Engine and `elastic-lsopt train` do, in a job of fixed size; use one of these, or set halves=False."
+        )
+
+
+def refuse_moved_after(method: Method, update: UpdateOptimizer | None, *, steps_base: bool) -> None:
+    """Raise UserError for a method that moves weights after the base's step, where that is not ours or not enough."""
+    if not hasattr(method, "settle"):
+        return
+    name = methods.name_of(type(method))
+    if not steps_base:
+        raise UserError(f"{name} moves weights when the base has stepped, and who holds the base here steps it later.")
+    if update is not None and update.points():
+        raise UserError(
+            f"{name} moves weights when the base has stepped, and {update.points()[0]} keeps them in other places too; "
+            "use another base, such as adamw."
         )
 
 

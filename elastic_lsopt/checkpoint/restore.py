@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from elastic_lsopt.backends.adversary import ADVERSARY, is_factor
 from elastic_lsopt.backends.backend import Backend, local
 from elastic_lsopt.checkpoint.contents import (
     FORMAT,
@@ -116,6 +117,8 @@ def refuse_other_model(state: TrainingState, metadata: dict[str, Any], *, hyperp
         raise UserError(f"the checkpoint has format {metadata['format']}; this version reads formats 1 to {FORMAT}.")
     mine = {p.name: list(p.shape) for p in state.backend.layout.parameters}
     theirs = metadata["parameters"]
+    if not any(is_factor(name, ADVERSARY) for name in mine):  # bi_lora's is no part of the model that it has trained
+        theirs = {name: shape for name, shape in theirs.items() if not is_factor(name, ADVERSARY)}
     for name in [*mine, *theirs]:
         if mine.get(name) != theirs.get(name):
             here, there = mine.get(name, "absent"), theirs.get(name, "absent")

@@ -136,6 +136,8 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
     else:
         yield from _merged_conflicts(c, landscape_fields(c)[0])
         yield from _halves_conflicts(c)
+        if landscape_fields(c)[0] == "bi_lora":
+            yield from _adversary_conflicts(c, optims)
     if c.elastic is not None:
         yield from _elastic_conflicts(c, c.elastic)
         for name in c.report_to:
@@ -264,6 +266,8 @@ def _merged_conflicts(c: TrainConfig, method: str) -> Iterator[tuple[str, str]]:
         yield "landscape", "landscape: flat_lora moves the weights that adapters are merged into; add a lora block."
     if method == "nbar" and c.lora is None:
         yield "landscape", "landscape: nbar balances the two factors of LoRA; add a lora block."
+    if method == "bi_lora" and c.lora is None:
+        yield "landscape", "landscape: bi_lora trains a second adapter against that of LoRA; add a lora block."
     if method == "flat_lora" and c.landscape_space != "merged":
         yield "landscape", "landscape: flat_lora moves the merged weights; set landscape_space: merged."
     if method != "flat_lora" and c.landscape_space == "merged":
@@ -276,6 +280,34 @@ def _merged_conflicts(c: TrainConfig, method: str) -> Iterator[tuple[str, str]]:
             "landscape_space",
             f"landscape_space=merged is for method flat_lora, but method={method}: {why}; remove the key.",
         )
+
+
+def _adversary_conflicts(c: TrainConfig, optims: set[str]) -> Iterator[tuple[str, str]]:
+    """What bi_lora's second adapter, which is trained upwards, does not go with."""
+    if elsewhere := sorted(optims & EVALUATE_ELSEWHERE):
+        yield (
+            "optim",
+            f"optim={elsewhere[0]} keeps the weights in other places too, and bi_lora moves them when it has stepped; "
+            "use adamw.",
+        )
+    if c.lr_scheduler_type == "autodrop":
+        yield (
+            "lr_scheduler_type",
+            "lr_scheduler_type=autodrop looks how the weights turn, and with bi_lora its adversary turns among them; "
+            "use cosine.",
+        )
+    if c.batch_schedule is not None and c.batch_schedule.kind == "noise_scale":
+        yield (
+            "batch_schedule",
+            "batch_schedule.kind=noise_scale measures the gradient, and with bi_lora that of its adversary among it; "
+            "use ramp.",
+        )
+    for key, block in (("batch_schedule", c.batch_schedule), ("elastic", c.elastic)):
+        if block is not None and lr_rule(c, block) == "adascale":
+            yield (
+                f"{key}.lr_rule",
+                "lr_rule=adascale measures the gradient, and with bi_lora that of its adversary among it; use linear.",
+            )
 
 
 def _group_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:

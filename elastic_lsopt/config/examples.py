@@ -201,6 +201,7 @@ COMPARE: dict[str, str] = {
 BESIDE = {
     "flat_lora": ("lora: {r: 16}", "landscape_space: merged"),
     "nbar": ("lora: {r: 16}",),
+    "bi_lora": ("lora: {r: 16}",),
     "momentum_sam": ("optim: sgd", "momentum: 0.9"),
     "sampa": ("optim: sgd", "momentum: 0.9"),
 }

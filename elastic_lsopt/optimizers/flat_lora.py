@@ -49,10 +49,6 @@ class FlatLoRA:
     """Standard deviation at the end of the run, relative to a row's root mean square; >= 0. The paper: 0.05 for
     language models, 0.15 for CLIP."""
 
-    facts: ClassVar[Facts] = Facts(
-        paper="Li et al. 2024, arXiv 2409.14396", passes="1", memory="0; a layer's noise while it runs",
-        communication="a gather of the adapters", needs="LoRA, the length of the run",
-    )  # fmt: skip
     parts = 1
     moves_merged = True
     """It moves weights that are no part of the space: `space.merged` is made for it."""

@@ -28,6 +28,7 @@ methods = Registry(
         "entropy_sgd": f"{_HOME}.entropy_sgd",
         "flat_lora": f"{_HOME}.flat_lora",
         "nbar": f"{_HOME}.nbar",
+        "bi_lora": f"{_HOME}.bi_lora",
     },
     defines=("parts", "init", "gradient"),
 )

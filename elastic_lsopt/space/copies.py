@@ -62,6 +62,15 @@ class WeightCopies:
         self.edits += 1
         self.rewritten()
 
+    def refresh(self) -> None:
+        """The masters were moved in place when the base had stepped: make the other copies equal to them (collective;
+        where weights are gathered, one gather of them)."""
+        self._shards.drop_gathered()
+        if self._shards.separate_master and self._shards.masters:
+            torch._foreach_copy_(list(self._shards.working), list(self._shards.masters))
+        self._shards.refresh_gathered()
+        self.rewritten()
+
     def ready(self) -> None:
         """Before a forward (collective): raise StaleWeights after an exception, refresh what was deferred."""
         self.check_generation()

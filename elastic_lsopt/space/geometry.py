@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from elastic_lsopt.space.adversary import Adversary
 from elastic_lsopt.space.copies import WeightCopies
 from elastic_lsopt.space.direction import Direction, Noise
 from elastic_lsopt.space.layout import Layout, Shards, row_spans
@@ -44,6 +45,8 @@ class ParameterSpace:
         self.fidelity = FidelityWatch()
         self.merged: MergedNoise | None = None
         """The weights that adapters are added to, for a method that moves them."""
+        self.adversary: Adversary | None = None
+        """The adapter that moves the weights against the trained one, for a method that has one."""
         self._borrowed: BorrowedGradient | None = None
         wide = any(t.dtype == torch.float64 for t in shards.masters)
         self.dtype = torch.float64 if wide else torch.float32

@@ -69,6 +69,12 @@ def test_what_is_no_method_is_refused() -> None:
             lso.LandscapeDeepSpeedStrategy({}, wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.fast
+def test_a_method_whose_model_is_elsewhere_is_refused() -> None:
+    with pytest.raises(lso.UserError, match="bi_lora: Lightning evaluates and saves the weights as they are"):
+        lso.LandscapeDeepSpeedStrategy({}, lso.BiLoRA())
+
+
 @pytest.mark.full
 def test_bf16(ranks: Any) -> None:
     """DeepSpeed's bf16 weights with fp32 masters, in the Trainer's bf16-true: it learns as in fp32."""

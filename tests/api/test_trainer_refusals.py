@@ -44,6 +44,7 @@ def wrapped() -> Any:
         (SAM, {}, frozen, "the model has no trainable parameter"),
         (SAM, {"optim": "lomo"}, cases.llama, "optim=lomo steps inside of backward"),
         (lso.LPFSGD(parts=4, alpha=1.0), {}, cases.llama, "parts=4, and there are gradient_accumulation_steps=3"),
+        ("bi_lora", {}, cases.llama, "bi_lora: the Trainer evaluates and saves the weights as they are, and the model"),
         ("sma", {}, cases.llama, "unknown method 'sma'; did you mean 'sam'?"),
         ({"rho": 0.1}, {}, cases.llama, 'names no method; write {"method": "sam", "rho": 0.05}'),
         ({"method": "sam", "roh": 0.1}, {}, cases.llama, "no hyper-parameter 'roh'; did you mean 'rho'?"),

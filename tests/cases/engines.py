@@ -33,6 +33,7 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "esam": {"rho": 0.3, "beta": 0.6, "gamma": 0.5},
     "ae_sam": {"rho": 0.3, "decay": 0.5, "lambda1": -0.5, "lambda2": 0.5},
     "sampa": {"rho": 0.3, "lam": 0.3},
+    "bi_lora": {"r": 3, "rho": 0.05},
     "nbar": {"alpha": {"start": 0.5, "end": 0.1}},
     "random_sam": {"rho": 0.3},
     "functional_sam": {"rho": 0.3},
@@ -146,25 +147,29 @@ def token_batches(units: int, *, size: int = 2, last: int | None = None, seed: i
 
 
 def net(extra: Sequence[str] = (), dtype: torch.dtype = torch.float32, seed: int = 0) -> Net:
-    """`peft`: the same base at any seed, and adapters of peft's in its two first layers, of that seed."""
+    """`peft`: the same base at any seed, and adapters of peft's in its two first layers, of that seed; `adversary`: and
+    Bi-LoRA's second ones."""
     if "peft" not in extra:
         torch.manual_seed(seed)
         return Net(extra).to(DEVICE, dtype)
     torch.manual_seed(0)
-    model = Net([e for e in extra if e != "peft"])
-    adapt(model, seed=seed, target_modules=("first", "second"))
+    model = Net([e for e in extra if e not in ("peft", "adversary")])
+    second = HYPERPARAMETERS["bi_lora"]["r"] if "adversary" in extra else None
+    adapt(model, seed=seed, adversary=second, target_modules=("first", "second"))
     return model.to(DEVICE, dtype)
 
 
-def adapt(model: nn.Module, *, seed: int = 0, task: str = "classification", **lora: Any) -> None:
+def adapt(
+    model: nn.Module, *, seed: int = 0, task: str = "classification", adversary: int | None = None, **lora: Any
+) -> None:
     """Adapters as a job makes them, but with a product that is not zero."""
     from elastic_lsopt.config.lora import LoraConfig
     from elastic_lsopt.training.building.adapters import add_adapters
 
-    add_adapters(model, LoraConfig(**{"r": 2, "alpha": 3.0, **lora}), task=task, seed=seed)
+    add_adapters(model, LoraConfig(**{"r": 2, "alpha": 3.0, **lora}), task=task, seed=seed, adversary=adversary)
     torch.manual_seed(seed)
     for name, p in model.named_parameters():
-        if ".lora_B." in name:
+        if ".lora_B.default." in name:
             nn.init.normal_(p, std=0.5)
 
 

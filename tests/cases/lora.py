@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,21 @@ def plain_model(name: str) -> nn.Module:
     return kind.from_config(AutoConfig.for_model(**shape))
 
 
-def wrapped(model: nn.Module) -> nn.Module:
+def wrapped(model: nn.Module, adversary: bool = False) -> nn.Module:
     """A PeftModel, as a user's own code makes one."""
     import peft
 
-    return peft.get_peft_model(
-        model, peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    )  # type: ignore[arg-type]
+    settings = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    made: Any = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=3, **settings))  # type: ignore[arg-type]
+    if adversary:
+        made.add_adapter("adversary", peft.LoraConfig(r=5, lora_alpha=5, **settings))  # type: ignore[arg-type]
+        made.base_model.set_adapter(["default", "adversary"])
+    return made
 
 
-def exported(path: str, kind: str, name: str, own: bool = False) -> dict[str, Any]:
+def exported(path: str, kind: str, name: str, own: bool = False, adversary: bool = False) -> dict[str, Any]:
     """Train adapters for two steps, write them and the merged model; the largest differences of logits when others
-    load the two. `own`: the model is a PeftModel of the user's."""
+    load the two. `own`: the model is a PeftModel of the user's; `adversary`: by Bi-LoRA, whose second one is left."""
     import peft
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -58,17 +62,24 @@ def exported(path: str, kind: str, name: str, own: bool = False) -> dict[str, An
     base = plain_model(name)
     model = copy.deepcopy(base)
     if own:
-        model = wrapped(model)
+        model = wrapped(model, adversary)
     else:
-        engines.adapt(model, task=task, **lora)
+        engines.adapt(model, task=task, adversary=5 if adversary else None, **lora)
     classes = task != "causal_lm"
     batch = {"input_ids": TOKENS, "labels": torch.tensor([0, 1]) if classes else TOKENS}
-    engine = engines.build(kind, model, lso.SAM(rho=0.1), loss_fn=None)
+    method = lso.BiLoRA(r=5, rho=5.0) if adversary else lso.SAM(rho=0.1)
+    engine = engines.build(kind, model, method, base="adam", loss_fn=None)
     for _ in range(2):
         engine.train_batch([batch])
     engine.module.eval()
-    with torch.no_grad():
-        wanted = engine.backend.forward(input_ids=TOKENS).logits.float()
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return engine.backend.forward(input_ids=TOKENS).logits.float()
+
+    trained = logits()
+    with engine.averaged("bi_lora") if adversary else nullcontext():
+        wanted = logits()
     folder = Path(path)
     export_adapter(engine.backend, engine.module, folder / "adapter")
     export_huggingface(engine.backend, engine.module, folder / "merged", shard_bytes=8000)
@@ -86,7 +97,8 @@ def exported(path: str, kind: str, name: str, own: bool = False) -> dict[str, An
     engines.close(engine)
     written = [n for file in (folder / "merged").glob("*.safetensors") for n in load_file(file)]
     return {
-        **apart, "kind": type(merged).__name__, "strange": [n for n in written if "lora" in n or "base" in n],
+        **apart, "trained": float((trained - wanted).abs().max()), "kind": type(merged).__name__,
+        "strange": [n for n in written if "lora" in n or "base" in n],
         "files": sorted(p.name for p in (folder / "adapter").iterdir()),
         "in the adapter": sorted(load_file(folder / "adapter" / "adapter_model.safetensors")),
     }  # fmt: skip

@@ -19,6 +19,8 @@ from tests.cases import engines
 from tests.cases.contract import dtype_of
 
 WIDTH, DEPTH = 384, 8
+RANK = 64
+"""Of each of two adapters."""
 
 
 class Mallinfo(ctypes.Structure):
@@ -88,18 +90,26 @@ class Wide(nn.Module):
         return self.last(x)
 
 
-def wide_engine(kind: str, method: Any, total: int, zero: dict[str, Any] | None, bf16: bool) -> lso.Engine:
+def wide_engine(
+    kind: str, method: Any, total: int, zero: dict[str, Any] | None, bf16: bool, adversary: bool = False
+) -> lso.Engine:
     torch.manual_seed(0)
     model = Wide().to(dtype_of(kind, "fp32", bf16))  # `engines.build` shards each of its layers
+    if adversary:
+        engines.adapt(model, r=RANK, adversary=RANK, target_modules=tuple(map(str, range(DEPTH))))
     return engines.build(kind, model, method, zero=zero, bf16=bf16, total_samples=total)
 
 
 def extra_bytes(
-    kind: str, zero: dict[str, Any] | None = None, bf16: bool = False, methods: Sequence[str] = ("asam", "lpf_sgd")
+    kind: str,
+    zero: dict[str, Any] | None = None,
+    bf16: bool = False,
+    methods: Sequence[str] = ("asam", "lpf_sgd"),
+    adversary: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Each method's bytes at the peak of a step and after it over those of the base alone, in fp32 shards of this rank.
 
-    Under "base": the base's own peak over an empty process, in the same unit.
+    Under "base": the base's own peak over an empty process, in the same unit. `adversary`: two adapters are trained.
     """
     torch.manual_seed(1)
     dtype = dtype_of(kind, "fp32", bf16)
@@ -108,7 +118,8 @@ def extra_bytes(
     shard = 1
     for name in ("sam", "none", "sam", *methods):  # the first run loads the code of both: written over
         empty = settled_bytes()
-        engine = wide_engine(kind, lso.registry.build(name, **engines.HYPERPARAMETERS[name]), 100 * 24, zero, bf16)
+        hyper = {"r": RANK, "rho": 1e-3} if name == "bi_lora" else engines.HYPERPARAMETERS[name]
+        engine = wide_engine(kind, lso.registry.build(name, **hyper), 100 * 24, zero, bf16, adversary)
         own = engines.mine(units)
         engine.train_batch(own)  # makes the base's state and the framework's buffers
         engine.train_batch(own)

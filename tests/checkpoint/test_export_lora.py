@@ -56,6 +56,27 @@ def test_a_users_own_peft_model(ranks: Any, tmp_path: Path, kind: str, world: in
         assert told["kind"] == "LlamaForCausalLM" and not told["strange"], told
 
 
+@pytest.mark.parametrize(
+    "kind,world,name,own",
+    full_but(
+        [("fsdp2", 2, "bert", False)],
+        [w for w in WHERE if w[0] in ("plain", "fsdp2", "zero2", "zero3")], ("llama", "gpt2", "bert"), (False,),
+    )
+    + full_but([("zero3", 2, "llama", True)], [("plain", 1), ("fsdp2", 2), ("zero3", 2)], ("llama",), (True,)),
+)  # fmt: skip
+def test_bi_lora_leaves_without_its_adversary(
+    ranks: Any, tmp_path: Path, kind: str, world: int, name: str, own: bool
+) -> None:
+    """What others load is plain LoRA, in its files and in its logits."""
+    more = {"name": name, "own": own, "adversary": True}
+    for told in ranks(world).run(CASES + "exported", path=str(tmp_path / "run"), kind=kind, **more):
+        assert told["adapter"] <= 1e-5 and told["merged"] <= 1e-5 and told["trained"] > 1e-4, told
+        assert told["kind"] == KINDS[name] and not told["strange"], told
+        assert told["files"] == ["adapter_config.json", "adapter_model.safetensors", "export_manifest.json"]
+        assert not any("adversary" in n for n in told["in the adapter"])
+        assert ("base_model.model.classifier.weight" in told["in the adapter"]) == (name == "bert")
+
+
 @pytest.mark.parametrize("kind", ["fsdp2", pytest.param("zero3", marks=pytest.mark.full)])
 def test_checkpoint_and_mirror_hold_the_adapters_only(ranks: Any, tmp_path: Path, kind: str) -> None:
     """Weights and momentum of the adapters, 1/N per rank in a version, and less than 24 KiB beside them."""

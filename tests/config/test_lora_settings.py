@@ -15,6 +15,7 @@ JOB: dict[str, Any] = {
     "dataset": "python-stdlib", "output_dir": "runs/a", "model": {"model_type": "llama"}, "max_steps": 1,
     "lora": {"r": 4}, "landscape": {"method": "flat_lora"}, "landscape_space": "merged",
 }  # fmt: skip
+AGAINST = {"landscape": {"method": "bi_lora"}, "landscape_space": "trained"}
 ZERO = {"backend": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 2}}}
 
 
@@ -38,6 +39,18 @@ def test_names_are_pefts_without_their_prefix() -> None:
         ({"landscape": {"method": "asam"}}, "but method=asam: its way up is the gradient of the merged weights"),
         ({"landscape": {"method": "lpf_sgd"}}, "but method=lpf_sgd: of other methods it is not tested"),
         ({"landscape": {"method": "none"}}, "but method=none: it moves nothing; remove the key"),
+        ({**AGAINST, "lora": None},
+         "landscape: bi_lora trains a second adapter against that of LoRA; add a lora block"),
+        ({"landscape": {"method": "bi_lora"}}, "but method=bi_lora: of other methods it is not tested; remove the key"),
+        ({**AGAINST, "optim": "schedule_free",
+          "lr_scheduler_type": "constant"},
+         "optim=schedule_free keeps the weights in other places too, and bi_lora moves them when it has stepped"),
+        ({**AGAINST, "lr_scheduler_type": "autodrop"}, "lr_scheduler_type=autodrop looks how the weights turn"),
+        ({**AGAINST, "batch_schedule": {"kind": "noise_scale", "max_global_batch_size": 64}},
+         "batch_schedule.kind=noise_scale measures the gradient, and with bi_lora that of its adversary among it"),
+        ({**AGAINST, "optim": "sgd",
+          "elastic": {"policy": "scale_batch", "reference_workers": 1, "lr_rule": "adascale"}},
+         "lr_rule=adascale measures the gradient, and with bi_lora that of its adversary among it"),
         ({"lora": {"base_dtype": "bf16"}, **ZERO}, "lora.base_dtype=bf16 under DeepSpeed.*needs bf16: true"),
         ({"lora": {"base_dtype": "nf4"}}, "lora.base_dtype=nf4 is refused"),
         ({"lora": {"lora_alpha": 4}}, "unknown key 'lora.lora_alpha'; did you mean 'alpha'?"),

@@ -52,3 +52,16 @@ def test_extra_bytes_of_the_family(fresh: Callable[[int], Ranks], method: str) -
     for r in fresh(2).run("tests.cases.memory:extra_bytes", kind="fsdp2", methods=[method], timeout_s=240):
         assert r[method]["peak"] <= peak + 0.15, (method, r)
         assert abs(r[method]["kept"] - kept) < 0.1, (method, r)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 to count bytes")
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
+def test_extra_bytes_of_bi_lora(fresh: Callable[[int], Ranks], kind: str) -> None:
+    """In shards of what is trained, of which the second adapter is half: one gradient, then its factors whole on each
+    rank (two ranks), and a layer's in fp64."""
+    whole = 1.0 if kind == "fsdp2" else 0.0
+    more = {"methods": ["bi_lora"], "adversary": True, "timeout_s": 240}
+    for r in fresh(2).run("tests.cases.memory:extra_bytes", kind=kind, **more):
+        assert r["bi_lora"]["peak"] <= 1 + whole + 0.5, r
+        assert r["bi_lora"]["kept"] < 0.25, r  # of a space so small that what gloo frees late shows

@@ -15,7 +15,8 @@ from elastic_lsopt.optimizers import registry
 
 pytestmark = pytest.mark.fast
 CLASSES = {
-    "ae_sam": lso.AESAM, "asam": lso.ASAM, "entropy_sgd": lso.EntropySGD, "esam": lso.ESAM, "flat_lora": lso.FlatLoRA,
+    "ae_sam": lso.AESAM, "asam": lso.ASAM, "bi_lora": lso.BiLoRA, "entropy_sgd": lso.EntropySGD, "esam": lso.ESAM,
+    "flat_lora": lso.FlatLoRA,
     "friendly_sam": lso.FriendlySAM, "functional_sam": lso.FunctionalSAM, "gsam": lso.GSAM, "looksam": lso.LookSAM,
     "lpf_sgd": lso.LPFSGD, "m_sam": lso.MicroSAM, "momentum_sam": lso.MomentumSAM, "nbar": lso.NBAR, "none": lso.Plain,
     "random_sam": lso.RandomSAM, "rwp": lso.RWP, "sam": lso.SAM, "sampa": lso.SAMPa, "wsam": lso.WSAM,
@@ -52,7 +53,8 @@ def test_defaults_are_the_papers() -> None:
     sam = {"rho": 0.05, **shared}
     defaults = {name: dataclasses.asdict(registry.build(name)) for name in OURS}
     assert defaults == {
-        "none": {}, "flat_lora": {"sigma": 0.05}, "nbar": {"alpha": {"start": 0.5, "end": 0.0}},
+        "none": {}, "bi_lora": {"r": 8, "rho": 0.05}, "flat_lora": {"sigma": 0.05},
+        "nbar": {"alpha": {"start": 0.5, "end": 0.0}},
         "sam": sam, "asam": {**sam, "rho": 0.5, "eta": 0.01},
         "gsam": {**sam, "alpha": 0.4}, "looksam": {**sam, "k": 5, "alpha": 0.7},
         "friendly_sam": {**sam, "sigma": 1.0, "decay": 0.9}, "wsam": {**sam, "gamma": 0.9, "decouple": True},
@@ -81,6 +83,9 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("sam", {"rho_scale": "sqrt"}, "rho_scale='sqrt' must be none or sqrt_n"),
     ("sam", {"roh": 0.1}, "method 'sam' has no hyper-parameter 'roh'; did you mean 'rho'? It has: rho, every"),
     ("none", {"rho": 0.1}, "method 'none' has no hyper-parameter 'rho'; It has: none"),
+    ("bi_lora", {"r": 0}, "r=0 must be a whole number >= 1"),
+    ("bi_lora", {"rho": -0.1}, "rho=-0.1 must be a number >= 0"),
+    ("bi_lora", {"rank": 4}, "method 'bi_lora' has no hyper-parameter 'rank'"),
     ("asam", {"rho": -1.0}, "rho=-1.0 must be a number >= 0"),
     ("asam", {"eta": -0.01}, "eta=-0.01 must be a number >= 0"),
     ("lpf_sgd", {"parts": 0}, "parts=0 must be a whole number >= 1"),

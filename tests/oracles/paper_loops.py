@@ -197,6 +197,7 @@ def run(
         if clip:
             torch.nn.utils.clip_grad_norm_(list(trained(model).values()), clip)
         optimizer.step()
+        memory.get("when stepped", lambda: None)()
         losses.append(loss)
         seen += sum(len(x) for x, _ in units)
     return losses

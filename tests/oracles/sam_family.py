@@ -271,10 +271,35 @@ def nbar(
     return loss, g
 
 
+def length_of(model: nn.Module) -> float:
+    """sqrt(sum ||s B2 A2||_F^2) of the adapter called adversary, from the whole products."""
+    layers: list[Any] = [layer for layer in model.modules() if "adversary" in getattr(layer, "lora_A", ())]
+    factors = [(x.scaling["adversary"], x.lora_B["adversary"].weight, x.lora_A["adversary"].weight) for x in layers]
+    return norm([s * b.detach().double() @ a.detach().double() for s, b, a in factors])
+
+
+def bi_lora(
+    model: nn.Module, units: Batches, step: int, progress: float, *, rho: float, memory: dict[str, Any], **_: Any
+) -> Answer:  # fmt: skip
+    """Liu et al., Algorithm 1, on peft's factors: the second adapter goes up, and is cut to length rho."""
+    loss, g = whole(model, units)
+
+    def cut() -> None:
+        c = length_of(model)
+        if c > rho:
+            with torch.no_grad():
+                for n, p in trained(model).items():
+                    if ".adversary." in n:
+                        p.mul_(math.sqrt(rho / c))
+
+    memory["when stepped"] = cut
+    return loss, {n: -t if ".adversary." in n else t for n, t in g.items()}
+
+
 LOOPS: dict[str, Callable[..., Answer]] = {
     f.__name__: f
     for f in (
         gsam, looksam, friendly_sam, wsam, momentum_sam, m_sam, ae_sam, random_sam, functional_sam, rwp, entropy_sgd,
-        sampa, esam, nbar,
+        sampa, esam, nbar, bi_lora,
     )
 }  # fmt: skip

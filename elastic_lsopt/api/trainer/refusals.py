@@ -63,6 +63,16 @@ def refuse_update(base: Any, who: str) -> None:
         )
 
 
+def refuse_method(method: Method, who: str) -> None:
+    """Raise UserError for a method whose model is not at the weights, which `who` evaluates and saves."""
+    if hasattr(method, "point"):
+        name = registry.methods.name_of(type(method))
+        raise UserError(
+            f"{name}: {who} evaluates and saves the weights as they are, and the model is elsewhere (without the "
+            f"adversary); use elastic-lsopt train, or a loop of your own with engine.averaged({name!r})."
+        )
+
+
 def refuse_version() -> None:
     """Raise Unsupported for a transformers whose Trainer has not the methods that ours stands in for."""
     if missing := [name for name in STANDS_IN_FOR if not hasattr(Trainer, name)]:
@@ -97,6 +107,7 @@ def refuse_untested(trainer: Trainer, method: Method) -> None:
             f"DataParallel on {args.n_gpu} GPUs of one process is not supported; start a process per GPU (torchrun "
             f"--nproc-per-node {args.n_gpu}), or show it one (CUDA_VISIBLE_DEVICES=0)."
         )
+    refuse_method(method, "the Trainer")
     _refuse_precision(trainer)
     _refuse_places(trainer)
     _refuse_optimizer(trainer)

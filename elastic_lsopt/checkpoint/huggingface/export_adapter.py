@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from elastic_lsopt.backends.adversary import ADVERSARY, is_factor
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.checkpoint.folder import staging, sync
 from elastic_lsopt.checkpoint.huggingface.export import TIMEOUT, attempt, refuse
@@ -39,7 +40,7 @@ def export_adapter(
     writes = backend.rank == 0 and backend.replica == 0
     try:
         attempt(folder, everybody, (lambda: refuse(folder)) if writes else None)
-        trained = [p.name for p in backend.layout.parameters]
+        trained = [p.name for p in backend.layout.parameters if name == ADVERSARY or not is_factor(p.name, ADVERSARY)]
         wholes = gathered(backend, trained, backend.masters if weights is None else weights.tensors)
         config = module.peft_config[name]  # type: ignore[index]
         named = {adapter_name(key, name): t.cpu() for key, t in wholes.items()}

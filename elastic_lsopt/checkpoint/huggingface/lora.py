@@ -3,6 +3,7 @@
     here                                              in the plain model            in peft's adapter file
     …q_proj.base_layer.weight                         …q_proj.weight
     …q_proj.lora_A.default.weight                     none: s B A is added          …q_proj.lora_A.weight
+    …q_proj.lora_A.adversary.weight                   none                          none: bi_lora's, for training
     score.original_module.weight                      none
     score.modules_to_save.default.weight              score.weight                  score.weight
 
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic_lsopt.backends.adversary import ADVERSARY, is_factor
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.checkpoint.huggingface.drawn_weights import DrawnWeights
 from elastic_lsopt.checkpoint.huggingface.weights import Weights
@@ -39,14 +41,14 @@ class Product:
 
 
 def adapter_of(module: nn.Module) -> str | None:
-    """The name of the model's adapter, None for a model without.
+    """The name of the model's adapter, None for a model without; beside another one bi_lora's adversary is none.
 
     Raises Unsupported for what is not one plain LoRA adapter.
     """
     configs: dict[str, Any] | None = getattr(module, "peft_config", None)
     if not configs:
         return None
-    name, *others = configs
+    name, *others = [n for n in configs if n != ADVERSARY] or configs
     config = configs[name]
     kind = getattr(config.peft_type, "value", config.peft_type)
     odd = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
@@ -81,7 +83,7 @@ def products(module: nn.Module, adapter: str) -> list[Product]:
 def name_without(name: str, adapter: str) -> str | None:
     """What the plain model calls it; None for what it has not."""
     name = name.removeprefix(WRAPPED)
-    if f".lora_A.{adapter}." in name or f".lora_B.{adapter}." in name or ".original_module." in name:
+    if is_factor(name, adapter) or is_factor(name, ADVERSARY) or ".original_module." in name:
         return None
     return name.replace(".base_layer.", ".").replace(f".modules_to_save.{adapter}.", ".")
 
@@ -125,8 +127,8 @@ class AdaptedWeights:
 
         def initialise() -> None:
             for layer in model.modules():
-                if self._adapter in getattr(layer, "lora_A", ()):
-                    layer.reset_lora_parameters(self._adapter, True)
+                for adapter in getattr(layer, "lora_A", ()):
+                    layer.reset_lora_parameters(adapter, True)
 
         self._own = DrawnWeights(model, seed, initialise)
 

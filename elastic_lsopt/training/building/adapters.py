@@ -8,12 +8,14 @@ adapters.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
+from elastic_lsopt.backends.adversary import ADVERSARY
 from elastic_lsopt.config.lora import LoraConfig
 from elastic_lsopt.config.settings import SettingError
 from elastic_lsopt.config.spelling import did_you_mean
@@ -26,8 +28,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TASKS = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "classification": None}
 
 
-def add_adapters(model: nn.Module, lora: LoraConfig, *, task: str, seed: int, base: str | None = None) -> None:
+def add_adapters(
+    model: nn.Module, lora: LoraConfig, *, task: str, seed: int, base: str | None = None, adversary: int | None = None
+) -> None:
     """Put the adapters into the model, in place, and freeze the rest; `base` is the folder or name that it came from.
+
+    `adversary` is the rank of a second one in the same layers, for bi_lora: of the same factor s, without dropout.
 
     Raises SettingError, one line, for names that match no layer (the nearest is named), a layer that is not linear, a
     weight that is another layer's too, and where peft is not installed.
@@ -57,6 +63,8 @@ def add_adapters(model: nn.Module, lora: LoraConfig, *, task: str, seed: int, ba
         with replayed(seed, torch.device("cpu")), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's advice for folders that we do not write
             peft.inject_adapter_in_model(settings, model, low_cpu_mem_usage=place.type == "meta")
+            if adversary is not None:  # after the other, whose first values are the same with it
+                _add_adversary(model, lora, adversary, low_cpu_mem_usage=place.type == "meta")
     except (ValueError, NotImplementedError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SettingError(
@@ -65,6 +73,19 @@ def add_adapters(model: nn.Module, lora: LoraConfig, *, task: str, seed: int, ba
     _refuse_others(model)
     _refuse_tied(model)
     _cast(model, DTYPES[lora.base_dtype])
+
+
+def _add_adversary(model: nn.Module, lora: LoraConfig, r: int, *, low_cpu_mem_usage: bool) -> None:
+    import peft
+
+    adapted = {name: layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
+    settings = peft.LoraConfig(
+        r=r, lora_alpha=r * lora.alpha / (lora.r**0.5 if lora.use_rslora else lora.r),  # type: ignore[arg-type]
+        target_modules="|".join(map(re.escape, adapted)),
+    )  # fmt: skip
+    peft.inject_adapter_in_model(settings, model, ADVERSARY, low_cpu_mem_usage=low_cpu_mem_usage)
+    for layer in adapted.values():
+        layer.set_adapter([*layer.lora_A])  # type: ignore[operator,misc]
 
 
 def _cast(model: nn.Module, base: torch.dtype) -> None:

@@ -29,10 +29,11 @@ from elastic_lsopt.checkpoint.huggingface.folder_identity import identity_of_fol
 from elastic_lsopt.checkpoint.huggingface.folder_weights import FolderWeights
 from elastic_lsopt.checkpoint.huggingface.lora import AdaptedWeights
 from elastic_lsopt.checkpoint.huggingface.weights import Weights, WholeWeights, give_buffers, give_memory
-from elastic_lsopt.config.settings import SettingError, TrainConfig
+from elastic_lsopt.config.settings import SettingError, TrainConfig, landscape_fields
 from elastic_lsopt.config.spelling import did_you_mean
 from elastic_lsopt.elastic.worker.same_data import BASE, Identity
 from elastic_lsopt.errors import Unsupported, UserError
+from elastic_lsopt.optimizers import registry
 from elastic_lsopt.oracle.replay.slot import replayed
 from elastic_lsopt.training.building.adapters import add_adapters
 from elastic_lsopt.training.building.hub import local_only
@@ -120,7 +121,16 @@ def _meta(config: TrainConfig, vocabulary_size: int | None, classes: int | Seque
 
 def _adapt(model: nn.Module, config: TrainConfig) -> None:
     if config.lora is not None:
-        add_adapters(model, config.lora, task=config.task, seed=config.seed, base=config.model_name_or_path)
+        add_adapters(
+            model, config.lora, task=config.task, seed=config.seed, base=config.model_name_or_path,
+            adversary=_rank_of_adversary(config),
+        )  # fmt: skip
+
+
+def _rank_of_adversary(config: TrainConfig) -> int | None:
+    """Of the second adapter that the method trains against the first; None where it has none."""
+    method, fields = landscape_fields(config)
+    return registry.build(method, **fields).r if method == "bi_lora" else None
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -16,7 +16,8 @@ method's p passes with m moves of the weights:
                  gradients   p a x c P
 
 Frozen weights are gathered with the others, and never reduced (ZeRO-3 gathers a frozen embedding once, for the
-forward). Flat-LoRA gathers the adapters' masters once a step. Small all-reduces (losses, norms, votes) are left out.
+forward). Flat-LoRA gathers the adapters' masters once a step; Bi-LoRA those of its adversary alone, counted as if it
+were all of them, and moves the weights where it is too long. Small all-reduces (losses, norms, votes) are left out.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Passes:
                 return cls()
             case "flat_lora":
                 return cls(gathers=1.0)
+            case "bi_lora":
+                return cls(moves=1.0, gathers=1.0)
             case "lpf_sgd":
                 return cls(1.0, float(fields.get("parts", 8)))
             case "rwp":

@@ -35,10 +35,11 @@ STATES = {
 """fp32 tensors of optimizer state per parameter; sgd: 1 with momentum, else 0. (Beside muon AdamW's are not
 counted, nor what optim_args add: amsgrad, rmsprop's momentum; of updates with two forms the larger, adamw's.)"""
 
-STAYS = ("none", "flat_lora")
+STAYS = ("none", "flat_lora", "bi_lora")
 """Methods that do not move the trained weights."""
 DIRECTIONS = {
     "asam": 1, "gsam": 1, "friendly_sam": 1, "wsam": 1, "m_sam": 1, "sampa": 1, "rwp": 1, "entropy_sgd": 4,
+    "bi_lora": 1,
 }  # fmt: skip
 """Vectors that a method holds within a step, beside the way back; LPF-SGD draws its noise in blocks."""
 REMEMBERED = {"looksam": 1, "friendly_sam": 1, "sampa": 1}

@@ -67,18 +67,19 @@ class Probing:
     def __init__(self, config: TrainConfig, engine: Engine, data: Data, world: World, loss: Loss | Unsplit) -> None:
         self.probes = check_probes(config.probes)
         self._config, self._engine, self._data, self._world = config, engine, data, world
-        self._measuring = Measurement(engine.space, engine.backend, loss)
+        self._space, backend = engine.measured()
+        self._measuring = Measurement(self._space, backend, loss)
         self._began, self._spent = time.monotonic(), dict.fromkeys(self.probes, 0.0)
         self._warned: set[str] = set()
         # Before a checkpoint or a peer's memory fills the engine: what the settings build, at any world size, is where
         # this training began, also in a process that comes later.
-        self._initial = engine.space.weights.clone() if any(map(self._from_start, self.probes)) else None
+        self._initial = self._space.weights.clone() if any(map(self._from_start, self.probes)) else None
         self._trajectory: Trajectory | None = None
         for probe in self.probes.values():
             if probe.measure == TRAJECTORY:
                 window = probe.settings.get("window", WINDOW)
                 self._trajectory = Trajectory(
-                    engine.space, samples=engine.clock.samples, window=window, device="cpu",
+                    self._space, samples=engine.clock.samples, window=window, device="cpu",
                     now=lambda: engine.clock.samples,
                 )  # fmt: skip
                 engine.add(self._trajectory)
@@ -147,7 +148,7 @@ class Probing:
             return measuring.oracle(own, engine.clock, purpose=name, products=probe.products, checked=checked)
 
         return ProbeContext(
-            space=engine.space, oracle=oracle(together, checked=True),
+            space=self._space, oracle=oracle(together, checked=True),
             batches=lambda: [oracle(single(i), checked=False) for i in range(probe.units)],
             samples=len(self._data.train), learning_rate=group.get("lr"), momentum=config.momentum, adam=adam,
             initial=self._initial,

@@ -70,6 +70,7 @@ def settings_of(question: Question, world_size: int) -> tuple[TrainConfig, Path 
         "backend": backend, "deepspeed": None, "workers": 1, "bf16": False,
         "fsdp_replicas": 1, "fsdp_reshard_after_forward": True, "fsdp_cpu_offload": False,
         "activation_checkpointing": False, "elastic": None, "report_to": (), "probes": {},
+        "landscape": {"method": "none"}, "landscape_space": "trained",
     }  # fmt: skip
     asked = {
         "dataset": question.data,

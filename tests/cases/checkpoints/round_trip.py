@@ -60,12 +60,15 @@ class Remembering:
 
 
 def _engine(kind: str, base: str, dtype: str, seed: int = 0, method: str = "") -> lso.Engine:
-    """`zero3+small` has a sub-group a parameter, `+scalar` a parameter without dimensions, `+peft` adapters, `+used` no
-    parameter that nothing uses, of which torch keeps no state; bf16 is ZeRO's, beside fp32 masters. An update of ours
-    has averages beside it."""
+    """`zero3+small` has a sub-group a parameter, `+scalar` a parameter without dimensions, `+peft` adapters, with
+    `+adversary` Bi-LoRA's second ones, `+used` no parameter that nothing uses, of which torch keeps no state; bf16 is
+    ZeRO's, beside fp32 masters. An update of ours has averages beside it.
+    """
     kind, *more = kind.split("+")
     zero = {"sub_group_size": 1} if "small" in more else {}
-    extra = ("peft",) if "peft" in more else ("tied",) if "used" in more else ("tied", "unused")
+    extra = ("tied",) if "used" in more else ("tied", "unused")
+    if "peft" in more:
+        extra = tuple(e for e in more if e in ("peft", "adversary"))
     model = engines.net(extra, torch.float32 if dtype == "bf16" else DTYPES[dtype], seed)
     if "scalar" in more:
         model.register_parameter("temperature", nn.Parameter(torch.tensor(1.0 + seed)))
