@@ -283,3 +283,27 @@ def test_rwp_where_an_update_has_one_micro_batch_only() -> None:
     for piece, t in zip(engine.space.layout.pieces, found.tensors, strict=True):
         name = engine.space.layout.parameters[piece.parameter].name
         assert torch.allclose(t, wanted[name].flatten(), rtol=0, atol=1e-12)
+
+
+def test_looksam_forgets_a_direction_that_it_could_not_finish() -> None:
+    """Its second pass is not finite: the steps up to the next k-th are then the base's, and not led by a raw gradient."""
+    model, plain = Net().double(), Net().double()
+    forwards = 0
+
+    def second_fails(m: Any, b: tuple[Tensor, Tensor]) -> Tensor:
+        nonlocal forwards
+        forwards += 1
+        return loss_fn(m, b) * (math.nan if forwards == 2 else 1.0)
+
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = lso.Engine.of(model, base, method=lso.LookSAM(rho=0.1, k=3, alpha=0.5), loss_fn=second_fails)
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for step in range(3):
+        engine.train_batch([batch()])
+        assert engine.last_step is not None and engine.last_step.skipped == (step == 0)
+        if step:
+            sgd.zero_grad()
+            loss_fn(plain, batch()).backward()
+            sgd.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-12)
