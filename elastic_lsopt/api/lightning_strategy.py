@@ -66,6 +66,11 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
             )
         if isinstance(method, type) or not callable(getattr(method, "gradient", None)):
             raise UserError(f"method={method!r} is no method; give one, such as lso.SAM(rho=0.05).")
+        if getattr(method, "needs_logits", False):
+            raise UserError(
+                f"{type(method).__name__} needs the logits, and Lightning's training_step gives the loss alone; use "
+                "`elastic-lsopt train`, lso.Engine.of or lso.initialize."
+            )
         super().__init__(**more)
         self._config, self._method, self._seed = read_deepspeed_json(config), method, seed
         if "optimizer" in self._config:

@@ -103,11 +103,18 @@ def test_probes_on_the_way(ranks: Any, kind: str, world: int, method: str) -> No
 
 
 @pytest.mark.parametrize(
-    "world,lora", [(1, False), *(pytest.param(2, lora, marks=pytest.mark.full) for lora in (False, True))]
+    "world,lora,method",
+    [
+        (1, False, "sam"),
+        (1, False, "m_sam"),
+        *(pytest.param(2, l, "sam", marks=pytest.mark.full) for l in (False, True)),
+    ],
 )
-def test_trls_trainer(ranks: Any, world: int, lora: bool) -> None:
-    """Through the mixin; each token is counted once, and the first step's measures are those of one pass."""
-    for r in [laws.sft(lora)] if world == 1 else ranks(world).run("tests.cases.trainer_laws:sft", lora=lora):
+def test_trls_trainer(ranks: Any, world: int, lora: bool, method: str) -> None:
+    """Through the mixin; each token is counted once, also where the batch is taken in parts, and the first step's
+    measures are those of one pass."""
+    case = "tests.cases.trainer_laws:sft"
+    for r in [laws.sft(lora, method)] if world == 1 else ranks(world).run(case, lora=lora, method=method):
         assert r["dw"] < 1e-6 and r["tokens"] == r["of"], r
         assert r["first_step"][0] == pytest.approx(r["first_step"][1], rel=1e-6)
 

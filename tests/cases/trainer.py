@@ -136,14 +136,14 @@ def by_paper(method: str, clip: float = 0.0, lora: bool = False, tied: bool = Fa
     ]
     start = trained_of(model)
     base: Any = Scheduled(momentum([p for p in model.parameters() if p.requires_grad]))
-    with _named_as_in(model):
+    with named_as_in(model):
         # The seed is that of TrainingArguments.
         losses = paper_loops.run(ByToken(model), updates, base, method, METHODS[method] | {"seed": 42}, clip=clip)
     return Paper(start, trained_of(model), losses, base.norms, [sum(len(y) for _, y in update) for update in updates])
 
 
 @contextmanager
-def _named_as_in(model: Any) -> Iterator[None]:
+def named_as_in(model: Any) -> Iterator[None]:
     """Noise is drawn by a parameter's name; the loop's wrapper puts a word before it."""
     own = paper_loops.trained
     for loops in (paper_loops, sam_family):

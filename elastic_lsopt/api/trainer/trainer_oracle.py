@@ -29,9 +29,9 @@ Run = Callable[[Any], Tensor]
 class TrainerOracle(Oracle):
     """`run` on this rank's micro-batches, the same number on every rank; dropout is the same in each pass.
 
-    Inside `later()` run all passes but the first. Parts are cut by the micro-batches of a rank. An update with fewer of
-    them than parts (the last of an epoch) has as many parts as micro-batches. `shares()` are this rank's micro-batches'
-    shares of the global batch (1 over all ranks), for passes over a part alone; None: they are all alike.
+    Inside `later()` run all passes over a micro-batch but its first. Parts are cut by the micro-batches of a rank. An
+    update with fewer of them than parts (the last of an epoch) has as many parts as micro-batches. `shares()` are this
+    rank's micro-batches' shares of the global batch (1 over all ranks), for passes over a part alone; None: all alike.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class TrainerOracle(Oracle):
         first, end = part_bounds(len(self._batches), part.of)[part.number]
         local: float | Tensor = 0.0
         nonfinite: int | Tensor = 0
-        with self._later() if self.passes else nullcontext():
+        with self._later() if self._seen(self._alone) else nullcontext():
             for j in range(first, end):
                 self.backend.begin(last=last and j == end - 1)
                 index = j * self.backend.world + self.backend.rank
