@@ -154,10 +154,13 @@ class LandscapeStep:
             if (mine := new.families.get(name)) is None:
                 continue  # all of an update's parameters were frozen
             fresh = mine.state_dict()
+            gone = {p.name for p in family.space.layout.parameters} - {p.name for p in mine.space.layout.parameters}
             mine.load_state_dict(
                 {
                     key: _carried(value, fresh.get(key), mine.space) if isinstance(value, Vector) else value
                     for key, value in family.state_dict().items()
+                    if key.partition("/")[2]
+                    not in gone  # a number of a parameter that was frozen ends as its Vectors do
                 }
             )
         self.space.retire()

@@ -156,3 +156,24 @@ def test_an_update_begins_with_each_parameter(update: str, way: str) -> None:
         paper_loops.cross_entropy(plain, batch).backward()
         theirs.step()
     assert furthest(model, plain) < (1e-6 if update == "soap" else 1e-12)  # whose decompositions are in fp32
+
+
+@pytest.mark.parametrize("update", ["lamb", pytest.param("adaptive_memory_adamw", marks=pytest.mark.full)])
+def test_what_is_frozen_and_unfrozen_again_begins_anew(update: str) -> None:
+    """An update's memory of it ends with the freezing, its count of steps too."""
+    model, batches = problem()
+    model.requires_grad_(True)
+    plain = copy.deepcopy(model)
+    theirs, (name, options) = updates.theirs(update, plain), updates.OPTIONS[update]
+    optimizer = lso.LandscapeOptimizer(lso.UpdateOptimizer(model.named_parameters(), name, **options), lso.Plain())
+    for k, [batch] in enumerate([*batches, *batches]):
+        for net in (model, plain):
+            net[0].requires_grad_(not 2 <= k < 4)
+        if k == 4:
+            for p in plain[0].parameters():
+                del theirs.state[p]
+        step(optimizer, model, [[batch]])
+        plain.zero_grad()
+        paper_loops.cross_entropy(plain, batch).backward()
+        theirs.step()
+    assert furthest(model, plain) < 1e-12
