@@ -286,7 +286,7 @@ def test_rwp_where_an_update_has_one_micro_batch_only() -> None:
 
 
 def test_looksam_forgets_a_direction_that_it_could_not_finish() -> None:
-    """Its second pass is not finite: the steps up to the next k-th are then the base's, and not led by a raw gradient."""
+    """Its second pass is not finite: the steps up to the next k-th are the base's, not led by a raw gradient."""
     model, plain = Net().double(), Net().double()
     forwards = 0
 
