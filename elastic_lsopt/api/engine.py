@@ -53,7 +53,9 @@ class Engine:
         self.loss = as_loss(loss_fn, backend.module)
         if getattr(method, "needs_logits", False) and not isinstance(self.loss, Loss):
             raise UserError(f"{type(method).__name__} needs the logits: {NO_LOGITS}")
-        self._landscape = LandscapeStep(backend, method, seed, SampleClock(total_samples=total_samples), kept=keep)
+        clock = SampleClock(total_samples=total_samples)
+        LandscapeStep.refuse_unknown_length(method, keep, clock)
+        self._landscape = LandscapeStep(backend, method, seed, clock, kept=keep)
         if (update := updates_of(backend.base)) is not None:
             refuse_unseen(update.looking(), self.loss)
         self._stop_requested = False

@@ -85,6 +85,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
             raise UserError(f"{type(method).__name__} needs the logits, which a closure does not give: {NO_LOGITS}")
         if (update := updates_of(base)) is not None:
             refuse_unseen(update.looking(), None)
+        LandscapeStep.refuse_unknown_length(method, keep, SampleClock(total_samples=total_samples))
         self.base, self.method = base, method
         self.max_grad_norm, self.samples_per_step = max_grad_norm, samples_per_step
         self._seed, self._clock = seed, SampleClock(total_samples=total_samples)

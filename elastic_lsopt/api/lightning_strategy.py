@@ -120,6 +120,7 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
         self.optimizers = [backend.engine.optimizer]
         steps, each = trainer.estimated_stepping_batches, trainer.accumulate_grad_batches * self.world_size
         clock = SampleClock(total_samples=int(steps) * each if math.isfinite(steps) else None)  # in micro-batches
+        LandscapeStep.refuse_unknown_length(self._method, (), clock)
         self.landscape = LandscapeStep(backend, self._method, self._seed, clock)
 
     def _engine(self, trainer: Trainer, base: torch.optim.Optimizer) -> Backend:

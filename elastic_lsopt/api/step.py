@@ -16,6 +16,7 @@ from elastic_lsopt.averages.average import Average
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.merged_weights import MergedWeights
 from elastic_lsopt.errors import NonFinite, PeerFailed, StaleWeights, UserError
+from elastic_lsopt.optimizers.scheduled import refuse_unknown_length
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.family import Family, Kept, MethodFamily, Stateful
 from elastic_lsopt.oracle.method import Method, State
@@ -61,6 +62,14 @@ class LandscapeStep:
         self._warned = self._looked = False
         self._said: set[str] = set()
         """Averages that were asked for before they had begun."""
+
+    @staticmethod
+    def refuse_unknown_length(method: Method, kept: Sequence[Stateful], clock: SampleClock) -> None:
+        """Raise UserError for a method or an average that asks how far the run is, where its length is not known."""
+        refuse_unknown_length(method, clock)
+        for kind in kept:
+            if isinstance(kind, Average):
+                kind.first(clock)
 
     def average(self, name: str) -> Vector:
         """The average of that name, live: read it, never write it. Raises UserError where none is kept."""
