@@ -73,4 +73,4 @@ def refuse_unknown_length(method: Any, clock: SampleClock) -> None:
     own = {f.name: getattr(method, f.name) for f in fields(method)} if is_dataclass(method) else {}
     for name, value in (own | getattr(method, "over_the_run", {})).items():
         if isinstance(value, Mapping) and {"start", "end"} <= value.keys():
-            value_at(name, value, clock)
+            value_at(name, dict(value), clock)
