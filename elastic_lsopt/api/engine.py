@@ -56,6 +56,7 @@ class Engine:
         if getattr(method, "needs_logits", False) and not isinstance(self.loss, Loss):
             raise UserError(f"{type(method).__name__} needs the logits: {NO_LOGITS}")
         clock = SampleClock(total_samples=total_samples)
+        LandscapeStep.refuse_unknown_length(method, keep, clock)
         self._landscape = LandscapeStep(backend, method, seed, clock, kept=keep, deals=True)
         self._oracle = HalvesOracle if getattr(method, "halves", False) else MicroBatchOracle
         if (update := updates_of(backend.base)) is not None:

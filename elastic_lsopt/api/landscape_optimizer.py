@@ -22,7 +22,7 @@ from elastic_lsopt.oracle.family import Family, Stateful
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.observation import refuse_unseen
 from elastic_lsopt.oracle.split.logits import NO_LOGITS
-from elastic_lsopt.oracle.step_report import StepReport
+from elastic_lsopt.oracle.step_report import StepReport, log
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 from elastic_lsopt.updates.update_optimizer import updates_of
@@ -86,6 +86,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
             raise UserError(f"{type(method).__name__} needs the logits, which a closure does not give: {NO_LOGITS}")
         if (update := updates_of(base)) is not None:
             refuse_unseen(update.looking(), None)
+        LandscapeStep.refuse_unknown_length(method, keep, SampleClock(total_samples=total_samples))
         self.base, self.method = base, method
         self.max_grad_norm, self.samples_per_step = max_grad_norm, samples_per_step
         self._seed, self._clock = seed, SampleClock(total_samples=total_samples)
@@ -239,10 +240,20 @@ class LandscapeOptimizer(torch.optim.Optimizer):
             else:
                 self._step = self._step.onto(backend)
             if self._pending_state is not None:
+                if not self._pending_state.get("families", True):
+                    self._tell_of_what_begins_anew(self._step)
                 self._step.load_state_dict(self._pending_state)
                 self._keep_clock(self._step.clock)
                 self._pending_state = None
         return self._step
+
+    @staticmethod
+    def _tell_of_what_begins_anew(step: LandscapeStep) -> None:
+        if anew := [name for name, family in step.families.items() if family.state_dict()]:
+            log.warning(
+                "torch.distributed.checkpoint carries torch's own state and the clock alone: what %s remembered begins "
+                "anew; save with optimizer.state_dict() or lso.save to go on with it.", ", ".join(anew),
+            )  # fmt: skip
 
     def _keep_clock(self, clock: SampleClock) -> None:
         """In the first group too: torch.distributed.checkpoint carries the base's groups and state, nothing else."""
@@ -282,7 +293,8 @@ class LandscapeOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, or the base's own state, which leaves the method's as it is.
 
-        torch.distributed.checkpoint's state (`get_optimizer_state_dict`) holds the base's state and the clock.
+        torch.distributed.checkpoint's state (`get_optimizer_state_dict`) holds the base's state and the clock; what a
+        method, an update of ours or an average remembers begins anew, which the log says.
         """
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "landscape"})
         first, own = self.param_groups[0], state_dict.get("landscape")

@@ -67,6 +67,11 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
         if isinstance(method, type) or not callable(getattr(method, "gradient", None)):
             raise UserError(f"method={method!r} is no method; give one, such as lso.SAM(rho=0.05).")
         refuse_method(method, "Lightning")
+        if getattr(method, "needs_logits", False):
+            raise UserError(
+                f"{type(method).__name__} needs the logits, and Lightning's training_step gives the loss alone; use "
+                "`elastic-lsopt train`, lso.Engine.of or lso.initialize."
+            )
         super().__init__(**more)
         refuse_halves(method)
         self._config, self._method, self._seed = read_deepspeed_json(config), method, seed
@@ -117,6 +122,7 @@ class LandscapeDeepSpeedStrategy(DDPStrategy):
         self.optimizers = [backend.engine.optimizer]
         steps, each = trainer.estimated_stepping_batches, trainer.accumulate_grad_batches * self.world_size
         clock = SampleClock(total_samples=int(steps) * each if math.isfinite(steps) else None)  # in micro-batches
+        LandscapeStep.refuse_unknown_length(self._method, (), clock)
         self.landscape = LandscapeStep(backend, self._method, self._seed, clock)
 
     def _engine(self, trainer: Trainer, base: torch.optim.Optimizer) -> Backend:

@@ -19,6 +19,7 @@ from elastic_lsopt.backends.merged_weights import MergedWeights
 from elastic_lsopt.backends.restricted import restricted_space
 from elastic_lsopt.errors import NonFinite, PeerFailed, StaleWeights, UserError
 from elastic_lsopt.optimizers.registry import methods
+from elastic_lsopt.optimizers.scheduled import refuse_unknown_length
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.family import Family, Kept, MethodFamily, Stateful
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
@@ -75,6 +76,14 @@ class LandscapeStep:
         self._warned = self._looked = False
         self._said: set[str] = set()
         """Averages that were asked for before they had begun."""
+
+    @staticmethod
+    def refuse_unknown_length(method: Method, kept: Sequence[Stateful], clock: SampleClock) -> None:
+        """Raise UserError for a method or an average that asks how far the run is, where its length is not known."""
+        refuse_unknown_length(method, clock)
+        for kind in kept:
+            if isinstance(kind, Average):
+                kind.first(clock)
 
     def average(self, name: str) -> Vector:
         """The average of that name, live: read it, never write it. Raises UserError where none is kept.
@@ -196,10 +205,13 @@ class LandscapeStep:
             if (mine := new.families.get(name)) is None:
                 continue  # all of an update's parameters were frozen
             fresh = mine.state_dict()
+            gone = {p.name for p in family.space.layout.parameters} - {p.name for p in mine.space.layout.parameters}
             mine.load_state_dict(
                 {
                     key: _carried(value, fresh.get(key), mine.space) if isinstance(value, Vector) else value
                     for key, value in family.state_dict().items()
+                    if key.partition("/")[2]
+                    not in gone  # a number of a parameter that was frozen ends as its Vectors do
                 }
             )
         self.space.retire()

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from elastic_lsopt.averages.registry import averages
+from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -28,6 +29,11 @@ class Average(Stateful, ABC):
     @property
     def family(self) -> str:
         return FAMILY + (self.name or averages.name_of(type(self)))
+
+    def first(self, clock: SampleClock) -> float:
+        """The committed samples from which it takes weights. Raises UserError where that is a share of a run whose
+        length is not known."""
+        return 0.0
 
     def begun(self, state: State) -> bool:
         """Whether it has taken any weights; until then it is the weights themselves."""

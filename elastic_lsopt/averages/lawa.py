@@ -22,7 +22,7 @@ from elastic_lsopt.averages.average import Average
 from elastic_lsopt.averages.registry import register
 from elastic_lsopt.by_name import require_count, require_share
 from elastic_lsopt.facts import Facts
-from elastic_lsopt.oracle.clock import NO_WINDOW
+from elastic_lsopt.oracle.clock import NO_WINDOW, SampleClock
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -36,7 +36,7 @@ class LAWA(Average):
     more while the mean is in use. Communication: none.
 
     Until it has taken a first time it is the weights themselves, which the log says. Raises UserError for a value out
-    of range, and after the first step where `start` is a share of a run of unknown length.
+    of range, and when an engine is made with it where `start` is a share of a run of unknown length.
     """
 
     facts: ClassVar[Facts] = Facts(
@@ -56,12 +56,15 @@ class LAWA(Average):
         require_count("every_samples", self.every_samples)
         require_share("start", self.start)
 
+    def first(self, clock: SampleClock) -> float:
+        return clock.at_share(self.start, "lawa")
+
     def init(self, space: ParameterSpace) -> State:
         queue = {_place(i): space.weights.clone() for i in range(self.k)}
         return {**queue, "held": 0, "window": NO_WINDOW}
 
     def after_step(self, space: ParameterSpace, report: StepReport, state: dict[str, Any]) -> None:
-        now = report.clock.window(self.every_samples, first=report.clock.at_share(self.start, "lawa"))
+        now = report.clock.window(self.every_samples, first=self.first(report.clock))
         if now <= state["window"]:
             return
         state["window"] = now

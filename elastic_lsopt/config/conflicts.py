@@ -7,7 +7,7 @@ from typing import Any
 
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.probes import read_probes
-from elastic_lsopt.config.schedules import OF_SHAPE, BatchScheduleConfig
+from elastic_lsopt.config.schedules import LOWER_LR, OF_SHAPE, BatchScheduleConfig
 from elastic_lsopt.config.settings import (
     ADAMS,
     EVALUATE_ELSEWHERE,
@@ -165,6 +165,13 @@ def _rate_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
     if theta > upper:
         key = "lr_scheduler_kwargs.theta"
         yield key, f"{key}={theta:g} is above upper_theta={upper:g}; lower it or raise upper_theta."
+    if c.lr_scheduler_type == "autodrop" and c.learning_rate <= (lower := given.get("lower_lr", LOWER_LR)):
+        key = "lr_scheduler_kwargs.lower_lr"
+        yield (
+            key,
+            f"{key}={lower:g}, below which autodrop does not drop, is not below learning_rate={c.learning_rate:g}, so "
+            "it never would; set it lower (0: no limit).",
+        )
     if c.lr_scheduler_type == "inverse_sqrt" and not c.warmup_ratio and "timescale_samples" not in given:
         yield (
             "lr_scheduler_type",

@@ -4,7 +4,7 @@ MODEL = "model: {model_type: llama, hidden_size: 256, num_hidden_layers: 4, num_
 CHAT = "dataset: chats.jsonl"
 SCALE = "elastic: {policy: scale_batch, reference_workers: 4"
 WSD = "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {"
-AUTODROP = "lr_scheduler_type: autodrop\nlr_scheduler_kwargs: {"
+AUTODROP = "lr_scheduler_type: autodrop\nlearning_rate: 0.05\nlr_scheduler_kwargs: {"
 RAMP = "batch_schedule: {kind: ramp, max_global_batch_size: 256, ramp_samples: 100000"
 NOISE = "batch_schedule: {kind: noise_scale, max_global_batch_size: 256"
 

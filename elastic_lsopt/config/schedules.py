@@ -27,6 +27,8 @@ OF_SHAPE: dict[str, tuple[str, ...]] = {
     "autodrop": ("window_samples", "theta", "upper_theta", "rho", "lower_lr", "extra_windows"),
 }
 """Which keys each lr_scheduler_type takes; the others take none."""
+LOWER_LR = 1e-4
+"""autodrop's, where the settings say nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, config=BLOCK)
@@ -51,7 +53,7 @@ class LrSchedulerKwargs:
     rho: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
     """autodrop: factor on the rate with each drop; null: 0.2."""
     lower_lr: NotNegative | None = None
-    """autodrop: the rate below which it does not drop; null: 1e-4."""
+    """autodrop: the rate below which it does not drop, less than learning_rate; null: 1e-4, which is meant for SGD."""
     extra_windows: Count | None = None
     """autodrop: windows from the one that has saturated to the drop, both counted; null: 20."""
 

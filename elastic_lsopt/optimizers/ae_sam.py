@@ -19,11 +19,13 @@ from elastic_lsopt.by_name import require, require_share
 from elastic_lsopt.facts import Facts
 from elastic_lsopt.optimizers.ascent import Ascent
 from elastic_lsopt.optimizers.registry import register
-from elastic_lsopt.optimizers.scheduled import value_at
+from elastic_lsopt.optimizers.scheduled import Scheduled, value_at
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
+
+C = "c (from lambda2 to lambda1)"
 
 
 @register("ae_sam")
@@ -53,6 +55,12 @@ class AESAM(Ascent):
             require(isinstance(value, int | float) and math.isfinite(value), name, value, "a number")
         require(self.every == 1, "every", self.every, "1: ae_sam chooses its steps itself")
 
+    @property
+    def over_the_run(self) -> dict[str, Scheduled]:
+        """c, from lambda2 to lambda1; a number where they are one."""
+        moves = self.lambda1 != self.lambda2
+        return {C: {"start": self.lambda2, "end": self.lambda1} if moves else self.lambda1}
+
     def init(self, space: ParameterSpace) -> State:
         return {**super().init(space), "mean": 0.0, "variance": math.exp(-10)}
 
@@ -60,7 +68,7 @@ class AESAM(Ascent):
         return 1  # whether there is a second is not known before the first
 
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Vector:
-        c = value_at("lambda1", {"start": self.lambda2, "end": self.lambda1}, oracle.clock)
+        c = value_at(C, self.over_the_run[C], oracle.clock)
         g = oracle.gradient()
         n = space.norm(g) ** 2
         mean = self.decay * state["mean"] + (1 - self.decay) * n

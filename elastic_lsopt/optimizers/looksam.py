@@ -62,8 +62,12 @@ class LookSAM(Ascent):
             return g.add_(v, alpha=self.alpha * space.norm(g))
         square = space.norm(g) ** 2
         v.copy_(g)
-        with self.up(space, oracle, v):
-            s = oracle.gradient()
+        try:
+            with self.up(space, oracle, v):
+                s = oracle.gradient()
+        except BaseException:
+            v.mul_(0.0)  # the raw gradient is no direction to go on with: none is, up to the next k-th step
+            raise
         along = space.dot(s, v) / square if square else 0.0
         v.mul_(-along).add_(s)
         length = space.norm(v)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from elastic_lsopt.by_name import nearest, require_number
@@ -64,3 +65,12 @@ def value_at(name: str, value: Scheduled, clock: SampleClock) -> float:
         case _:
             share = float(u > 0)
     return start + share * (end - start)
+
+
+def refuse_unknown_length(method: Any, clock: SampleClock) -> None:
+    """Raise UserError for a method with a field that moves over the run, or a schedule in its `over_the_run` (by name),
+    in a run whose length is not known: when it is built, and not in its first step."""
+    own = {f.name: getattr(method, f.name) for f in fields(method)} if is_dataclass(method) else {}
+    for name, value in (own | getattr(method, "over_the_run", {})).items():
+        if isinstance(value, Mapping) and {"start", "end"} <= value.keys():
+            value_at(name, dict(value), clock)

@@ -276,7 +276,7 @@ class Oracle(ABC):
         if alone is not None:
             total.done, total.parts = alone.number, alone.of
         # The first pass over a sample is at the weights themselves; no other may move running statistics.
-        moving = self.moves_buffers and None not in self._first and (not alone or alone.number not in self._first)
+        moving = self.moves_buffers and not self._seen(alone)
         self._alone = alone
         try:
             with nullcontext() if moving else still_buffers(self.backend.roots):
@@ -287,6 +287,10 @@ class Oracle(ABC):
         if total.done != end or not total.parts:
             raise RuntimeError(f"{total.done} of {total.parts} parts ran backward(); run each once, in order.")
         self._close(total, alone)
+
+    def _seen(self, alone: Part | None) -> bool:
+        """Whether a pass has been over samples of this part (None: of the batch) before."""
+        return None in self._first or (bool(self._first) if alone is None else alone.number in self._first)
 
     def install(self, vector: Vector) -> None:
         """Make `vector` the gradient that the engine steps with (nothing to do for the last pass's own gradient)."""

@@ -9,7 +9,7 @@ rest; nothing here remembers anything.
 from __future__ import annotations
 
 from elastic_lsopt.api.engine import Engine
-from elastic_lsopt.config.schedules import BatchScheduleConfig
+from elastic_lsopt.config.schedules import LOWER_LR, BatchScheduleConfig
 from elastic_lsopt.config.settings import SettingError, TrainConfig, batch_sizes, lr_rule
 from elastic_lsopt.elastic.worker.rates import Rates
 from elastic_lsopt.errors import UserError
@@ -29,8 +29,6 @@ GAIN_BATCHES = 1000
 """Batches over which AdaScale's gain is smoothed."""
 NOISE_BATCHES = 100
 """Batches between two looks at the noise scale, and over which it is smoothed, where the settings say nothing."""
-LOWER_LR = 1e-4
-"""AutoDrop's, where the settings say nothing."""
 
 
 def watchers(config: TrainConfig, epoch: int) -> list[Stateful]:

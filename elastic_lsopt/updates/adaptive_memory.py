@@ -73,9 +73,7 @@ class AdaptiveMemory(Update):
         return self.form == "adamw"
 
     def init(self, space: ParameterSpace) -> State:
-        if self.form == "sgd":
-            return {"d": space.zeros(), "step": 0}
-        return {"d": space.zeros(), "v": space.zeros()}
+        return {"d": space.zeros(), **({"v": space.zeros()} if self.form == "adamw" else {})}
 
     def update(self, space: ParameterSpace, gradient: Vector, state: dict[str, Any], rates: Rates) -> None:
         if self.form == "sgd":
@@ -85,9 +83,9 @@ class AdaptiveMemory(Update):
 
     def _sgd(self, space: ParameterSpace, g: Vector, state: dict[str, Any], rates: Rates) -> None:
         d, lam = state["d"], self.lam
-        if not state["step"]:
-            d.copy_(g)
-        state["step"] += 1
+        d.lerp_each_(
+            g, [float(t == 1) for t in count_steps(space, state)]
+        )  # d is a parameter's first gradient at first
         gg, gd, dd = space.dots_per_parameter((g, g), (g, d), (d, d)).sum(1).tolist()
         beta = _clipped(gg + 2 * lam * gd - lam * dd, gg - 2 * gd + dd, self.most)
         d.lerp_(g, (1 - beta) / (1 + lam))

@@ -9,16 +9,18 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard, TypeVar, cast, get_args
 
 import torch
 
 from elastic_lsopt.by_name import built
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.oracle.observation import Sees, Where
 from elastic_lsopt.updates.registry import updates
 from elastic_lsopt.updates.torch_update import ELEMENT_WISE
 from elastic_lsopt.updates.update import Update
 
+U = TypeVar("U", Update, type[Update])
 Rule = Update | type[Update] | type[torch.optim.Optimizer]
 OF_EVERY_GROUP = frozenset({"params", "param_names", "lr", "weight_decay"})
 DECOUPLED = "decoupled_weight_decay"
@@ -26,9 +28,10 @@ DECOUPLED = "decoupled_weight_decay"
 
 
 def resolved(update: Any) -> Rule:
-    """The rule that is meant. Raises UserError for one that is not known or does not work element by element."""
+    """The rule that is meant. Raises UserError for one that is not known, does not work element by element, or looks
+    at what it does not say."""
     if isinstance(update, Update):
-        return update
+        return seeing(update)
     if isinstance(update, str):
         torchs = {n.lower(): c for n, c in vars(torch.optim).items() if isinstance(c, type)}
         if update.lower() in updates.names() or ":" in update or update.lower() not in torchs:
@@ -36,7 +39,7 @@ def resolved(update: Any) -> Rule:
         else:
             update = torchs[update.lower()]
     if isinstance(update, type) and issubclass(update, Update):
-        return update if is_dataclass(update) else built("update", updates.name_of(update), update, {})
+        return seeing(update if is_dataclass(update) else built("update", updates.name_of(update), update, {}))
     if is_torch(update):
         if update is torch.optim.Muon:
             raise UserError(
@@ -53,6 +56,21 @@ def resolved(update: Any) -> Rule:
         f"update={update!r} is neither an Update (one of {', '.join(updates.names())}, or your own) nor a class of "
         "torch.optim; give one."
     )
+
+
+def seeing(rule: U) -> U:
+    """The rule itself. Raises UserError for one that looks at what there is not, or does nothing with what it sees."""
+    kind = rule if isinstance(rule, type) else type(rule)
+    name = f"update {updates.name_of(kind)!r} ({kind.__qualname__})"
+    for field, known in (("sees", get_args(Sees)), ("where", get_args(Where))):
+        if (said := getattr(rule, field)) not in known:
+            raise UserError(f"{name}: {field}={said!r} must be one of {', '.join(known)}.")
+    if rule.sees != "nothing" and kind.observe is Update.observe:
+        raise UserError(
+            f"{name} sees {rule.sees!r} and must define observe(space, seen, state), which is told of it: see "
+            "docs/own-update.md; or leave `sees` out."
+        )
+    return rule
 
 
 def is_torch(rule: Any) -> TypeGuard[type[torch.optim.Optimizer]]:

@@ -22,7 +22,7 @@ from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Scales, Vector
 from elastic_lsopt.updates.registry import register
-from elastic_lsopt.updates.update import Rates, Update
+from elastic_lsopt.updates.update import Rates, Update, count_steps
 
 
 @register("lamb")
@@ -56,15 +56,15 @@ class LAMB(Update):
         require(isinstance(self.most, int | float) and self.most >= 0, "most", self.most, "a number >= 0 or inf")
 
     def init(self, space: ParameterSpace) -> State:
-        return {"m": space.zeros(), "v": space.zeros(), "step": 0}
+        return {"m": space.zeros(), "v": space.zeros()}
 
     def update(self, space: ParameterSpace, gradient: Vector, state: dict[str, Any], rates: Rates) -> None:
         m, v, w = state["m"], state["v"], space.weights
-        (b1, b2), state["step"] = self.betas, state["step"] + 1
+        (b1, b2), steps = self.betas, count_steps(space, state)
         m.lerp_(gradient, 1 - b1)
         v.mul_(b2).addcmul_(gradient, gradient, 1 - b2)
-        root = gradient.copy_(v).mul_(1 / (1 - b2 ** state["step"])).sqrt_().add_(self.eps)
-        r = (m * (1 / (1 - b1 ** state["step"]))).div_(root).add_each_(w, rates.weight_decay)
+        root = gradient.copy_(v).mul_each_([1 / (1 - b2**t) for t in steps]).sqrt_().add_(self.eps)
+        r = m.clone().mul_each_([1 / (1 - b1**t) for t in steps]).div_(root).add_each_(w, rates.weight_decay)
         of_w, of_r = (norms.values for norms in space.norms_per_parameter(w, r))
         adapted = torch.tensor([self.vectors or len(p.shape) > 1 for p in space.layout.parameters], device=of_w.device)
         trusted = adapted & (of_w > 0) & (of_r > 0)

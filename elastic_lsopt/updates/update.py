@@ -81,7 +81,10 @@ def keep_numbers(space: ParameterSpace, state: dict[str, Any], key: str, values:
 
 
 def count_steps(space: ParameterSpace, state: dict[str, Any]) -> list[int]:
-    """How many steps each parameter has taken with this update, the one that begins included."""
-    steps = [int(before) + 1 for before in numbers(space, state, "step", 0)]
+    """How many steps each parameter has taken with this update, the one that begins included.
+
+    A count of all parameters together, as earlier checkpoints of some updates have it, is each one's.
+    """
+    steps = [int(before) + 1 for before in numbers(space, state, "step", state.pop("step", 0))]
     keep_numbers(space, state, "step", steps)
     return steps

@@ -64,6 +64,39 @@ def test_resume(ranks: Any, kind: str, world: int, way: str) -> None:
         assert r["dw"] == 0.0 and r["clock"] == [2 * 4 * r["units"], 2], r
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "method,update,anew", [(lso.SAM(), "", ""), (lso.LookSAM(), "", "method"), (lso.SAM(), "lamb", "update/lamb")]
+)
+def test_what_torchs_checkpoint_does_not_carry_is_told(
+    caplog: pytest.LogCaptureFixture, method: Any, update: str, anew: str
+) -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    def start() -> tuple[nn.Module, lso.LandscapeOptimizer]:
+        model = nn.Linear(3, 2)
+        named: Any = list(model.named_parameters())
+        base = lso.UpdateOptimizer(named, update, lr=0.1) if update else torch.optim.SGD(named, lr=0.1)
+        return model, lso.LandscapeOptimizer(base, method)
+
+    def go(model: nn.Module, optimizer: lso.LandscapeOptimizer) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = model(torch.ones(4, 3)).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    (model, optimizer), (again, other) = start(), start()
+    go(model, optimizer)
+    set_optimizer_state_dict(again, other, optim_state_dict=get_optimizer_state_dict(model, optimizer))
+    go(again, other)
+    assert other.clock.steps == 2
+    told = [r.getMessage() for r in caplog.records if "begins anew" in r.getMessage()]
+    assert [f"what {anew} remembered" in line for line in told] == ([True] if anew else [])
+
+
 @pytest.mark.parametrize("off", [None, 0.0])
 @pytest.mark.parametrize("kind,world", FEW)
 def test_clipping(ranks: Any, kind: str, world: int, off: float | None) -> None:

@@ -9,7 +9,10 @@ import lightning
 import pytest
 
 import elastic_lsopt as lso
+from tests.cases.trainer import FAMILY as WITHOUT_LOGITS
 from tests.laws.cover import full_but
+
+FAMILY = [name for name in WITHOUT_LOGITS if name != "nbar"]  # which is of LoRA
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,14 @@ def test_weights_are_the_papers(ranks: Any, stage: int, method: str, accumulated
         assert r["dw"] < 1e-6, r
         assert r["forwards"] == 5 * accumulated * (1 if method == "none" else 2) and r["evaluated"] == 2 + 2, r
         assert r["rate"] == pytest.approx(0.0) and r["logged"] == pytest.approx(r["mean_loss"], abs=2e-6), r
+
+
+@pytest.mark.parametrize("stage,method", full_but([(2, "rwp")], (0, 1, 2, 3), FAMILY))
+def test_weights_of_the_family_are_the_papers(ranks: Any, stage: int, method: str) -> None:
+    """What is logged is the loss at the first look at each micro-batch, also where the batch is taken in parts."""
+    case = "tests.cases.lightning_deepspeed:against_paper"
+    for r in ranks(2).run(case, stage=stage, method=method, accumulated=2, clip=0.3, extra=[]):
+        assert r["dw"] < 1e-6 and r["logged"] == pytest.approx(r["mean_loss"], abs=2e-6), r
 
 
 def test_saved_and_gone_on_with(ranks: Any, tmp_path: Path) -> None:
@@ -73,6 +84,15 @@ def test_what_is_no_method_is_refused() -> None:
 def test_a_method_whose_model_is_elsewhere_is_refused() -> None:
     with pytest.raises(lso.UserError, match="bi_lora: Lightning evaluates and saves the weights as they are"):
         lso.LandscapeDeepSpeedStrategy({}, lso.BiLoRA())
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("method", [lso.ESAM(), lso.FunctionalSAM()])
+def test_what_needs_the_logits_is_refused(method: Any) -> None:
+    with pytest.raises(
+        lso.UserError, match=r"needs the logits, and Lightning's training_step gives the loss alone; use"
+    ):
+        lso.LandscapeDeepSpeedStrategy({}, method)
 
 
 @pytest.mark.full

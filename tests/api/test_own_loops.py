@@ -48,9 +48,19 @@ def test_running_statistics_are_those_of_the_first_passes(ranks: Any, kind: str,
         assert max(r.values()) < 1e-6, r
 
 
-@pytest.mark.parametrize("kind,world,again", [("ddp", 2, False), ("ddp", 2, True), *[(*p, False) for p in PLACES[1:]]])
-def test_unfreezing(ranks: Any, kind: str, world: int, again: bool) -> None:
-    for r in ranks(world).run("tests.cases.own_loops:unfrozen", kind=kind, again=again):
+@pytest.mark.parametrize(
+    "kind,world,again,update",
+    [
+        ("ddp", 2, False, ""), ("ddp", 2, True, ""), *[(*p, False, "") for p in PLACES[1:]],
+        *[
+            pytest.param(*p, p[0] == "ddp", update, marks=pytest.mark.full)
+            for p in PLACES
+            for update in ("lamb", "adaptive_memory_sgd", "soap_none", "lars")
+        ],
+    ],
+)  # fmt: skip
+def test_unfreezing(ranks: Any, kind: str, world: int, again: bool, update: str) -> None:
+    for r in ranks(world).run("tests.cases.own_loops:unfrozen", kind=kind, again=again, update=update):
         if kind == "ddp" and not again:  # it averages what was trainable when it was built
             assert "was frozen when DistributedDataParallel was built" in r["refused"], r
         else:

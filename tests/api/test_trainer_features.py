@@ -16,6 +16,7 @@ import elastic_lsopt as lso
 from tests.cases import trainer as cases
 from tests.cases.trainer_checkpoints import Lagging
 from tests.cases.trainer_laws import against_paper
+from tests.laws.cover import full_but
 
 SAM = lso.SAM(**cases.METHODS["sam"])
 
@@ -181,7 +182,7 @@ def test_the_schedule_of_a_method_follows_the_trainers_steps(tmp_path: Path) -> 
     assert seen == [0.0, 0.25, 0.5, 0.75, 0.5, 0.75]
 
 
-@pytest.mark.parametrize("update", ["lamb", pytest.param("lars", marks=pytest.mark.full)])
+@pytest.mark.parametrize("update", full_but([("lamb",)], ("lamb", "lars", "muon", "soap", "adaptive_memory")))
 def test_an_update_of_ours_as_the_optimizer(tmp_path: Path, update: str) -> None:
     """Clipped as the loop would clip it; the norm in the log is the one before."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
+from tests.cases import updates
 from tests.oracles import paper_loops
 
 HYPER, CLIP = {"rho": 0.3}, 0.01
@@ -128,3 +129,51 @@ def test_an_engine_refuses(unfreeze: bool) -> None:
     with pytest.raises(lso.UserError, match=rf"parameter {0 if unfreeze else 2}\.weight is {now} and was not when the"):
         engine.train_batch(batches[1])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("way", ["requires_grad", "add_param_group"])
+@pytest.mark.parametrize(
+    "update",
+    ["lamb", "adaptive_memory_sgd"]
+    + [pytest.param(u, marks=pytest.mark.full) for u in ("lars", "soap", "adaptive_memory_adamw")],
+)
+def test_an_update_begins_with_each_parameter(update: str, way: str) -> None:
+    """Corrections of young means, and what is taken for the first gradient, are those of the parameter's own steps."""
+    model, batches = problem()
+    plain = copy.deepcopy(model)
+    theirs, (name, options) = updates.theirs(update, plain.requires_grad_(True)), updates.OPTIONS[update]
+    plain[0].requires_grad_(False)
+    first = model[2].named_parameters(prefix="2") if way == "add_param_group" else model.named_parameters()
+    optimizer = lso.LandscapeOptimizer(lso.UpdateOptimizer(first, name, **options), lso.Plain())
+    for k, [batch] in enumerate(batches):
+        if k == 2:
+            model.requires_grad_(True)
+            plain.requires_grad_(True)
+            if way == "add_param_group":
+                optimizer.add_param_group({"params": list(model[0].named_parameters(prefix="0"))})
+        step(optimizer, model, [[batch]])
+        plain.zero_grad()
+        paper_loops.cross_entropy(plain, batch).backward()
+        theirs.step()
+    assert furthest(model, plain) < (1e-6 if update == "soap" else 1e-12)  # whose decompositions are in fp32
+
+
+@pytest.mark.parametrize("update", ["lamb", pytest.param("adaptive_memory_adamw", marks=pytest.mark.full)])
+def test_what_is_frozen_and_unfrozen_again_begins_anew(update: str) -> None:
+    """An update's memory of it ends with the freezing, its count of steps too."""
+    model, batches = problem()
+    model.requires_grad_(True)
+    plain = copy.deepcopy(model)
+    theirs, (name, options) = updates.theirs(update, plain), updates.OPTIONS[update]
+    optimizer = lso.LandscapeOptimizer(lso.UpdateOptimizer(model.named_parameters(), name, **options), lso.Plain())
+    for k, [batch] in enumerate([*batches, *batches]):
+        for net in (model, plain):
+            net[0].requires_grad_(not 2 <= k < 4)
+        if k == 4:
+            for p in plain[0].parameters():
+                del theirs.state[p]
+        step(optimizer, model, [[batch]])
+        plain.zero_grad()
+        paper_loops.cross_entropy(plain, batch).backward()
+        theirs.step()
+    assert furthest(model, plain) < 1e-12

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 
 import elastic_lsopt as lso
 from tests.cases import engines
+from tests.cases.trainer import FAMILY as METHODS
+from tests.cases.trainer import named_as_in
 from tests.oracles import paper_loops
 
 STEPS = 5
@@ -57,7 +59,7 @@ class Falling:
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
         self.base = base
-        self.param_groups, self.zero_grad = base.param_groups, base.zero_grad
+        self.param_groups, self.state = base.param_groups, base.state
         self.schedule = torch.optim.lr_scheduler.LambdaLR(base, lambda k: 1 - k / STEPS)
 
     def step(self) -> None:
@@ -76,11 +78,12 @@ def trainer_with(strategy: Any, **more: Any) -> Any:
 def against_paper(stage: int, method: str, accumulated: int, clip: float, extra: list[str]) -> dict[str, Any]:
     """Five updates of some micro-batches per rank, and an evaluation after them."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    updates, hyper = engines.batches(STEPS, world * accumulated), engines.HYPERPARAMETERS[method]
+    updates, hyper = engines.batches(STEPS, world * accumulated), METHODS.get(method, engines.HYPERPARAMETERS[method])
     plain = engines.net(extra)
     module = Module(copy.deepcopy(plain), plain)
     base: Any = Falling(torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.2, momentum=0.5))
-    losses = paper_loops.run(plain, updates, base, method, hyper, clip=clip)
+    with named_as_in(nn.ModuleDict({"net": plain})):
+        losses = paper_loops.run(plain, updates, base, method, hyper, clip=clip)
     strategy = lso.LandscapeDeepSpeedStrategy(
         {"zero_optimization": {"stage": stage}}, lso.registry.build(method, **hyper)
     )

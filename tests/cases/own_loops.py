@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
-from tests.cases import engines
+from tests.cases import engines, updates
 from tests.cases.api import bare, wrapped
 from tests.oracles import paper_loops
 
@@ -181,16 +182,20 @@ def normed(kind: str) -> dict[str, Any]:
     return {n: float((mine[n] - t).abs().max()) for n, t in theirs.items()}
 
 
-def unfrozen(kind: str, again: bool = False) -> dict[str, Any]:
-    """Two steps with a frozen first layer, unfreeze (and wrap again), two steps, against the paper's; fp64, clipped."""
+def unfrozen(kind: str, again: bool = False, update: str = "") -> dict[str, Any]:
+    """Two steps with a frozen first layer, unfreeze (and wrap again), two steps, against the paper's; fp64, clipped.
+    `update`: with one of ours as the base."""
     world = dist.get_world_size()
     steps = engines.batches(4, world, dtype=torch.float64)
     plain = engines.net((), torch.float64)
     first = next(iter(plain.children()))
+    make: Any = engines.optimizer("momentum")
+    if update:
+        name, options = updates.OPTIONS[update]
+        make = partial(lso.UpdateOptimizer, update=name, **options)
+    base = updates.theirs(update, plain) if update else make(list(plain.named_parameters()))
     first.requires_grad_(False)
     model = wrapped(kind, copy.deepcopy(plain))
-    make = engines.optimizer("momentum")
-    base = make(list(plain.named_parameters()))
     optimizer = lso.LandscapeOptimizer(make(list(bare(model).named_parameters())), lso.SAM(rho=0.3), max_grad_norm=0.05)
     for some in (steps[:2], steps[2:]):
         paper_loops.run(plain, some, base, "sam", {"rho": 0.3}, clip=0.05)

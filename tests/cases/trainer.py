@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import elastic_lsopt as lso
-from tests.oracles import paper_loops
+from tests.cases.engines import HYPERPARAMETERS
+from tests.oracles import paper_loops, sam_family
 
 STEPS, ACCUMULATED, ROWS, LENGTH, VOCABULARY, LR, MOMENTUM = 6, 3, 12, 8, 31, 0.2, 0.5
 """Updates, micro-batches and rows of one, tokens of a row."""
@@ -22,6 +23,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "none": {}, "sam": {"rho": 0.3}, "asam": {"rho": 0.2, "eta": 0.01},
     "lpf_sgd": {"parts": 2, "gamma": 0.1, "alpha": 1.0},
 }  # fmt: skip
+FAMILY: dict[str, dict[str, Any]] = {
+    name: hyper | {"ae_sam": {"lambda1": 0.2, "lambda2": 0.2}, "entropy_sgd": {"inner_steps": 2}}.get(name, {})
+    for name, hyper in HYPERPARAMETERS.items()
+    if name not in (*METHODS, "flat_lora", "esam", "functional_sam")
+} | {"nbar": {"alpha": {"start": 0.3, "end": 0.3}}}
+"""The others that need no logits; constants where the paper's loop counts tokens and the Trainer steps."""
+METHODS |= FAMILY
 
 
 def world_size() -> int:
@@ -91,7 +99,7 @@ class Scheduled:
     """An optimizer whose rate falls linearly to 0, as the Trainer's default does."""
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
-        self.base = base
+        self.base, self.param_groups, self.state = base, base.param_groups, base.state
         self.norms: list[float] = []
         """Of the gradients that it has stepped with."""
         self.schedule = torch.optim.lr_scheduler.LambdaLR(base, lambda k: 1 - k / STEPS)
@@ -128,21 +136,22 @@ def by_paper(method: str, clip: float = 0.0, lora: bool = False, tied: bool = Fa
     ]
     start = trained_of(model)
     base: Any = Scheduled(momentum([p for p in model.parameters() if p.requires_grad]))
-    lpf = {"seed": 42} if method == "lpf_sgd" else {}  # TrainingArguments' seed
-    with _named_as_in(model):
-        losses = paper_loops.run(ByToken(model), updates, base, method, METHODS[method] | lpf, clip=clip)
+    with named_as_in(model):
+        # The seed is that of TrainingArguments.
+        losses = paper_loops.run(ByToken(model), updates, base, method, METHODS[method] | {"seed": 42}, clip=clip)
     return Paper(start, trained_of(model), losses, base.norms, [sum(len(y) for _, y in update) for update in updates])
 
 
 @contextmanager
-def _named_as_in(model: Any) -> Iterator[None]:
+def named_as_in(model: Any) -> Iterator[None]:
     """Noise is drawn by a parameter's name; the loop's wrapper puts a word before it."""
     own = paper_loops.trained
-    paper_loops.trained = lambda _: own(model)  # type: ignore[assignment]
+    for loops in (paper_loops, sam_family):
+        loops.trained = lambda _: own(model)  # type: ignore[assignment]
     try:
         yield
     finally:
-        paper_loops.trained = own
+        paper_loops.trained = sam_family.trained = own
 
 
 # -- the Trainer -----------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def measured(kind: str, method: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sft(lora: bool) -> dict[str, Any]:
+def sft(lora: bool, method: str = "sam") -> dict[str, Any]:
     """trl's SFTTrainer against the papers' loop: weights, tokens, and what it measures of each step."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -168,7 +168,7 @@ def sft(lora: bool) -> dict[str, Any]:
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
     data = Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in rows()])
     found, logs = [], []
-    for landscape in ({"method": "sam", **METHODS["sam"]}, None):
+    for landscape in ({"method": method, **METHODS[method]}, None):
         with fresh(), tempfile.TemporaryDirectory() as folder:
             args = arguments(
                 "ddp", folder, world_size(), max_grad_norm=0.5, kind=SFTConfig, bf16=False, max_length=None,
@@ -187,7 +187,7 @@ def sft(lora: bool) -> dict[str, Any]:
     names = "num_tokens", "entropy", "mean_token_accuracy"
     first = [[row[0][name] for name in names] for row in logs]
     return {
-        "dw": apart(found[0], by_paper("sam", 0.5, lora).weights), "first_step": first,
+        "dw": apart(found[0], by_paper(method, 0.5, lora).weights), "first_step": first,
         "tokens": logs[0][-1]["num_tokens"], "of": len(data) * LENGTH,
     }  # fmt: skip
 

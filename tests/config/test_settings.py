@@ -167,6 +167,11 @@ def test_keys_of_other_trainers_are_refused_by_name(key):
         ({"elastic": {"ramp_samples": 9}}, "ramp_samples is for policy scale_batch"),
         ({"lr_scheduler_kwargs": {"theta": 1.0}}, "theta is for lr_scheduler_type autodrop, but it is linear"),
         ({**AUTODROP, "lr_scheduler_kwargs": {"theta": 2.0}}, "theta=2 is above upper_theta=1"),
+        (
+            AUTODROP,
+            "lower_lr=0.0001, below which autodrop does not drop, is not below learning_rate=5e-05, so it never",
+        ),
+        ({**AUTODROP, "lr_scheduler_kwargs": {"lower_lr": 5e-5}}, r"lower_lr=5e-05, .* set it lower \(0: no limit\)"),
         ({**AUTODROP, "lr_scheduler_kwargs": {"decay_ratio": 0.5}}, "decay_ratio is for .*warmup_stable_decay"),
         ({"lr_scheduler_type": "inverse_sqrt"}, "needs lr_scheduler_kwargs: {timescale_samples"),
         ({"lr_scheduler_type": "warmup_stable_decay", "warmup_ratio": 0.95}, "decay_ratio=0.1 and warmup_ratio=0.95"),

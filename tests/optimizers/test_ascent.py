@@ -283,3 +283,52 @@ def test_rwp_where_an_update_has_one_micro_batch_only() -> None:
     for piece, t in zip(engine.space.layout.pieces, found.tensors, strict=True):
         name = engine.space.layout.parameters[piece.parameter].name
         assert torch.allclose(t, wanted[name].flatten(), rtol=0, atol=1e-12)
+
+
+def test_looksam_forgets_a_direction_that_it_could_not_finish() -> None:
+    """Its second pass is not finite: the steps up to the next k-th are the base's, not led by a raw gradient."""
+    model, plain = Net().double(), Net().double()
+    forwards = 0
+
+    def second_fails(m: Any, b: tuple[Tensor, Tensor]) -> Tensor:
+        nonlocal forwards
+        forwards += 1
+        return loss_fn(m, b) * (math.nan if forwards == 2 else 1.0)
+
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = lso.Engine.of(model, base, method=lso.LookSAM(rho=0.1, k=3, alpha=0.5), loss_fn=second_fails)
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for step in range(3):
+        engine.train_batch([batch()])
+        assert engine.last_step is not None and engine.last_step.skipped == (step == 0)
+        if step:
+            sgd.zero_grad()
+            loss_fn(plain, batch()).backward()
+            sgd.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("door", ["optimizer", "engine"])
+@pytest.mark.parametrize(
+    "method,keep,says",
+    [
+        (lso.SAM(rho={"start": 0.0, "end": 0.1}), None, "rho={'start': 0.0, 'end': 0.1} moves over the run, whose"),
+        (lso.AESAM(), None, "c (from lambda2 to lambda1)={'start': 1.0, 'end': -1.0} moves over the run, whose length"),
+        (lso.SAM(), "swa", "swa: 0.75 of the run is asked for, whose length is not known"),
+    ],
+)  # fmt: skip
+def test_a_run_of_unknown_length_is_refused_when_it_is_built(method: Any, keep: Any, says: str, door: str) -> None:
+    model = Net().double()
+    base = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    kept = [lso.averages.build(keep)] if keep else []
+    with pytest.raises(lso.UserError) as caught:
+        if door == "engine":
+            lso.Engine.of(model, base, method=method, loss_fn=loss_fn, keep=kept)
+        else:
+            lso.LandscapeOptimizer(base, method, keep=kept)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_ae_sam_with_one_threshold_needs_no_length() -> None:
+    assert len(seen(lso.AESAM(rho=0.2, lambda1=-1e9, lambda2=-1e9), total=None)) == 2

@@ -143,8 +143,10 @@ def normal(model: nn.Module, step: int, draw: int, seed: int = 0) -> Named:
     return out
 
 
-def random_sam(model: nn.Module, units: Batches, step: int, progress: float, *, rho: float, **_: Any) -> Answer:
-    return up(model, units, scaled(normal(model, step, 0), rho))
+def random_sam(
+    model: nn.Module, units: Batches, step: int, progress: float, *, rho: float, seed: int = 0, **_: Any
+) -> Answer:
+    return up(model, units, scaled(normal(model, step, 0, seed), rho))
 
 
 def functional_sam(model: nn.Module, units: Batches, step: int, progress: float, *, rho: float, **_: Any) -> Answer:
@@ -167,12 +169,13 @@ def functional_sam(model: nn.Module, units: Batches, step: int, progress: float,
 
 
 def rwp(
-    model: nn.Module, units: Batches, step: int, progress: float, *, gamma: float, alpha: float, **_: Any
-) -> Answer:
+    model: nn.Module, units: Batches, step: int, progress: float, *, gamma: float, alpha: float, seed: int = 0,
+    **_: Any,
+) -> Answer:  # fmt: skip
     """Li et al.: half 0 at noisy weights, half 1 at the weights."""
     e = {}
-    for n, z in normal(model, step, 0).items():
-        w = dict(model.named_parameters())[n].detach()
+    for n, z in normal(model, step, 0, seed).items():
+        w = trained(model)[n].detach()
         rows = w.reshape(w.shape[0], -1) if w.dim() > 1 else w.reshape(1, -1)
         e[n] = (z.reshape(rows.shape) * gamma * torch.stack([r.norm() for r in rows])[:, None]).reshape(w.shape)
     share0, (loss0, g0) = at(model, e, lambda: part(model, units, 0, 2))
@@ -182,7 +185,8 @@ def rwp(
 
 def entropy_sgd(
     model: nn.Module, units: Batches, step: int, progress: float, *, inner_steps: int, gamma0: float, gamma1: float,
-    noise: float, inner_lr: float, inner_momentum: float, average: float, batch: str = "parts", **_: Any,
+    noise: float, inner_lr: float, inner_momentum: float, average: float, batch: str = "parts", seed: int = 0,
+    **_: Any,
 ) -> Answer:  # fmt: skip
     """Chaudhari et al., Algorithm 1, as the authors' code: Nesterov inside, constants, outer gradient w - mean."""
     params = trained(model)
@@ -193,7 +197,7 @@ def entropy_sgd(
     for number in range(inner_steps):
         share, (loss, g) = part(model, units, number, inner_steps) if batch == "parts" else (1.0, whole(model, units))
         losses.append((share, loss))
-        z = normal(model, step, number)
+        z = normal(model, step, number, seed)
         with torch.no_grad():
             for n, p in params.items():
                 v[n] = inner_momentum * v[n] + g[n]

@@ -14,6 +14,7 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.loss import causal_lm_loss, classification_loss
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
 from elastic_lsopt.oracle.observation import HowProducts
+from elastic_lsopt.updates.update import Update
 from tests.cases.updates import sampling_loss
 from tests.oracles.curvature import AdaHessian, signs
 from tests.updates.test_param_groups import batch, engine_of, flat, halves, net, squares
@@ -287,3 +288,20 @@ def test_a_sum_of_losses_is_refused_at_the_first_look() -> None:
     base = lso.UpdateOptimizer(model.parameters(), "sophia_h", lr=0.1)
     engine = lso.Engine.of(model, base, loss_fn=lambda model, pair: ((model(pair[0]) - pair[1]) ** 2).sum())
     refused(lambda: engine.train_batch([batch(0)]), "the loss is not a mean")
+
+
+@pytest.mark.parametrize(
+    "own,says",
+    [
+        ({"sees": "hessian_diagonal"}, "sees 'hessian_diagonal' and must define observe(space, seen, state)"),
+        ({"sees": "hessian"}, "sees='hessian' must be one of nothing, sampled_gradient, hessian_diagonal"),
+        ({"where": "end"}, "where='end' must be one of weights, last_pass"),
+    ],
+)
+@pytest.mark.parametrize("given", ["class", "instance"])
+def test_an_own_rule_that_does_nothing_with_what_it_sees_is_refused(own: Any, says: str, given: str) -> None:
+    """When the base is made, and not in its first step."""
+    kind = type("Mine", (Update,), {**own, "update": lambda *_: None})
+    with pytest.raises(lso.UserError) as caught:
+        lso.UpdateOptimizer([torch.nn.Parameter(torch.zeros(2))], kind if given == "class" else kind(), lr=0.1)
+    assert says in str(caught.value) and "(Mine)" in str(caught.value) and "\n" not in str(caught.value)

@@ -19,8 +19,8 @@ from elastic_lsopt.updates.update_optimizer import updates_of
 
 STANDS_IN_FOR = (
     "create_accelerator_and_postprocess", "create_optimizer", "get_batch_samples", "training_step", "_clip_grad_norm",
-    "_get_grad_norm", "_prepare_for_training", "_save_optimizer_and_scheduler", "_load_from_checkpoint",
-    "_load_best_model", "_load_scaler",
+    "_get_grad_norm", "_get_num_items_in_batch", "_prepare_for_training", "_save_optimizer_and_scheduler",
+    "_load_from_checkpoint", "_load_best_model", "_load_scaler",
 )  # fmt: skip
 """Methods of the Trainer, some without a promise, that `trainer.py` overrides or calls."""
 TESTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")

@@ -13,7 +13,7 @@ and steps.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -139,11 +139,31 @@ class LandscapeTrainerMixin(_Base):
         step.clock = self._clock
         oracle = TrainerOracle(
             step.space, step.backend, step.clock, lambda batch: run(model, copy.copy(batch), num_items_in_batch),
-            self._update_batches, lambda: not_counted(self),
+            self._update_batches, lambda: not_counted(self), self._shares_by_items(num_items_in_batch),
         )  # fmt: skip
         with step.informing():
             self.last_step = step.take(oracle, self._samples_per_micro_batch * len(self._update_batches))
         return torch.tensor(self.last_step.loss, device=self.args.device, dtype=torch.float32)
+
+    def _shares_by_items(self, num_items: Any) -> Callable[[], list[float]] | None:
+        """What each of this rank's micro-batches weighs in the loss of the update, which is a mean over items (tokens);
+        None where the Trainer counts none, and its loss is a mean over micro-batches."""
+        if num_items is None:
+            return None
+
+        def shares() -> list[float]:
+            total = float(num_items) * (1 if self.args.average_tokens_across_devices else self.args.world_size)
+            return [self._items_of(batch) / total if total else 0.0 for batch in self._update_batches]
+
+        return shares
+
+    def _items_of(self, batch: Any) -> float:
+        """As the Trainer counts them, without its sum over ranks."""
+        summed, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            return float(self._get_num_items_in_batch([batch], self.args.device) or 0)
+        finally:
+            self.args.average_tokens_across_devices = summed
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """An update of ours has clipped and stepped before (`UpdateOptimizer`), as DeepSpeed has."""

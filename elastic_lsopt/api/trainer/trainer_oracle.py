@@ -29,8 +29,9 @@ Run = Callable[[Any], Tensor]
 class TrainerOracle(Oracle):
     """`run` on this rank's micro-batches, the same number on every rank; dropout is the same in each pass.
 
-    Inside `later()` run all passes but the first. Parts are cut by the micro-batches of a rank. An update with fewer of
-    them than parts (the last of an epoch) has as many parts as micro-batches.
+    Inside `later()` run all passes over a micro-batch but its first. Parts are cut by the micro-batches of a rank. An
+    update with fewer of them than parts (the last of an epoch) has as many parts as micro-batches. `shares()` are this
+    rank's micro-batches' shares of the global batch (1 over all ranks), for passes over a part alone; None: all alike.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class TrainerOracle(Oracle):
         run: Run,
         batches: Sequence[Any],
         later: Callable[[], AbstractContextManager[None]] = nullcontext,
+        shares: Callable[[], Sequence[float]] | None = None,
     ) -> None:
         super().__init__(space, backend, clock)
+        self._shares_of_batches = shares
         self._run_batch, self._batches, self._later = run, batches, later
 
     def parts(self, m: int) -> list[Part]:
@@ -56,13 +59,16 @@ class TrainerOracle(Oracle):
         )
 
     def _local_share(self, part: Part) -> float:
-        return part.weight / self.backend.world
+        if self._shares_of_batches is None:
+            return part.weight / self.backend.world
+        first, end = part_bounds(len(self._batches), part.of)[part.number]
+        return sum(self._shares_of_batches()[first:end])
 
     def _backward(self, part: Part, *, last: bool) -> tuple[float | Tensor, int | Tensor]:
         first, end = part_bounds(len(self._batches), part.of)[part.number]
         local: float | Tensor = 0.0
         nonfinite: int | Tensor = 0
-        with self._later() if self.passes else nullcontext():
+        with self._later() if self._seen(self._alone) else nullcontext():
             for j in range(first, end):
                 self.backend.begin(last=last and j == end - 1)
                 index = j * self.backend.world + self.backend.rank

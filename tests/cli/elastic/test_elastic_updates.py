@@ -1,5 +1,5 @@
-"""An update of ours in an elastic job, with averages beside it, a batch that grows and a rate that drops: a death, a
-newcomer, a stop, and on from the disk."""
+"""An update of ours, or a method that remembers, in an elastic job, with averages beside it, a batch that grows and a
+rate that drops: a death, a newcomer, a stop, and on from the disk."""
 
 from __future__ import annotations
 
@@ -30,14 +30,21 @@ UPDATES: dict[str, dict[str, Any]] = {
     "soap": {"optim": "soap", "learning_rate": 0.01, "momentum": None},
     "schedule_free": {
         "optim": "schedule_free", "learning_rate": 0.01, "momentum": None, "lr_scheduler_type": "constant",
-        "averages": {}, "evaluate_average": None,
+        "lr_scheduler_kwargs": None, "averages": {}, "evaluate_average": None,
     },
     "sophia_g": {"optim": "sophia_g", "learning_rate": 0.01, "momentum": None},
     "muon": {
         "optim": "adamw", "learning_rate": 0.01, "momentum": None,
         "param_groups": [{"match": "blocks.*", "dims": 2, "optim": "muon", "learning_rate": 0.02}],
     },
+    "adaptive_memory": {"optim": "adaptive_memory", "learning_rate": 0.01, "momentum": None},
 }  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "looksam": {"k": 4}, "friendly_sam": {}, "sampa": {}, "momentum_sam": {"rho": 0.3}, "ae_sam": {},
+    "entropy_sgd": {"inner_steps": 2, "gamma1": 0.01}, "esam": {}, "functional_sam": {},
+}  # fmt: skip
+"""What they remember, or draw and choose by step, with SGD as base."""
+UPDATES |= {name: {"landscape": {"method": name, **own}} for name, own in METHODS.items()}
 BACKENDS: dict[str, dict[str, Any]] = {
     "ddp": {"backend": "replicated"},
     "fsdp2": {"backend": "fsdp2"},
@@ -49,7 +56,9 @@ LIVES = [
         pytest.param(*life, marks=pytest.mark.full)
         for life in (
             ("ddp", "muon"), ("fsdp2", "lamb"), ("zero2", "lars"), ("fsdp2", "lora"), ("zero3", "lora"),
-            ("ddp", "soap"), ("fsdp2", "sophia_g"), ("zero2", "schedule_free"),
+            ("ddp", "soap"), ("fsdp2", "sophia_g"), ("zero2", "schedule_free"), ("zero2", "adaptive_memory"),
+            ("fsdp2", "looksam"), ("zero3", "friendly_sam"), ("zero2", "sampa"), ("ddp", "momentum_sam"),
+            ("fsdp2", "ae_sam"), ("zero3", "entropy_sgd"), ("fsdp2", "esam"), ("zero3", "functional_sam"),
         )
     ),
 ]  # fmt: skip
@@ -85,7 +94,7 @@ def test_killed_joined_stopped_and_resumed(
     for name in ("batch", "lr", "samples"):
         assert [found[s][name] for s in sorted(found)] == pytest.approx([wanted[s][name] for s in sorted(wanted)])
     assert [wanted[s]["batch"] for s in sorted(wanted)] == [4] * 10 + [6] * 7 + [8] * 19
-    assert len({row["lr"] for row in wanted.values()}) == 4
+    assert len({row["lr"] for row in wanted.values()}) == (1 if update == "schedule_free" else 4)
     assert losses(run) == pytest.approx([wanted[s]["loss"] for s in sorted(wanted)], rel=close)
     means = {step: row["eval_loss"] for step, row in wanted.items() if "eval_loss" in row}
     assert len(means) == STEPS // SHAPE["eval_steps"]

@@ -107,7 +107,7 @@ def test_averages_and_schedules_hold_vectors():
     noise = {"kind": "noise_scale", "max_global_batch_size": 64}
     config = TrainConfig(
         dataset="a", output_dir="b", model={"model_type": "llama"}, max_steps=1, lr_scheduler_type="autodrop",
-        batch_schedule=noise,  # type: ignore[arg-type]
+        learning_rate=0.1, batch_schedule=noise,  # type: ignore[arg-type]
     )  # fmt: skip
     assert vectors_watched(config) == 3
     at = Placement(backend="fsdp2", world=2)
