@@ -94,8 +94,8 @@ test-next-transformers:  ## folders read and written in shards, by the transform
 	.venv-next-transformers/bin/python -m pytest tests/checkpoint tests/training/building -m "not full"
 
 schema: $(INSTALLED)  ## write the JSON schema of a job's YAML, and the references of keys, measures and commands
-	$(BIN)/python -m elastic_lsopt.config.schema
-	$(BIN)/python -m elastic_lsopt.config.reference
+	$(BIN)/python -m elastic_lsopt.config.pages.schema
+	$(BIN)/python -m elastic_lsopt.config.pages.reference
 	$(BIN)/python -m elastic_lsopt.cli.reference
 	$(BIN)/python -m elastic_lsopt.probes.reference
 

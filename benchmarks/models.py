@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
-from elastic_lsopt.oracle.loss import Loss, causal_lm_loss
+from elastic_lsopt.oracle.losses.loss import Loss, causal_lm_loss
 from elastic_lsopt.training.building.models import blocks
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"

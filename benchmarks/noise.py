@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from elastic_lsopt.space.noise import add_normal_, fill_normal_
+from elastic_lsopt.space.random.noise import add_normal_, fill_normal_
 
 ELEMENTS = 10_000_000
 GPU_ELEMENTS = 250_000_000

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from elastic_lsopt.optimizers.sam import SAM
     from elastic_lsopt.optimizers.sampa import SAMPa
     from elastic_lsopt.optimizers.wsam import WSAM
-    from elastic_lsopt.oracle.loss import Loss
+    from elastic_lsopt.oracle.losses.loss import Loss
     from elastic_lsopt.oracle.microbatch import MicroBatch
     from elastic_lsopt.oracle.step_report import StepReport
     from elastic_lsopt.space.vector import Scales

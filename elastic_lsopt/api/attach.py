@@ -9,8 +9,8 @@ from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.curvature.products import Mode
-from elastic_lsopt.oracle.default_loss import as_loss
-from elastic_lsopt.oracle.loss import Loss, LossFunction
+from elastic_lsopt.oracle.losses.default_loss import as_loss
+from elastic_lsopt.oracle.losses.loss import Loss, LossFunction
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
 from elastic_lsopt.space.geometry import ParameterSpace
 

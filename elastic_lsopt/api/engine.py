@@ -16,12 +16,12 @@ from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import StaleWeights, UserError
 from elastic_lsopt.optimizers.plain import Plain
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.default_loss import as_loss
 from elastic_lsopt.oracle.eval_mode import eval_mode
 from elastic_lsopt.oracle.family import Family, Stateful
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.oracle.halves_oracle import HalvesOracle
-from elastic_lsopt.oracle.loss import Loss, LossFunction
+from elastic_lsopt.oracle.losses.default_loss import as_loss
+from elastic_lsopt.oracle.losses.loss import Loss, LossFunction
 from elastic_lsopt.oracle.method import Method, State
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
 from elastic_lsopt.oracle.observation import refuse_unseen

@@ -15,7 +15,7 @@ from elastic_lsopt.config.deepspeed_json import engine_json, read_deepspeed_json
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.optimizers import registry
 from elastic_lsopt.oracle.family import Stateful
-from elastic_lsopt.oracle.loss import Loss, LossFunction
+from elastic_lsopt.oracle.losses.loss import Loss, LossFunction
 from elastic_lsopt.oracle.method import Method
 
 Json = dict[str, Any]

@@ -13,10 +13,10 @@ import torch
 from elastic_lsopt.api.base_view import BaseView
 from elastic_lsopt.averages.average import FAMILY as AVERAGES
 from elastic_lsopt.averages.average import Average
-from elastic_lsopt.backends.adversary import AdversaryAdapter
+from elastic_lsopt.backends.adapters.adversary import AdversaryAdapter
+from elastic_lsopt.backends.adapters.merged_weights import MergedWeights
+from elastic_lsopt.backends.adapters.restricted import restricted_space
 from elastic_lsopt.backends.backend import Backend
-from elastic_lsopt.backends.merged_weights import MergedWeights
-from elastic_lsopt.backends.restricted import restricted_space
 from elastic_lsopt.errors import NonFinite, PeerFailed, StaleWeights, UserError
 from elastic_lsopt.optimizers.registry import methods
 from elastic_lsopt.optimizers.scheduled import refuse_unknown_length

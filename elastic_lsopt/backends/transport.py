@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from elastic_lsopt.backends.ending import end_well
 from elastic_lsopt.backends.fabric import Fabric, fabric_for
+from elastic_lsopt.backends.fabric.ending import end_well
+from elastic_lsopt.backends.fabric.signed_store import server_of
 from elastic_lsopt.backends.fabric.sockets import sockets
 from elastic_lsopt.backends.groups import present
-from elastic_lsopt.backends.signed_store import server_of
 from elastic_lsopt.errors import PeerFailed
 
 AGREE_S = 1.0

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from elastic_lsopt.backends.adversary import ADVERSARY, is_factor
+from elastic_lsopt.backends.adapters.adversary import ADVERSARY, is_factor
 from elastic_lsopt.backends.backend import Backend, local
 from elastic_lsopt.checkpoint.contents import (
     FORMAT,

@@ -9,9 +9,9 @@ from typing import Any
 from rich.table import Table
 
 from elastic_lsopt.cli.job_file import job_of
-from elastic_lsopt.cli.progress import Told
 from elastic_lsopt.cli.report import report
-from elastic_lsopt.cli.tables import console_of_tables, table
+from elastic_lsopt.cli.terminal.progress import Told
+from elastic_lsopt.cli.terminal.tables import console_of_tables, table
 from elastic_lsopt.config.compare import CompareConfig, Comparison, Keys, read_comparison
 from elastic_lsopt.config.ranges import SettingError
 from elastic_lsopt.config.settings import TrainConfig

@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:
     """`main` as a process of its own: the door by which every command leaves."""
-    from elastic_lsopt.backends.ending import end
-    from elastic_lsopt.cli.output import Output
+    from elastic_lsopt.backends.fabric.ending import end
+    from elastic_lsopt.cli.terminal.output import Output
 
     sys.stdout = Output(sys.stdout)  # type: ignore[assignment]
     end(main(argv))
@@ -113,7 +113,7 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
 
             return report(arguments.run_folder)
         case _:
-            from elastic_lsopt.config.schema import schema_text
+            from elastic_lsopt.config.pages.schema import schema_text
 
             print(schema_text(), end="")
             return 0

@@ -23,9 +23,9 @@ from rich.table import Table
 
 from elastic_lsopt.averages.registry import averages
 from elastic_lsopt.by_name import Registry, nearest
-from elastic_lsopt.cli.tables import console_of_tables
-from elastic_lsopt.config import examples
-from elastic_lsopt.config.reference import Own, annotated, in_words, yaml_of
+from elastic_lsopt.cli.terminal.tables import console_of_tables
+from elastic_lsopt.config.pages import examples
+from elastic_lsopt.config.pages.reference import Own, annotated, in_words, yaml_of
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.facts import Facts
 from elastic_lsopt.optimizers.registry import methods as gradient_rules

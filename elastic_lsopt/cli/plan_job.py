@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic_lsopt.cli.job_file import read_job
-from elastic_lsopt.cli.tables import (
+from elastic_lsopt.cli.terminal.tables import (
     console_of_tables,
     host_table,
     memory_table,

@@ -133,7 +133,7 @@ def _compare(folders: Sequence[Path], *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"runs": names, "settings": settings, "at_end": numbers}, indent=2))
         return 0
-    from elastic_lsopt.cli.tables import console_of_tables, table
+    from elastic_lsopt.cli.terminal.tables import console_of_tables, table
 
     console = console_of_tables()
     if settings:
@@ -189,7 +189,7 @@ def _at_end(run: Path) -> dict[str, Any]:
 
 
 def _print_summaries(found: Sequence[Summary]) -> None:
-    from elastic_lsopt.cli.tables import console_of_tables, table
+    from elastic_lsopt.cli.terminal.tables import console_of_tables, table
 
     console = console_of_tables()
     rows = table(console, "Runs", ["run", "state", "step", "loss", "held out", "batch", "members", "last word"])

@@ -10,8 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from elastic_lsopt.cli.progress import Told
 from elastic_lsopt.cli.report import report
+from elastic_lsopt.cli.terminal.progress import Told
 from elastic_lsopt.config.study import StudyConfig, read_study
 from elastic_lsopt.study.ranking import Ranking
 from elastic_lsopt.study.study import Result, best_first, run_study

@@ -125,7 +125,7 @@ def leave(code: int, world: int) -> int:
     """End the process group; after a failure leave at once, because its peers may be gone or wait in a collective."""
     import torch.distributed as dist
 
-    from elastic_lsopt.backends import ending
+    from elastic_lsopt.backends.fabric import ending
 
     if code and world > 1:
         ending.leave(code)

@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from elastic_lsopt.config.deepspeed_json import check_job, read_deepspeed_json
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.lora import LoraConfig
+from elastic_lsopt.config.pages.schema import allowed, setting
 from elastic_lsopt.config.schedules import BatchScheduleConfig, LrSchedulerKwargs
-from elastic_lsopt.config.schema import allowed, setting
 from elastic_lsopt.config.settings import BUILTIN_DATASETS, REFUSED, SettingError, TrainConfig
 from elastic_lsopt.config.spelling import did_you_mean
 from elastic_lsopt.errors import UserError

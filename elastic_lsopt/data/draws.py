@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mod
 
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.replay.slot import generators_of
-from elastic_lsopt.space.noise import block_seed
+from elastic_lsopt.space.random.noise import block_seed
 
 _TORCH_SEED, _NUMPY_SEED = 2**63 - 1, 2**32 - 1
 

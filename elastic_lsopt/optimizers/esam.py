@@ -27,7 +27,7 @@ from elastic_lsopt.optimizers.registry import register
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.geometry import ParameterSpace
-from elastic_lsopt.space.noise import block_seed
+from elastic_lsopt.space.random.noise import block_seed
 from elastic_lsopt.space.vector import Vector
 
 

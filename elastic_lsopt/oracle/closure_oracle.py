@@ -13,7 +13,7 @@ from elastic_lsopt.oracle.gradient_engine import GradientEngine
 from elastic_lsopt.oracle.oracle import Oracle, Part
 from elastic_lsopt.oracle.replay.slot import replayed
 from elastic_lsopt.space.geometry import ParameterSpace
-from elastic_lsopt.space.noise import block_seed
+from elastic_lsopt.space.random.noise import block_seed
 
 Closure = Callable[[], Tensor]
 

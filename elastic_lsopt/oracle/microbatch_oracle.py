@@ -15,7 +15,7 @@ from elastic_lsopt.oracle.curvature.curvature_checks import check_products
 from elastic_lsopt.oracle.curvature.differences import Product
 from elastic_lsopt.oracle.curvature.products import Mode, Products, refuse_unknown
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
-from elastic_lsopt.oracle.loss import Loss, refuse_coupled_samples, samples
+from elastic_lsopt.oracle.losses.loss import Loss, refuse_coupled_samples, samples
 from elastic_lsopt.oracle.microbatch import MicroBatch, as_microbatches, part_bounds, slots
 from elastic_lsopt.oracle.observation import HowProducts, signs
 from elastic_lsopt.oracle.oracle import Oracle, Part
@@ -26,7 +26,7 @@ from elastic_lsopt.oracle.split.logits import NO_LOGITS, OutputGradients, pulled
 from elastic_lsopt.oracle.split.sample_losses import Chosen, SampleLosses, risen
 from elastic_lsopt.oracle.step_report import Piggyback
 from elastic_lsopt.space.geometry import ParameterSpace
-from elastic_lsopt.space.noise import block_seed
+from elastic_lsopt.space.random.noise import block_seed
 from elastic_lsopt.space.upload import on_device
 from elastic_lsopt.space.vector import BorrowedGradient, Vector
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from elastic_lsopt.errors import NonFinite, UserError
 from elastic_lsopt.oracle.curvature.products import Mode
-from elastic_lsopt.oracle.loss import Loss
+from elastic_lsopt.oracle.losses.loss import Loss
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 

@@ -23,7 +23,7 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.curvature.products import Mode
 from elastic_lsopt.oracle.eval_mode import eval_mode
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
-from elastic_lsopt.oracle.loss import Loss, Unsplit
+from elastic_lsopt.oracle.losses.loss import Loss, Unsplit
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
 from elastic_lsopt.probes.catalogue import ProbeContext, as_json, measure
 from elastic_lsopt.space.geometry import ParameterSpace

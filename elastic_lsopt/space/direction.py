@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from elastic_lsopt.space.noise import add_normal_, block_seed, fill_normal_
+from elastic_lsopt.space.random.noise import add_normal_, block_seed, fill_normal_
 from elastic_lsopt.space.vector import Owner, Vector
 
 

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from elastic_lsopt.api.attach import attach
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.config.study import StudyConfig
-from elastic_lsopt.oracle.loss import classification_loss
+from elastic_lsopt.oracle.losses.loss import classification_loss
 from elastic_lsopt.probes.catalogue import ProbeContext
 from elastic_lsopt.probes.measurement import Measurement
 from elastic_lsopt.space.geometry import ParameterSpace

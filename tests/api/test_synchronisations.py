@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
-from elastic_lsopt.oracle.loss import classification_loss
+from elastic_lsopt.oracle.losses.loss import classification_loss
 
 UNITS = 4
 METHODS = [

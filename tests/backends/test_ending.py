@@ -42,7 +42,7 @@ def test_a_command_ends_with_its_own_code_whatever_the_interpreters_end_would_do
 
 
 def test_an_output_that_cannot_be_written_is_a_failure() -> None:
-    code = "import sys\nfrom elastic_lsopt.backends.ending import leave\nprint('told')\nleave(0)"
+    code = "import sys\nfrom elastic_lsopt.backends.fabric.ending import leave\nprint('told')\nleave(0)"
     with open("/dev/full", "w") as full:
         ended = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, env={**rank_environment(), "PYTHONUNBUFFERED": ""}, text=True,

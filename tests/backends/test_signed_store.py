@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from elastic_lsopt.backends.signed_store import SignedStore, derived, server_of
+from elastic_lsopt.backends.fabric.signed_store import SignedStore, derived, server_of
 from elastic_lsopt.elastic.mail.mailbox import connect, host_store
 from elastic_lsopt.elastic.worker import manifest
 from elastic_lsopt.elastic.worker.meeting import meet

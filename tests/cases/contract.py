@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import elastic_lsopt as lso
-from elastic_lsopt.space.noise import block_seed, fill_normal_
+from elastic_lsopt.space.random.noise import block_seed, fill_normal_
 from elastic_lsopt.space.vector import Scales, Vector
 from tests.cases import engines
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import elastic_lsopt as lso
-from elastic_lsopt.backends.ending import _wait_for_gloo
+from elastic_lsopt.backends.fabric.ending import _wait_for_gloo
 from tests.cases import engines
 from tests.cases.contract import dtype_of
 

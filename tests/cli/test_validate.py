@@ -203,7 +203,7 @@ def test_from_a_shell_a_mistake_is_one_line_and_code_2():
 
 def test_the_schema_is_printed(capsys):
     assert main(["schema"]) == 0
-    assert capsys.readouterr().out == (ROOT / "elastic_lsopt/config/schema.json").read_text()
+    assert capsys.readouterr().out == (ROOT / "elastic_lsopt/config/pages/schema.json").read_text()
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["validate", "--help"]])

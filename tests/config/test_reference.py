@@ -10,12 +10,12 @@ import pytest
 import yaml
 from pydantic_core import to_jsonable_python
 
-from elastic_lsopt.config import examples
 from elastic_lsopt.config.compare import CompareConfig
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.lora import LoraConfig
+from elastic_lsopt.config.pages import examples
+from elastic_lsopt.config.pages.reference import PAGE, keys_text
 from elastic_lsopt.config.probes import OWN
-from elastic_lsopt.config.reference import PAGE, keys_text
 from elastic_lsopt.config.schedules import BatchScheduleConfig, LrSchedulerKwargs
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.config.study import Grid, StudyConfig

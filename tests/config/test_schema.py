@@ -8,7 +8,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from elastic_lsopt.config.load import load_config
-from elastic_lsopt.config.schema import SHIPPED, allowed, schema_text
+from elastic_lsopt.config.pages.schema import SHIPPED, allowed, schema_text
 
 pytestmark = pytest.mark.fast
 
@@ -19,7 +19,7 @@ SCHEMA = json.loads(SHIPPED.read_text(encoding="utf-8"))
 
 
 def test_the_shipped_schema_is_fresh():
-    assert SHIPPED.read_text(encoding="utf-8") == schema_text(), "run: python -m elastic_lsopt.config.schema"
+    assert SHIPPED.read_text(encoding="utf-8") == schema_text(), "run: python -m elastic_lsopt.config.pages.schema"
     Draft202012Validator.check_schema(SCHEMA)
 
 

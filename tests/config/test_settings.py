@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from elastic_lsopt.config.elastic import ElasticConfig
-from elastic_lsopt.config.schema import json_schema, setting
+from elastic_lsopt.config.pages.schema import json_schema, setting
 from elastic_lsopt.config.settings import REFUSED, TrainConfig, landscape_fields, lr_rule
 
 pytestmark = pytest.mark.fast

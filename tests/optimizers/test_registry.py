@@ -158,7 +158,7 @@ def test_the_package_imports_no_framework() -> None:
     """The public names work without DeepSpeed, transformers, accelerate, Lightning, triton."""
     heavy = (
         "deepspeed", "transformers", "accelerate", "lightning", "triton", "datasets",
-        "elastic_lsopt.space.noise_triton",
+        "elastic_lsopt.space.random.noise_triton",
     )  # fmt: skip
     out = python(
         "import torch, sys\nbefore = set(sys.modules)\nimport elastic_lsopt as lso\n"

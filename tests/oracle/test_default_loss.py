@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor, nn
 
 import elastic_lsopt as lso
-from elastic_lsopt.oracle.default_loss import as_loss
-from elastic_lsopt.oracle.loss import Loss, classification_loss
+from elastic_lsopt.oracle.losses.default_loss import as_loss
+from elastic_lsopt.oracle.losses.loss import Loss, classification_loss
 
 VOCABULARY, ROWS, LENGTH = 40, 6, 9
 SMALL: dict[str, Any] = {

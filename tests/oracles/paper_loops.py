@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic_lsopt.space.noise import block_seed, fill_normal_
+from elastic_lsopt.space.random.noise import block_seed, fill_normal_
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 """The units of one step, in global order."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic_lsopt.space.noise import block_seed, fill_normal_
+from elastic_lsopt.space.random.noise import block_seed, fill_normal_
 from tests.oracles.paper_loops import Batches, at, by_samples, gradient, norm, trained
 
 Named = dict[str, Tensor]

@@ -22,8 +22,8 @@ from scipy import stats
 from torch import Tensor
 
 from elastic_lsopt.errors import Unsupported
-from elastic_lsopt.space.noise import BLOCK, _block_normals, add_normal_, block_seed, fill_normal_
-from elastic_lsopt.space.philox import philox4x32, philox_normal
+from elastic_lsopt.space.random.noise import BLOCK, _block_normals, add_normal_, block_seed, fill_normal_
+from elastic_lsopt.space.random.philox import philox4x32, philox_normal
 
 SIZE = 3 * BLOCK + 1234
 STREAM = {"seed": 11, "name": "layers.0.weight"}
@@ -250,7 +250,7 @@ def test_philox_same_numbers_at_any_sharding(key: int, first: int, count: int, c
 
 def compare_kernel_with_slow_form(device: str) -> None:
     """Fill, one scale and a scale a row, in every dtype, at keys, offsets and cuts that reach both counter words."""
-    from elastic_lsopt.space.noise_triton import normal_
+    from elastic_lsopt.space.random.noise_triton import normal_
 
     places = [(7, 0, 2500), (2**64 - 5, 12_345, 2300), (2**63, 2**36 + 2047, 4097), (block_seed(1, "w"), 2048, 1)]
     # The interpreter cuts bf16 and fp16 off where a GPU rounds, so a whole last place is allowed, not half.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.loss import causal_lm_loss, classification_loss
+from elastic_lsopt.oracle.losses.loss import causal_lm_loss, classification_loss
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
 from elastic_lsopt.oracle.observation import HowProducts
 from elastic_lsopt.updates.update import Update

@@ -20,8 +20,8 @@ from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import Unsupported, UserError
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.oracle.curvature.products import Mode
-from elastic_lsopt.oracle.default_loss import as_loss
-from elastic_lsopt.oracle.loss import Loss, LossFunction
+from elastic_lsopt.oracle.losses.default_loss import as_loss
+from elastic_lsopt.oracle.losses.loss import Loss, LossFunction
 from elastic_lsopt.oracle.step_report import log
 from elastic_lsopt.probes.catalogue import ProbeContext, measure
 from elastic_lsopt.probes.measurement import Measurement

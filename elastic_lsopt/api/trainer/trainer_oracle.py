@@ -20,7 +20,7 @@ from elastic_lsopt.oracle.microbatch import part_bounds
 from elastic_lsopt.oracle.oracle import Oracle, Part
 from elastic_lsopt.oracle.replay.slot import replayed
 from elastic_lsopt.space.geometry import ParameterSpace
-from elastic_lsopt.space.noise import block_seed
+from elastic_lsopt.space.random.noise import block_seed
 
 Run = Callable[[Any], Tensor]
 """One micro-batch forward and backward; its share of the loss, scaled for a mean over the ranks."""

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastic_lsopt.checkpoint.huggingface.weights import initialising
 from elastic_lsopt.errors import Unsupported
-from elastic_lsopt.space.noise import block_seed
+from elastic_lsopt.space.random.noise import block_seed
 
 BLOCK = 1 << 16
 RANDOM = frozenset({"normal_", "uniform_", "bernoulli_", "exponential_", "log_normal_", "cauchy_"})

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from elastic_lsopt.backends.adversary import ADVERSARY, is_factor
+from elastic_lsopt.backends.adapters.adversary import ADVERSARY, is_factor
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.checkpoint.folder import staging, sync
 from elastic_lsopt.checkpoint.huggingface.export import TIMEOUT, attempt, refuse

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic_lsopt.backends.adversary import ADVERSARY, is_factor
+from elastic_lsopt.backends.adapters.adversary import ADVERSARY, is_factor
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.checkpoint.huggingface.drawn_weights import DrawnWeights
 from elastic_lsopt.checkpoint.huggingface.weights import Weights

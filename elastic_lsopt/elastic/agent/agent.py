@@ -27,7 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from elastic_lsopt.backends.signed_store import derived
+from elastic_lsopt.backends.fabric.signed_store import derived
 from elastic_lsopt.elastic.agent.event_file import EventFile
 from elastic_lsopt.elastic.agent.lease_clock import lease_now
 from elastic_lsopt.elastic.agent.node import Node, begin, new_life

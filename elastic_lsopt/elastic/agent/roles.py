@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import elastic_lsopt
-from elastic_lsopt.backends.ending import leave
+from elastic_lsopt.backends.fabric.ending import leave
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.agent.agent import Agent
 from elastic_lsopt.elastic.agent.endpoint import ENDPOINT, JOB, endpoint_by_mpi

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from datetime import timedelta
 
-from elastic_lsopt.backends.signed_store import SignedStore, derived
+from elastic_lsopt.backends.fabric.signed_store import SignedStore, derived
 from elastic_lsopt.elastic.mail.mailbox import connect
 
 TIMEOUT = timedelta(seconds=5)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from elastic_lsopt.backends.signed_store import SignedStore, derived
+from elastic_lsopt.backends.fabric.signed_store import SignedStore, derived
 from elastic_lsopt.errors import PeerFailed
 
 POLL_S = 0.002

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 
 from elastic_lsopt.errors import PeerFailed, Unsupported, UserError
 from elastic_lsopt.oracle.curvature.products import Mode, Products
-from elastic_lsopt.oracle.loss import samples
+from elastic_lsopt.oracle.losses.loss import samples
 from elastic_lsopt.space.vector import BorrowedGradient, Vector
 
 log = logging.getLogger("elastic_lsopt")

@@ -32,7 +32,7 @@ from elastic_lsopt.oracle.curvature.free_memory import available_bytes
 from elastic_lsopt.oracle.curvature.skeleton import Skeleton
 from elastic_lsopt.oracle.curvature.skeleton_weights import Gathered, Weights
 from elastic_lsopt.oracle.gradient_engine import GradientEngine
-from elastic_lsopt.oracle.loss import Loss
+from elastic_lsopt.oracle.losses.loss import Loss
 from elastic_lsopt.oracle.replay.slot import Slot
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.upload import on_device

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.oracle.loss import Loss, idle
+from elastic_lsopt.oracle.losses.loss import Loss, idle
 
 
 def generators_of(device: torch.device) -> list[torch.Generator]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.oracle.loss import Loss, samples
+from elastic_lsopt.oracle.losses.loss import Loss, samples
 
 
 @dataclass

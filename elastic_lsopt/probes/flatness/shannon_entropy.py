@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from elastic_lsopt.errors import NonFinite, UserError
-from elastic_lsopt.oracle.loss import ROWS
+from elastic_lsopt.oracle.losses.loss import ROWS
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.geometry import ParameterSpace

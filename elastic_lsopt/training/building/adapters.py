@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from elastic_lsopt.backends.adversary import ADVERSARY
+from elastic_lsopt.backends.adapters.adversary import ADVERSARY
 from elastic_lsopt.config.lora import LoraConfig
 from elastic_lsopt.config.settings import SettingError
 from elastic_lsopt.config.spelling import did_you_mean

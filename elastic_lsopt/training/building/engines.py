@@ -24,9 +24,9 @@ from elastic_lsopt.checkpoint.huggingface.weights import fill, give_memory
 from elastic_lsopt.config.deepspeed_json import check_job, read_deepspeed_json, zero_stage
 from elastic_lsopt.config.settings import SettingError, TrainConfig
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.oracle.default_loss import adds_router_loss, as_loss
 from elastic_lsopt.oracle.family import Stateful
-from elastic_lsopt.oracle.loss import Loss, Unsplit, causal_lm_loss, classification_loss
+from elastic_lsopt.oracle.losses.default_loss import adds_router_loss, as_loss
+from elastic_lsopt.oracle.losses.loss import Loss, Unsplit, causal_lm_loss, classification_loss
 from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.training.building.base_optimizer import base_of
 from elastic_lsopt.training.building.models import apply_activation_checkpointing, blocks, shape_and_weights

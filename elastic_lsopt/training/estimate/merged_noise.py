@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from elastic_lsopt.backends.merged_weights import AdaptedLayer, Noise, adapted_layers
+from elastic_lsopt.backends.adapters.merged_weights import AdaptedLayer, Noise, adapted_layers
 
 
 @dataclass

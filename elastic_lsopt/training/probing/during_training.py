@@ -19,7 +19,7 @@ from elastic_lsopt.config.probes import TRAJECTORY, ProbeConfig, read_probes
 from elastic_lsopt.config.ranges import SettingError
 from elastic_lsopt.config.settings import ADAMS, TrainConfig
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.oracle.loss import Loss, Unsplit
+from elastic_lsopt.oracle.losses.loss import Loss, Unsplit
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
 from elastic_lsopt.probes.catalogue import MEASURES, ProbeContext, measure

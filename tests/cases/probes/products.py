@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import elastic_lsopt as lso
-from elastic_lsopt.oracle.loss import classification_loss
+from elastic_lsopt.oracle.losses.loss import classification_loss
 from elastic_lsopt.oracle.replay.slot import replayed
-from elastic_lsopt.space.noise import block_seed
+from elastic_lsopt.space.random.noise import block_seed
 from tests.cases import engines
 from tests.cases.contract import dtype_of, gathered, plain_values, vector_of
 

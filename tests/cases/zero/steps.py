@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import elastic_lsopt as lso
-from elastic_lsopt.space.noise import block_seed, fill_normal_
+from elastic_lsopt.space.random.noise import block_seed, fill_normal_
 from elastic_lsopt.space.vector import Vector
 from tests.cases import engines
 from tests.oracles import paper_loops

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import elastic_lsopt as lso
 from elastic_lsopt import NonFinite, UserError
-from elastic_lsopt.oracle.loss import causal_lm_loss
+from elastic_lsopt.oracle.losses.loss import causal_lm_loss
 from elastic_lsopt.probes.flatness.shannon_entropy import shannon_entropy
 from tests.cases import engines
 from tests.cases.probes.flatness import dense, quadratic, split_loss

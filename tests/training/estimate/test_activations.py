@@ -13,7 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.plan_memory import FLAT, LORA, job
-from elastic_lsopt.oracle.loss import causal_lm_loss
+from elastic_lsopt.oracle.losses.loss import causal_lm_loss
 from elastic_lsopt.training.building.models import apply_activation_checkpointing, blocks
 from elastic_lsopt.training.estimate.activations import Pass, run_without_storage
 from elastic_lsopt.training.estimate.look import look_at_model

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_lsopt.space.philox import LANE
+from elastic_lsopt.space.random.philox import LANE
 
 _UNIT = tl.constexpr(2.0**-32)
 _ANGLE = tl.constexpr(2.0 * math.pi * 2.0**-32)

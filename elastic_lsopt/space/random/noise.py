@@ -49,7 +49,7 @@ def fill_normal_(out: Tensor, *, seed: int, name: str, offset: int) -> Tensor:
     _check(out, offset)
     key = block_seed(seed, name)
     if out.is_cuda:
-        from elastic_lsopt.space.noise_triton import normal_
+        from elastic_lsopt.space.random.noise_triton import normal_
 
         return normal_(out, key=key, first=offset)
     for piece, z, _ in _pieces(out, key, offset):
@@ -73,7 +73,7 @@ def add_normal_(
     _check_scale(out, offset, scale, row_length)
     key = block_seed(seed, name)
     if out.is_cuda:
-        from elastic_lsopt.space.noise_triton import normal_
+        from elastic_lsopt.space.random.noise_triton import normal_
 
         return normal_(out, key=key, first=offset, scale=scale, row_length=row_length)
     exact = torch.float64 if out.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""The reference of every YAML key: `python -m elastic_lsopt.config.reference` writes `docs/keys.md` anew.
+"""The reference of every YAML key: `python -m elastic_lsopt.config.pages.reference` writes `docs/keys.md` anew.
 
 A key's range is its annotation's, its meaning its docstring; `examples.py` has an example for each. What a method, an
 update or an average has of its own is read from the source of its class, so that nothing here imports torch.
@@ -17,17 +17,17 @@ from typing import Any
 import yaml
 from pydantic_core import to_jsonable_python
 
-from elastic_lsopt.config import examples
 from elastic_lsopt.config.compare import CompareConfig
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.lora import LoraConfig
+from elastic_lsopt.config.pages import examples
+from elastic_lsopt.config.pages.schema import allowed, setting
 from elastic_lsopt.config.probes import OWN, ProbeConfig
 from elastic_lsopt.config.schedules import BatchScheduleConfig, LrSchedulerKwargs
-from elastic_lsopt.config.schema import allowed, setting
 from elastic_lsopt.config.settings import EVALUATE_ELSEWHERE, TrainConfig
 from elastic_lsopt.config.study import Grid, StudyConfig
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[2]
 PAGE = PACKAGE.parent / "docs/keys.md"
 
 HEAD = """\
@@ -41,7 +41,7 @@ other key has a default. `key=value` on the command line is laid over the file, 
 of this example lets an editor with a YAML language server complete and check the file:
 
 ```yaml
-# yaml-language-server: $schema=elastic_lsopt/config/schema.json
+# yaml-language-server: $schema=elastic_lsopt/config/pages/schema.json
 model: {model_type: llama, hidden_size: 256, num_hidden_layers: 4, num_attention_heads: 4}
 dataset: python-stdlib
 output_dir: runs/first

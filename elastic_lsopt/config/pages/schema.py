@@ -1,8 +1,8 @@
-"""The JSON schema of a job's YAML; `python -m elastic_lsopt.config.schema` writes `schema.json` anew.
+"""The JSON schema of a job's YAML; `python -m elastic_lsopt.config.pages.schema` writes `schema.json` anew.
 
 An editor with a YAML language server checks and completes a file whose first line is
 
-    # yaml-language-server: $schema=https://... or a path to elastic_lsopt/config/schema.json
+    # yaml-language-server: $schema=https://... or a path to elastic_lsopt/config/pages/schema.json
 """
 
 import json

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.oracle.loss import (
+from elastic_lsopt.oracle.losses.loss import (
     Loss,
     LossFunction,
     Unsplit,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.errors import Unsupported, UserError
-from elastic_lsopt.space.noise import add_normal_, block_seed
+from elastic_lsopt.space.random.noise import add_normal_, block_seed
 
 CHUNK = 1 << 22
 """Elements of W that are added to their product at once, for the norms of its rows."""
