@@ -172,7 +172,7 @@ _HOMES = {
     "LandscapeOptimizer": "api.landscape_optimizer",
     "LandscapeTrainer": "api.trainer.trainer",
     "LandscapeTrainerMixin": "api.trainer.trainer",
-    "Loss": "oracle.loss",
+    "Loss": "oracle.losses.loss",
     "MicroBatch": "oracle.microbatch",
     "Muon": "updates.muon",
     "NonFinite": "errors",

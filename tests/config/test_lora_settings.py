@@ -45,7 +45,7 @@ def test_names_are_pefts_without_their_prefix() -> None:
         ({**AGAINST, "optim": "schedule_free",
           "lr_scheduler_type": "constant"},
          "optim=schedule_free keeps the weights in other places too, and bi_lora moves them when it has stepped"),
-        ({**AGAINST, "lr_scheduler_type": "autodrop"}, "lr_scheduler_type=autodrop looks how the weights turn"),
+        ({**AGAINST, "lr_scheduler_type": "autodrop", "learning_rate": 0.01}, "lr_scheduler_type=autodrop looks how the weights turn"),
         ({**AGAINST, "batch_schedule": {"kind": "noise_scale", "max_global_batch_size": 64}},
          "batch_schedule.kind=noise_scale measures the gradient, and with bi_lora that of its adversary among it"),
         ({**AGAINST, "optim": "sgd",

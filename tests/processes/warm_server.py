@@ -240,7 +240,7 @@ def warm() -> None:
     import elastic_lsopt
 
     own = {m.name for m in pkgutil.walk_packages(elastic_lsopt.__path__, "elastic_lsopt.")}
-    own -= {f"elastic_lsopt.{name}" for name in ("__main__", "agent", "train", "space.noise_triton")}
+    own -= {f"elastic_lsopt.{name}" for name in ("__main__", "agent", "train", "space.random.noise_triton")}
     for name in MODULES:
         with suppress(ModuleNotFoundError):  # another version of a library has others
             importlib.import_module(name)
