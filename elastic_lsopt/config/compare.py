@@ -28,7 +28,7 @@ NOISE = "label_noise"
 """An axis that is no key of a job: the share of the training labels that are wrong."""
 OF_METHOD = ("grid", "scale_learning_rate")
 """Keys of a method that are none of the job."""
-RULES = ("none", "linear", "sqrt")
+RULES = ("none", "linear", "sqrt", "adascale")
 OURS = ("output_dir", "seed", "backend", "workers", "elastic", "probes", "deepspeed", "report_to")
 """Keys of a job that a comparison sets itself: a run is one process, on the replicated backend."""
 
@@ -41,7 +41,7 @@ class CompareConfig:
     """The keys of a training job that all runs share: model, dataset, batch, length, schedule."""
     methods: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     """By label, keys laid over the job (landscape, optim …); `grid`, lists of values of which the best is taken; and
-    `scale_learning_rate`, none, linear or sqrt: with the batch, from the job's own on."""
+    `scale_learning_rate`, none, linear, sqrt or adascale: with the batch, from the job's own on."""
     axes: dict[str, Any] = field(default_factory=dict)
     """What the methods are tried on, all combinations: label_noise or a key of the job with a list of values, or a name
     with labels and the keys that each lays over the job."""
@@ -131,9 +131,21 @@ class CompareConfig:
         lay_over(keys, {key: value for key, value in own.items() if key not in OF_METHOD})
         lay_over(keys, chosen)
         reference, batch = self.job.get("global_batch_size", 32), keys.get("global_batch_size", 32)
-        power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[own.get("scale_learning_rate", "none")]
-        if power and "learning_rate" in keys:
-            keys["learning_rate"] = float(keys["learning_rate"]) * (batch / reference) ** power
+        rule = own.get("scale_learning_rate", "none")
+        if rule in ("linear", "sqrt") and "learning_rate" in keys:
+            keys["learning_rate"] = float(keys["learning_rate"]) * (batch / reference) ** (
+                1.0 if rule == "linear" else 0.5
+            )
+        if rule == "adascale" and batch != reference:
+            # The gain is that of a batch over the job's own, with which the first step is made.
+            steps = [{"at_samples": 1, "global_batch_size": batch}]
+            keys |= {
+                "global_batch_size": reference,
+                "batch_schedule": {"kind": "steps", "steps": steps, "lr_rule": "adascale"},
+            }
+            if "max_steps" in keys:
+                keys["max_steps"] = keys["max_steps"] * batch // reference
+            batch = reference
         keys["per_device_train_batch_size"] = min(keys.get("per_device_train_batch_size", 8), batch)
         return keys
 

@@ -116,7 +116,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"methods": {"a": {"learnig_rate": 1}}}, "unknown key 'learnig_rate'; did you mean 'learning_rate'?"),
     ({"methods": {"a": {"landscape": {"method": "smm"}}}}, "unknown method 'smm'; did you mean 'sam'?"),
     ({"methods": {"a": {"grid": {"learning_rate": 0.1}}}}, "methods.a.grid.learning_rate=0.1 must be a list"),
-    ({"methods": {"a": {"scale_learning_rate": "cube"}}}, "must be one of none, linear, sqrt"),
+    ({"methods": {"a": {"scale_learning_rate": "cube"}}}, "must be one of none, linear, sqrt, adascale"),
     ({"methods": {"a": {"seed": 1}}}, "methods.a.seed is set by the comparison"),
     ({"job": SETTINGS["job"] | {"workers": 2}}, "job.workers is set by the comparison"),
     ({"job": SETTINGS["job"] | {"max_steps": 0}}, "max_steps=0 must be an integer >= 1"),
@@ -155,6 +155,21 @@ def test_keys_are_laid_over_each_other(tmp_path: Path) -> None:
     assert all((job.model or {})["args"]["hidden"] == 32 for job in jobs)
     assert len({task.id for task in made}) == 4
     assert SETTINGS["job"]["model"]["args"]["hidden"] == 8
+
+
+@pytest.mark.fast
+def test_adascale_follows_the_batch_from_the_jobs_own_on(tmp_path: Path) -> None:
+    """One step of the job's batch, then the larger one, whose gain is over the job's; the samples are the same."""
+    job = {k: v for k, v in SETTINGS["job"].items() if k != "num_train_epochs"} | {"max_steps": 30, "optim": "sgd"}
+    methods = {"a": {"learning_rate": 0.1, "scale_learning_rate": "adascale"}}
+    path, _ = write(tmp_path, axes={"global_batch_size": [64, 256]}, methods=methods, job=job)
+    read = read_comparison(path)
+    made = [task_of(read.config, one, {}, 5, _jobs(read)) for one in contenders(read.config)]
+    small, large = {task.id: task.config for task in made}.values()
+    assert small.batch_schedule is None and (small.global_batch_size, small.max_steps) == (64, 30)
+    assert (large.global_batch_size, large.max_steps, large.learning_rate) == (64, 120, 0.1)
+    assert large.batch_schedule is not None and large.batch_schedule.lr_rule == "adascale"
+    assert large.batch_schedule.steps == ({"at_samples": 1, "global_batch_size": 256},)
 
 
 @pytest.mark.fast
