@@ -107,5 +107,11 @@ def notes(whole: Mapping[str, Any], config: CompareConfig) -> list[str]:
         if row["at_edge"]:
             keys = " and ".join(row["at_edge"])
             lines.append(f"{where}: the best {keys} is at the edge of its grid; a better one may lie beyond.")
+    for fit in whole["critical_batches"]:
+        where = ", ".join(str(value) for name, value in fit.items() if name in ("method", *whole["axes"]))
+        told = "steps fall as 1 / batch up to the largest, or not at all"
+        if "critical_batch" in fit:
+            told = f"critical batch {fit['critical_batch']:.3g}, at least {fit['fewest_steps']:.3g} steps"
+        lines.append(f"{where}: {told} (fit over the batches {', '.join(map(str, fit['batches']))}).")
     lines.append(f"Written to {config.output_dir}: compare.json, runs.csv, table.csv.")
     return lines

@@ -24,6 +24,7 @@ from elastic_lsopt.config.settings import TrainConfig, landscape_fields
 from elastic_lsopt.facts import Facts
 from elastic_lsopt.optimizers import registry
 from elastic_lsopt.study.cells_file import Line, Record
+from elastic_lsopt.study.critical_batch import critical_batches
 from elastic_lsopt.study.interval import interval
 from elastic_lsopt.study.one_run import IMPORTED_LATE, Task, rank_of, train_and_measure
 from elastic_lsopt.study.pool import run
@@ -114,7 +115,10 @@ def run_comparison(
             rows.append(_row(config, one, finals[i][0].told["chosen"], lines))
             for kind, tasks in (("tuning", tried.get(i, [])), ("seed", finals[i])):
                 runs += [_run_line(task, kind, record.lines[task.id]) for task in tasks]
-    whole = {"rows": rows, "axes": [*config.axes], "confidence": config.confidence, "settings": asdict(config)}
+    whole = {
+        "rows": rows, "axes": [*config.axes], "critical_batches": critical_batches(config, rows),
+        "confidence": config.confidence, "settings": asdict(config),
+    }  # fmt: skip
     folder = Path(config.output_dir)
     replace_file(folder / COMPARE, json.dumps(whole, indent=1, allow_nan=False) + "\n")
     replace_file(folder / RUNS, csv_of(runs))
