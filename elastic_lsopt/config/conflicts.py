@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from elastic_lsopt.config.elastic import ElasticConfig
+from elastic_lsopt.config.landscape_conflicts import landscape_conflicts
 from elastic_lsopt.config.probes import read_probes
 from elastic_lsopt.config.schedules import LOWER_LR, OF_SHAPE, BatchScheduleConfig
 from elastic_lsopt.config.settings import (
@@ -16,8 +17,6 @@ from elastic_lsopt.config.settings import (
     MOST_WORKERS,
     NO_SQUARE_ROOT,
     TrainConfig,
-    in_halves,
-    landscape_fields,
     lr_rule,
 )
 
@@ -128,16 +127,7 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
     if c.batch_schedule is not None:
         yield from _batch_conflicts(c, c.batch_schedule)
     read_probes(c.probes)
-    if ("method" in c.landscape) == ("import" in c.landscape) or not isinstance(landscape_fields(c)[0], str):
-        yield (
-            "landscape",
-            "landscape needs `method`, a name such as none, sam, asam or lpf_sgd, or `import`: 'package.module:Class'.",
-        )
-    else:
-        yield from _merged_conflicts(c, landscape_fields(c)[0])
-        yield from _halves_conflicts(c)
-        if landscape_fields(c)[0] == "bi_lora":
-            yield from _adversary_conflicts(c, optims)
+    yield from landscape_conflicts(c, optims)
     if c.elastic is not None:
         yield from _elastic_conflicts(c, c.elastic)
         for name in c.report_to:
@@ -247,74 +237,6 @@ def _data_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         )
     if c.compute_metrics is not None and c.eval_dataset is None and not c.eval_fraction:
         yield "compute_metrics", "compute_metrics needs held-out data; set eval_fraction or eval_dataset."
-
-
-def _halves_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
-    key = "landscape.halves"
-    if not in_halves(c):
-        return
-    if c.elastic is not None:
-        yield (
-            key,
-            f"{key}: an elastic job may come to an odd number of ranks; remove the elastic block, or set it false.",
-        )
-    if c.backend != "replicated":
-        yield (
-            key,
-            f"{key} needs every rank to hold all weights as they are, but backend={c.backend} keeps them its own way; "
-            "use backend: replicated, or set it false.",
-        )
-    if c.workers > 1 and c.workers % 2:
-        yield key, f"{key}: workers={c.workers} cannot be parted into two halves; use an even number, or set it false."
-
-
-def _merged_conflicts(c: TrainConfig, method: str) -> Iterator[tuple[str, str]]:
-    if method == "flat_lora" and c.lora is None:
-        yield "landscape", "landscape: flat_lora moves the weights that adapters are merged into; add a lora block."
-    if method == "nbar" and c.lora is None:
-        yield "landscape", "landscape: nbar balances the two factors of LoRA; add a lora block."
-    if method == "bi_lora" and c.lora is None:
-        yield "landscape", "landscape: bi_lora trains a second adapter against that of LoRA; add a lora block."
-    if method == "flat_lora" and c.landscape_space != "merged":
-        yield "landscape", "landscape: flat_lora moves the merged weights; set landscape_space: merged."
-    if method != "flat_lora" and c.landscape_space == "merged":
-        why = {
-            "sam": "its way up is the gradient of the merged weights, which LoRA never computes",
-            "asam": "its way up is the gradient of the merged weights, which LoRA never computes",
-            "none": "it moves nothing",
-        }.get(method, "of other methods it is not tested")
-        yield (
-            "landscape_space",
-            f"landscape_space=merged is for method flat_lora, but method={method}: {why}; remove the key.",
-        )
-
-
-def _adversary_conflicts(c: TrainConfig, optims: set[str]) -> Iterator[tuple[str, str]]:
-    """What bi_lora's second adapter, which is trained upwards, does not go with."""
-    if elsewhere := sorted(optims & EVALUATE_ELSEWHERE):
-        yield (
-            "optim",
-            f"optim={elsewhere[0]} keeps the weights in other places too, and bi_lora moves them when it has stepped; "
-            "use adamw.",
-        )
-    if c.lr_scheduler_type == "autodrop":
-        yield (
-            "lr_scheduler_type",
-            "lr_scheduler_type=autodrop looks how the weights turn, and with bi_lora its adversary turns among them; "
-            "use cosine.",
-        )
-    if c.batch_schedule is not None and c.batch_schedule.kind == "noise_scale":
-        yield (
-            "batch_schedule",
-            "batch_schedule.kind=noise_scale measures the gradient, and with bi_lora that of its adversary among it; "
-            "use ramp.",
-        )
-    for key, block in (("batch_schedule", c.batch_schedule), ("elastic", c.elastic)):
-        if block is not None and lr_rule(c, block) == "adascale":
-            yield (
-                f"{key}.lr_rule",
-                "lr_rule=adascale measures the gradient, and with bi_lora that of its adversary among it; use linear.",
-            )
 
 
 def _group_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:

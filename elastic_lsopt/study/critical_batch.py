@@ -3,8 +3,8 @@
     S = S_min (1 + B_crit / B)            steps to the same loss at batch B, each batch with its own best values
     (S / S_min - 1) (E / E_min - 1) = 1   the same in samples E = S B, with B_crit = E_min / S_min
 
-McCandlish, Kaplan, Amodei et al. 2018, "An Empirical Model of Large-Batch Training", arXiv 1812.06162, equations 2.11 and
-2.12. S_min and B_crit are those with the smallest sum of squared relative errors of S, which is linear in (S_min, E_min).
+McCandlish, Kaplan, Amodei et al. 2018, "An Empirical Model of Large-Batch Training", arXiv 1812.06162, equations 2.11
+and 2.12. S_min and B_crit are those with the smallest sum of squared relative errors of S, linear in (S_min, E_min).
 """
 
 from __future__ import annotations

@@ -49,9 +49,11 @@ class Update(ABC):
         """Whether it looks in this step; it does in any case where a parameter has not been seen before."""
         return True
 
-    def observe(self, space: ParameterSpace, seen: Seen, state: State) -> None:
-        """Remember what was seen of these parameters, before the step's `update`; `seen/<parameter>` counts."""
-        raise NotImplementedError(f"{type(self).__name__} sees {self.sees} and defines no observe().")
+    def observe(self, space: ParameterSpace, seen: Seen, state: State) -> None:  # noqa: B027
+        """Remember what was seen of these parameters, before the step's `update`; `seen/<parameter>` counts.
+
+        An update that sees more than the gradient and has none of its own is refused when it is made.
+        """
 
     def init(self, space: ParameterSpace) -> State:
         """What it remembers before its first step."""

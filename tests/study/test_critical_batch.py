@@ -24,7 +24,9 @@ def test_an_exact_curve() -> None:
 def test_noisy_steps_against_scipy() -> None:
     draw = np.random.default_rng(0)
     steps = [40 * (1 + 700 / b) * (1 + 0.1 * draw.standard_normal()) for b in BATCHES]
-    fit = least_squares(lambda p: p[1] * (1 + p[0] / np.array(BATCHES)) / np.array(steps) - 1, [100.0, 10.0], xtol=1e-12)
+    fit = least_squares(
+        lambda p: p[1] * (1 + p[0] / np.array(BATCHES)) / np.array(steps) - 1, [100.0, 10.0], xtol=1e-12
+    )
     assert critical_batch(BATCHES, steps) == pytest.approx(tuple(fit.x), rel=1e-5)
 
 
