@@ -42,7 +42,8 @@ TOGETHER: tuple[tuple[Rule, ...], ...] = (
         Rule("momentum_sam", {"rho": 0.3}),
     ),
     (Rule("gsam", {}), Rule("friendly_sam", {}), Rule("wsam", {}), Rule("looksam", {"k": 5}, steps=5)),
-    (Rule("ae_sam", {}), Rule("esam", {}), Rule("sampa", {}), Rule("random_sam", {}), Rule("rwp", {})),
+    (Rule("ae_sam", {}), Rule("esam", {}), Rule("sampa", {}), Rule("random_sam", {})),
+    (Rule("rwp", {}, microbatches=2),),  # of which each of its two gradients takes one
     (
         Rule("m_sam", {"parts": 4}, microbatches=4), Rule("lpf_sgd", {"parts": 4, "gamma": 5e-4}, microbatches=4),
         Rule("entropy_sgd", {"inner_steps": 4}, microbatches=4),

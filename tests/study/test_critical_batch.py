@@ -37,7 +37,7 @@ def test_none(steps: list[float]) -> None:
 
 
 def test_of_a_comparison() -> None:
-    """Only batches whose runs have all reached the target, of each method apart; labels without a number are left out."""
+    """Batches whose runs have all reached the target, of each method apart; labels without a number are left out."""
     config = CompareConfig(
         job={}, methods={"a": {}}, output_dir="-", target_loss=1.0, axes={"global_batch_size": [*BATCHES, "growing"]}
     )
