@@ -59,6 +59,8 @@ async def serve(folder: Path, port: int) -> None:
             stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         await process.redirect(stdout=shell.stdout, stderr=shell.stderr)
+        await process.stdout.drain()  # a command that ends may have output on its way, which `exit` would cut off
+        await process.stderr.drain()
         process.exit(await shell.wait())
 
     host, user = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
