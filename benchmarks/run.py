@@ -17,8 +17,8 @@ from benchmarks.suite import suite_table
 from benchmarks.targets import TARGETS, rows
 
 NAMES = {
-    "imports": "imports", "noise": "noise", "one_process": "one_process", "steps": "step.methods",
-    "family": "step.family", "memory": "step.memory", "curvature": "curvature.products",
+    "imports": "imports", "noise": "noise", "one_process": "one_process", "steps": "step.rules",
+    "memory": "step.memory", "curvature": "curvature.products",
     "curvature_spectra": "curvature.spectra", "curvature_memory": "curvature.memory",
     "elastic": "elastic.recovery", "elastic_agent": "elastic.agent",
     "elastic_layer": "elastic.layer",

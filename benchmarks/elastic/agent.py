@@ -56,11 +56,11 @@ class Leader(Agent):
         )  # fmt: skip
 
     def _hear(self, letters: list[Opened]) -> None:
-        super()._hear(letters)
         before, self._heard = self._heard, self._heard + len(letters)
         if before < self._count // 4 <= self._heard:  # connections, caches and the first sight of each are behind
-            self._first = self._heard
+            self._first = before  # these letters are timed too: they may be all that there are
             self.start = time.thread_time(), time.process_time(), time.perf_counter()
+        super()._hear(letters)
         if self._heard == self._count:
             self.end = time.thread_time(), time.process_time(), time.perf_counter()
             self._exit_code = 0

@@ -43,14 +43,6 @@ class LPFSGD:
     the run is not known.
     """
 
-    facts: ClassVar[Facts] = Facts(
-        paper="Bisla et al. 2022, arXiv 2201.08025",
-        passes="1, in M parts",
-        memory="0; while perturbed 1 (none on ZeRO-1/2 and bf16 ZeRO-3)",
-        communication="one all-reduce of a number per row and step; on ZeRO a gather of the weights per part",
-        needs="M micro-batches per step at least; the run's length unless alpha = 1",
-    )
-
     parts: int = 8
     """M: parts of the batch, one draw each; >= 1. The paper: 1 without, 8 with data augmentation."""
     gamma: float = 0.0005
