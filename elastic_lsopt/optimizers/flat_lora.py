@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from elastic_lsopt.by_name import require_number
-from elastic_lsopt.errors import UserError
 from elastic_lsopt.facts import Facts
 from elastic_lsopt.optimizers.registry import register
+from elastic_lsopt.optimizers.scheduled import Scheduled
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -59,13 +59,16 @@ class FlatLoRA:
     def init(self, space: ParameterSpace) -> State:
         return {}
 
+    @property
+    def over_the_run(self) -> dict[str, Scheduled]:
+        """What needs the run's length."""
+        return {"sigma": {"start": 0.0, "end": self.sigma, "shape": "cosine"}}
+
     def sigma_at(self, progress: float) -> float:
         """f_t sigma for the share t / T of the run that is done."""
         return self.sigma * (1 - math.cos(math.pi * progress)) / 2
 
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: State) -> Vector:
-        if oracle.clock.total_samples is None:
-            raise UserError("flat_lora: the noise grows over the run, whose length is not known; give total_samples.")
         assert space.merged is not None
         sigma = self.sigma_at(oracle.clock.progress)
         with space.merged.noised(space.seed, oracle.step, 0, lambda n: sigma / math.sqrt(n)):

@@ -23,14 +23,16 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from elastic_lsopt.by_name import require_count, require_number
-from elastic_lsopt.errors import UserError
 from elastic_lsopt.facts import Facts
 from elastic_lsopt.optimizers.perturbed import Perturb, chosen, masked, require_perturb
 from elastic_lsopt.optimizers.registry import register
+from elastic_lsopt.optimizers.scheduled import Scheduled
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
+
+GAMMA = "gamma (a number with alpha: 1)"
 
 
 @register("lpf_sgd")
@@ -67,16 +69,18 @@ class LPFSGD:
         chosen(self.perturb, space)  # refuses what matches nothing
         return {}
 
+    @property
+    def over_the_run(self) -> dict[str, Scheduled]:
+        """What needs the run's length."""
+        if self.alpha == 1:
+            return {}
+        return {GAMMA: {"start": self.gamma, "end": self.alpha * self.gamma, "shape": "cosine"}}
+
     def gamma_at(self, progress: float) -> float:
         """gamma_t for the share t / T of the run that is done."""
         return self.gamma * ((self.alpha - 1) * (1 - math.cos(math.pi * progress)) / 2 + 1)
 
     def gradient(self, space: ParameterSpace, oracle: Oracle, state: State) -> Vector:
-        if self.alpha != 1 and oracle.clock.total_samples is None:
-            raise UserError(
-                f"alpha={self.alpha}: gamma grows over the run, whose length is not known; "
-                "give total_samples to the optimizer, or set alpha=1."
-            )
         std = self.gamma_at(oracle.clock.progress) * space.norm_per_row(space.weights)
         std = masked(std, chosen(self.perturb, space), space)
         with space.perturbation() as walk, oracle.accumulating() as total:

@@ -52,8 +52,7 @@ def value_at(name: str, value: Scheduled, clock: SampleClock) -> float:
         return float(value)
     if clock.total_samples is None:
         raise UserError(
-            f"{name}={dict(value)} moves over the run, whose length is not known; give total_samples to the optimizer, "
-            "or a number."
+            f"{name}={dict(value)} moves over the run, whose length is not known; give total_samples to the optimizer."
         )
     start, end, after = float(value["start"]), float(value["end"]), value.get("after", 0.0)
     u = min(max((clock.progress - after) / (value.get("until", 1.0) - after), 0.0), 1.0)

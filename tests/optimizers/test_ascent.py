@@ -315,6 +315,7 @@ def test_looksam_forgets_a_direction_that_it_could_not_finish() -> None:
     [
         (lso.SAM(rho={"start": 0.0, "end": 0.1}), None, "rho={'start': 0.0, 'end': 0.1} moves over the run, whose"),
         (lso.AESAM(), None, "c (from lambda2 to lambda1)={'start': 1.0, 'end': -1.0} moves over the run, whose length"),
+        (lso.LPFSGD(), None, "gamma (a number with alpha: 1)={'start': 0.0005, 'end': 0.0075, 'shape': 'cos"),
         (lso.SAM(), "swa", "swa: 0.75 of the run is asked for, whose length is not known"),
     ],
 )  # fmt: skip
