@@ -66,8 +66,9 @@ class Sophia(Update):
 @register("sophia_g")
 @dataclass(frozen=True, kw_only=True)
 class SophiaG(Sophia):
-    """Cost: one more gradient on every k-th step. Memory: two Vectors, 1/N per rank. Communication: that gradient's.
+    """Sophia-G: momentum over the diagonal of the Gauss-Newton matrix, seen by labels that the model draws itself.
 
+    Cost: one more gradient on every k-th step. Memory: two Vectors, 1/N per rank. Communication: that gradient's.
     Needs an lso.Loss with `sample` (those of causal LMs and classifiers have it). Raises UserError for a value out of
     range.
     """
@@ -97,9 +98,10 @@ class SophiaG(Sophia):
 @register("sophia_h")
 @dataclass(frozen=True, kw_only=True)
 class SophiaH(Sophia):
-    """Cost: a product with the Hessian, 3 gradients, on every k-th step. Memory: two Vectors, 1/N per rank, and the
-    product's own while it is made (`oracle/curvature/products.py`). Communication: the product's.
+    """Sophia-H: momentum over the diagonal of the Hessian, seen by a product with random signs.
 
+    Cost: a product with the Hessian, 3 gradients, on every k-th step. Memory: two Vectors, 1/N per rank, and the
+    product's own while it is made (`oracle/curvature/products.py`). Communication: the product's.
     Raises UserError for a value out of range.
     """
 

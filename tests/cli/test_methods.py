@@ -50,6 +50,7 @@ def test_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
     listed = json.loads(capsys.readouterr().out)
     assert [(one["kind"], one["name"]) for one in listed] == [(registry.kind, name) for registry, name in OURS]
     assert all(one.keys() >= COLUMNS for one in listed)
+    assert not [one["name"] for one in listed if one["summary"].startswith("Cost")], "what it is, then what it costs"
     assert main(["methods"]) == 0
     table = capsys.readouterr().out
     for one in listed:  # a pipe's lines are as long as they must be
