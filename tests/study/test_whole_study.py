@@ -76,6 +76,7 @@ def test_end_to_end(whole):
         assert (out / picture).stat().st_size > 5000
 
 
+@pytest.mark.full  # each day a comparison, which has the same record and pool, is killed (test_compare.py)
 def test_killed_and_started_again_it_does_nothing_twice_and_ends_with_the_same_numbers(whole, tmp_path):
     path, out = write(tmp_path)
     command = [str(BIN / "elastic-lsopt"), "study", str(path)]
