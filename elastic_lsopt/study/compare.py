@@ -31,6 +31,7 @@ from elastic_lsopt.study.pool import run
 from elastic_lsopt.study.study import Progress, csv_of, replace_file
 
 COMPARE, RUNS, TABLE = "compare.json", "runs.csv", "table.csv"
+MICROBATCH = "per_device_train_batch_size"
 VERSION = 1
 """Raised when a run of the same settings comes to give other numbers."""
 NO_PART = ("output_dir", "save_steps", "save_total_limit", "export", "resume_from_checkpoint", "dataset_cache_dir")
@@ -71,9 +72,12 @@ def task_of(config: CompareConfig, one: Contender, chosen: Keys, seed: int, job_
     said = {"job": kept, "noise": noise, "equal": equal, "target": config.target_loss, "version": VERSION}
     if config.measures:
         said["units"] = config.units
+    evaluated_by = int(config.job.get(MICROBATCH, TrainConfig.per_device_train_batch_size))
+    if evaluated_by != job.per_device_train_batch_size:
+        said["evaluated_by"] = evaluated_by
     digest = blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
     told = one.named() | {"chosen": chosen, "seed": seed}
-    return Task(digest, told, job, equal, noise, config.target_loss, config.measures, config.units)
+    return Task(digest, told, job, equal, noise, config.target_loss, config.measures, config.units, evaluated_by)
 
 
 def check(config: CompareConfig, job_of: JobOf) -> int:

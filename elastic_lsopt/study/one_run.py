@@ -50,6 +50,9 @@ class Task:
     target_loss: float | None
     measures: tuple[str, ...]
     units: int
+    evaluated_by: int
+    """Samples of a micro-batch that is evaluated or measured: one number for all methods, whatever they train with, as
+    `eval_batches` and `units` count micro-batches."""
 
 
 def train_and_measure(task: Task) -> dict[str, Any]:
@@ -92,18 +95,19 @@ def _trained(task: Task, config: TrainConfig, method: Method, data: Data, world:
     initial = (
         run.engine.space.weights.clone() if any(measure(n, {}).needs == "initial" for n in task.measures) else None
     )
+    same = replace(config, per_device_train_batch_size=task.evaluated_by)
     gradients, reached = 0, None
     for microbatches in run.loader:
         gradients += run.advance(microbatches)[1].passes
         clock, target = run.engine.clock, task.target_loss
         if target is None or not config.eval_steps or clock.steps % config.eval_steps:
             continue
-        if run.evaluated().loss <= target:
+        if run.evaluated(same).loss <= target:
             reached = {"steps_to_target": clock.steps, "samples_to_target": clock.samples}
             break
-    held_out = run.evaluated()
+    held_out = run.evaluated(same)
     part = replace(data, eval=data.train)
-    train = evaluate(run.engine, part, replace(config, eval_batches=TRAIN_BATCHES, compute_metrics=None), world)
+    train = evaluate(run.engine, part, replace(same, eval_batches=TRAIN_BATCHES, compute_metrics=None), world)
     result: dict[str, Any] = {
         "eval_loss": held_out.loss, "train_loss": train.loss, "steps": run.engine.clock.steps,
         "samples": run.engine.clock.samples, "gradient_evaluations": gradients,
@@ -114,7 +118,7 @@ def _trained(task: Task, config: TrainConfig, method: Method, data: Data, world:
     result = {key: value if isfinite(nan if value is None else value) else None for key, value in result.items()}
     if result["eval_loss"] is None:
         return result | {"measures": dict.fromkeys(task.measures), "reasons": {}, "reason": NOT_TRAINED}
-    return result | {"reason": None} | _measured(task, config, data, world, run, initial)
+    return result | {"reason": None} | _measured(task, same, data, world, run, initial)
 
 
 def _measured(task: Task, config: TrainConfig, data: Data, world: World, run: TrainingRun, initial: Any) -> Any:

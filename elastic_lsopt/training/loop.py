@@ -172,11 +172,12 @@ class TrainingRun:
         self.loader.commit(engine.clock.samples - self.loader.committed)
         return lr, engine.last_step
 
-    def evaluated(self) -> Evaluation:
-        """What the model, or the average that is asked for, reaches on the held-out data (collective)."""
+    def evaluated(self, config: TrainConfig | None = None) -> Evaluation:
+        """What the model, or the average that is asked for, reaches on the held-out data, as the job's settings or
+        others say (collective)."""
         name = self.config.evaluate_average or self.engine.evaluates_at
         with nullcontext() if name is None else self.engine.averaged(name):
-            return evaluate(self.engine, self.data, self.config, self.world)
+            return evaluate(self.engine, self.data, config or self.config, self.world)
 
     def _save_or_diverge(self, step: int, last: bool, eval_loss: float | None) -> None:
         """Save what is due, but not while steps are skipped; see checkpoint/divergence.py (collective)."""

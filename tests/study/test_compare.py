@@ -89,6 +89,18 @@ def test_killed_continued_and_right(tmp_path: Path) -> None:
     ).read_text()
 
 
+def test_all_are_judged_by_the_same_samples(tmp_path: Path) -> None:
+    """One training in two sizes of micro-batches: what is counted in micro-batches is no other number of samples."""
+    job = SETTINGS["job"] | {"eval_batches": 2, "learning_rate": 0.1, "eval_fraction": 0.2}
+    methods = {"whole": {}, "in parts": {"per_device_train_batch_size": 4}}
+    more = {"equal": ["epochs"], "seeds": [0], "measures": ["sam_sharpness"]}
+    path, out = write(tmp_path, job=job, methods=methods, **more)
+    assert main(["compare", str(path)]) == 0
+    whole, parts = (row["numbers"] for row in json.loads((out / "compare.json").read_text())["rows"])
+    for name in ("eval_loss", "train_loss", "eval_accuracy", "sam_sharpness"):
+        assert parts[name]["mean"] == pytest.approx(whole[name]["mean"], rel=1e-4), name
+
+
 @pytest.mark.full
 def test_a_run_that_fails_harms_no_other_and_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """One that diverges, one whose code raises; a target that one method reaches."""
