@@ -48,9 +48,9 @@ RULES = (
     Rule("looksam", {"k": 5}, steps=5), Rule("ae_sam", {}), Rule("esam", {}, forwards=1), Rule("sampa", {}),
     Rule("random_sam", {}),
     Rule("rwp", {}, microbatches=2),  # of which each of its two gradients takes one
-    Rule("m_sam", {"parts": 4}, microbatches=4),
-    Rule("lpf_sgd", {"parts": 4, "gamma": 5e-4, "alpha": 1.0}, microbatches=4, backends=EVERYWHERE),
-    Rule("entropy_sgd", {"inner_steps": 4}, microbatches=4),
+    Rule("m_sam", {"parts": 2}, microbatches=2),
+    Rule("lpf_sgd", {"parts": 2, "gamma": 5e-4, "alpha": 1.0}, microbatches=2, backends=EVERYWHERE),
+    Rule("entropy_sgd", {"inner_steps": 2}, microbatches=2),
 )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ class CompareConfig:
     measures: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     """Measures of flatness that are taken at the end of a run."""
     units: Count = 4
-    """Micro-batches of training samples that a measure sees."""
+    """Micro-batches of training samples that a measure sees, of the size that `job` says for all methods."""
     output_dir: Name
     """The comparison's folder: cells.jsonl (a run a line), compare.json, runs.csv, table.csv, the picture."""
     confidence: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.95
