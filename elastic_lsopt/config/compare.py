@@ -26,11 +26,13 @@ Equal = Literal["epochs", "gradient_evaluations"]
 Keys = dict[str, Any]
 NOISE = "label_noise"
 """An axis that is no key of a job: the share of the training labels that are wrong."""
-OF_METHOD = ("grid", "scale_learning_rate")
+OF_METHOD = ("grid", "scale_learning_rate", "at")
 """Keys of a method that are none of the job."""
 RULES = ("none", "linear", "sqrt", "adascale")
 OURS = ("output_dir", "seed", "backend", "workers", "elastic", "probes", "deepspeed", "report_to")
 """Keys of a job that a comparison sets itself: a run is one process, on the replicated backend."""
+BOTH = ("per_device_train_batch_size",)
+"""Keys that axes and methods may set: the method's holds. It says how a batch is cut, not what it is."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SETTINGS)
@@ -40,8 +42,9 @@ class CompareConfig:
     job: dict[str, Any]
     """The keys of a training job that all runs share: model, dataset, batch, length, schedule."""
     methods: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-    """By label, keys laid over the job (landscape, optim …); `grid`, lists of values of which the best is taken; and
-    `scale_learning_rate`, none, linear, sqrt or adascale: with the batch, from the job's own on."""
+    """By label, keys laid over the job (landscape, optim …); `grid`, lists of values of which the best is taken;
+    `scale_learning_rate`, none, linear, sqrt or adascale: with the batch, from the job's own on; and `at`, by axis the
+    values at which the method is tried (all)."""
     axes: dict[str, Any] = field(default_factory=dict)
     """What the methods are tried on, all combinations: label_noise or a key of the job with a list of values, or a name
     with labels and the keys that each lays over the job."""
@@ -76,11 +79,7 @@ class CompareConfig:
                 "tuning_seed",
                 f"tuning_seed={self.tuning_seed} is one of the seeds, whose runs the choice would favour.",
             )
-        for key in OURS:
-            if key in self.job:
-                raise SettingError(f"job.{key}", f"job.{key} is set by the comparison; remove it.")
-        for label in self.methods:
-            self._check_method(label)
+        _refuse_ours("job", self.job)
         for name, values in self.axes.items():
             if not isinstance(values, list | dict) or not values:
                 raise SettingError(f"axes.{name}", f"axes.{name}={values!r} must be a list, or labels with keys.")
@@ -88,6 +87,11 @@ class CompareConfig:
                 raise SettingError(
                     f"axes.{name}", f"axes.{name}: each label needs keys of the job, such as {{optim: sgd}}."
                 )
+            _refuse_ours("axes", {name: None} if isinstance(values, list) else {})
+            for label, keys in values.items() if isinstance(values, dict) else ():
+                _refuse_ours(f"axes.{name}.{label}", keys)
+        for label in self.methods:
+            self._check_method(label)
         for share in self.axes.get(NOISE, ()):
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
                 raise SettingError(f"axes.{NOISE}", f"axes.{NOISE}: {share!r} must be a number >= 0 and < 1.")
@@ -98,16 +102,36 @@ class CompareConfig:
         if rule not in RULES:
             key = f"methods.{label}.scale_learning_rate"
             raise SettingError(key, f"{key}={rule!r} must be one of {', '.join(RULES)}.")
-        for key in OURS:
-            if key in own:
-                raise SettingError(
-                    f"methods.{label}.{key}", f"methods.{label}.{key} is set by the comparison; remove it."
-                )
+        _refuse_ours(f"methods.{label}", own)
+        self._check_at(label, own.get("at", {}))
         grid = self._grid(label)
         for key, values in grid.items() if isinstance(grid, dict) else [("", grid)]:
             if not isinstance(values, list) or not values:
                 place = f"methods.{label}.grid{key and '.'}{key}"
                 raise SettingError(place, f"{place}={values!r} must be a list of values, such as [0.01, 0.1].")
+        _refuse_ours(f"methods.{label}.grid", grid)
+        for place, keys in (("", own), ("grid.", grid)):
+            for key in keys if place else set(keys) - {*OF_METHOD}:
+                self._refuse_axis(f"methods.{label}.{place}{key}", key, keys[key])
+
+    def _check_at(self, label: str, at: Any) -> None:
+        for axis, values in at.items() if isinstance(at, dict) else [("", at)]:
+            place = f"methods.{label}.at{axis and '.'}{axis}"
+            if axis not in self.axes:
+                raise SettingError(
+                    place, f"{place}: there is no such axis; there are {', '.join(self.axes) or 'none'}."
+                )
+            if not isinstance(values, list) or not values or any(value not in self.axes[axis] for value in values):
+                known = ", ".join(map(str, self.axes[axis]))
+                raise SettingError(place, f"{place}={values!r} must be a list of the axis's values: {known}.")
+
+    def _refuse_axis(self, place: str, key: str, value: Any) -> None:
+        """A method's key that an axis sets too: one of them would be without effect, and the table would not say so."""
+        for axis, values in self.axes.items():
+            for other, laid in _laid(axis, values):
+                twice = key == other or (other.startswith(f"{key}.") and _holds(value, other[len(key) + 1 :]))
+                if (twice or (key.startswith(f"{other}.") and _holds(laid, key[len(other) + 1 :]))) and key not in BOTH:
+                    raise SettingError(place, f"{place} is set by axis {axis} too; remove it from one of them.")
 
     def _grid(self, label: str) -> Any:
         return self.methods[label].get("grid", {})
@@ -115,6 +139,10 @@ class CompareConfig:
     def points(self) -> list[Keys]:
         """All combinations of the axes, each the label or value of every axis."""
         return [dict(zip(self.axes, chosen, strict=True)) for chosen in product(*self.axes.values())]
+
+    def tried_at(self, label: str, point: Mapping[str, Any]) -> bool:
+        """Whether a method is tried there."""
+        return all(point[axis] in values for axis, values in self.methods[label].get("at", {}).items())
 
     def candidates(self, label: str) -> list[Keys]:
         """All combinations of a method's grid; [{}] where it has none."""
@@ -124,30 +152,73 @@ class CompareConfig:
     def job_of(self, label: str, point: Mapping[str, Any], chosen: Mapping[str, Any]) -> Keys:
         """The keys of the job of one run, without seed and output_dir."""
         keys: Keys = dict(self.job)
-        for axis, value in point.items():
-            if axis != NOISE:
-                lay_over(keys, self.axes[axis][value] if isinstance(self.axes[axis], dict) else {axis: value})
+        self._lay_axes(keys, point)
         own = self.methods[label]
         lay_over(keys, {key: value for key, value in own.items() if key not in OF_METHOD})
+        self._lay_axes(keys, point, dotted=True)  # into a block that the method brings
         lay_over(keys, chosen)
-        reference, batch = self.job.get("global_batch_size", 32), keys.get("global_batch_size", 32)
+        batch = keys.get("global_batch_size", 32)
         rule = own.get("scale_learning_rate", "none")
-        if rule in ("linear", "sqrt") and "learning_rate" in keys:
-            keys["learning_rate"] = float(keys["learning_rate"]) * (batch / reference) ** (
-                1.0 if rule == "linear" else 0.5
-            )
-        if rule == "adascale" and batch != reference:
-            # The gain is that of a batch over the job's own, with which the first step is made.
-            steps = [{"at_samples": 1, "global_batch_size": batch}]
-            keys |= {
-                "global_batch_size": reference,
-                "batch_schedule": {"kind": "steps", "steps": steps, "lr_rule": "adascale"},
-            }
-            if "max_steps" in keys:
-                keys["max_steps"] = keys["max_steps"] * batch // reference
-            batch = reference
+        if rule != "none":
+            batch = self._scaled(f"methods.{label}", rule, keys, batch)
         keys["per_device_train_batch_size"] = min(keys.get("per_device_train_batch_size", 8), batch)
         return keys
+
+    def _lay_axes(self, keys: Keys, point: Mapping[str, Any], *, dotted: bool = False) -> None:
+        for axis, value in point.items():
+            if axis != NOISE:
+                laid = self.axes[axis][value] if isinstance(self.axes[axis], dict) else {axis: value}
+                lay_over(keys, {key: v for key, v in laid.items() if "." in str(key) or not dotted})
+
+    def _scaled(self, place: str, rule: str, keys: Keys, batch: int) -> int:
+        """Let the rates follow the batch, in place; returns the batch with which the job begins."""
+        reference, place = self.job.get("global_batch_size", 32), f"{place}.scale_learning_rate"
+        if "batch_schedule" in keys:
+            raise SettingError(
+                place, f"{place}={rule}: where a batch_schedule moves the batch its lr_rule moves the rate; say by "
+                "`at` where else the method is tried.",
+            )  # fmt: skip
+        if "learning_rate" not in keys:
+            raise SettingError(place, f"{place}={rule} needs the learning_rate that it is to scale; add it.")
+        if rule != "adascale":
+            factor = (batch / reference) ** (1.0 if rule == "linear" else 0.5)
+            groups = [dict(group) for group in keys.get("param_groups", [])]
+            for rates in (keys, *(group for group in groups if "learning_rate" in group)):
+                rates["learning_rate"] = float(rates["learning_rate"]) * factor
+            keys |= {"param_groups": groups} if groups else {}
+            return batch
+        if batch == reference:
+            return batch
+        # The gain is that of a batch over the job's own, with which the first step is made.
+        steps = [{"at_samples": 1, "global_batch_size": batch}]
+        keys |= {
+            "global_batch_size": reference,
+            "batch_schedule": {"kind": "steps", "steps": steps, "lr_rule": "adascale"},
+        }
+        if "max_steps" in keys:
+            keys["max_steps"] = keys["max_steps"] * batch // reference
+        return reference
+
+
+def _refuse_ours(place: str, keys: Mapping[str, Any]) -> None:
+    for key in keys:
+        if str(key).partition(".")[0] in OURS:
+            raise SettingError(f"{place}.{key}", f"{place}.{key} is set by the comparison; remove it.")
+
+
+def _laid(axis: str, values: Any) -> Iterator[tuple[str, Any]]:
+    """Each key that an axis sets, with each of its values."""
+    for value in values:
+        yield from (values[value].items() if isinstance(values, dict) else [(axis, value)])
+
+
+def _holds(block: Any, dotted: str) -> bool:
+    """Whether a block has such a key inside."""
+    for name in dotted.split("."):
+        if not isinstance(block, Mapping) or name not in block:
+            return False
+        block = block[name]
+    return True
 
 
 def lay_over(keys: Keys, others: Mapping[str, Any]) -> None:

@@ -56,7 +56,11 @@ class Contender:
 
 
 def contenders(config: CompareConfig) -> list[Contender]:
-    return [Contender(label, p, e) for p in config.points() for e in config.equal for label in config.methods]
+    return [
+        Contender(label, point, equal)
+        for point in config.points() for equal in config.equal for label in config.methods
+        if config.tried_at(label, point)
+    ]  # fmt: skip
 
 
 def task_of(config: CompareConfig, one: Contender, chosen: Keys, seed: int, job_of: JobOf) -> Task:

@@ -143,10 +143,11 @@ def _measured(task: Task, config: TrainConfig, data: Data, world: World, run: Tr
 
 def rank_of(result: dict[str, Any] | None) -> tuple[float, float]:
     """How a run is held against others when a grid is tuned, the smaller the better: steps to the target, then loss."""
-    told = result or {}
+    if result is None:  # it raised, or took too long
+        return inf, inf
 
     def or_last(key: str) -> float:
-        value = told.get(key)
+        value = result.get(key)
         return inf if value is None else float(value)
 
-    return (or_last("steps_to_target") if "steps_to_target" in told else 0.0), or_last("eval_loss")
+    return (or_last("steps_to_target") if "steps_to_target" in result else 0.0), or_last("eval_loss")
