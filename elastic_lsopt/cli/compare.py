@@ -104,6 +104,16 @@ def notes(whole: Mapping[str, Any], config: CompareConfig) -> list[str]:
             lines.append(
                 f"{where}: {row['failed']} of {row['runs']} runs have no numbers; the first: {row['failure']}."
             )
+        if row["grid_failed"]:
+            lines.append(
+                f"{where}: {row['grid_failed']} values of its grid have no numbers; the first: {row['grid_failure']}."
+            )
+        reached = row["numbers"].get("steps_to_target")
+        if reached is not None and reached["n"] < row["runs"]:
+            lines.append(
+                f"{where}: {reached['n']} of {row['runs']} runs have reached the target; steps and samples to it are "
+                "of these alone."
+            )
         if row["at_edge"]:
             keys = " and ".join(row["at_edge"])
             lines.append(f"{where}: the best {keys} is at the edge of its grid; a better one may lie beyond.")

@@ -170,6 +170,23 @@ def _rate_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         )
 
 
+def _rule_conflicts(c: TrainConfig, key: str, rule: str) -> Iterator[tuple[str, str]]:
+    """Updates that a rule of the rate does not know; `key` holds lr_rule."""
+    optims = {c.optim, *(str(group.get("optim", c.optim)) for group in c.param_groups)}
+    if rule == "adascale" and (others := sorted(optims - {"sgd"})):
+        yield (
+            f"{key}.lr_rule",
+            f"lr_rule=adascale is for optim sgd, whose step is the gradient that it measures, but optim={others[0]}; "
+            "use sqrt.",
+        )
+    if rule == "sqrt" and (without := sorted(optims & NO_SQUARE_ROOT)):
+        yield (
+            f"{key}.lr_rule",
+            f"lr_rule=sqrt is Adam's, and moves its betas; no paper says it of {without[0]}: set {key}.lr_rule: "
+            "linear or none.",
+        )
+
+
 def _batch_conflicts(c: TrainConfig, b: BatchScheduleConfig) -> Iterator[tuple[str, str]]:
     microbatch, sizes, key = c.per_device_train_batch_size, b.sizes(c.global_batch_size), "batch_schedule"
     if b.kind == "constant":
@@ -201,12 +218,7 @@ def _batch_conflicts(c: TrainConfig, b: BatchScheduleConfig) -> Iterator[tuple[s
             f"must be below 1 for beta={betas[0]:g}; use lr_rule: linear or none, a smaller batch, or a larger "
             "global_batch_size with its learning_rate.",
         )
-    if rule == "adascale" and c.optim != "sgd":
-        yield (
-            f"{key}.lr_rule",
-            f"lr_rule=adascale is for optim sgd, whose step is the gradient that it measures, but optim={c.optim}; "
-            "use sqrt.",
-        )
+    yield from _rule_conflicts(c, key, rule)
 
 
 def _data_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
@@ -266,19 +278,7 @@ def _elastic_conflicts(c: TrainConfig, e: ElasticConfig) -> Iterator[tuple[str, 
     microbatch, batch = c.per_device_train_batch_size, c.global_batch_size
     if e.policy == "keep_batch":
         return
-    if lr_rule(c, e) == "adascale" and c.optim != "sgd":
-        yield (
-            "elastic.lr_rule",
-            f"lr_rule=adascale is for optim sgd, whose step is the gradient that it measures, but optim={c.optim}; "
-            "use sqrt.",
-        )
-    optims = {c.optim, *(str(group.get("optim", c.optim)) for group in c.param_groups)}
-    if lr_rule(c, e) == "sqrt" and (without := sorted(optims & NO_SQUARE_ROOT)):
-        yield (
-            "elastic.lr_rule",
-            f"lr_rule=sqrt is Adam's, and moves its betas; no paper says it of {without[0]}: set elastic.lr_rule: "
-            "linear or none.",
-        )
+    yield from _rule_conflicts(c, "elastic", lr_rule(c, e))
     assert e.reference_workers is not None
     if batch % (microbatch * e.reference_workers):
         yield (

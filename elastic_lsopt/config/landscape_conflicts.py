@@ -6,6 +6,13 @@ from collections.abc import Iterator
 
 from elastic_lsopt.config.settings import EVALUATE_ELSEWHERE, TrainConfig, in_halves, landscape_fields, lr_rule
 
+NOT_THE_BATCH_ALONE = {
+    "bi_lora": "that of its adversary", "entropy_sgd": "the noise of its walk", "esam": "its choice of tensors",
+    "flat_lora": "the noise of the weights", "looksam": "the direction that it keeps",
+    "lpf_sgd": "the noise of its draws", "random_sam": "the noise of its direction", "rwp": "the noise of its draw",
+}  # fmt: skip
+"""Methods by whose gradients no noise of the batch can be told, and what else is in them."""
+
 
 def landscape_conflicts(c: TrainConfig, optims: set[str]) -> Iterator[tuple[str, str]]:
     """(key, message) of each; `optims` are the updates of all param groups."""
@@ -17,8 +24,21 @@ def landscape_conflicts(c: TrainConfig, optims: set[str]) -> Iterator[tuple[str,
         return
     yield from _merged_conflicts(c, landscape_fields(c)[0])
     yield from _halves_conflicts(c)
+    yield from _noise_conflicts(c, landscape_fields(c)[0])
     if landscape_fields(c)[0] == "bi_lora":
         yield from _adversary_conflicts(c, optims)
+
+
+def _noise_conflicts(c: TrainConfig, method: str) -> Iterator[tuple[str, str]]:
+    """The noise of the batch is measured by the steps' gradients, in which there may be nothing else."""
+    if method not in NOT_THE_BATCH_ALONE:
+        return
+    among = f"measures the noise of the batch by the gradient, and with {method} {NOT_THE_BATCH_ALONE[method]} is in it"
+    if c.batch_schedule is not None and c.batch_schedule.kind == "noise_scale":
+        yield "batch_schedule", f"batch_schedule.kind=noise_scale {among}; use ramp."
+    for key, block in (("batch_schedule", c.batch_schedule), ("elastic", c.elastic)):
+        if block is not None and lr_rule(c, block) == "adascale":
+            yield f"{key}.lr_rule", f"lr_rule=adascale {among}; use linear."
 
 
 def _halves_conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
@@ -75,15 +95,3 @@ def _adversary_conflicts(c: TrainConfig, optims: set[str]) -> Iterator[tuple[str
             "lr_scheduler_type=autodrop looks how the weights turn, and with bi_lora its adversary turns among them; "
             "use cosine.",
         )
-    if c.batch_schedule is not None and c.batch_schedule.kind == "noise_scale":
-        yield (
-            "batch_schedule",
-            "batch_schedule.kind=noise_scale measures the gradient, and with bi_lora that of its adversary among it; "
-            "use ramp.",
-        )
-    for key, block in (("batch_schedule", c.batch_schedule), ("elastic", c.elastic)):
-        if block is not None and lr_rule(c, block) == "adascale":
-            yield (
-                f"{key}.lr_rule",
-                "lr_rule=adascale measures the gradient, and with bi_lora that of its adversary among it; use linear.",
-            )

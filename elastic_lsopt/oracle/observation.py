@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 Sees = Literal["nothing", "sampled_gradient", "hessian_diagonal"]
 Where = Literal["weights", "last_pass"]
+GRADIENTS_PER_PRODUCT = 3
+"""What a product with the Hessian counts in a step's passes."""
 SIGNS = -1
 """The draw of a step's noise whose signs are z; methods count theirs from 0."""
 
@@ -76,6 +78,7 @@ def observe(oracle: Oracle) -> None:
                 vector = oracle.hessian_diagonal(observation.how)
                 if not math.isfinite(oracle.space.norm(vector)):
                     raise NonFinite(f"step {oracle.step}: the Hessian's diagonal that an update sees is inf or NaN")
+                oracle.observed += GRADIENTS_PER_PRODUCT
             observation.tell(Seen(vector, oracle.weight))
 
 

@@ -41,7 +41,8 @@ class StepReport:
     loss: float
     """Mean loss of the first pass over the global batch."""
     passes: float
-    """Gradients of the global batch that were taken; not whole where a method looks at parts of it."""
+    """Gradients of the global batch that were taken, three for a product with the Hessian; not whole where a method
+    looks at parts of the batch."""
     gradient_norm: float
     """Global L2 norm of the gradient that the base stepped with, before clipping."""
     samples: int

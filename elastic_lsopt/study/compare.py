@@ -29,6 +29,7 @@ from elastic_lsopt.study.interval import interval
 from elastic_lsopt.study.one_run import IMPORTED_LATE, Task, rank_of, train_and_measure
 from elastic_lsopt.study.pool import run
 from elastic_lsopt.study.study import Progress, csv_of, replace_file
+from elastic_lsopt.updates.registry import updates
 
 COMPARE, RUNS, TABLE = "compare.json", "runs.csv", "table.csv"
 MICROBATCH = "per_device_train_batch_size"
@@ -68,10 +69,8 @@ def task_of(config: CompareConfig, one: Contender, chosen: Keys, seed: int, job_
     job = job_of(one.label, config.job_of(one.label, one.point, chosen) | {"seed": seed})
     if config.target_loss is not None and job.eval_steps is None:
         raise SettingError("target_loss", f"target_loss is looked for at evaluations: {one.label} needs eval_steps.")
-    noise, equal = float(one.point.get(NOISE, 0.0)), one.equal
-    facts = getattr(registry.get(landscape_fields(job)[0]), "facts", None)
-    if isinstance(facts, Facts) and facts.passes.split(",")[0].strip() == "1":
-        equal = "epochs"  # the same run: a step takes one gradient
+    noise = float(one.point.get(NOISE, 0.0))
+    equal = "epochs" if _takes_one_gradient(job) else one.equal  # then it is the same run
     kept = {key: value for key, value in asdict(job).items() if key not in NO_PART}
     said = {"job": kept, "noise": noise, "equal": equal, "target": config.target_loss, "version": VERSION}
     if config.measures:
@@ -82,6 +81,14 @@ def task_of(config: CompareConfig, one: Contender, chosen: Keys, seed: int, job_
     digest = blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
     told = one.named() | {"chosen": chosen, "seed": seed}
     return Task(digest, told, job, equal, noise, config.target_loss, config.measures, config.units, evaluated_by)
+
+
+def _takes_one_gradient(job: TrainConfig) -> bool:
+    """Whether each step of method and updates is known to take one gradient of the batch."""
+    facts = getattr(registry.get(landscape_fields(job)[0]), "facts", None)
+    bases = {job.optim, *(str(group.get("optim", job.optim)) for group in job.param_groups)}
+    looks = any(getattr(updates.get(base), "sees", "nothing") != "nothing" for base in bases & {*updates.names()})
+    return not looks and isinstance(facts, Facts) and facts.passes.split(",")[0].strip() == "1"
 
 
 def check(config: CompareConfig, job_of: JobOf) -> int:
@@ -120,7 +127,9 @@ def run_comparison(
         done.run([task for tasks in finals.values() for task in tasks])
         for i, one in enumerate(everyone):
             lines = [record.lines[task.id] for task in finals[i]]
-            rows.append(_row(config, one, finals[i][0].told["chosen"], lines))
+            row = _row(config, one, finals[i][0].told["chosen"], lines)
+            lost = [why for task in tried.get(i, []) if (why := failure_of(record.lines[task.id])) is not None]
+            rows.append(row | {"grid_failed": len(lost), "grid_failure": next(iter(lost), None)})
             for kind, tasks in (("tuning", tried.get(i, [])), ("seed", finals[i])):
                 runs += [_run_line(task, kind, record.lines[task.id]) for task in tasks]
     whole = {

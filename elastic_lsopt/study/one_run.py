@@ -57,7 +57,7 @@ class Task:
 
 def train_and_measure(task: Task) -> dict[str, Any]:
     """The run's losses, counts and measures; `reason` where it has diverged. Raises what training raises."""
-    logging.getLogger("elastic_lsopt").setLevel(logging.ERROR)  # steps that are skipped show in the result
+    logging.getLogger("elastic_lsopt").setLevel(logging.ERROR)  # of skipped steps: enough of them end the run
     began, config, data, world = time.process_time(), task.config, _data(task), join()
     name, fields = landscape_fields(config)
     method = registry.build(name, **fields)
@@ -93,52 +93,63 @@ def _passes(config: TrainConfig, method: Method, data: Data, world: World, steps
 def _trained(task: Task, config: TrainConfig, method: Method, data: Data, world: World) -> dict[str, Any]:
     run = _run(config, method, data, world)
     initial = (
-        run.engine.space.weights.clone() if any(measure(n, {}).needs == "initial" for n in task.measures) else None
+        run.engine.measured()[0].weights.clone()
+        if any(measure(n, {}).needs == "initial" for n in task.measures)
+        else None
     )
     same = replace(config, per_device_train_batch_size=task.evaluated_by)
-    gradients, reached = 0, None
+    gradients, skipped, held_out = 0.0, 0, None
     for microbatches in run.loader:
-        gradients += run.advance(microbatches)[1].passes
-        clock, target = run.engine.clock, task.target_loss
-        if target is None or not config.eval_steps or clock.steps % config.eval_steps:
-            continue
-        if run.evaluated(same).loss <= target:
-            reached = {"steps_to_target": clock.steps, "samples_to_target": clock.samples}
+        report = run.advance(microbatches)[1]
+        gradients, skipped = gradients + report.passes, skipped + 1 if report.skipped else 0
+        if skipped >= config.max_skipped_steps:
             break
-    held_out = run.evaluated(same)
-    part = replace(data, eval=data.train)
-    train = evaluate(run.engine, part, replace(same, eval_batches=TRAIN_BATCHES, compute_metrics=None), world)
+        if task.target_loss is not None and config.eval_steps and run.engine.clock.steps % config.eval_steps == 0:
+            held_out = run.evaluated(same)
+            if held_out.loss <= task.target_loss:
+                break
+            held_out = None
+    held_out = held_out or run.evaluated(same)
+    part, clock = replace(data, eval=data.train), run.engine.clock
+    with run.where_it_is_evaluated():
+        train = evaluate(run.engine, part, replace(same, eval_batches=TRAIN_BATCHES, compute_metrics=None), world)
+    reached = task.target_loss is not None and held_out.loss <= task.target_loss
     result: dict[str, Any] = {
-        "eval_loss": held_out.loss, "train_loss": train.loss, "steps": run.engine.clock.steps,
-        "samples": run.engine.clock.samples, "gradient_evaluations": gradients,
+        "eval_loss": held_out.loss, "train_loss": train.loss, "steps": clock.steps, "samples": clock.samples,
+        "gradient_evaluations": gradients,
         **{f"eval_{name}": value for name, value in held_out.metrics.items()},
         **({"train_accuracy": train.metrics["accuracy"]} if "accuracy" in train.metrics else {}),
-        **({} if task.target_loss is None else reached or {"steps_to_target": None, "samples_to_target": None}),
+        **({} if task.target_loss is None else {
+            "steps_to_target": clock.steps if reached else None,
+            "samples_to_target": clock.samples if reached else None,
+        }),
     }  # fmt: skip
     result = {key: value if isfinite(nan if value is None else value) else None for key, value in result.items()}
-    if result["eval_loss"] is None:
-        return result | {"measures": dict.fromkeys(task.measures), "reasons": {}, "reason": NOT_TRAINED}
+    if result["eval_loss"] is None or skipped >= config.max_skipped_steps:
+        why = NOT_TRAINED if result["eval_loss"] is None else f"{skipped} steps in a row were skipped: it has diverged"
+        return result | {"measures": dict.fromkeys(task.measures), "reasons": {}, "reason": why}
     return result | {"reason": None} | _measured(task, same, data, world, run, initial)
 
 
 def _measured(task: Task, config: TrainConfig, data: Data, world: World, run: TrainingRun, initial: Any) -> Any:
-    """The flatness measures at the last weights, on fixed training samples, as a probe of the job would see them."""
+    """The flatness measures where the model is evaluated, on fixed training samples, as a job's probe sees them."""
     if not task.measures:
         return {"measures": {}, "reasons": {}, "measure_seconds": {}}
-    engine = run.engine
+    engine, (space, backend) = run.engine, run.engine.measured()
     # The same samples for all seeds.
     together, single = fixed_microbatches(data, replace(config, seed=0), world, task.units)
-    measuring = Measurement(engine.space, engine.backend, plain_loss_of(config, engine.module))
-    with measuring.at_rest():
-        oracle = measuring.oracle(together, engine.clock)
-    context = ProbeContext(
-        space=engine.space, oracle=oracle, samples=len(data.train), initial=initial,
-        batches=lambda: [measuring.oracle(single(i), engine.clock, checked=False) for i in range(task.units)],
-    )  # fmt: skip
-    try:
-        return asked(measuring, task.measures, context)
-    finally:
-        measuring.done_with(oracle)
+    measuring = Measurement(space, backend, plain_loss_of(config, engine.module))
+    with run.where_it_is_evaluated():
+        with measuring.at_rest():
+            oracle = measuring.oracle(together, engine.clock)
+        context = ProbeContext(
+            space=space, oracle=oracle, samples=len(data.train), initial=initial,
+            batches=lambda: [measuring.oracle(single(i), engine.clock, checked=False) for i in range(task.units)],
+        )  # fmt: skip
+        try:
+            return asked(measuring, task.measures, context)
+        finally:
+            measuring.done_with(oracle)
 
 
 def rank_of(result: dict[str, Any] | None) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,9 +175,13 @@ class TrainingRun:
     def evaluated(self, config: TrainConfig | None = None) -> Evaluation:
         """What the model, or the average that is asked for, reaches on the held-out data, as the job's settings or
         others say (collective)."""
-        name = self.config.evaluate_average or self.engine.evaluates_at
-        with nullcontext() if name is None else self.engine.averaged(name):
+        with self.where_it_is_evaluated():
             return evaluate(self.engine, self.data, config or self.config, self.world)
+
+    def where_it_is_evaluated(self) -> AbstractContextManager[Any]:
+        """At the weights, or at the average that is asked for (collective)."""
+        name = self.config.evaluate_average or self.engine.evaluates_at
+        return nullcontext() if name is None else self.engine.averaged(name)
 
     def _save_or_diverge(self, step: int, last: bool, eval_loss: float | None) -> None:
         """Save what is due, but not while steps are skipped; see checkpoint/divergence.py (collective)."""

@@ -23,6 +23,7 @@ from elastic_lsopt.cli.main import main
 from elastic_lsopt.config.compare import read_comparison
 from elastic_lsopt.study.compare import contenders, task_of
 from elastic_lsopt.study.label_noise import wrong_labels
+from elastic_lsopt.study.one_run import rank_of
 from elastic_lsopt.training.classifiers import small_cnn
 from tests.processes.ranks import ROOT, rank_environment
 from tests.processes.warm import BIN, Popen, run
@@ -39,6 +40,9 @@ SETTINGS: dict[str, Any] = {
     },
     "seeds": [0, 1], "equal": ["epochs", "gradient_evaluations"], "measures": ["weight_norm"], "units": 2,
 }  # fmt: skip
+
+
+NO_MOMENTUM = {key: value for key, value in SETTINGS["job"].items() if key != "momentum"}
 
 
 def write(folder: Path, name: str = "compare", **changes: Any) -> tuple[Path, Path]:
@@ -119,6 +123,7 @@ def test_a_run_that_fails_harms_no_other_and_says_why(tmp_path: Path, capfd: pyt
     assert "raises, equal=epochs: 1 of 1 runs have no numbers; the first: RuntimeError" in capfd.readouterr().out
 
 
+GROWS = {"kind": "noise_scale", "max_global_batch_size": 256, "lr_rule": "none"}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"sedes": [0]}, "unknown key 'sedes'; did you mean 'seeds'?"),
     ({"seeds": [0, 0]}, "seeds=[0, 0] holds a value twice"),
@@ -135,6 +140,29 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"axes": {"label_noise": [1.5]}}, "1.5 must be a number >= 0 and < 1"),
     ({"axes": {"momentum": 0.9}}, "axes.momentum=0.9 must be a list"),
     ({"target_loss": 0.5}, "needs eval_steps"),
+    ({"axes": {"learning_rate": [0.1, 1.0]}}, "learning_rate is set by axis learning_rate too; remove it"),
+    (
+        {"axes": {"momentum": [0.5]}, "methods": {"a": {"grid": {"momentum": [0.5, 0.9]}}}},
+        "methods.a.grid.momentum is set by axis momentum too",
+    ),
+    (
+        {"axes": {"landscape.rho": [0.1]}, "methods": {"a": {"landscape": {"method": "sam", "rho": 0.2}}}},
+        "methods.a.landscape is set by axis landscape.rho too",
+    ),
+    ({"axes": {"seed": [1, 2]}}, "axes.seed is set by the comparison"),
+    ({"axes": {"place": {"far": {"elastic.policy": "keep_batch"}}}}, "axes.place.far.elastic.policy is set by the"),
+    ({"methods": {"a": {"grid": {"backend": ["ddp"]}}}}, "methods.a.grid.backend is set by the comparison"),
+    ({"methods": {"a": {"at": {"label_noise": [0.0]}}}}, "methods.a.at.label_noise: there is no such axis"),
+    (
+        {"axes": {"label_noise": [0.0, 0.2]}, "methods": {"a": {"at": {"label_noise": [0.4]}}}},
+        "methods.a.at.label_noise=[0.4] must be a list of the axis's values: 0.0, 0.2",
+    ),
+    (
+        {"methods": {"a": {"learning_rate": 0.1, "scale_learning_rate": "linear"}},
+         "job": SETTINGS["job"] | {"per_device_train_batch_size": 32, "batch_schedule": GROWS}},
+        "methods.a.scale_learning_rate=linear: where a batch_schedule moves the batch its lr_rule moves the rate",
+    ),
+    ({"methods": {"a": {"scale_learning_rate": "sqrt"}}}, "scale_learning_rate=sqrt needs the learning_rate"),
     ({"measures": ["lambda_mx"]}, "measure 'lambda_mx' is unknown; did you mean 'lambda_max'?"),
 ]  # fmt: skip
 
@@ -167,6 +195,58 @@ def test_keys_are_laid_over_each_other(tmp_path: Path) -> None:
     assert all((job.model or {})["args"]["hidden"] == 32 for job in jobs)
     assert len({task.id for task in made}) == 4
     assert SETTINGS["job"]["model"]["args"]["hidden"] == 8
+
+
+@pytest.mark.fast
+def test_an_axis_reaches_into_a_methods_block_and_a_method_may_stay_out(tmp_path: Path) -> None:
+    axes = {"landscape.rho": [0.01, 5.0]}
+    methods = {
+        "sam": {"landscape": {"method": "sam"}},
+        "far": {"landscape": {"method": "sam"}, "at": {"landscape.rho": [5.0]}},
+    }
+    path, _ = write(tmp_path, axes=axes, methods=methods, equal=["epochs"])
+    read = read_comparison(path)
+    made = [(one.label, task_of(read.config, one, {}, 5, _jobs(read)).config) for one in contenders(read.config)]
+    assert sorted((label, job.landscape["rho"]) for label, job in made) == [("far", 5.0), ("sam", 0.01), ("sam", 5.0)]
+
+
+@pytest.mark.fast
+def test_the_rates_of_groups_follow_the_batch_too(tmp_path: Path) -> None:
+    groups = [{"match": "*.bias", "learning_rate": 0.02}, {"match": "*.0.weight", "weight_decay": 0.1}]
+    methods = {"a": {"learning_rate": 0.01, "param_groups": groups, "scale_learning_rate": "linear"}}
+    path, _ = write(tmp_path, axes={"global_batch_size": [256]}, methods=methods, equal=["epochs"])
+    read = read_comparison(path)
+    job = task_of(read.config, contenders(read.config)[0], {}, 5, _jobs(read)).config
+    assert job.learning_rate == pytest.approx(0.04)
+    assert [group.get("learning_rate") for group in job.param_groups] == [pytest.approx(0.08), None]
+
+
+@pytest.mark.fast
+def test_what_has_no_numbers_is_never_the_best(tmp_path: Path) -> None:
+    reached, never = {"steps_to_target": 100, "eval_loss": 0.2}, {"steps_to_target": None, "eval_loss": 0.1}
+    diverged = {"steps_to_target": None, "eval_loss": None}
+    ranked = sorted([None, diverged, never, reached], key=rank_of)
+    assert ranked[:2] == [reached, never] and rank_of(None) == rank_of(diverged)
+
+
+@pytest.mark.fast
+def test_a_look_at_the_curvature_is_no_step_of_one_gradient(tmp_path: Path) -> None:
+    methods = {name: {"optim": name, "learning_rate": 0.1} for name in ("sgd", "adamw", "sophia_g", "adahessian")}
+    path, _ = write(tmp_path, methods=methods, equal=["gradient_evaluations"], job=NO_MOMENTUM)
+    read = read_comparison(path)
+    made = {one.label: task_of(read.config, one, {}, 5, _jobs(read)).equal for one in contenders(read.config)}
+    curvature = dict.fromkeys(("sophia_g", "adahessian"), "gradient_evaluations")
+    assert made == {"sgd": "epochs", "adamw": "epochs"} | curvature
+
+
+def test_the_training_loss_is_where_the_held_out_loss_is(tmp_path: Path) -> None:
+    """An average that has hardly left the first weights: both losses are nearly those of before the training."""
+    job = SETTINGS["job"] | {"max_steps": 60, "averages": {"ema": {"decay": 0.9999}}, "evaluate_average": "ema"}
+    path, out = write(tmp_path, job=job, methods={"sgd": {"learning_rate": 0.1}}, seeds=[0], equal=["epochs"])
+    assert main(["compare", str(path)]) == 0
+    [row] = json.loads((out / "compare.json").read_text())["rows"]
+    assert row["numbers"]["train_loss"]["mean"] == pytest.approx(row["numbers"]["eval_loss"]["mean"], abs=0.1)
+    assert row["numbers"]["train_loss"]["mean"] > 2.0
 
 
 @pytest.mark.fast

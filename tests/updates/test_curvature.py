@@ -72,7 +72,9 @@ def test_one_product_serves_all(update: str, monkeypatch: pytest.MonkeyPatch) ->
     engine = engine_of(model, lso.UpdateOptimizer(groups, lr=0.01))
     for i in range(3):
         engine.train_batch([batch(i)])
-    assert made == [0, 1, 2] and engine.last_step is not None and engine.last_step.passes == 1
+    assert made == [0, 1, 2] and engine.last_step is not None and engine.last_step.passes == 1 + 3, (
+        "a product is three gradients"
+    )
     seen = {k: v for k, v in engine.families[f"update/{update}"].state_dict().items() if k.startswith("seen/")}
     assert seen == {"seen/0.weight": 2, "seen/0.bias": 2, "seen/2.weight": 3}
 

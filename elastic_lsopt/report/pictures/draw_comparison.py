@@ -49,7 +49,8 @@ def draw_comparison(run: Run, target: Path) -> str | None:
     runs, failed = (sum(int(number(row.get(key))) for row in rows) for key in ("runs", "failed"))
     share = number(told.get("confidence"))
     lost = f", {failed} of them without numbers" if failed else ""
-    return f"{len(methods)} methods, {runs} runs{lost}; bars: {share:.0%} intervals over seeds (Student's t)."
+    bars = f"bars: {share:.0%} intervals over seeds (Student's t); open: of some seeds alone."
+    return f"{len(methods)} methods, {runs} runs{lost}; {bars}"
 
 
 def _quantities(rows: Sequence[Row], measures: Sequence[str]) -> list[str]:
@@ -75,7 +76,7 @@ def _curves(at: Any, rows: Sequence[Row], methods: Sequence[str], along: str, na
     xs = sorted({float(row[along]) for row in rows})
     logarithmic = xs[0] > 0 and xs[-1] > SPREAD * xs[0]
     for i, method in enumerate(methods):
-        points = [(float(r[along]), *_number(r, name)) for r in rows if r["method"] == method]
+        points = [(float(r[along]), *_number(r, name), _of_all(r, name)) for r in rows if r["method"] == method]
         points = sorted(point for point in points if not math.isnan(point[1]))
         shift = DODGE * (i - (len(methods) - 1) / 2)
         wide = (xs[-1] / xs[0]) ** shift if logarithmic else shift * (xs[-1] - xs[0])
@@ -84,6 +85,11 @@ def _curves(at: Any, rows: Sequence[Row], methods: Sequence[str], along: str, na
             x, [p[1] for p in points], yerr=[[p[1] - p[2] for p in points], [p[3] - p[1] for p in points]],
             label=plain(method, 30), color=CYCLE[i % len(CYCLE)], marker=MARKERS[i % len(MARKERS)], markersize=4,
             linewidth=1.2, elinewidth=0.9, capsize=2, linestyle="-" if i < len(CYCLE) else "--",
+        )  # fmt: skip
+        at.plot(  # open: some runs have no such number
+            [x for x, p in zip(x, points, strict=True) if not p[4]], [p[1] for p in points if not p[4]], linestyle="",
+            marker=MARKERS[i % len(MARKERS)], markersize=4, color=CYCLE[i % len(CYCLE)], markerfacecolor="white",
+            zorder=3,
         )  # fmt: skip
     if logarithmic:
         at.set_xscale("log", base=2)
@@ -101,11 +107,20 @@ def _marks(at: Any, rows: Sequence[Row], methods: Sequence[str], name: str) -> N
         mean, low, high = _number(row, name)
         i = methods.index(str(row["method"]))
         if not math.isnan(mean):
-            at.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color=CYCLE[i % len(CYCLE)], capsize=3)
+            color, filled = CYCLE[i % len(CYCLE)], _of_all(row, name)
+            at.errorbar(
+                mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3,
+                markerfacecolor=color if filled else "white",
+            )  # fmt: skip
     at.set_yticks(range(len(methods)), [plain(method, 30) for method in methods], fontsize=8)
     at.set_ylim(len(methods) - 0.5, -0.5)
     at.grid(axis="x", alpha=0.25)
     at.tick_params(axis="x", labelsize=8)
+
+
+def _of_all(row: Row, name: str) -> bool:
+    """Whether each run of the row has the number."""
+    return number((row["numbers"].get(name) or {}).get("n")) >= number(row.get("runs"))
 
 
 def _number(row: Row, name: str) -> tuple[float, float, float]:
