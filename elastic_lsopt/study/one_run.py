@@ -97,7 +97,7 @@ def _trained(task: Task, config: TrainConfig, method: Method, data: Data, world:
         if any(measure(n, {}).needs == "initial" for n in task.measures)
         else None
     )
-    same = replace(config, per_device_train_batch_size=task.evaluated_by)
+    size = task.evaluated_by
     gradients, skipped, held_out = 0.0, 0, None
     for microbatches in run.loader:
         report = run.advance(microbatches)[1]
@@ -105,14 +105,15 @@ def _trained(task: Task, config: TrainConfig, method: Method, data: Data, world:
         if skipped >= config.max_skipped_steps:
             break
         if task.target_loss is not None and config.eval_steps and run.engine.clock.steps % config.eval_steps == 0:
-            held_out = run.evaluated(same)
+            held_out = run.evaluated(size)
             if held_out.loss <= task.target_loss:
                 break
             held_out = None
-    held_out = held_out or run.evaluated(same)
+    held_out = held_out or run.evaluated(size)
     part, clock = replace(data, eval=data.train), run.engine.clock
     with run.where_it_is_evaluated():
-        train = evaluate(run.engine, part, replace(same, eval_batches=TRAIN_BATCHES, compute_metrics=None), world)
+        first = replace(config, eval_batches=TRAIN_BATCHES, compute_metrics=None)
+        train = evaluate(run.engine, part, first, world, microbatch_samples=size)
     reached = task.target_loss is not None and held_out.loss <= task.target_loss
     result: dict[str, Any] = {
         "eval_loss": held_out.loss, "train_loss": train.loss, "steps": clock.steps, "samples": clock.samples,
@@ -128,7 +129,7 @@ def _trained(task: Task, config: TrainConfig, method: Method, data: Data, world:
     if result["eval_loss"] is None or skipped >= config.max_skipped_steps:
         why = NOT_TRAINED if result["eval_loss"] is None else f"{skipped} steps in a row were skipped: it has diverged"
         return result | {"measures": dict.fromkeys(task.measures), "reasons": {}, "reason": why}
-    return result | {"reason": None} | _measured(task, same, data, world, run, initial)
+    return result | {"reason": None} | _measured(task, config, data, world, run, initial)
 
 
 def _measured(task: Task, config: TrainConfig, data: Data, world: World, run: TrainingRun, initial: Any) -> Any:
@@ -137,7 +138,9 @@ def _measured(task: Task, config: TrainConfig, data: Data, world: World, run: Tr
         return {"measures": {}, "reasons": {}, "measure_seconds": {}}
     engine, (space, backend) = run.engine, run.engine.measured()
     # The same samples for all seeds.
-    together, single = fixed_microbatches(data, replace(config, seed=0), world, task.units)
+    together, single = fixed_microbatches(
+        data, replace(config, seed=0), world, task.units, microbatch_samples=task.evaluated_by
+    )
     measuring = Measurement(space, backend, plain_loss_of(config, engine.module))
     with run.where_it_is_evaluated():
         with measuring.at_rest():

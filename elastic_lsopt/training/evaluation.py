@@ -42,13 +42,15 @@ class Evaluation:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def evaluate(engine: Engine, data: Data, config: TrainConfig, world: World) -> Evaluation:
-    """Of `eval_batches` micro-batches, or of all that is held out (collective).
+def evaluate(
+    engine: Engine, data: Data, config: TrainConfig, world: World, *, microbatch_samples: int | None = None
+) -> Evaluation:
+    """Of `eval_batches` micro-batches (of the job's own size, or another), or of all that is held out (collective).
 
     Host memory: the logits of all samples, where `compute_metrics` asks for them. Raises UserError on all ranks where
     that fails.
     """
-    size = config.per_device_train_batch_size
+    size = microbatch_samples or config.per_device_train_batch_size
     firsts = list(range(0, len(data.eval), size))[: config.eval_batches]
 
     def microbatch(i: int, number: int, idle: bool = False) -> MicroBatch:

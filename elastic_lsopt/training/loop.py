@@ -172,11 +172,10 @@ class TrainingRun:
         self.loader.commit(engine.clock.samples - self.loader.committed)
         return lr, engine.last_step
 
-    def evaluated(self, config: TrainConfig | None = None) -> Evaluation:
-        """What the model, or the average that is asked for, reaches on the held-out data, as the job's settings or
-        others say (collective)."""
+    def evaluated(self, microbatch_samples: int | None = None) -> Evaluation:
+        """What the model, or the average that is asked for, reaches on the held-out data (collective)."""
         with self.where_it_is_evaluated():
-            return evaluate(self.engine, self.data, config or self.config, self.world)
+            return evaluate(self.engine, self.data, self.config, self.world, microbatch_samples=microbatch_samples)
 
     def where_it_is_evaluated(self) -> AbstractContextManager[Any]:
         """At the weights, or at the average that is asked for (collective)."""

@@ -96,6 +96,7 @@ def test_killed_continued_and_right(tmp_path: Path) -> None:
 def test_all_are_judged_by_the_same_samples(tmp_path: Path) -> None:
     """One training in two sizes of micro-batches: what is counted in micro-batches is no other number of samples."""
     job = SETTINGS["job"] | {"eval_batches": 2, "learning_rate": 0.1, "eval_fraction": 0.2}
+    job |= {"global_batch_size": 32}  # less than the 64 of a micro-batch that is evaluated
     methods = {"whole": {}, "in parts": {"per_device_train_batch_size": 4}}
     more = {"equal": ["epochs"], "seeds": [0], "measures": ["sam_sharpness"]}
     path, out = write(tmp_path, job=job, methods=methods, **more)

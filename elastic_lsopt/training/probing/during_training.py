@@ -161,13 +161,14 @@ class Probing:
 
 
 def fixed_microbatches(
-    data: Data, config: TrainConfig, world: World, count: int
+    data: Data, config: TrainConfig, world: World, count: int, *, microbatch_samples: int | None = None
 ) -> tuple[list[MicroBatch], Callable[[int], list[MicroBatch]]]:
     """This rank's micro-batches of `count` in all, and the i-th of them as a batch of its own (which rank 0 runs).
 
-    The same training samples, drawn by the seed, at any world size. Raises UserError where there are fewer samples.
+    The same training samples, drawn by the seed, at any world size; in micro-batches of the job's size, or another.
+    Raises UserError where there are fewer samples.
     """
-    size = config.per_device_train_batch_size
+    size = microbatch_samples or config.per_device_train_batch_size
     if count * size > len(data.train):
         raise UserError(
             f"units={count} of per_device_train_batch_size={size} are more than the {len(data.train)} training "
