@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.laws.cover import FAMILY, daily, joined
+from tests.laws.cover import FAMILY, daily, full_but, joined
 
 LIMIT = {"fp32": 1e-6, "fp64": 1e-12}
 METHODS = ("none", "sam", "asam", "lpf_sgd")
@@ -53,6 +53,24 @@ def test_the_family_in_fp64(ranks: Any, kind: str, world: int, method: str) -> N
 def test_sam_variants_in_fp64(ranks: Any, kind: str, world: int, more: dict[str, Any]) -> None:
     out = ranks(world).run("tests.cases.laws:reference", kind=kind, method="sam", dtype="fp64", more=more)
     check(out, "fp64", 1 if "every" in more else 2)
+
+
+@pytest.mark.parametrize(
+    "kind,precondition",
+    full_but(
+        [("fsdp2", "adam"), ("zero2", "adam_metric"), ("zero3", "adam")],
+        ("ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3"),
+        ("adam", "adam_metric"),
+    ),
+)
+def test_preconditioned_sam(ranks: Any, kind: str, precondition: str) -> None:
+    """From the first step on, where AdamW has no moment yet; which enlarges what fp32 rounds."""
+    limit = 1e-4 if kind.startswith("zero") else 1e-9
+    more, dtype = {"precondition": precondition}, "fp32" if kind.startswith("zero") else "fp64"
+    for r in ranks(2).run(
+        "tests.cases.laws:reference", kind=kind, method="sam", dtype=dtype, base="adamw", more=more, last=2
+    ):
+        assert r["dw"] <= limit and r["dloss"] <= limit and r["passes"] == 2, r
 
 
 @pytest.mark.parametrize(
