@@ -291,6 +291,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (lambda: lso.ESAM(beta=0.0), momentum, "beta=0.0 must be a number > 0 and <= 1"),
     (lambda: lso.RWP(alpha=1.5), momentum, "alpha=1.5 must be a number in [0, 1]"),
     (lambda: lso.EntropySGD(inner_lr=0.0), momentum, "inner_lr=0.0 must be a number > 0"),
+    (lambda: lso.EntropySGD(gamma0=25.0), momentum, "gamma0=25.0 must be a number < 2 / inner_lr = 20"),
     (lambda: lso.EntropySGD(inner_steps=-1), momentum, "inner_steps=-1 must be a whole number >= 0"),
 ]  # fmt: skip
 
