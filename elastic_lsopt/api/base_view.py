@@ -7,7 +7,7 @@ second moment   Adam's exp_avg_sq / (1 - b2^t), RMSprop's square_avg, Adagrad's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from elastic_lsopt.backends.backend import Backend, local
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.optimizers.plain import Plain
 from elastic_lsopt.oracle.base import Need
+from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 from elastic_lsopt.updates.group_rules import is_torch
@@ -36,6 +38,29 @@ FIX = {
     "sgd": "give torch.optim.SGD",
 }
 WORDS = {"momentum": "a base that keeps momentum", "second_moment": "a base that keeps second moments", "sgd": "SGD"}
+
+
+def refuse_maximized(
+    method: Method, groups: Sequence[Mapping[str, Any]], update: UpdateOptimizer | None, which: str = ""
+) -> None:
+    """Raise UserError for a param group that maximizes, which no method is made for, beside updates that cannot.
+
+    `which`: what a message calls a group that is about to be added.
+    """
+    rising = next((i for i, group in enumerate(groups) if group.get("maximize")), None)
+    if rising is None:
+        return
+    if not isinstance(method, Plain):
+        raise UserError(
+            f"{which or f'param group {rising}'} has maximize=True, and {type(method).__name__} is made for a loss "
+            "that is minimized; leave it out, and give the negative of the loss."
+        )
+    for i, group in enumerate(groups if update is not None else ()):
+        if "maximize" not in group:
+            raise UserError(
+                f"param group {rising} has maximize=True, and the update of group {i}, {group['update']}, has no such "
+                "entry; leave it out, and give the negative of the loss."
+            )
 
 
 class BaseView:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from elastic_lsopt.api.base_view import BaseView
+from elastic_lsopt.api.base_view import BaseView, refuse_maximized
 from elastic_lsopt.averages.average import FAMILY as AVERAGES
 from elastic_lsopt.averages.average import Average
 from elastic_lsopt.backends.adapters.adversary import AdversaryAdapter
@@ -54,6 +54,7 @@ class LandscapeStep:
 
     def __post_init__(self) -> None:
         self.backend.refuse_base()
+        refuse_maximized(self.method, self.backend.param_groups, updates_of(self.backend.base))
         if getattr(self.method, "halves", False):
             if not self.deals:
                 refuse_halves(self.method)
@@ -231,6 +232,7 @@ class LandscapeStep:
     def _take(self, oracle: Oracle, samples: int) -> StepReport:
         space = self.space
         space.copies.refuse_stale("a step")
+        refuse_maximized(self.method, self.backend.param_groups, self._update)  # an entry may have changed since
         space.fidelity.last = None
         oracle.base = self._base
         # Rounding can spoil a perturbation where the forward is narrower than fp32: look once, on the first step, or on

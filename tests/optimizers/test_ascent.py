@@ -304,6 +304,76 @@ def test_refused_at_construction_in_one_line(method: Any, base: Any, says: str) 
     assert str(caught.value).startswith(says.replace("A schedule", "")) and "\n" not in str(caught.value), caught.value
 
 
+def rising(ps: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(ps, lr=0.1, maximize=True)
+
+
+def rising_update(ps: Any) -> torch.optim.Optimizer:
+    return lso.UpdateOptimizer(ps, "AdamW", lr=0.1, maximize=True)
+
+
+@pytest.mark.parametrize("method", [lso.SAM, lso.WSAM, lso.SAMPa, lso.LPFSGD, lso.EntropySGD])
+@pytest.mark.parametrize("base", [rising, rising_update])
+@pytest.mark.parametrize("door", ["optimizer", "engine"])
+def test_a_base_that_maximizes_is_refused(method: Any, base: Any, door: str) -> None:
+    """No method turns its way up, and the sign of what it moves itself, for a loss that is to grow."""
+    model, says = (
+        Net().double(),
+        r"^param group 0 has maximize=True, and \w+ is made for a loss that is minimized",
+    )
+    with pytest.raises(lso.UserError, match=says):
+        if door == "optimizer":
+            lso.LandscapeOptimizer(base(model.parameters()), method(), total_samples=8)
+        else:
+            lso.Engine.of(model, base(model.parameters()), method=method(), loss_fn=loss_fn, total_samples=8)
+
+
+def test_a_group_that_maximizes_is_refused_when_it_is_added_or_changed() -> None:
+    w, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = lso.LandscapeOptimizer(torch.optim.SGD([w], lr=0.1), lso.SAM())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = sum((p.square().sum() for group in optimizer.param_groups for p in group["params"]), torch.zeros(()))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with pytest.raises(lso.UserError, match=r"^a param group has maximize=True, and SAM"):
+        optimizer.add_param_group({"params": [b], "maximize": True})
+    optimizer.step(closure)
+    assert len(optimizer.param_groups) == 1
+    optimizer.base.add_param_group({"params": [b], "maximize": True})
+    with pytest.raises(lso.UserError, match=r"^param group 1 has maximize=True, and SAM"):
+        optimizer.step(closure)
+    optimizer.param_groups[1]["maximize"] = False
+    optimizer.step(closure)
+    before = w.detach().clone()
+    optimizer.param_groups[0]["maximize"] = True
+    with pytest.raises(lso.UserError, match=r"^param group 0 has maximize=True, and SAM"):
+        optimizer.step(closure)
+    assert torch.equal(before, w)
+
+
+def test_without_a_method_a_base_may_maximize_but_not_beside_an_update_that_cannot() -> None:
+    """none: w + lr dL/dw. LAMB has no such entry, and would go down where the other group goes up."""
+    w, b = (nn.Parameter(torch.full((2, 2), 2.0)) for _ in range(2))
+    optimizer = lso.LandscapeOptimizer(torch.optim.SGD([w], lr=0.1, maximize=True), lso.Plain())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = -w.square().sum() / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert torch.allclose(w, torch.full((2, 2), 1.8))
+    groups = [{"params": [w], "update": "lamb"}, {"params": [b]}]
+    mixed = lso.UpdateOptimizer(groups, "AdamW", lr=0.1, maximize=True)
+    with pytest.raises(lso.UserError, match=r"^param group 1 has maximize=True, and the update of group 0, lamb,"):
+        lso.LandscapeOptimizer(mixed, lso.Plain())
+
+
 def test_a_schedule_needs_the_length_of_the_run() -> None:
     with pytest.raises(lso.UserError, match=r"^rho=\{'start': 0.1, 'end': 0.2\} moves over the run, whose length"):
         seen(lso.SAM(rho={"start": 0.1, "end": 0.2}), total=None)
