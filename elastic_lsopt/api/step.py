@@ -243,8 +243,7 @@ class LandscapeStep:
                 passes = getattr(self.method, "passes_at", lambda step: 1)(oracle.step)
                 oracle.observations = self._update.observations(oracle.step, passes, self._products)
             with space.copies.deferring():
-                gradient = self._of_the_method(oracle)
-                oracle.install(gradient)
+                gradient = oracle.install(self._of_the_method(oracle))
                 norm = space.norm(gradient)
                 if not math.isfinite(norm):
                     raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")

@@ -128,8 +128,11 @@ class Replicated(Backend):
                 p.grad = t.view(p.shape).to(p.dtype)
         return first, self.gradients()
 
+    def without_gradient(self) -> frozenset[int]:
+        return frozenset(i for i, p in enumerate(self._parameters) if p.grad is None)
+
     def install(self, vector: Vector) -> None:
-        alone = self.left_alone(vector, [i for i, p in enumerate(self._parameters) if p.grad is None])
+        alone = self.left_alone(vector, sorted(self.without_gradient()))
         for i, (p, t) in enumerate(zip(self._parameters, vector.tensors, strict=True)):
             if i not in alone:
                 if p.grad is None:
