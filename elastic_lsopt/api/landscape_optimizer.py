@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from elastic_lsopt.api.accumulation import Accumulation, accelerate_goes_on
 from elastic_lsopt.api.base_view import refuse_maximized
 from elastic_lsopt.api.owners import owners_of, refuse_not_averaged
-from elastic_lsopt.api.step import LandscapeStep, refuse_halves
+from elastic_lsopt.api.step import LandscapeStep, refuse_halves, refuse_moved
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import UserError
@@ -88,6 +88,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         if (update := updates_of(base)) is not None:
             refuse_unseen(update.looking(), None)
         refuse_maximized(method, base.param_groups, update)
+        refuse_moved(method, update, steps_base=True)
         LandscapeStep.refuse_unknown_length(method, keep, SampleClock(total_samples=total_samples))
         self.base, self.method = base, method
         self.max_grad_norm, self.samples_per_step = max_grad_norm, samples_per_step

@@ -70,7 +70,7 @@ class LandscapeStep:
         self._base = BaseView(self.backend, self.space)
         self._base.refuse(type(self.method).__name__, frozenset(getattr(self.method, "needs", ())))
         self._update = updates_of(self.backend.base)
-        refuse_moved_after(self.method, self._update, steps_base=self.steps_base)
+        refuse_moved(self.method, self._update, steps_base=self.steps_base)
         for family in self._update.bind(self.space, self.backend.parameters) if self._update is not None else ():
             self.add(family)
         self._products = HowProducts()
@@ -361,17 +361,18 @@ def refuse_halves(method: Method) -> None:
         )
 
 
-def refuse_moved_after(method: Method, update: UpdateOptimizer | None, *, steps_base: bool) -> None:
-    """Raise UserError for a method that moves weights after the base's step, where that is not ours or not enough."""
-    if not hasattr(method, "settle"):
-        return
-    name = methods.name_of(type(method))
-    if not steps_base:
+def refuse_moved(method: Method, update: UpdateOptimizer | None, *, steps_base: bool) -> None:
+    """Raise UserError for a method that moves weights itself, before the base's step or after it, where that is not
+    ours or not enough."""
+    name, settles = methods.name_of(type(method)), hasattr(method, "settle")
+    if settles and not steps_base:
         raise UserError(f"{name} moves weights when the base has stepped, and who holds the base here steps it later.")
-    if update is not None and update.points():
+    moves = hasattr(method, "move") and getattr(method, "decouple", True)
+    if (settles or moves) and update is not None and update.points():
         raise UserError(
-            f"{name} moves weights when the base has stepped, and {update.points()[0]} keeps them in other places too; "
-            "use another base, such as adamw."
+            f"{name} moves weights {'when the base has stepped' if settles else 'itself'}, and {update.points()[0]} "
+            "keeps them in other places too; use another base, such as adamw"
+            f"{', or set decouple=False' if hasattr(method, 'decouple') else ''}."
         )
 
 

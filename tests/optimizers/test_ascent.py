@@ -383,6 +383,50 @@ def test_what_only_an_earlier_pass_of_the_step_used_moves(base: str, borrowed: b
     assert math.isclose(optimizer.last_step.gradient_norm, math.sqrt(15), rel_tol=1e-6)
 
 
+def schedule_free(ps: Any) -> torch.optim.Optimizer:
+    return lso.UpdateOptimizer(ps, "schedule_free", lr=0.1, form="sgd")
+
+
+class Factors(nn.Module):
+    """The factors of one layer by the names that peft gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        factors = {"lora_A": nn.Linear(4, 2, bias=False), "lora_B": nn.Linear(2, 3, bias=False)}
+        self.layer = nn.ModuleDict(factors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer["lora_B"](self.layer["lora_A"](x))
+
+
+@pytest.mark.parametrize("method", [lso.WSAM(), lso.NBAR(alpha=0.5)])
+@pytest.mark.parametrize("door", ["optimizer", "engine"])
+def test_a_method_that_moves_weights_itself_is_refused_over_schedule_free(method: Any, door: str) -> None:
+    """What it adds to y alone would never come to z, and so not to x, which is evaluated."""
+    model = Factors().double()
+    name = "wsam" if isinstance(method, lso.WSAM) else "nbar"
+    with pytest.raises(
+        lso.UserError, match=f"^{name} moves weights itself, and schedule_free keeps them in other"
+    ) as e:
+        if door == "optimizer":
+            lso.LandscapeOptimizer(schedule_free(model.named_parameters()), method)
+        else:
+            lso.Engine.of(model, schedule_free(model.named_parameters()), method=method, loss_fn=loss_fn)
+    assert "\n" not in str(e.value) and ("decouple" in str(e.value)) == (name == "wsam")
+
+
+def test_coupled_wsam_is_not_refused_over_schedule_free() -> None:
+    """With gamma = 1/2 it is SAM: the same steps."""
+    ends = []
+    for method in (lso.SAM(rho=0.2), lso.WSAM(rho=0.2, gamma=0.5, decouple=False)):
+        model = Net().double()
+        engine = lso.Engine.of(model, schedule_free(model.named_parameters()), method=method, loss_fn=loss_fn)
+        for _ in range(3):
+            engine.train_batch([batch()])
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*ends, strict=True))
+
+
 def rising(ps: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(ps, lr=0.1, maximize=True)
 
