@@ -502,34 +502,49 @@ def test_a_schedule_needs_the_length_of_the_run() -> None:
         seen(lso.SAM(rho={"start": 0.1, "end": 0.2}), total=None)
 
 
-def test_closures_in_parts_and_what_a_closure_cannot_give() -> None:
-    """m-SAM on closures: a closure a part. Functional SAM: refused, as a closure shows no logits."""
+IN_PARTS = [
+    lso.MicroSAM(rho=0.2, parts=2), lso.MicroSAM(rho=0.2, parts=2, every=2), lso.RWP(gamma=0.05),
+    lso.LPFSGD(parts=2, gamma=0.05, alpha=1.0), lso.EntropySGD(inner_steps=2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", IN_PARTS, ids=lambda m: f"{type(m).__name__}-{getattr(m, 'every', 1)}")
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_closures_in_parts(method: Any, accumulated: bool) -> None:
+    """A closure a part, in steps that go up and in those that do not, is what an engine does with the micro-batches."""
     one, other = Net().double(), Net().double()
     x, y = batch()
     halves = [(x[:4], y[:4]), (x[4:], y[4:])]
-    engine = lso.Engine.of(
-        one, torch.optim.SGD(one.parameters(), lr=0.1), method=lso.MicroSAM(rho=0.2, parts=2), loss_fn=loss_fn
-    )
-    engine.train_batch(halves)
-    optimizer = lso.LandscapeOptimizer(
-        torch.optim.SGD(other.named_parameters(), lr=0.1), lso.MicroSAM(rho=0.2, parts=2)
-    )
+    engine = lso.Engine.of(one, torch.optim.SGD(one.named_parameters(), lr=0.1), method=method, loss_fn=loss_fn)
+    optimizer = lso.LandscapeOptimizer(torch.optim.SGD(other.named_parameters(), lr=0.1), method)
 
     def closure(b: tuple[Tensor, Tensor]) -> Any:
         def run() -> Tensor:
             optimizer.zero_grad()
-            loss = loss_fn(other, b)
+            loss = loss_fn(other, b) / (2 if accumulated else 1)
             loss.backward()
             return loss
 
         return run
 
-    optimizer.step([closure(half) for half in halves])
-    assert optimizer.last_step is not None and optimizer.last_step.passes == 2
-    for p, q in zip(one.parameters(), other.parameters(), strict=True):
-        assert (p - q).abs().max() < 1e-12
+    for _ in range(3):
+        engine.train_batch(halves)
+        closures = [closure(half) for half in halves]
+        if accumulated:
+            optimizer.accumulate(closures[0])
+            optimizer.step(optimizer.accumulate(closures[1]))
+        else:
+            optimizer.step(closures)
+        assert optimizer.last_step is not None and engine.last_step is not None
+        assert optimizer.last_step.passes == engine.last_step.passes
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            assert (p - q).abs().max() < 1e-12
+
+
+def test_what_a_closure_cannot_give() -> None:
+    model = Net().double()
     with pytest.raises(lso.UserError, match="needs the logits, which a closure does not give"):
-        lso.LandscapeOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), lso.FunctionalSAM())
+        lso.LandscapeOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), lso.FunctionalSAM())
 
 
 def test_a_gradient_too_large_for_the_step_moves_nothing_beforehand() -> None:
