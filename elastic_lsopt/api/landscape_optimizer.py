@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from elastic_lsopt.api.accumulation import Accumulation, accelerate_goes_on
+from elastic_lsopt.api.base_view import refuse_maximized
 from elastic_lsopt.api.owners import owners_of, refuse_not_averaged
-from elastic_lsopt.api.step import LandscapeStep, refuse_halves
+from elastic_lsopt.api.step import LandscapeStep, refuse_halves, refuse_moved
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import UserError
@@ -86,6 +87,8 @@ class LandscapeOptimizer(torch.optim.Optimizer):
             raise UserError(f"{type(method).__name__} needs the logits, which a closure does not give: {NO_LOGITS}")
         if (update := updates_of(base)) is not None:
             refuse_unseen(update.looking(), None)
+        refuse_maximized(method, base.param_groups, update)
+        refuse_moved(method, update, steps_base=True)
         LandscapeStep.refuse_unknown_length(method, keep, SampleClock(total_samples=total_samples))
         self.base, self.method = base, method
         self.max_grad_norm, self.samples_per_step = max_grad_norm, samples_per_step
@@ -126,6 +129,8 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         self.base.state = state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        added = {**self.base.defaults, **param_group}
+        refuse_maximized(self.method, [added], None, "a param group")
         self.base.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

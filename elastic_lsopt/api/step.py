@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from elastic_lsopt.api.base_view import BaseView
+from elastic_lsopt.api.base_view import BaseView, refuse_maximized
 from elastic_lsopt.averages.average import FAMILY as AVERAGES
 from elastic_lsopt.averages.average import Average
 from elastic_lsopt.backends.adapters.adversary import AdversaryAdapter
@@ -54,6 +54,7 @@ class LandscapeStep:
 
     def __post_init__(self) -> None:
         self.backend.refuse_base()
+        refuse_maximized(self.method, self.backend.param_groups, updates_of(self.backend.base))
         if getattr(self.method, "halves", False):
             if not self.deals:
                 refuse_halves(self.method)
@@ -69,7 +70,7 @@ class LandscapeStep:
         self._base = BaseView(self.backend, self.space)
         self._base.refuse(type(self.method).__name__, frozenset(getattr(self.method, "needs", ())))
         self._update = updates_of(self.backend.base)
-        refuse_moved_after(self.method, self._update, steps_base=self.steps_base)
+        refuse_moved(self.method, self._update, steps_base=self.steps_base)
         for family in self._update.bind(self.space, self.backend.parameters) if self._update is not None else ():
             self.add(family)
         self._products = HowProducts()
@@ -231,6 +232,7 @@ class LandscapeStep:
     def _take(self, oracle: Oracle, samples: int) -> StepReport:
         space = self.space
         space.copies.refuse_stale("a step")
+        refuse_maximized(self.method, self.backend.param_groups, self._update)  # an entry may have changed since
         space.fidelity.last = None
         oracle.base = self._base
         # Rounding can spoil a perturbation where the forward is narrower than fp32: look once, on the first step, or on
@@ -241,8 +243,7 @@ class LandscapeStep:
                 passes = getattr(self.method, "passes_at", lambda step: 1)(oracle.step)
                 oracle.observations = self._update.observations(oracle.step, passes, self._products)
             with space.copies.deferring():
-                gradient = self._of_the_method(oracle)
-                oracle.install(gradient)
+                gradient = oracle.install(self._of_the_method(oracle))
                 norm = space.norm(gradient)
                 if not math.isfinite(norm):
                     raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")
@@ -360,17 +361,18 @@ def refuse_halves(method: Method) -> None:
         )
 
 
-def refuse_moved_after(method: Method, update: UpdateOptimizer | None, *, steps_base: bool) -> None:
-    """Raise UserError for a method that moves weights after the base's step, where that is not ours or not enough."""
-    if not hasattr(method, "settle"):
-        return
-    name = methods.name_of(type(method))
-    if not steps_base:
+def refuse_moved(method: Method, update: UpdateOptimizer | None, *, steps_base: bool) -> None:
+    """Raise UserError for a method that moves weights itself, before the base's step or after it, where that is not
+    ours or not enough."""
+    name, settles = methods.name_of(type(method)), hasattr(method, "settle")
+    if settles and not steps_base:
         raise UserError(f"{name} moves weights when the base has stepped, and who holds the base here steps it later.")
-    if update is not None and update.points():
+    moves = hasattr(method, "move") and getattr(method, "decouple", True)
+    if (settles or moves) and update is not None and update.points():
         raise UserError(
-            f"{name} moves weights when the base has stepped, and {update.points()[0]} keeps them in other places too; "
-            "use another base, such as adamw."
+            f"{name} moves weights {'when the base has stepped' if settles else 'itself'}, and {update.points()[0]} "
+            "keeps them in other places too; use another base, such as adamw"
+            f"{', or set decouple=False' if hasattr(method, 'decouple') else ''}."
         )
 
 

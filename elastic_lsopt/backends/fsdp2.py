@@ -210,8 +210,11 @@ class FSDP2(Backend):
             for piece in self.layout.pieces
         ]
 
+    def without_gradient(self) -> frozenset[int]:
+        return frozenset(i for i, p in enumerate(self._parameters) if p.grad is None)
+
     def install(self, vector: Vector) -> None:
-        alone = self.left_alone(vector, [i for i, p in enumerate(self._parameters) if p.grad is None])
+        alone = self.left_alone(vector, sorted(self.without_gradient()))
         for i, p in enumerate(self._parameters):
             if p.grad is None and i not in alone:
                 p.grad = torch.zeros_like(p)

@@ -60,8 +60,7 @@ class Replicated(Backend):
             tuple(Piece(i, 0, p.numel(), i, 0) for i, p in enumerate(self._parameters)),
         )
         for name, p in named:
-            if not p.is_contiguous():
-                raise Unsupported(f"parameter {name} is not contiguous; call .contiguous() on it before training.")
+            refuse_strided(name, p)
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
@@ -69,6 +68,9 @@ class Replicated(Backend):
 
     @property
     def slots(self) -> list[Tensor]:
+        for i, p in enumerate(self._parameters):
+            if not p.is_contiguous():  # a call of `to` since the last look
+                refuse_strided(self.layout.parameters[i].name, p)
         return [p.detach() for p in self._parameters]
 
     @property
@@ -105,6 +107,9 @@ class Replicated(Backend):
             p.grad = None
 
     def gradients(self) -> list[Tensor]:
+        for i, p in enumerate(self._parameters):
+            if p.grad is not None and (p.grad.is_sparse or not p.grad.is_contiguous()):
+                refuse_strided(self.layout.parameters[i].name, p.grad)
         return [(torch.zeros_like(p) if p.grad is None else p.grad).view(-1) for p in self._parameters]
 
     def form_halves(self) -> None:
@@ -128,8 +133,11 @@ class Replicated(Backend):
                 p.grad = t.view(p.shape).to(p.dtype)
         return first, self.gradients()
 
+    def without_gradient(self) -> frozenset[int]:
+        return frozenset(i for i, p in enumerate(self._parameters) if p.grad is None)
+
     def install(self, vector: Vector) -> None:
-        alone = self.left_alone(vector, [i for i, p in enumerate(self._parameters) if p.grad is None])
+        alone = self.left_alone(vector, sorted(self.without_gradient()))
         for i, (p, t) in enumerate(zip(self._parameters, vector.tensors, strict=True)):
             if i not in alone:
                 if p.grad is None:
@@ -141,3 +149,21 @@ class Replicated(Backend):
         if self.max_grad_norm and norm is not None:
             scale_to_norm_([p.grad for p in self._parameters if p.grad is not None], norm, self.max_grad_norm)
         self.base.step()
+
+
+def refuse_strided(name: str, t: Tensor) -> None:
+    """Raise Unsupported for a parameter, or the gradient of one, that cannot be seen as one row of numbers."""
+    if t.is_sparse:
+        raise Unsupported(
+            f"parameter {name} has a sparse gradient, which is no part of one vector; build the embedding with "
+            "sparse=False."
+        )
+    if t.is_contiguous():
+        return
+    fix = (
+        "call model.to(memory_format=torch.contiguous_format) before it is trained, and leave channels_last to the "
+        "inputs."
+        if t.dim() in (4, 5)  # torch gives a memory format to nothing else
+        else "set p.data = p.data.contiguous() before it is trained."
+    )
+    raise Unsupported(f"parameter {name} is not contiguous (strides {tuple(t.stride())}); {fix}")

@@ -12,7 +12,7 @@ from elastic_lsopt.space.layout import plain_name
 def trainable(named_parameters: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """Those that require a gradient, with their plain names.
 
-    Raises UserError where there is none, and for a parameter on the meta device, frozen or not.
+    Raises UserError where there is none, for a complex one, and for a parameter on the meta device, frozen or not.
     """
     everyone = list(named_parameters)
     for name, p in everyone:
@@ -24,6 +24,12 @@ def trainable(named_parameters: Iterable[tuple[str, Any]]) -> list[tuple[str, An
     named = [(plain_name(name), p) for name, p in everyone if p.requires_grad]
     if not named:
         raise UserError("the model has no trainable parameter; set requires_grad on at least one.")
+    for name, p in named:
+        if p.is_complex():
+            raise UserError(
+                f"parameter {name} is complex ({p.dtype}), and lengths and noise here are of real numbers; train "
+                f"torch.view_as_real({name}), and make it complex in the forward by torch.view_as_complex."
+            )
     return named
 
 

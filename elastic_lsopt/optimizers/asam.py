@@ -69,7 +69,9 @@ class ASAM(Ascent):
         with self.up(space, oracle, g):
             return oracle.gradient()
 
-    def along(self, space: ParameterSpace, oracle: Oracle, g: Vector) -> tuple[Vector, float | Scales]:
+    def along(
+        self, space: ParameterSpace, oracle: Oracle, g: Vector, gradient: Vector | None = None
+    ) -> tuple[Vector, float | Scales]:
         d = g.clone()
         self._stretch_(space, d)
         # On the device, so that nothing waits for it; only the whole model's length is there without names' lengths.

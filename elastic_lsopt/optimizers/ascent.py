@@ -1,13 +1,16 @@
 """The way up, which the methods of SAM's family share: a step of length rho along the gradient, in all its variants.
 
-    q = g                                  or  g / (sqrt(v) + eps)  with Adam's second moment v (precondition)
+    q = g                                  or  g / (sqrt(v) + 1e-8)  with Adam's second moment v (precondition)
     e = rho q / (||q|| + 1e-12)            ||.|| over the whole model, a parameter, or a row (radius); 0 elsewhere
         rho q / sqrt(<g, q>)               where the length is Adam's own (precondition: adam_metric)
 
 `every: k` goes up on each k-th step only: MosaicML Composer's interval. `rho_scale: sqrt_n` keeps the length per
 weight, so that a bf16 forward still sees the perturbation of a very large model. `perturb` says which parameters move.
 `precondition` is from "Avoiding spurious sharpness minimization broadens applicability of SAM", ICML 2025, arXiv
-2502.02407, whose text does not give the exponent; ours is the ball, or the metric, of Adam's step.
+2502.02407. We have not obtained its exact form; ours is the ball, or the metric, of Adam's coming step: v is what the
+base will keep if it steps with the gradient at w, v = b2 v + (1 - b2) g^2 over 1 - b2^(t + 1), by its own b2 (RMSprop:
+alpha; Adagrad: the sum; AMSGrad: the largest). The v of before it is 0 where a parameter or a row of an embedding is
+used for the first time, and e would be that alone.
 """
 
 from __future__ import annotations
@@ -38,8 +41,8 @@ PRECONDITIONS = ("none", "adam", "adam_metric")
 class Ascent:
     """Fields that every method with a way up has. Raises UserError for a value out of range.
 
-    Communication: none for the plain ball, else one small all-reduce. Memory while perturbed: one shard (none on
-    ZeRO-1/2, bf16 ZeRO-3), and one Vector more where it is preconditioned.
+    Communication: none for the plain ball, else one small all-reduce (two: preconditioned and clipped). Memory while
+    perturbed: one shard (none on ZeRO-1/2, bf16 ZeRO-3), and one Vector more where it is preconditioned.
     """
 
     rho: Scheduled = 0.05
@@ -51,7 +54,8 @@ class Ascent:
     rho_scale: Literal["none", "sqrt_n"] = "none"
     """sqrt_n: rho counts for a model of 1e7 parameters and grows with the square root of the number."""
     precondition: Literal["none", "adam", "adam_metric"] = "none"
-    """adam: go up along the gradient over the root of the base's second moment; adam_metric: and measure rho in it."""
+    """adam: go up along the gradient over the root of the second moment that the base's coming step will have;
+    adam_metric: and measure rho in it."""
     perturb: Perturb = field(default_factory=dict)
     """Which parameters move, by patterns of names: {match: …, exclude: ["*norm*"], dims: 2}; {}: all."""
 
@@ -87,12 +91,12 @@ class Ascent:
         return 2 if self.goes_up(step) else 1
 
     @contextmanager
-    def up(self, space: ParameterSpace, oracle: Oracle, g: Vector) -> Iterator[None]:
-        """Weights at w + e inside the block, for the gradient or direction g (collective)."""
-        direction, length = self.along(space, oracle, g)
+    def up(self, space: ParameterSpace, oracle: Oracle, g: Vector, gradient: Vector | None = None) -> Iterator[None]:
+        """Weights at w + e inside the block, for the gradient g, or a direction beside the `gradient` (collective)."""
+        direction, length = self.along(space, oracle, g, gradient)
         scale = masked(self.rho_at(space, oracle) / (length + self.tiny), chosen(self.perturb, space), space)
         with space.perturbed(direction, scale):
-            del direction, g
+            del direction, g, gradient
             yield
 
     def rho_at(self, space: ParameterSpace, oracle: Oracle) -> float:
@@ -100,12 +104,14 @@ class Ascent:
         rho = value_at("rho", self.rho, oracle.clock)
         return rho * (math.sqrt(space.layout.numel / REFERENCE_PARAMETERS) if self.rho_scale == "sqrt_n" else 1.0)
 
-    def along(self, space: ParameterSpace, oracle: Oracle, g: Vector) -> tuple[Vector, float | Scales]:
-        """The direction q of the way up, and its length."""
+    def along(
+        self, space: ParameterSpace, oracle: Oracle, g: Vector, gradient: Vector | None = None
+    ) -> tuple[Vector, float | Scales]:
+        """The direction q of the way up, and its length; `gradient`: that at w, where g is another direction."""
         if self.precondition == "none":
             return g, self.length(space, g)
         assert oracle.base is not None
-        root = oracle.base.second_moment().sqrt_()
+        root = oracle.base.second_moment(after=g if gradient is None else gradient).sqrt_()
         for t in root.tensors:
             t.add_(ADAM_EPS)
         q = g.clone().div_(root)

@@ -5,7 +5,7 @@
                       w' = w' - eta' (g - gamma_t (w - w') + eps / sqrt(eta' / 2) N(0, 1))
                       m  = a m + (1 - a) w'
     w <- base step with w - m
-    gamma_t = gamma0 (1 + gamma1)^t                            t in steps
+    gamma_t = min(gamma0 (1 + gamma1)^t, 1)                    t in steps
 
 Chaudhari, Choromanska, Soatto, LeCun, Baldassi, Borgs, Chayes, Sagun, Zecchina: "Entropy-SGD: Biasing Gradient Descent
 Into Wide Valleys", ICLR 2017, arXiv 1611.01838, Algorithm 1, with the inner Nesterov momentum, the constants and the
@@ -14,7 +14,9 @@ outer gradient (not multiplied by gamma) of the authors' code. Rest point: inner
 Differs from the authors' code in: 1. the inner batches are parts of the step's own, so that a step costs one pass and
 not L (`batch: whole` takes all of it each time, at L passes); 2. t counts committed samples over those of the first
 step, so that a change of the batch keeps the scoping (their Python code never advances it); 3. weight decay is the
-base's alone; 4. their first pass at w, whose gradient they do not use, is left out.
+base's alone; 4. their first pass at w, whose gradient they do not use, is left out; 5. gamma_t is
+bounded, where the paper's grows for ever and throws the walk out from eta' gamma_t = 2 on (6500 steps of the defaults):
+by 1, as in Parle (arXiv 1707.00424, the same authors), or by 1 / eta' if that is less, or by gamma0 if that is more.
 """
 
 from __future__ import annotations
@@ -44,9 +46,9 @@ class EntropySGD:
     inner_steps: int = 5
     """L; >= 0. The paper: 20; the authors of LPF-SGD: 5."""
     gamma0: float = 0.03
-    """Pull back to w at the start; >= 0. The paper: 0.03 on CIFAR-10, 1e-4 on MNIST."""
+    """Pull back to w at the start; >= 0 and < 2 / inner_lr. The paper: 0.03 on CIFAR-10, 1e-4 on MNIST."""
     gamma1: float = 0.001
-    """Growth of the pull per step (scoping); >= 0. The paper: 1e-3."""
+    """Growth of the pull per step (scoping), up to a pull of 1; >= 0. The paper: 1e-3."""
     noise: float = 1e-4
     """eps, of the Langevin step; >= 0. The paper: 1e-4."""
     inner_lr: float = 0.1
@@ -69,6 +71,8 @@ class EntropySGD:
         for name in ("gamma0", "gamma1", "noise", "inner_lr"):
             require_number(name, getattr(self, name))
         require(self.inner_lr > 0, "inner_lr", self.inner_lr, "a number > 0")
+        stable = f"a number < 2 / inner_lr = {2 / self.inner_lr:g}, or each inner step leads further from the weights"
+        require(self.gamma0 * self.inner_lr < 2, "gamma0", self.gamma0, stable)
         require_share("inner_momentum", self.inner_momentum)
         require_share("average", self.average)
         require(self.batch in ("parts", "whole"), "batch", self.batch, "parts or whole")
@@ -108,4 +112,8 @@ class EntropySGD:
         if clock.steps and not state["samples_per_step"]:
             state["samples_per_step"] = clock.samples / clock.steps
         t = clock.samples / state["samples_per_step"] if state["samples_per_step"] else 0.0
-        return self.gamma0 * (1 + self.gamma1) ** t
+        if not self.gamma0:
+            return 0.0
+        most = max(min(1.0, 1 / self.inner_lr), self.gamma0)
+        # By logarithms, as the power of a long run is larger than any float.
+        return self.gamma0 * math.exp(min(t * math.log1p(self.gamma1), math.log(most) - math.log(self.gamma0)))

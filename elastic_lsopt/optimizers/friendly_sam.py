@@ -61,5 +61,5 @@ class FriendlySAM(Ascent):
         state["begun"] = 1
         if d is None:
             return g
-        with self.up(space, oracle, d):
+        with self.up(space, oracle, d, gradient=g):
             return oracle.gradient()

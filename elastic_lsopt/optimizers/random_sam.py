@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from elastic_lsopt.by_name import require
 from elastic_lsopt.facts import Facts
 from elastic_lsopt.optimizers.ascent import Ascent
 from elastic_lsopt.optimizers.registry import register
@@ -33,6 +34,11 @@ class RandomSAM(Ascent):
         paper="Foret et al. 2021, arXiv 2010.01412", passes="1", memory="0; 1 while perturbed",
         communication="an all-reduce of a number",
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        says = "none: noise has no gradient, and is longest where the base has no second moment"
+        require(self.precondition == "none", "precondition", self.precondition, says)
 
     def passes_at(self, step: int) -> int:
         return 1

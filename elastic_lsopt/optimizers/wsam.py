@@ -39,7 +39,7 @@ class WSAM(Ascent):
     gamma: float = 0.9
     """Weight of the sharpness; >= 0 and < 1. The paper: 0.5 to 0.95."""
     decouple: bool = True
-    """Whether the sharpness moves the weights beside the base, as AdamW's decay does."""
+    """Whether the sharpness moves the weights beside the base, as AdamW's decay does; not over schedule_free."""
 
     facts: ClassVar[Facts] = Facts(
         paper="Yue et al. 2023, arXiv 2305.15817", passes="2 on every k-th step", memory="0; 2 within the step"

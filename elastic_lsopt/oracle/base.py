@@ -11,14 +11,18 @@ Need = Literal["momentum", "second_moment", "sgd"]
 
 
 class Base(Protocol):
-    """The base of this step, wherever it keeps its state. No method of it communicates."""
+    """The base of this step, wherever it keeps its state. None communicates but `second_moment`, in one case."""
 
     def momentum(self) -> Vector:
         """Its mean of past gradients, live (read only); zeros where it has none yet."""
         ...
 
-    def second_moment(self) -> Vector:
-        """Its mean of past squares of the gradient, with the correction for its beginning: a Vector of its own."""
+    def second_moment(self, after: Vector | None = None) -> Vector:
+        """Its mean of past squares of the gradient, with the correction for its beginning: a Vector of its own.
+
+        Of the steps so far; or as one more step makes it, with the gradient `after`, clipped as the step's would be
+        (one all-reduce of a number where gradients are clipped and this one's norm is not known).
+        """
         ...
 
     def rates(self) -> list[float]:

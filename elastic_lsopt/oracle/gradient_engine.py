@@ -80,6 +80,13 @@ class GradientEngine(Shards, WholeParameters):
     def gradients(self) -> Sequence[Tensor]:
         """The buffer after the last backward, one 1-D tensor a piece (zeros for a parameter that took no part)."""
 
+    def without_gradient(self) -> frozenset[int]:
+        """The slots to which the passes since `clear_gradient` gave none, alike on all ranks.
+
+        Empty where a framework makes them zeros, as DeepSpeed does.
+        """
+        return frozenset()
+
     def used(self) -> int:
         """A checksum of the parameters that each micro-batch since `clear_gradient` gave a gradient to.
 

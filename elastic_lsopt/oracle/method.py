@@ -27,6 +27,7 @@ class Method(Protocol):
     #   halves                            whether its two gradients are taken at once (oracle/halves_oracle.py)
     #   passes_at(step) -> int            passes that the step begins, where they are not one
     #   move(space, gradient, base, clock, state)     just before the base steps: move `space.weights` itself, in place
+    #   decouple                          whether it has anything to `move`, where that is for its settings to say
     #   settle(space, state) -> bool      when the base has stepped (not where the step was left out): move
     #                                     `space.weights`, in place; whether it did, alike on all ranks
     #   point(space, weights) -> Vector   the model's own weights, of these or of an average of them: where it is

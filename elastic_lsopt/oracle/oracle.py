@@ -105,6 +105,8 @@ class Oracle(ABC):
         self._first: dict[int | None, tuple[float, float]] = {}
         """By part (None: all of them): the share of the batch and the loss of its first pass."""
         self._swept = 0.0
+        self._unused: frozenset[int] | None = None
+        """Slots that no pass so far has given a gradient; None before any pass."""
         self.begun = 0
         """Passes that were begun, those over a part among them."""
         self.moves_buffers = False
@@ -253,12 +255,12 @@ class Oracle(ABC):
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Passes inside are none of the method's: they count nowhere, and move no buffers."""
-        kept = self.losses, self.moves_buffers, self._first, self._swept, self.begun
+        kept = self.losses, self.moves_buffers, self._first, self._swept, self.begun, self._unused
         self.losses, self.moves_buffers, self._first = [], False, {}
         try:
             yield
         finally:
-            self.losses, self.moves_buffers, self._first, self._swept, self.begun = kept
+            self.losses, self.moves_buffers, self._first, self._swept, self.begun, self._unused = kept
 
     def accumulating(self) -> AbstractContextManager[Pass]:
         """One pass made of parts, each run once and in order, wherever the weights are meanwhile."""
@@ -287,16 +289,33 @@ class Oracle(ABC):
         if total.done != end or not total.parts:
             raise RuntimeError(f"{total.done} of {total.parts} parts ran backward(); run each once, in order.")
         self._close(total, alone)
+        without = self.backend.without_gradient()
+        self._unused = without if self._unused is None else self._unused & without
 
     def _seen(self, alone: Part | None) -> bool:
         """Whether a pass has been over samples of this part (None: of the batch) before."""
         return None in self._first or (bool(self._first) if alone is None else alone.number in self._first)
 
-    def install(self, vector: Vector) -> None:
-        """Make `vector` the gradient that the engine steps with (nothing to do for the last pass's own gradient)."""
-        if not (isinstance(vector, BorrowedGradient) and vector.valid):
-            self.space.end_borrowed()
-            self.backend.install(vector)
+    def install(self, vector: Vector) -> Vector:
+        """Make `vector` the gradient that the engine steps with, and return that (nothing to do for a pass's own).
+
+        It is 0 in the parameters that no pass of this step has used, which method and base leave as they are.
+        """
+        unused = self._unused or ()
+        if isinstance(vector, BorrowedGradient) and vector.valid:
+            # Where the last pass gave no gradient, what was written into it is nowhere in the engine's buffer.
+            if vector.known_norm is None and self.backend.without_gradient():
+                for piece, t in zip(self.space.layout.pieces, vector.tensors, strict=True):
+                    if piece.slot in unused:
+                        t.zero_()
+                self.backend.install(vector)
+            return vector
+        if unused:  # `vector` may be what the method keeps
+            pieces = zip(self.space.layout.pieces, vector.tensors, strict=True)
+            vector = Vector(self.space, [torch.zeros_like(t) if p.slot in unused else t for p, t in pieces])
+        self.space.end_borrowed()
+        self.backend.install(vector)
+        return vector
 
     def _run(self, part: Part) -> None:
         total = self._running

@@ -103,5 +103,5 @@ class Muon(Update):
 
     def _scale(self, rows: int, columns: int) -> float:
         if self.scale == "original":
-            return math.sqrt(max(1.0, rows / columns))
+            return math.sqrt(max(1.0, rows / max(columns, 1)))
         return 0.2 * math.sqrt(max(rows, columns))

@@ -48,3 +48,12 @@ def test_also_where_they_have_used_the_same_at_the_end(ranks: Any, kind: str) ->
 def test_zero1_sums_at_the_end_of_a_pass(ranks: Any) -> None:
     for dw in ranks(2).run("tests.cases.used_parameters:distance", kind="zero1", heads=SWAPPED):
         assert dw <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("ddp", marks=pytest.mark.full)])
+def test_looksams_direction_leaves_alone_what_the_step_does_not_use(ranks: Any, kind: str) -> None:
+    """The direction is kept of a step with head 0, and serves one with head 1."""
+    for dw in ranks(2).run(
+        "tests.cases.used_parameters:distance", kind=kind, heads=[0, 0], then=[1, 1], method="looksam"
+    ):
+        assert dw <= 1e-6

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import elastic_lsopt as lso
+from elastic_lsopt.oracle.clock import SampleClock
 
 pytestmark = pytest.mark.fast
 F64 = torch.float64
@@ -83,6 +84,37 @@ def test_entropy_sgd_reaches_the_local_entropys_gradient() -> None:
     )
     wanted = torch.tensor([0.990099, -0.967742, 1.818182, 0.25], dtype=F64)  # H (H + 0.1)^-1 x
     close(gradient(method), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("gamma0,inner_lr", [(0.03, 0.1), (3.0, 0.1), (0.03, 5.0)])
+def test_entropy_sgds_pull_stays_where_the_walk_is_stable(gamma0: float, inner_lr: float) -> None:
+    """gamma0 1.001^t up to 1, Parle's bound: no spring of a long run throws the walk out, and none overflows.
+
+    Up to gamma0 itself where that is more, and to 1 / eta' where that is less than 1.
+    """
+    for t in (0, 1000, 3000, 6500, 8000, 720_000, 10**9):
+        model = Point(torch.ones(4, dtype=F64))
+        method = lso.EntropySGD(batch="whole", gamma0=gamma0, noise=0.0, inner_lr=inner_lr)
+        optimizer = lso.LandscapeOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), method)
+
+        def closure(model: Point = model, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = 0.1 * model.weight.square().sum() / 2
+            loss.backward()
+            return loss
+
+        optimizer.clock = SampleClock(t, t)
+        optimizer.step(closure)
+        # Beyond a few thousand steps the growing pull has met its bound, whatever it is.
+        gamma = min(gamma0 * 1.001 ** min(t, 10_000), max(min(1.0, 1 / inner_lr), gamma0))
+        w, mean, v = 1.0, 1.0, 0.0
+        for _ in range(5):  # the loop of the authors, on one of the four alike numbers
+            g = 0.1 * w
+            v = 0.9 * v + g
+            w = w - inner_lr * (g + 0.9 * v - gamma * (1.0 - w))
+            mean = 0.75 * mean + 0.25 * w
+        close(model.weight.detach(), torch.full((4,), mean, dtype=F64), 1e-12)
+        assert optimizer.last_step is not None and optimizer.last_step.gradient_norm < 2
 
 
 def test_lpf_sgd_is_the_smoothed_gradient() -> None:

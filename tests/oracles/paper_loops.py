@@ -81,12 +81,18 @@ def sam(
     rho: float,
     radius: str = "model",
     every: int = 1,
-    **_: Any,
+    precondition: str = "none",
+    **more: Any,
 ) -> tuple[float, dict[str, Tensor]]:
-    """Foret et al., Algorithm 1."""
+    """Foret et al., Algorithm 1; preconditioned by Adam's second moment after a step with g."""
     loss, g = gradient(model, units, by_samples(units))
     if step % every:
         return loss, g
+    if precondition != "none":
+        q = {n: v / root for (n, v), root in zip(g.items(), adams_root(model, g, more["optimizer"]), strict=True)}
+        square = sum(float((v * (v if precondition == "adam" else g[n])).double().sum()) for n, v in q.items())
+        e = {n: rho * v / (math.sqrt(square) + 1e-12) for n, v in q.items()}
+        return loss, at(model, e, lambda: gradient(model, units, by_samples(units)))[1]
     if radius == "model":
         whole = norm(list(g.values()))
         e = {n: rho * v / (whole + 1e-12) for n, v in g.items()}
@@ -98,6 +104,17 @@ def sam(
             rows = v.reshape(v.shape[0], -1) if v.dim() > 1 else v.reshape(1, -1)
             e[n] = torch.stack([rho * r / (norm([r]) + 1e-12) for r in rows]).reshape(v.shape)
     return loss, at(model, e, lambda: gradient(model, units, by_samples(units)))[1]
+
+
+def adams_root(model: nn.Module, g: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What Adam would divide by in a step with g: sqrt((b2 v + (1 - b2) g^2) / (1 - b2^t)) + 1e-8 (Kingma and Ba)."""
+    [group], out = optimizer.param_groups, []
+    b2 = group["betas"][1]
+    for n, p in trained(model).items():
+        kept = optimizer.state[p]
+        v, t = kept.get("exp_avg_sq", torch.zeros_like(p)), float(kept.get("step", 0)) + 1
+        out.append(((b2 * v + (1 - b2) * g[n] ** 2) / (1 - b2**t)).sqrt() + 1e-8)
+    return out
 
 
 def asam(

@@ -193,7 +193,7 @@ def entropy_sgd(
     start = {n: p.detach().clone() for n, p in params.items()}
     mean = {n: t.clone() for n, t in start.items()}
     v = {n: torch.zeros_like(t) for n, t in start.items()}
-    gamma, losses = gamma0 * (1 + gamma1) ** step, []
+    gamma, losses = min(gamma0 * (1 + gamma1) ** step, 1.0), []  # bounded as Parle's, of the same authors
     for number in range(inner_steps):
         share, (loss, g) = part(model, units, number, inner_steps) if batch == "parts" else (1.0, whole(model, units))
         losses.append((share, loss))

@@ -70,6 +70,8 @@ def add_normal_(
     Raises what `fill_normal_` raises, and ValueError for a scale of another shape or with too few rows.
     """
     _check(out, offset)
+    if not out.numel():
+        return out  # of rows of no length, too
     _check_scale(out, offset, scale, row_length)
     key = block_seed(seed, name)
     if out.is_cuda:
