@@ -92,7 +92,7 @@ def load(families: Mapping[str, Family], state_dict: Mapping[str, Any], known: C
 
 
 def go_on(family: Family, values: Mapping[str, Any], layouts: Mapping[str, Laid]) -> None:
-    """Load lists of pieces and numbers that lay so. Of parameters without a counterpart: what the family begins with."""
+    """Load lists of pieces and numbers that lay so; a parameter without a counterpart is as the family began."""
     here, there = {p.name for p in family.space.layout.parameters}, set(layouts[""].shapes)
     if here.isdisjoint(there):
         return  # its numbers tell of those that it had

@@ -3,7 +3,8 @@
 [Note: the witness] What torch keeps per element is a Vector. What it keeps per parameter (the count of its steps, which
 corrects Adam's moments) must be known on ranks that hold nothing of the parameter, and differs between parameters that
 began to train at different times. So all ranks step one more number per param group and beginning, the witness, and
-its counts are those of its parameters.
+its counts are those of its parameters. SGD counts nothing, and makes its first momentum in another way than later ones:
+`begun/<parameter>` says of which there is one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ ELEMENT_WISE = frozenset({
     torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.ASGD,
 })  # fmt: skip
 """These very classes, no subclass of them, do on any piece of a parameter what they do on all of it."""
+BEGUN = "begun"
+"""A number of each parameter that SGD keeps momentum of."""
 
 
 class TorchFamily:
@@ -75,10 +78,13 @@ class TorchFamily:
             else:
                 counts = zip(names, kept, strict=True)
                 out |= {f"{key}/{name}": float(value) for name, value in counts if value is not None}
+        if self._kind is torch.optim.SGD:
+            begun = [any(v is not None for v in state[t].values()) for t in self._witnesses]
+            out |= {f"{BEGUN}/{name}": 1.0 for name, has in zip(names, begun, strict=True) if has}
         return out
 
     def load_state_dict(self, state: State) -> None:
-        """A parameter of which no count is given begins anew, where others have one."""
+        """A parameter of which no count is given begins anew, but for SGD's of a time when it gave none."""
         self._follow()
         counts: dict[str, dict[str, float]] = {p.name: {} for p in self.space.layout.parameters}
         for path, value in state.items():
@@ -86,7 +92,8 @@ class TorchFamily:
             if name in counts and not isinstance(value, Vector):
                 counts[name][key] = value
         vectors = {key: value for key, value in state.items() if isinstance(value, Vector)}
-        begun = [bool(own) or not any(counts.values()) for own in counts.values()]
+        told = self._kind is not torch.optim.SGD or any(key.partition("/")[0] == BEGUN for key in state)
+        begun = [bool(own) or not told for own in counts.values()]
         new: dict[Any, Tensor] = {}
         self._witnesses = [
             new.setdefault((g, had, *sorted(own.items())), self._witness())
@@ -131,4 +138,4 @@ class TorchFamily:
 
 
 def _as_tensors(counts: Mapping[str, float]) -> dict[str, Tensor]:
-    return {key: torch.tensor(float(value)) for key, value in counts.items()}
+    return {key: torch.tensor(float(value)) for key, value in counts.items() if key != BEGUN}
