@@ -257,7 +257,7 @@ class LandscapeStep:
                 if move is not None:
                     move(space, gradient, self._base, self.clock, self.state)
                 if self._update is not None:
-                    self._update.take(self._clipped(gradient, norm))
+                    self._update.take(self._clipped(gradient, norm), self.backend.unmoved())
                 if self.steps_base:
                     self.backend.step(gradient, norm)
                 settle = getattr(self.method, "settle", None)

@@ -9,7 +9,7 @@ its counts are those of its parameters. SGD counts nothing, and makes its first 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,15 +54,18 @@ class TorchFamily:
     def empty(self, key: str) -> Vector:
         return self.space.zeros()
 
-    def step(self, gradient: Vector, param_groups: Sequence[Mapping[str, Any]]) -> None:
-        """Step on the pieces, by what the param groups say now; no communication."""
+    def step(
+        self, gradient: Vector, param_groups: Sequence[Mapping[str, Any]], alone: Collection[int] = frozenset()
+    ) -> None:
+        """Step on the pieces, but those of the parameters `alone`, by what the groups say now; no communication."""
         self._follow()
+        self._set_apart(alone)
         for own, g in zip(self._optimizer.param_groups, dict.fromkeys(self._groups), strict=True):
             own.update({k: v for k, v in param_groups[g].items() if k in own and k != "params"})
-        for t, of in zip(self._pieces, gradient.tensors, strict=True):
-            t.grad = of.to(t.dtype)
-        for t in self._witnesses:
-            t.grad = torch.zeros_like(t)
+        for t, of, piece in zip(self._pieces, gradient.tensors, self.space.layout.pieces, strict=True):
+            t.grad = None if piece.parameter in alone else of.to(t.dtype)
+        for parameter, t in enumerate(self._witnesses):
+            t.grad = None if parameter in alone else torch.zeros_like(t)
         self._optimizer.step()
         for t in [*self._pieces, *self._witnesses]:
             t.grad = None
@@ -113,11 +116,29 @@ class TorchFamily:
         """Step on the pieces where they are now: a framework may have moved them to other storage."""
         now = self.space.weights.tensors
         if [t.data_ptr() for t in now] != [t.data_ptr() for t in self._pieces] or not self._optimizer.param_groups:
+            self._remake([*zip(now, self._pieces, strict=False), *((t, t) for t in self._witnesses)], now)
+
+    def _set_apart(self, alone: Collection[int]) -> None:
+        """Parameters that do not step have a witness of their own, which begins as the one that they have left."""
+        stepping = {id(t) for parameter, t in enumerate(self._witnesses) if parameter not in alone}
+        apart: dict[int, tuple[Tensor, Tensor]] = {}
+        for parameter in alone:
+            before = self._witnesses[parameter]
+            if id(before) in stepping:
+                self._witnesses[parameter] = apart.setdefault(id(before), (self._witness(), before))[0]
+        if apart:
             had = self._optimizer.state
-            new = self._over(now)
-            pairs = [*zip(now, self._pieces, strict=False), *((t, t) for t in self._witnesses)]
-            new.state.update({t: had[before] for t, before in pairs if before in had})
-            self._pieces, self._optimizer = now, new
+            self._remake([(t, t) for t in (*self._pieces, *self._witnesses)], self._pieces)
+            for new, before in apart.values():
+                kept = had.get(before, {})
+                self._optimizer.state[new] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}
+
+    def _remake(self, pairs: Sequence[tuple[Tensor, Tensor]], pieces: list[Tensor]) -> None:
+        """The class anew over these pieces, with the state of the second of each pair for the first."""
+        had = self._optimizer.state
+        new = self._over(pieces)
+        new.state.update({t: had[before] for t, before in pairs if before in had})
+        self._pieces, self._optimizer = pieces, new
 
     def _over(self, pieces: Sequence[Tensor]) -> torch.optim.Optimizer:
         """The class over these pieces and the witnesses, a group for each param group."""

@@ -18,7 +18,6 @@ from elastic_lsopt.averages.ema import EMA
 from elastic_lsopt.updates.torch_update import ELEMENT_WISE
 from tests.cases import updates
 
-pytestmark = pytest.mark.fast
 OURS = ["lars", "lamb", "schedule_free_sgd", "schedule_free_adamw", "adaptive_memory_adamw", "soap"]
 TORCHS = sorted(kind.__name__ for kind in ELEMENT_WISE)
 
@@ -133,6 +132,7 @@ def test_what_is_trained_before_and_after_goes_on(update: str, before: tuple[int
     assert furthest(again, plain) < tolerance(update)
 
 
+@pytest.mark.fast
 def test_an_average_is_of_its_own_layer() -> None:
     model = two_layers((0,))
     optimizer = ours("SGD", model, keep=[EMA(decay=0.5)])
@@ -167,6 +167,7 @@ def test_names_that_come_or_go_change_nothing(update: str, names: tuple[bool, bo
     assert furthest(again, plain) < tolerance(update)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("names", [True, False])
 def test_what_cannot_be_of_these_parameters_is_refused(names: bool) -> None:
     model = two_layers()
@@ -180,6 +181,7 @@ def test_what_cannot_be_of_these_parameters_is_refused(names: bool) -> None:
         step(other, wider)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("base", ["lamb", "torch"])
 def test_other_names_in_a_place_are_refused(base: str) -> None:
     """torch would give each place's momenta to whoever stands there now."""
@@ -199,6 +201,7 @@ def test_other_names_in_a_place_are_refused(base: str) -> None:
         over(model[0], prefix).load_state_dict(saved)
 
 
+@pytest.mark.fast
 def test_an_earlier_state_without_names_goes_by_place_or_is_refused() -> None:
     model = two_layers()
     optimizer = ours("lamb", model)
