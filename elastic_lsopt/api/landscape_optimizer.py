@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from elastic_lsopt.api.accumulation import Accumulation, accelerate_goes_on
 from elastic_lsopt.api.base_view import refuse_maximized
 from elastic_lsopt.api.owners import owners_of, refuse_not_averaged
+from elastic_lsopt.api.saved_state import refuse_other_names, renamed
 from elastic_lsopt.api.step import LandscapeStep, refuse_halves, refuse_moved
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.detect import backend_for
@@ -25,6 +26,7 @@ from elastic_lsopt.oracle.observation import refuse_unseen
 from elastic_lsopt.oracle.split.logits import NO_LOGITS
 from elastic_lsopt.oracle.step_report import StepReport, log
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.layout import plain_name
 from elastic_lsopt.space.vector import Vector
 from elastic_lsopt.updates.update_optimizer import updates_of
 
@@ -247,7 +249,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
             if self._pending_state is not None:
                 if not self._pending_state.get("families", True):
                     self._tell_of_what_begins_anew(self._step)
-                self._step.load_state_dict(self._pending_state)
+                self._step.load_state_dict(self._pending_state, self._names(params))
                 self._keep_clock(self._step.clock)
                 self._pending_state = None
         return self._step
@@ -270,15 +272,16 @@ class LandscapeOptimizer(torch.optim.Optimizer):
             raise UserError(
                 "fp16 parameters need loss scaling, which is refused: one scale cannot serve two passes; use bf16."
             )
-        names = [n for group in self.param_groups for n in group.get("param_names", [])]
-        if len(names) != len(params):
-            names = [str(i) for i in range(len(params))]
-        named = list(zip(names, params, strict=True))
+        named = list(zip(self._names(params), params, strict=True))
         backend = backend_for(None, self.base, named_parameters=named, max_grad_norm=self.max_grad_norm)  # type: ignore[arg-type]
         owners = owners_of(dict(named), self._model)
         refuse_not_averaged(named, owners, changed=self._step is not None)
         backend.module, backend.outermost = owners.home, owners.roots
         return backend
+
+    def _names(self, params: Sequence[Tensor]) -> list[str]:
+        names = [plain_name(n) for group in self.param_groups for n in group.get("param_names", [])]
+        return names if len(names) == len(params) else [str(i) for i in range(len(params))]
 
     def averaged(self, name: str = "ema") -> AbstractContextManager[Vector]:
         """Weights at the average of that name (of `keep`) inside the block, back bit for bit after it (collective)."""
@@ -300,9 +303,21 @@ class LandscapeOptimizer(torch.optim.Optimizer):
 
         torch.distributed.checkpoint's state (`get_optimizer_state_dict`) holds the base's state and the clock; what a
         method, an update of ours or an average remembers begins anew, which the log says.
+
+        Where other parameters are trained than when it was saved, each goes on by its name (by its place in the groups,
+        where one side has no names): one of which nothing was saved begins anew, and what was saved of one that is
+        frozen now is left aside, which the log says. Raises UserError where a place in the groups has another
+        parameter's name than then, now or in the next step where the state cannot be of these parameters.
         """
+        own, groups = state_dict.get("landscape"), state_dict.get("param_groups", [])
+        theirs = [n for group in groups for n in group.get("param_names", [])]
+        if own is not None:
+            refuse_other_names(theirs, [n for group in self.param_groups for n in group.get("param_names", [])])
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "landscape"})
-        first, own = self.param_groups[0], state_dict.get("landscape")
+        if own is not None and not theirs:
+            params = [p for group in self.param_groups for p in group["params"]]
+            own = renamed(own, {str(place): name for place, name in enumerate(self._names(params))})
+        first = self.param_groups[0]
         if own is None and STEPS in first:
             own = {"families": {}, "clock": (int(first[SAMPLES]), int(first[STEPS])), "skipped_steps": 0}
         if own is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from elastic_lsopt.api.base_view import BaseView, refuse_maximized
+from elastic_lsopt.api.saved_state import Laid, go_on, load, saved
 from elastic_lsopt.averages.average import FAMILY as AVERAGES
 from elastic_lsopt.averages.average import Average
 from elastic_lsopt.backends.adapters.adversary import AdversaryAdapter
@@ -28,6 +29,8 @@ from elastic_lsopt.oracle.observation import HowProducts
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.oracle.step_report import FAITHFUL, Piggyback, StepReport, log, warn_unfaithful
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.layout import plain_name
+from elastic_lsopt.space.owned import OwnedSpace
 from elastic_lsopt.space.perturbation import Fidelity
 from elastic_lsopt.space.upload import on_device
 from elastic_lsopt.space.vector import BorrowedGradient, Vector
@@ -205,15 +208,14 @@ class LandscapeStep:
         for name, family in self.families.items():
             if (mine := new.families.get(name)) is None:
                 continue  # all of an update's parameters were frozen
-            fresh = mine.state_dict()
-            gone = {p.name for p in family.space.layout.parameters} - {p.name for p in mine.space.layout.parameters}
-            mine.load_state_dict(
-                {
-                    key: _carried(value, fresh.get(key), mine.space) if isinstance(value, Vector) else value
-                    for key, value in family.state_dict().items()
-                    if key.partition("/")[2]
-                    not in gone  # a number of a parameter that was frozen ends as its Vectors do
-                }
+            refuse_moved_matrices(family, mine, backend.world)
+            values = family.state_dict()
+            vectors = {key: value for key, value in values.items() if isinstance(value, Vector)}
+            layouts = {"": family.space.layout, **{key: value.space.layout for key, value in vectors.items()}}
+            go_on(
+                mine,
+                {**values, **{key: list(value.tensors) for key, value in vectors.items()}},
+                {key: Laid.of(layout) for key, layout in layouts.items()},
             )
         self.space.retire()
         return new
@@ -256,7 +258,7 @@ class LandscapeStep:
                 if move is not None:
                     move(space, gradient, self._base, self.clock, self.state)
                 if self._update is not None:
-                    self._update.take(self._clipped(gradient, norm))
+                    self._update.take(self._clipped(gradient, norm), self.backend.unmoved())
                 if self.steps_base:
                     self.backend.step(gradient, norm)
                 settle = getattr(self.method, "settle", None)
@@ -322,31 +324,23 @@ class LandscapeStep:
     # -- state -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All families (this rank's pieces of each Vector) and the clock."""
-        kept = {
-            name: {
-                k: [t.clone() for t in v.tensors] if isinstance(v, Vector) else v
-                for k, v in family.state_dict().items()
-            }
-            for name, family in self.families.items()
+        """All families (this rank's pieces of each Vector, by the names of parameters) and the clock."""
+        return {
+            **saved(self.families),
+            "clock": (self.clock.samples, self.clock.steps),
+            "skipped_steps": self.skipped_steps,
         }
-        return {"families": kept, "clock": (self.clock.samples, self.clock.steps), "skipped_steps": self.skipped_steps}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, saved in state_dict.get("families", {"method": state_dict.get("method", {})}).items():
-            if name not in self.families:
-                log.warning("the saved state of %s is left aside: nothing here keeps it.", name)
-                continue
-            state: State = {}
-            for key, value in saved.items():
-                if isinstance(value, list):
-                    had = self.families[name].state_dict().get(key)
-                    state[key] = vector = had if isinstance(had, Vector) else self.families[name].empty(key)
-                    for mine, own in zip(vector.tensors, value, strict=True):
-                        mine.copy_(own)
-                else:
-                    state[key] = value
-            self.families[name].load_state_dict(state)
+    def load_state_dict(self, state_dict: dict[str, Any], known: Collection[str] | None = None) -> None:
+        """Go on from what `state_dict` gave, by name: a parameter of which nothing was saved begins anew.
+
+        `known` are the names of all parameters, trained or not (None: the module's). Raises UserError for what cannot
+        be of these parameters; see `saved_state.load`.
+        """
+        if known is None:
+            module = self.backend.module
+            known = [plain_name(n) for n, _ in module.named_parameters()] if module is not None else []
+        load(self.families, state_dict, known)
         samples, steps = state_dict["clock"]
         self.clock = SampleClock(samples, steps, self.clock.total_samples)
         self.skipped_steps = state_dict["skipped_steps"]
@@ -376,17 +370,12 @@ def refuse_moved(method: Method, update: UpdateOptimizer | None, *, steps_base: 
         )
 
 
-def _carried(value: Vector, fresh: Vector | float | None, space: ParameterSpace) -> Vector:
-    """`fresh` (zeros where there is none) with the elements of `value` that it has too."""
-    carried = fresh if isinstance(fresh, Vector) else space.zeros()
-    kept = dict(zip(_chunks(value), value.tensors, strict=True))
-    for chunk, tensor in zip(_chunks(carried), carried.tensors, strict=True):
-        if (old := kept.get(chunk)) is not None:
-            tensor.copy_(old)
-    return carried
-
-
-def _chunks(v: Vector) -> list[tuple[str, int, int]]:
-    """Its pieces as any rank knows them: (parameter, offset, length)."""
-    layout = v.space.layout
-    return [(layout.parameters[p.parameter].name, p.offset, p.length) for p in layout.pieces]
+def refuse_moved_matrices(before: Family, after: Family, world: int) -> None:
+    """Raise UserError where an update keeps each matrix on one rank, and they would be dealt anew."""
+    old, new = ([p.name for p in family.space.layout.parameters] for family in (before, after))
+    owned = any(isinstance(v, Vector) and isinstance(v.space, OwnedSpace) for v in before.state_dict().values())
+    if world > 1 and owned and old != new:
+        raise UserError(
+            f"{before.name} keeps what it remembers of a matrix on one of the {world} ranks, so its parameters may not "
+            "be frozen, unfrozen or added on the way; save, and go on in a new job (lso.save, lso.load)."
+        )

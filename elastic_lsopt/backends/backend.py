@@ -135,6 +135,13 @@ class Backend(GradientEngine):
                 moved[number[piece.slot]] += t.any()
         return frozenset(s for s, any_ in zip(without, self.sum_pieces_(moved).tolist(), strict=True) if not any_)
 
+    def unmoved(self) -> frozenset[str]:
+        """The names of parameters to which `install` gave no gradient: `left_alone`, by what it has left.
+
+        None where the framework steps, and so decays, what nothing gave a gradient (DeepSpeed).
+        """
+        return frozenset()
+
     # -- the base optimizer's state ----------------------------------------------------------------------------
 
     def state_of(self, piece: Piece) -> tuple[dict[str, Any], Tensor]:

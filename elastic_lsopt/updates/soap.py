@@ -100,26 +100,30 @@ class SOAP(Update):
 
     def update(self, space: ParameterSpace, gradient: Vector, state: dict[str, Any], rates: Rates) -> None:
         (b1, b2), turned, w = self.betas, self._turned(space), space.weights
-        steps = [int(s) + 1 for s in numbers(space, state, "step", -1)]
+        before = numbers(space, state, "step", -1)
+        steps = [int(s) + (i not in rates.alone) for i, s in enumerate(before)]
         keep_numbers(space, state, "step", steps)
-        alphas = [-lr * (1 - b2**s) ** 0.5 / (1 - b1**s) if s else 0.0 for lr, s in zip(rates.lr, steps, strict=True)]
+        moves = [s > 0 and i not in rates.alone for i, s in enumerate(steps)]
+        rows = zip(rates.lr, steps, moves, strict=True)
+        alphas = [-lr * (1 - b2**s) ** 0.5 / (1 - b1**s) if moved else 0.0 for lr, s, moved in rows]
         if turned:
             part = space.restricted(turned)
             dealing = _dealing(space, turned)
             given = dealing.gather(_pieces(part, space, gradient))
-            made = self._turned_steps(space, given, state, steps)
+            made = {i: torch.zeros_like(g) for i, g in given.items() if i in rates.alone}
+            made |= self._turned_steps(space, {i: g for i, g in given.items() if i not in made}, state, steps)
             found = Vector(part, [t.to(space.shards.device) for t in dealing.scatter(made)])
             part.weights.add_each_(found, [alphas[i] for i in turned])
         if "plain_m" in state:
             rest = state["plain_m"].space
             others = [i for i in range(len(steps)) if i not in turned]
             g = Vector(rest, _pieces(rest, space, gradient))
-            began = [float(steps[i] > 0) for i in others]
+            began = [float(moves[i]) for i in others]
             m = state["plain_m"].lerp_each_(g, [(1 - b1) * b for b in began])
             v = state["plain_v"].lerp_each_(g * g, [(1 - b2) * b for b in began])
             rest.weights.add_each_(g.copy_(m).div_(v.clone().sqrt_().add_(self.eps)), [alphas[i] for i in others])
-        pairs = zip(rates.lr, rates.weight_decay, steps, strict=True)
-        w.mul_each_([1 - lr * decay if s else 1.0 for lr, decay, s in pairs])
+        pairs = zip(rates.lr, rates.weight_decay, moves, strict=True)
+        w.mul_each_([1 - lr * decay if moved else 1.0 for lr, decay, moved in pairs])
 
     def _turned_steps(
         self, space: ParameterSpace, given: dict[int, Tensor], state: dict[str, Any], steps: Sequence[int]

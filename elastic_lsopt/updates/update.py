@@ -23,6 +23,9 @@ class Rates:
 
     lr: tuple[float, ...]
     weight_decay: tuple[float, ...]
+    alone: frozenset[int] = frozenset()
+    """Parameters that got no gradient and stay as they are, what is remembered of them too. Only a rule that works on
+    all its parameters together is told of them; others are not given them."""
 
 
 class Update(ABC):

@@ -14,7 +14,7 @@ that needs whole parameters cannot step there. So the step is made before, on th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,6 +33,8 @@ from elastic_lsopt.updates.torch_update import TorchFamily
 from elastic_lsopt.updates.update import Rates, Update, keep_numbers, numbers
 
 FAMILY = "update/"
+PARTS = 64
+"""Spaces of some parameters that are kept to be used again."""
 EVERY_GROUPS = {"params", "param_names", "lr", "weight_decay", "update", "initial_lr", "name"}
 """Entries of a param group that are no hyper-parameters of its update."""
 
@@ -59,6 +61,8 @@ class Bound:
     def part(self, chosen: Sequence[int]) -> ParameterSpace:
         key = tuple(chosen)
         if key not in self.parts:
+            if len(self.parts) >= PARTS:  # each step may use other parameters: experts
+                self.parts.clear()
             self.parts[key] = self.family.space.restricted(key)
         return self.parts[key]
 
@@ -156,16 +160,23 @@ class UpdateOptimizer(torch.optim.Optimizer):
         return [bound.family for bound in self._bound]
 
     @torch.no_grad()
-    def take(self, gradient: Vector) -> None:
-        """Step on the masters with this gradient of the whole space, which may be overwritten (collective)."""
+    def take(self, gradient: Vector, alone: Collection[str] = frozenset()) -> None:
+        """Step on the masters with this gradient of the whole space, which may be overwritten (collective).
+
+        `alone` are the parameters that stay as they are, the same on all ranks: nothing gave them a gradient.
+        """
         for bound in self._bound:
             space = bound.family.space
             own = Vector(space, _of(space, gradient))
+            still = frozenset(i for i, p in enumerate(space.layout.parameters) if p.name in alone)
+            if len(still) == len(space.layout.parameters):
+                continue
             if isinstance(bound.family, TorchFamily):
-                bound.family.step(own, self.param_groups)
+                bound.family.step(own, self.param_groups, still)
             else:
-                for rule, part, state, groups in self._parts(bound, bound.family):
-                    _stepped(rule, part, Vector(part, _of(part, own)), state, self._rates(groups))
+                for rule, part, state, groups in self._parts(bound, bound.family, still):
+                    rates = self._rates(groups, still if rule.together else frozenset())
+                    _stepped(rule, part, Vector(part, _of(part, own)), state, rates)
         self._taken = True
 
     @property
@@ -233,11 +244,12 @@ class UpdateOptimizer(torch.optim.Optimizer):
         return whole
 
     def _parts(
-        self, bound: Bound, family: Kept
+        self, bound: Bound, family: Kept, still: Collection[int] = frozenset()
     ) -> Iterator[tuple[Update, ParameterSpace, dict[str, Any], Sequence[int]]]:
         """Each set of hyper-parameters with its parameters, what is remembered of them, and the param group of each.
 
         Groups that differ in rate and decay alone go together. Numbers are put back where the next part is asked for.
+        The parameters numbered `still` are left out, but of rules that work on all together.
         """
         rules = {g: now(self._rules[g], self.param_groups[g]) for g in bound.groups}
         alike: list[tuple[Any, list[int]]] = []
@@ -248,7 +260,7 @@ class UpdateOptimizer(torch.optim.Optimizer):
                     break
             else:
                 alike.append((rules[g], [i]))
-        if len(alike) == 1:
+        if len(alike) == 1 and (not still or alike[0][0].together):
             yield alike[0][0], family.space, family.state, bound.groups
             return
         if any(rule.together for rule, _ in alike):
@@ -258,16 +270,18 @@ class UpdateOptimizer(torch.optim.Optimizer):
                 "differ)."
             )
         began = dict(family.state)
-        for rule, chosen in alike:
+        for rule, every in alike:
+            if not (chosen := [i for i in every if i not in still]):
+                continue
             space = bound.part(chosen)
             state = {k: Vector(space, _of(space, v)) if isinstance(v, Vector) else v for k, v in began.items()}
             yield rule, space, state, [bound.groups[i] for i in chosen]
             changed = {k: v for k, v in state.items() if not isinstance(v, Vector) and began.get(k) != v}
             family.state.update(changed)  # what is another part's stays as that part has left it
 
-    def _rates(self, groups: Sequence[int]) -> Rates:
+    def _rates(self, groups: Sequence[int], alone: frozenset[int]) -> Rates:
         said = [self.param_groups[g] for g in groups]
-        return Rates(tuple(float(g["lr"]) for g in said), tuple(float(g["weight_decay"]) for g in said))
+        return Rates(tuple(float(g["lr"]) for g in said), tuple(float(g["weight_decay"]) for g in said), alone)
 
 
 def _of(space: ParameterSpace, whole: Vector) -> list[Tensor]:

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
+from elastic_lsopt.updates.torch_update import ELEMENT_WISE
 from tests.cases import updates
 from tests.oracles import paper_loops
 
 HYPER, CLIP = {"rho": 0.3}, 0.01
+MORE: dict[str, dict[str, Any]] = {"AdamW": {"weight_decay": 0.0}, "SGD": {"momentum": 0.9, "dampening": 0.9}}
+"""Beside the rate, of torch's classes."""
 
 
 def problem() -> tuple[nn.Sequential, list[Any]]:
@@ -176,4 +179,49 @@ def test_what_is_frozen_and_unfrozen_again_begins_anew(update: str) -> None:
         plain.zero_grad()
         paper_loops.cross_entropy(plain, batch).backward()
         theirs.step()
+    assert furthest(model, plain) < 1e-12
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", sorted(kind.__name__ for kind in ELEMENT_WISE))
+def test_torchs_classes_begin_with_the_next_block(kind: str) -> None:
+    """Layer 2 was trained and is frozen, layer 0 the other way round: its first step is torch's first step."""
+    model, batches = problem()
+    optimizer = lso.LandscapeOptimizer(
+        lso.UpdateOptimizer(model.named_parameters(), kind, lr=0.01, **MORE.get(kind, {})), lso.Plain()
+    )
+    step(optimizer, model, batches[:2])
+    model[0].requires_grad_(True)
+    model[2].requires_grad_(False)
+    plain = copy.deepcopy(model)
+    theirs = getattr(torch.optim, kind)(plain[0].parameters(), lr=0.01, **MORE.get(kind, {}))
+    step(optimizer, model, batches[2:])
+    paper_loops.run(plain, batches[2:], theirs, "none", {})
+    assert furthest(model, plain) < 1e-12
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("way", ["requires_grad", "add_param_group", "resume"])
+def test_the_first_momentum_of_a_later_parameter_is_its_gradient(way: str) -> None:
+    """As in torch, where dampening is for later ones."""
+    model, batches = problem()
+    plain, said = copy.deepcopy(model), {"lr": 0.1, **MORE["SGD"]}
+
+    def made() -> lso.LandscapeOptimizer:
+        named = model[2].named_parameters(prefix="2") if way == "add_param_group" else model.named_parameters()
+        return lso.LandscapeOptimizer(lso.UpdateOptimizer(named, "SGD", **said), lso.Plain())
+
+    optimizer, theirs = made(), torch.optim.SGD(plain.parameters(), **said)
+    step(optimizer, model, batches[:2])
+    paper_loops.run(plain, batches[:2], theirs, "none", {})
+    if way == "resume":
+        state, optimizer = optimizer.state_dict(), made()
+        optimizer.load_state_dict(state)
+    for net in (model, plain):
+        net.requires_grad_(True)
+        net.zero_grad()
+    if way == "add_param_group":
+        optimizer.add_param_group({"params": list(model[0].named_parameters(prefix="0"))})
+    step(optimizer, model, batches[2:])
+    paper_loops.run(plain, batches[2:], theirs, "none", {})
     assert furthest(model, plain) < 1e-12
