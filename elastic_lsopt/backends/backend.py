@@ -136,11 +136,11 @@ class Backend(GradientEngine):
         return frozenset(s for s, any_ in zip(without, self.sum_pieces_(moved).tolist(), strict=True) if not any_)
 
     def unmoved(self) -> frozenset[str]:
-        """The names of parameters to which `install` gave no gradient: `left_alone`, by what it has left.
+        """The names of parameters to which `install` gave no gradient either, alike on all ranks.
 
         None where the framework steps, and so decays, what nothing gave a gradient (DeepSpeed).
         """
-        return frozenset()
+        return frozenset(self.layout.parameters[slot].name for slot in self.without_gradient())
 
     # -- the base optimizer's state ----------------------------------------------------------------------------
 

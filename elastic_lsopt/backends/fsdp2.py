@@ -222,11 +222,6 @@ class FSDP2(Backend):
             if piece.slot not in alone:
                 local(self._parameters[piece.slot].grad).view(-1).copy_(t)  # type: ignore[arg-type]
 
-    def unmoved(self) -> frozenset[str]:
-        return frozenset(
-            p.name for p, t in zip(self.layout.parameters, self._parameters, strict=True) if t.grad is None
-        )
-
     def step(self, gradient: Vector, norm: float | None) -> None:
         assert self.base is not None
         if self.max_grad_norm and norm is not None:

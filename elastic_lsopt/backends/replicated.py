@@ -144,11 +144,6 @@ class Replicated(Backend):
                     p.grad = torch.empty_like(p)
                 p.grad.view(-1).copy_(t)
 
-    def unmoved(self) -> frozenset[str]:
-        return frozenset(
-            p.name for p, t in zip(self.layout.parameters, self._parameters, strict=True) if t.grad is None
-        )
-
     def step(self, gradient: Vector, norm: float | None) -> None:
         assert self.base is not None
         if self.max_grad_norm and norm is not None:
