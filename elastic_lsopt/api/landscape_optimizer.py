@@ -234,13 +234,18 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         known = [(id(p), p.requires_grad) for p in params]
         if self._step is None or known != self._known:
+            if self._step is not None:
+                refuse_moved(self._step, "parameters cannot be frozen, unfrozen or added")
             if self._step is not None and self._clock.steps and {p for p, _ in self._known} - {p for p, _ in known}:
                 raise UserError(
                     "parameters were removed or replaced after the first step; build a new LandscapeOptimizer."
                 )
+            had = {p for p, _ in self._known} if self._clock.steps else set()
             for p in params:
-                if not p.requires_grad:
-                    p.grad = None  # the base would go on stepping with what the last pass left
+                # The base would go on stepping a frozen one with what the last pass left; what passes have left in one
+                # that was not trained yet is no gradient of this step.
+                if not p.requires_grad or (had and id(p) not in had):
+                    p.grad = None
             self._known, backend = known, self._backend(params)
             if self._step is None:
                 self._step = LandscapeStep(backend, self.method, self._seed, self._clock, kept=self._kept)
@@ -309,6 +314,8 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         frozen now is left aside, which the log says. Raises UserError where a place in the groups has another
         parameter's name than then, now or in the next step where the state cannot be of these parameters.
         """
+        if self._step is not None:
+            refuse_moved(self._step, "a state cannot be loaded")
         own, groups = state_dict.get("landscape"), state_dict.get("param_groups", [])
         theirs = [n for group in groups for n in group.get("param_names", [])]
         if own is not None:

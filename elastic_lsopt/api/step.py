@@ -163,11 +163,7 @@ class LandscapeStep:
         samples are committed. Any other exception leaves this rank's weights as they were; call it `informing()`.
         Raises StaleWeights inside `averaged`, `perturbed` or `at`, whose end would take the step back.
         """
-        if self.space.copies.perturbations:
-            raise StaleWeights(
-                "a step is refused where the weights are moved (averaged, perturbed, at), as the block's end would "
-                "take it back; step when the block has ended."
-            )
+        refuse_moved(self, "a step is refused")
         oracle.moves_buffers = True
         report = self._take(oracle, samples)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
@@ -344,6 +340,15 @@ class LandscapeStep:
         samples, steps = state_dict["clock"]
         self.clock = SampleClock(samples, steps, self.clock.total_samples)
         self.skipped_steps = state_dict["skipped_steps"]
+
+
+def refuse_moved(step: LandscapeStep, what: str) -> None:
+    """Raise StaleWeights inside `averaged`, `perturbed` or `at`."""
+    if step.space.copies.perturbations:
+        raise StaleWeights(
+            f"{what} where the weights are moved (averaged, perturbed, at), as the block's end would take it back; do "
+            "so when the block has ended."
+        )
 
 
 def refuse_halves(method: Method) -> None:

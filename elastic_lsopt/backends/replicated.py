@@ -81,6 +81,10 @@ class Replicated(Backend):
     def working(self) -> list[Tensor]:
         return self.masters
 
+    @property
+    def sole(self) -> bool:
+        return self.groups.job.size == 1
+
     def drop_gathered(self) -> None:
         """There are no gathered copies."""
 

@@ -152,6 +152,11 @@ class Shards(ABC):
     def separate_master(self) -> bool:
         """Whether `working` is a copy that can be rebuilt from `masters`."""
 
+    @property
+    def sole(self) -> bool:
+        """Whether `working` is the only copy of the weights: one process, and nothing gathered from them."""
+        return False
+
     @abstractmethod
     def drop_gathered(self) -> None:
         """Drop every gathered copy of the weights on this rank, so that an edit of `working` is seen. No collective."""

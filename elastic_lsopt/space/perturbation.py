@@ -13,7 +13,7 @@ keeps the working weights on a GPU. So the same noise is drawn whether or not a 
 
 [Note: returning after an exception] The rank that raises restores its own shard without a collective, because the
 other ranks may be anywhere. Gathered copies stay wrong until the collective `space.resync()`, and are refused till
-then. So one rank's failure never hangs another in a restore.
+then. So one rank's failure never hangs another in a restore. Where there is no other copy, nothing is refused.
 """
 
 from __future__ import annotations
@@ -156,6 +156,8 @@ class Perturbation:
         copies.rewritten()
         if error is None:
             copies.returned()
+            return
+        if shards.sole:
             return
         # See [Note: returning after an exception]
         copies.mark_stale(f"{type(error).__name__} inside a perturbed pass")

@@ -46,6 +46,10 @@ class RestrictedShards(Shards):
     def separate_master(self) -> bool:
         return self._shards.separate_master
 
+    @property
+    def sole(self) -> bool:
+        return self._shards.sole
+
     def drop_gathered(self) -> None:
         self._shards.drop_gathered()
 

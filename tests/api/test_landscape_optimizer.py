@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import elastic_lsopt as lso
+from elastic_lsopt.averages.ema import EMA
 from tests.laws.cover import daily
 
 PLACES = [("plain", 1), ("ddp", 2), ("ddp", 3), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2-kept", 3), ("hsdp", 4)]
@@ -268,7 +270,6 @@ def test_wrong_steps(use: Callable[..., None], says: str) -> None:
         use(optimizer, model, closure)
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
     assert torch.equal(before, model.weight)
-    optimizer.space.resync()
     assert optimizer.step(closure) > 0
 
 
@@ -284,7 +285,6 @@ def test_a_closure_that_empties_the_models_gradient_between_parts_is_refused() -
 
     with pytest.raises(lso.UserError, match="threw away the gradient of the one before"):
         optimizer.step([closure, wrong])
-    optimizer.space.resync()
     assert optimizer.step([closure, closure]) > 0
 
 
@@ -316,3 +316,75 @@ def test_a_loss_that_is_not_finite_is_skipped() -> None:
     assert torch.equal(before, model.weight)
     optimizer.step(closure)
     assert not optimizer.last_step.skipped and not torch.equal(before, model.weight)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_one_process_goes_on_after_an_exception_in_any_pass(error: type[BaseException]) -> None:
+    """The weights are the only copy, and right again: the step is as if the one that failed had never begun."""
+    for failing in (1, 2):
+        (model, optimizer, closure), (plain, other, wanted) = problem(), problem()
+        passes = 0
+
+        def interrupted(closure: Any = closure, failing: int = failing) -> Tensor:
+            nonlocal passes
+            passes += 1
+            loss = closure()
+            if passes == failing:
+                raise error("on purpose")
+            return loss
+
+        with pytest.raises(error):
+            optimizer.step(interrupted)
+        assert optimizer.space.in_sync and torch.equal(model.weight, plain.weight)
+        optimizer.step(closure)
+        other.step(wanted)
+        assert torch.equal(model.weight, plain.weight)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("way", ["freeze", "add_param_group", "load"])
+def test_nothing_is_rebuilt_where_the_weights_are_moved(way: str) -> None:
+    """The block's end would take back what is done inside it, and no longer knows that it must."""
+    model, optimizer, closure = problem(keep=[EMA()])
+    for _ in range(2):
+        optimizer.step(closure)
+    state, before = optimizer.state_dict(), model.weight.detach().clone()
+    with optimizer.averaged("ema"):
+        if way == "freeze":
+            model.bias.requires_grad_(False)
+        elif way == "add_param_group":
+            optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(2)))]})
+        with pytest.raises(lso.StaleWeights, match=r"where the weights are moved.*when the block has ended"):
+            _ = optimizer.load_state_dict(state) if way == "load" else optimizer.step(closure)
+    assert torch.equal(model.weight, before)
+    optimizer.step(closure)
+    assert optimizer.clock.steps == 3
+
+
+@pytest.mark.fast
+def test_what_a_parameter_held_before_it_was_added_is_no_gradient() -> None:
+    """As in torch, where the closure's zero_grad empties it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    plain = copy.deepcopy(model)
+    optimizer = lso.LandscapeOptimizer(torch.optim.SGD(model[1].parameters(), lr=0.1), lso.Plain())
+    theirs = torch.optim.SGD(plain[1].parameters(), lr=0.1)
+
+    def of(net: nn.Module, base: Optimizer) -> Callable[[], Tensor]:
+        def closure() -> Tensor:
+            base.zero_grad()
+            loss = net(torch.ones(2, 3)).square().mean()
+            loss.backward()
+            return loss
+
+        return closure
+
+    for late in (False, True):
+        if late:
+            optimizer.add_param_group({"params": list(model[0].parameters())})
+            theirs.add_param_group({"params": list(plain[0].parameters())})
+        for _ in range(2):
+            optimizer.step(of(model, optimizer))
+            theirs.step(of(plain, theirs))
+    assert torch.equal(model[0].weight, plain[0].weight)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ def test_bits_after_displacement_on_larger_worlds(ranks: Any, kind: str, world: 
 @pytest.mark.parametrize("kind,world", KINDS[:4])
 def test_all_ranks_raise_alike(ranks: Any, kind: str, world: int) -> None:
     for r in ranks(world).run("tests.cases.laws:raised", kind=kind, everywhere=True):
-        assert r["back"] and r["refused"] and r["loss"] > 0
+        assert r["back"] and r["refused"] is (kind != "plain") and r["loss"] > 0  # which has no other copy
 
 
 @pytest.mark.parametrize("kind,world", [("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4)])
