@@ -13,7 +13,7 @@ from elastic_lsopt.api.accumulation import Accumulation, accelerate_goes_on
 from elastic_lsopt.api.base_view import refuse_maximized
 from elastic_lsopt.api.owners import owners_of, refuse_not_averaged
 from elastic_lsopt.api.saved_state import refuse_other_names, renamed
-from elastic_lsopt.api.step import LandscapeStep, refuse_halves, refuse_moved
+from elastic_lsopt.api.step import LandscapeStep, refuse_halves, refuse_mover, refuse_while_moved
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import UserError
@@ -90,7 +90,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         if (update := updates_of(base)) is not None:
             refuse_unseen(update.looking(), None)
         refuse_maximized(method, base.param_groups, update)
-        refuse_moved(method, update, steps_base=True)
+        refuse_mover(method, update, steps_base=True)
         LandscapeStep.refuse_unknown_length(method, keep, SampleClock(total_samples=total_samples))
         self.base, self.method = base, method
         self.max_grad_norm, self.samples_per_step = max_grad_norm, samples_per_step
@@ -235,7 +235,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         known = [(id(p), p.requires_grad) for p in params]
         if self._step is None or known != self._known:
             if self._step is not None:
-                refuse_moved(self._step, "parameters cannot be frozen, unfrozen or added")
+                refuse_while_moved(self._step, "parameters cannot be frozen, unfrozen or added")
             if self._step is not None and self._clock.steps and {p for p, _ in self._known} - {p for p, _ in known}:
                 raise UserError(
                     "parameters were removed or replaced after the first step; build a new LandscapeOptimizer."
@@ -315,7 +315,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         parameter's name than then, now or in the next step where the state cannot be of these parameters.
         """
         if self._step is not None:
-            refuse_moved(self._step, "a state cannot be loaded")
+            refuse_while_moved(self._step, "a state cannot be loaded")
         own, groups = state_dict.get("landscape"), state_dict.get("param_groups", [])
         theirs = [n for group in groups for n in group.get("param_names", [])]
         if own is not None:

@@ -73,7 +73,7 @@ class LandscapeStep:
         self._base = BaseView(self.backend, self.space)
         self._base.refuse(type(self.method).__name__, frozenset(getattr(self.method, "needs", ())))
         self._update = updates_of(self.backend.base)
-        refuse_moved(self.method, self._update, steps_base=self.steps_base)
+        refuse_mover(self.method, self._update, steps_base=self.steps_base)
         for family in self._update.bind(self.space, self.backend.parameters) if self._update is not None else ():
             self.add(family)
         self._products = HowProducts()
@@ -163,7 +163,7 @@ class LandscapeStep:
         samples are committed. Any other exception leaves this rank's weights as they were; call it `informing()`.
         Raises StaleWeights inside `averaged`, `perturbed` or `at`, whose end would take the step back.
         """
-        refuse_moved(self, "a step is refused")
+        refuse_while_moved(self, "a step is refused")
         oracle.moves_buffers = True
         report = self._take(oracle, samples)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
@@ -342,7 +342,7 @@ class LandscapeStep:
         self.skipped_steps = state_dict["skipped_steps"]
 
 
-def refuse_moved(step: LandscapeStep, what: str) -> None:
+def refuse_while_moved(step: LandscapeStep, what: str) -> None:
     """Raise StaleWeights inside `averaged`, `perturbed` or `at`."""
     if step.space.copies.perturbations:
         raise StaleWeights(
@@ -360,7 +360,7 @@ def refuse_halves(method: Method) -> None:
         )
 
 
-def refuse_moved(method: Method, update: UpdateOptimizer | None, *, steps_base: bool) -> None:
+def refuse_mover(method: Method, update: UpdateOptimizer | None, *, steps_base: bool) -> None:
     """Raise UserError for a method that moves weights itself, before the base's step or after it, where that is not
     ours or not enough."""
     name, settles = methods.name_of(type(method)), hasattr(method, "settle")
