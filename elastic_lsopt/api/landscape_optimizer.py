@@ -33,6 +33,10 @@ from elastic_lsopt.updates.update_optimizer import updates_of
 C = TypeVar("C", bound=Callable[[], Any])
 SAMPLES, STEPS = "landscape_samples", "landscape_steps"
 """Keys of the first parameter group: the sample clock."""
+GIVEN = (
+    "base", "method", "max_grad_norm", "samples_per_step", "_seed", "_clock", "_model", "_kept", "last_step",
+)  # fmt: skip
+"""What a copy takes as it is."""
 
 
 class LandscapeOptimizer(torch.optim.Optimizer):
@@ -102,15 +106,29 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         self._oracle: ClosureOracle | None = None
         self._pending_state: dict[str, Any] | None = None
         self.last_step: StepReport | None = None
-        self.defaults = base.defaults
         self._keep_clock(self._clock)
-        # What torch.optim.Optimizer.__init__ makes, less its own parameter list: the base's is the only one.
+        self._share()
+
+    def _share(self) -> None:
+        """What torch.optim.Optimizer.__init__ makes, less its own parameter list: the base's is the only one."""
+        self.defaults = self.base.defaults
         for name in (
             "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks",
             "_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks",
             "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks",
         ):  # fmt: skip
-            setattr(self, name, getattr(base, name))
+            setattr(self, name, getattr(self.base, name))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy((model, optimizer))` and pickle, as torch's: all but hooks; its space is its own."""
+        if self._step is not None:
+            refuse_moved(self._step, "a copy is refused")
+        pending = self._step.state_dict() if self._step is not None else self._pending_state
+        return {**{name: getattr(self, name) for name in GIVEN}, "_pending_state": pending}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _step=None, _known=[], _accumulation=Accumulation(), _oracle=None)
+        self._share()
 
     # -- what it shares with the base --------------------------------------------------------------------------
 

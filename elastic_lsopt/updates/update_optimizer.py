@@ -116,6 +116,17 @@ class UpdateOptimizer(torch.optim.Optimizer):
         self._rules.append(rule)
         self._by_id.update({id(p): len(self.param_groups) - 1 for p in group["params"]})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, as torch's; what updates remember is with what steps this, which carries it into a copy."""
+        own = ("_rules", "_options", "_used", "steps_elsewhere")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # also of load_state_dict, with the groups alone
+        self._by_id = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        vars(self).setdefault("_bound", [])
+        vars(self).setdefault("_taken", False)
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """The param groups' entries. Raises UserError where a group was saved with another update."""
         for i, (mine, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
