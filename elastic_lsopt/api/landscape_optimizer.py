@@ -122,7 +122,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy((model, optimizer))` and pickle, as torch's: all but hooks; its space is its own."""
         if self._step is not None:
-            refuse_moved(self._step, "a copy is refused")
+            refuse_while_moved(self._step, "a copy is refused")
         pending = self._step.state_dict() if self._step is not None else self._pending_state
         return {**{name: getattr(self, name) for name in GIVEN}, "_pending_state": pending}
 
