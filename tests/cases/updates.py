@@ -49,7 +49,8 @@ def is_matrix(p: Any) -> bool:
 
 
 def ours(update: str) -> Callable[[Any], UpdateOptimizer]:
-    """The base optimizer from parameters, or from (name, parameter) pairs."""
+    """The base optimizer from parameters, or from (name, parameter) pairs; "…-undecayed": without weight decay."""
+    update, _, undecayed = update.partition("-")
 
     def make(given: Any) -> UpdateOptimizer:
         params = [x[1] if isinstance(x, tuple) else x for x in given]
@@ -58,7 +59,7 @@ def ours(update: str) -> Callable[[Any], UpdateOptimizer]:
             groups = [{"params": matrices, "update": Muon(), **MUON}, {"params": rest, "update": "AdamW", **ADAMW}]
             return UpdateOptimizer(groups, lr=0.0)
         name, options = OPTIONS[update]
-        return UpdateOptimizer(params, name, **options)
+        return UpdateOptimizer(params, name, **options | ({"weight_decay": 0.0} if undecayed else {}))
 
     return make
 

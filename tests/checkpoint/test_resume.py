@@ -46,7 +46,7 @@ FRAMEWORK = [
     (("hsdp", 2), ("fsdp2", 3), "adamw"), (("fsdp2", 3), ("fsdp2", 2), "drifting"),
     (("fsdp2", 2), ("plain", 1), "adamw"), (("plain+scalar", 1), ("ddp+scalar", 2), "adamw"),
     (("fsdp2", 3), ("ddp", 2), "lamb"), (("ddp", 2), ("fsdp2", 3), "lars"), (("hsdp", 2), ("fsdp2", 3), "muon"),
-    (("ddp", 2), ("fsdp2", 3), "schedule_free_adamw"), 
+    (("ddp", 2), ("fsdp2", 3), "schedule_free_adamw"),
     (("fsdp2", 3), ("ddp", 2), "soap"),
     pytest.param(("ddp", 2), ("hsdp", 4), "soap", marks=pytest.mark.full),
     pytest.param(("fsdp2", 2), ("ddp", 2), "sophia_g", marks=pytest.mark.full),
@@ -59,8 +59,8 @@ ZERO = [
     (("zero3", 2), ("fsdp2", 3), "undecayed"), (("fsdp2", 3), ("zero3", 2), "undecayed"),
     (("zero1", 3), ("zero2", 2), "undecayed"), (("zero2", 2), ("zero3+small", 3), "undecayed"),
     (("zero3", 2), ("plain", 1), "undecayed"), (("ddp", 2), ("zero1", 2), "undecayed"),
-    (("zero3", 2), ("zero2", 3), "lars"), (("zero2", 3), ("fsdp2", 2), "lars"),
-    pytest.param(("zero1", 2), ("fsdp2", 3), "adaptive_memory_sgd", marks=pytest.mark.full),
+    (("zero3", 2), ("zero2", 3), "lars"), (("zero2", 3), ("fsdp2", 2), "lars-undecayed"),
+    pytest.param(("zero1", 2), ("fsdp2", 3), "adaptive_memory_sgd-undecayed", marks=pytest.mark.full),
 ]  # fmt: skip
 
 

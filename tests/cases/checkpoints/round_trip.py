@@ -73,8 +73,9 @@ def _engine(kind: str, base: str, dtype: str, seed: int = 0, method: str = "") -
     if "scalar" in more:
         model.register_parameter("temperature", nn.Parameter(torch.tensor(1.0 + seed)))
         model.register_forward_hook(lambda module, given, out: out * module.temperature)
-    chosen = Drifting if base == "drifting" else ours(base) if base in UPDATES else base
-    keep = [EMA(decay=0.9), *SPACED] if base in UPDATES else []
+    own = base.partition("-")[0] in UPDATES
+    chosen = Drifting if base == "drifting" else ours(base) if own else base
+    keep = [EMA(decay=0.9), *SPACED] if own else []
     landscape = lso.registry.build(method, **engines.HYPERPARAMETERS[method]) if method else Remembering()
     loss = {"loss_fn": sampling_loss()} if base == "sophia_g" else {}
     return engines.build(
