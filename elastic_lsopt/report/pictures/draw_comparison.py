@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic_lsopt.report.pictures.style import CYCLE, MARKERS, canvas, plain, save, short, tidy
+from elastic_lsopt.report.pictures.style import CYCLE, MARKERS, canvas, plain, save, tidy
 from elastic_lsopt.report.run import Run, number
 
 TITLES = {
@@ -19,6 +19,8 @@ SPREAD = 20.0
 """Largest over smallest value from which an axis is logarithmic."""
 DODGE = 0.012
 """Between the methods' marks, as a share of the axis: intervals do not lie on each other."""
+ASIDE = 0.2
+"""From the last number of an axis to a label that is none, as a share of the axis."""
 Row = dict[str, Any]
 
 
@@ -31,10 +33,12 @@ def draw_comparison(run: Run, target: Path) -> str | None:
     if not rows or not shown:
         return None
     along = _along(rows, axes)
+    if len({row.get("equal") for row in rows}) > 1:
+        axes = [*axes, "equal"]
     panels = list(dict.fromkeys(_panel(row, axes, along) for row in rows))
     methods = list(dict.fromkeys(str(row["method"]) for row in rows))
     tall = 2.9 if along else max(2.4, 0.9 + 0.28 * len(methods))
-    figure = canvas(max(5.5, 3.3 * len(panels)), tall * len(shown) + 0.8)
+    figure = canvas(max(6.5, 3.3 * len(panels)), tall * len(shown) + 0.8)
     grid = figure.subplots(len(shown), len(panels), squeeze=False, sharey="row" if along else False)
     for line, name in zip(grid, shown, strict=True):
         for at, panel in zip(line, panels, strict=True):
@@ -54,37 +58,49 @@ def draw_comparison(run: Run, target: Path) -> str | None:
 
 
 def _quantities(rows: Sequence[Row], measures: Sequence[str]) -> list[str]:
-    """What is drawn: steps to the target, else accuracy, else loss; and the first measures."""
+    """What is drawn: steps and samples to the target, else accuracy, else loss; and the first measures."""
     known = {name for row in rows for name, told in row["numbers"].items() if told.get("mean") is not None}
     first = next((name for name in ("steps_to_target", "eval_accuracy", "eval_loss") if name in known), None)
-    return [*([first] if first else []), *[m for m in measures if m in known][:MOST_MEASURES]]
+    more = ["samples_to_target"] if first == "steps_to_target" else []
+    return [*([first, *more] if first else []), *[m for m in measures if m in known][:MOST_MEASURES]]
 
 
 def _along(rows: Sequence[Row], axes: Sequence[str]) -> str | None:
-    """The axis of numbers with the most values."""
+    """The axis with the most values that are numbers, two or more, and all but one of its values at least."""
     values = {axis: {row.get(axis) for row in rows} for axis in axes}
-    numeric = {a: v for a, v in values.items() if len(v) > 1 and not any(math.isnan(number(x)) for x in v)}
-    return max(numeric, key=lambda axis: len(numeric[axis]), default=None)
+    numeric = {axis: sum(not math.isnan(number(x)) for x in v) for axis, v in values.items()}
+    found = {axis: n for axis, n in numeric.items() if n > 1 and n >= len(values[axis]) - 1}
+    return max(found, key=lambda axis: found[axis], default=None)
 
 
 def _panel(row: Row, axes: Sequence[str], along: str | None) -> str:
-    parts = [f"{axis.rpartition('.')[2]} {row.get(axis)}" for axis in axes if axis != along]
-    return ", ".join([*parts, f"equal {str(row.get('equal')).replace('_', ' ')}"])
+    return ", ".join(f"{axis.rpartition('.')[2]} {row.get(axis)}".replace("_", " ") for axis in axes if axis != along)
 
 
 def _curves(at: Any, rows: Sequence[Row], methods: Sequence[str], along: str, name: str) -> None:
-    xs = sorted({float(row[along]) for row in rows})
+    xs = sorted({x for row in rows if not math.isnan(x := number(row[along]))})
     logarithmic = xs[0] > 0 and xs[-1] > SPREAD * xs[0]
+    words = list(dict.fromkeys(str(row[along]) for row in rows if math.isnan(number(row[along]))))
+    aside = [xs[-1] * (xs[-1] / xs[0]) ** ASIDE if logarithmic else xs[-1] + ASIDE * (xs[-1] - xs[0]) for _ in words]
+    place = {str(x): x for x in xs} | dict(zip(words, aside, strict=True))
     for i, method in enumerate(methods):
-        points = [(float(r[along]), *_number(r, name), _of_all(r, name)) for r in rows if r["method"] == method]
+        points = [
+            (place.get(str(r[along]), number(r[along])), *_number(r, name), _of_all(r, name))
+            for r in rows if r["method"] == method
+        ]  # fmt: skip
         points = sorted(point for point in points if not math.isnan(point[1]))
         shift = DODGE * (i - (len(methods) - 1) / 2)
         wide = (xs[-1] / xs[0]) ** shift if logarithmic else shift * (xs[-1] - xs[0])
         x = [p[0] * wide if logarithmic else p[0] + wide for p in points]
         at.errorbar(
             x, [p[1] for p in points], yerr=[[p[1] - p[2] for p in points], [p[3] - p[1] for p in points]],
-            label=plain(method, 30), color=CYCLE[i % len(CYCLE)], marker=MARKERS[i % len(MARKERS)], markersize=4,
-            linewidth=1.2, elinewidth=0.9, capsize=2, linestyle="-" if i < len(CYCLE) else "--",
+            color=CYCLE[i % len(CYCLE)], marker=MARKERS[i % len(MARKERS)], markersize=4, elinewidth=0.9, capsize=2,
+            linestyle="",
+        )  # fmt: skip
+        line = [(x, p[1]) for x, p in zip(x, points, strict=True) if p[0] <= xs[-1]]  # not to what is no number
+        at.plot(
+            [x for x, _ in line], [y for _, y in line], label=plain(method, 30), color=CYCLE[i % len(CYCLE)],
+            marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.2, linestyle="-" if i < len(CYCLE) else "--",
         )  # fmt: skip
         at.plot(  # open: some runs have no such number
             [x for x, p in zip(x, points, strict=True) if not p[4]], [p[1] for p in points if not p[4]], linestyle="",
@@ -93,7 +109,7 @@ def _curves(at: Any, rows: Sequence[Row], methods: Sequence[str], along: str, na
         )  # fmt: skip
     if logarithmic:
         at.set_xscale("log", base=2)
-    at.set_xticks(xs, [short(x) for x in xs])
+    at.set_xticks([*xs, *aside], [*(f"{x:,g}" for x in xs), *(plain(word, 12) for word in words)])
     at.minorticks_off()
     at.set_xlabel(plain(along.replace("_", " "), 40), fontsize=9)
     at.tick_params(labelsize=8)
