@@ -89,7 +89,7 @@ def sam(
     if step % every:
         return loss, g
     if precondition != "none":
-        q = {n: v / root for (n, v), root in zip(g.items(), adams_root(model, g, more["optimizer"]), strict=True)}
+        q = {n: v / root for (n, v), root in zip(g.items(), adams_root(model, g, **more), strict=True)}
         square = sum(float((v * (v if precondition == "adam" else g[n])).double().sum()) for n, v in q.items())
         e = {n: rho * v / (math.sqrt(square) + 1e-12) for n, v in q.items()}
         return loss, at(model, e, lambda: gradient(model, units, by_samples(units)))[1]
@@ -106,8 +106,13 @@ def sam(
     return loss, at(model, e, lambda: gradient(model, units, by_samples(units)))[1]
 
 
-def adams_root(model: nn.Module, g: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What Adam would divide by in a step with g: sqrt((b2 v + (1 - b2) g^2) / (1 - b2^t)) + 1e-8 (Kingma and Ba)."""
+def adams_root(
+    model: nn.Module, g: dict[str, Tensor], optimizer: torch.optim.Optimizer, clip: float = 0.0, **_: Any
+) -> list[Tensor]:
+    """What Adam would divide by in a step with g, clipped: sqrt((b2 v + (1 - b2) g^2) / (1 - b2^t)) + 1e-8 (Kingma and
+    Ba)."""
+    if clip:
+        g = {n: v * min(clip / (norm(list(g.values())) + 1e-6), 1.0) for n, v in g.items()}
     [group], out = optimizer.param_groups, []
     b2 = group["betas"][1]
     for n, p in trained(model).items():
@@ -207,7 +212,9 @@ def run(
             _before_last[:] = [look, lambda: None]
         else:
             look()
-        loss, g = loop(model, units, step, seen / total, **hyperparameters, memory=memory, optimizer=optimizer)
+        loss, g = loop(
+            model, units, step, seen / total, **hyperparameters, memory=memory, optimizer=optimizer, clip=clip
+        )
         used = {n for n, p in trained(model).items() if p.grad is not None}
         for n, p in trained(model).items():
             p.grad = g[n] if n in used else None
