@@ -168,6 +168,6 @@ def refuse_strided(name: str, t: Tensor) -> None:
         "call model.to(memory_format=torch.contiguous_format) before it is trained, and leave channels_last to the "
         "inputs."
         if t.dim() in (4, 5)  # torch gives a memory format to nothing else
-        else "set p.data = p.data.contiguous() before it is trained."
+        else "build the module with torch.nn.Parameter(p.detach().contiguous()) in its place."
     )
     raise Unsupported(f"parameter {name} is not contiguous (strides {tuple(t.stride())}); {fix}")
