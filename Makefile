@@ -10,6 +10,7 @@ INSTALLED := $(VENV)/.installed
 LANES ?= 4
 ALL_RESULTS ?= benchmarks/results/test-all.jsonl
 GPU_PYTHON ?= python3
+GPU_LANES ?= 4
 GPU_TESTS := tests/gpu tests/space/test_noise.py tests/space/test_basis.py tests/api/test_synchronisations.py \
 	tests/elastic/memory/test_download.py tests/training/building/test_placement.py
 CHAOS_EVENTS ?= 200
@@ -74,7 +75,7 @@ bench-elastic: $(INSTALLED)  ## seconds from a kill or a join to the next step, 
 	$(BIN)/python -m benchmarks.run elastic elastic_layer membership_simulation
 
 test-gpu:  ## laws and contracts on a CUDA device, by the Python that is there: about 8 minutes
-	TESTS_ON=$${TESTS_ON:-cuda} $(GPU_PYTHON) -m pytest -n 4 -m gpu $(GPU_TESTS)
+	TESTS_ON=$${TESTS_ON:-cuda} $(GPU_PYTHON) -m pytest -n $(GPU_LANES) -m gpu $(GPU_TESTS)
 
 bench-gpu:  ## steps, noise, products and host versions on a CUDA device; writes benchmarks/results
 	$(GPU_PYTHON) -m benchmarks.run device noise

@@ -46,7 +46,7 @@ class Size:
 
 TOY = Size(16, 1, 32, 2, 32, 8, 2, pairs=2)
 CPU = Size(384, 4, 1024, 6, 4096, 256, 8)
-GPU = Size(1024, 24, 2736, 16, 32_000, 1024, 8, bf16=True, pairs=25)
+GPU = Size(1024, 24, 2736, 16, 32_000, 1024, 8, bf16=True, pairs=15)
 LARGE = Size(2048, 18, 5504, 16, 32_000, 1024, 8, bf16=True, pairs=9)
 SIZES = {"toy": TOY, "cpu": CPU, "gpu": GPU, "large": LARGE}
 

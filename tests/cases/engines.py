@@ -200,6 +200,8 @@ def optimizer(name: str) -> Callable[[Any], torch.optim.Optimizer]:
             return lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-3)
         case "undecayed":
             return lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9)
+        case "fused" | "capturable":
+            return lambda params: torch.optim.AdamW(params, lr=1e-2, **{name: True})
         case _:
             return lambda params: torch.optim.AdamW(params, lr=1e-2)
 
