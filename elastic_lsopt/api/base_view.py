@@ -63,35 +63,39 @@ def refuse_maximized(
             )
 
 
+def refuse_lacking(method: Method, base: torch.optim.Optimizer | None) -> None:
+    """Raise UserError where the base has not what the method needs."""
+    update = updates_of(base)
+    for need in sorted(getattr(method, "needs", ())):
+        for group in base.param_groups if base is not None else ():
+            if not _has(need, group, update.rule_of(group) if update is not None else type(base)):
+                kind = group["update"] if update is not None else type(base).__name__
+                without = " without momentum" if need == "momentum" and "momentum" in group else ""
+                raise UserError(
+                    f"{type(method).__name__} needs {WORDS[need]}, and the base is {kind}{without}; {FIX[need]}."
+                )
+
+
+def _has(need: Need, group: Mapping[str, Any], rule: Any) -> bool:
+    if not is_torch(rule):
+        key = {"momentum": "first_moment", "second_moment": "second_moment"}.get(need, "")
+        return bool(getattr(rule, key, "")) and (need != "second_moment" or "betas" in group)
+    adams = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
+    match need:
+        case "momentum":
+            return issubclass(rule, (*adams, torch.optim.Adamax)) or group.get("momentum", 0) > 0
+        case "second_moment":
+            return issubclass(rule, (*adams, torch.optim.RMSprop, torch.optim.Adagrad))
+        case _:
+            return rule is torch.optim.SGD
+
+
 class BaseView:
-    """The base of a backend as a `Base`; see there. Raises UserError from `refuse` where it lacks what is needed."""
+    """The base of a backend as a `Base`; see there."""
 
     def __init__(self, backend: Backend, space: ParameterSpace) -> None:
         self._backend, self._space = backend, space
         self._update = updates_of(backend.base)
-
-    def refuse(self, name: str, needs: frozenset[Need]) -> None:
-        """Raise UserError where the base has not what the method of that name needs."""
-        for need in sorted(needs):
-            for group in self._backend.param_groups:
-                if not self._has(need, group):
-                    kind = group["update"] if self._update is not None else type(self._backend.base).__name__
-                    without = " without momentum" if need == "momentum" and "momentum" in group else ""
-                    raise UserError(f"{name} needs {WORDS[need]}, and the base is {kind}{without}; {FIX[need]}.")
-
-    def _has(self, need: Need, group: Mapping[str, Any]) -> bool:
-        rule = self._update.rule_of(group) if self._update is not None else type(self._backend.base)
-        if not is_torch(rule):
-            key = {"momentum": "first_moment", "second_moment": "second_moment"}.get(need, "")
-            return bool(getattr(rule, key, "")) and (need != "second_moment" or "betas" in group)
-        adams = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
-        match need:
-            case "momentum":
-                return issubclass(rule, (*adams, torch.optim.Adamax)) or group.get("momentum", 0) > 0
-            case "second_moment":
-                return issubclass(rule, (*adams, torch.optim.RMSprop, torch.optim.Adagrad))
-            case _:
-                return rule is torch.optim.SGD
 
     def momentum(self) -> Vector:
         return Vector(self._space, [m if m is not None else torch.zeros_like(w) for w, m, _ in self._kept(FIRST)])

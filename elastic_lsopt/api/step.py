@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from elastic_lsopt.api.base_view import BaseView, refuse_maximized
+from elastic_lsopt.api.base_view import BaseView, refuse_lacking, refuse_maximized
 from elastic_lsopt.api.saved_state import Laid, go_on, load, saved
 from elastic_lsopt.averages.average import FAMILY as AVERAGES
 from elastic_lsopt.averages.average import Average
@@ -71,7 +71,7 @@ class LandscapeStep:
         for kind in (MethodFamily(self.method), *self.kept):
             self.add(Kept(kind, self.space))
         self._base = BaseView(self.backend, self.space)
-        self._base.refuse(type(self.method).__name__, frozenset(getattr(self.method, "needs", ())))
+        refuse_lacking(self.method, self.backend.base)
         self._update = updates_of(self.backend.base)
         refuse_mover(self.method, self._update, steps_base=self.steps_base)
         for family in self._update.bind(self.space, self.backend.parameters) if self._update is not None else ():

@@ -71,7 +71,7 @@ def plan_job(path: str, overrides: Sequence[str], asked: Asked) -> int:
         if code:
             raise UserError(f"{next(iter(code.values()))} is code of the job's own; --trust runs it, to know its size.")
         worlds = worlds_of(job.config, given)
-        looked = look_at_model(job.config)
+        looked = look_at_model(job.config, job.method)
         gpu = _on_gpu(device_bytes)
         parts = job.method.parts
         ours = [on_world(job.config, looked, world, parts=parts, gpu=gpu, speed=speed) for world in worlds]

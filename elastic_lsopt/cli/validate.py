@@ -69,7 +69,7 @@ def validate(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = F
         cut = _cut(job)
         plans = _plans(job)
         code = {} if trust else foreign_code(job.config)
-        looked = look_at_model(job.config) if "model.import" not in code else None
+        looked = look_at_model(job.config, job.method) if "model.import" not in code else None
     worlds = [w for w in sorted({*WORLDS, job.config.workers}) if w % 2 == 0 or not in_halves(job.config)]
     console = console_of_tables()
     parameters = f"{said_of_size(looked.size)}, " if looked is not None else ""

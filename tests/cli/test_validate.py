@@ -182,6 +182,26 @@ def test_a_wrong_value_is_one_line_that_names_its_place(capsys, override, says):
     assert message.startswith("elastic-lsopt: ") and ("command line" in message or f"{QUICKSTART}:" in message)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["landscape={method: momentum_sam}", "optim=sgd", "momentum=0"],
+            "MomentumSAM needs a base that keeps momentum",
+        ),
+        (["landscape={method: sam, precondition: adam}", "optim=sgd"], "SAM needs a base that keeps second moments"),
+        (["landscape={method: momentum_sam}", "optim=sophia_h"], None),
+        (["landscape={method: momentum_sam}", "optim=adamw"], None),
+    ],
+    ids=str,
+)
+def test_a_base_that_lacks_what_the_method_needs(capsys, overrides, says):
+    if says is None:
+        run(capsys, QUICKSTART, *overrides)
+    else:
+        assert says in refusal(capsys, QUICKSTART, *overrides)
+
+
 def test_a_methods_field_names_the_line_of_the_file(capsys, tmp_path):
     text = Path(QUICKSTART).read_text().replace("rho: 0.05", "rhoo: 0.05")
     path = tmp_path / "job.yaml"

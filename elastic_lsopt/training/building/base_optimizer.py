@@ -142,7 +142,8 @@ def base_of(config: TrainConfig, model: nn.Module) -> Callable[[Any], torch.opti
         if alone is not None and is_torch(alone):
             plain = [{k: v for k, v in group.items() if k != "update"} for group in groups.values()]
             make, shared = cast(Any, alone), _options(config, next(iter(own)))
-            if alone in FUSED and not CHOSEN & shared.keys():
+            real = not any(p.is_meta for group in plain for p in group["params"])  # nothing is stepped there
+            if alone in FUSED and real and not CHOSEN & shared.keys():
                 shared["fused"] = True  # a third of the time of torch's default on a CPU
             return make(plain, lr=config.learning_rate, **shared)  # what a class reads when it is made, and no group
         return UpdateOptimizer(list(groups.values()), lr=config.learning_rate)

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import torch
 
+from elastic_lsopt.api.base_view import refuse_lacking
 from elastic_lsopt.config.import_paths import import_paths
-from elastic_lsopt.config.settings import TrainConfig
+from elastic_lsopt.config.settings import SettingError, TrainConfig
+from elastic_lsopt.errors import UserError
+from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.training.building.base_optimizer import base_of
 from elastic_lsopt.training.building.engines import loss_of
 from elastic_lsopt.training.building.models import apply_activation_checkpointing, blocks, build_model
@@ -31,15 +34,15 @@ class Looked:
     why: str = ""
 
 
-def look_at_model(config: TrainConfig, *, passes: bool = True) -> Looked:
+def look_at_model(config: TrainConfig, method: Method | None = None, *, passes: bool = True) -> Looked:
     """Build the job's model without weights and, for `passes`, count a micro-batch's pass.
 
-    Neither a GPU nor data nor a process group is needed. Raises SettingError for a model that cannot be built, and for
-    a rule of `param_groups` that no parameter takes.
+    Neither a GPU nor data nor a process group is needed. Raises SettingError for a model that cannot be built, for a
+    rule of `param_groups` that no parameter takes, and for a base that lacks what the method needs.
     """
     model = build_model(config, vocabulary_size=_rows(config), device="meta")
     if not any(key.startswith(("optim", "param_groups")) for key, _ in import_paths(config)):
-        base_of(config, model)
+        _refuse_base(method, base_of(config, model)(model.parameters()))
     repeated = blocks(model)
     size = ModelSize.of(model, repeated)
     if not passes:
@@ -58,6 +61,14 @@ def look_at_model(config: TrainConfig, *, passes: bool = True) -> Looked:
     more = len(repeated) - len(few)
     gradient = (dtype or torch.float32).itemsize * size.blocks[AGAIN].trained if more else 0
     return Looked(size, with_more_blocks(moments, more, gradient))
+
+
+def _refuse_base(method: Method | None, base: torch.optim.Optimizer) -> None:
+    try:
+        if method is not None:
+            refuse_lacking(method, base)
+    except UserError as error:
+        raise SettingError("optim", str(error)) from None
 
 
 def microbatch_of(config: TrainConfig) -> Shapes:
