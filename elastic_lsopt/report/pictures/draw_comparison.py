@@ -19,8 +19,12 @@ SPREAD = 20.0
 """Largest over smallest value from which an axis is logarithmic."""
 DODGE = 0.012
 """Between the methods' marks, as a share of the axis: intervals do not lie on each other."""
+ROOM = 1.6
+"""Below the least and above the largest mean, where an axis is logarithmic."""
 ASIDE = 0.2
 """From the last number of an axis to a label that is none, as a share of the axis."""
+LABEL_INCHES, LINE_INCHES = 0.065, 0.55
+"""Of the legend: a letter of a label, and the line before it."""
 Row = dict[str, Any]
 
 
@@ -38,7 +42,8 @@ def draw_comparison(run: Run, target: Path) -> str | None:
     panels = list(dict.fromkeys(_panel(row, axes, along) for row in rows))
     methods = list(dict.fromkeys(str(row["method"]) for row in rows))
     tall = 2.9 if along else max(2.4, 0.9 + 0.28 * len(methods))
-    figure = canvas(max(6.5, 3.3 * len(panels)), tall * len(shown) + 0.8)
+    wide = max(6.5, 3.3 * len(panels))
+    figure = canvas(wide, tall * len(shown) + 0.8)
     grid = figure.subplots(len(shown), len(panels), squeeze=False, sharey="row" if along else False)
     for line, name in zip(grid, shown, strict=True):
         for at, panel in zip(line, panels, strict=True):
@@ -48,7 +53,8 @@ def draw_comparison(run: Run, target: Path) -> str | None:
         (line[0].set_ylabel if along else line[0].set_xlabel)(plain(TITLES.get(name, name), 40), fontsize=9)
     if along:
         handles, labels = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8, frameon=False)
+        columns = max(1, min(len(labels), int(wide / (LABEL_INCHES * max(map(len, labels)) + LINE_INCHES))))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     save(figure, target)
     runs, failed = (sum(int(number(row.get(key))) for row in rows) for key in ("runs", "failed"))
     share = number(told.get("confidence"))
@@ -112,10 +118,12 @@ def _curves(at: Any, rows: Sequence[Row], methods: Sequence[str], along: str, na
     at.set_xticks([*xs, *aside], [*(f"{x:,g}" for x in xs), *(plain(word, 12) for word in words)])
     at.minorticks_off()
     at.set_xlabel(plain(along.replace("_", " "), 40), fontsize=9)
-    at.tick_params(labelsize=8)
+    at.tick_params(which="both", labelsize=8)
     values = [v for r in rows if not math.isnan(v := _number(r, name)[0])]
-    if values and min(values) > 0 and max(values) > SPREAD * min(values):
+    counted = name.endswith("_to_target")
+    if values and min(values) > 0 and (counted or max(values) > SPREAD * min(values)):
         at.set_yscale("log")
+        at.set_ylim(min(values) / ROOM, max(values) * ROOM)  # an interval may reach below what a logarithm shows
 
 
 def _marks(at: Any, rows: Sequence[Row], methods: Sequence[str], name: str) -> None:
