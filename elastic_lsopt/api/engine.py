@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic_lsopt.api.consensus import Consensus
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.detect import backend_for
@@ -49,6 +50,7 @@ class Engine:
         seed: int = 0,
         total_samples: int | None = None,
         keep: Sequence[Stateful] = (),
+        consensus: Consensus | None = None,
     ) -> None:
         assert backend.module is not None
         self.backend = backend
@@ -57,7 +59,14 @@ class Engine:
             raise UserError(f"{type(method).__name__} needs the logits: {NO_LOGITS}")
         clock = SampleClock(total_samples=total_samples)
         LandscapeStep.refuse_unknown_length(method, keep, clock)
-        self._landscape = LandscapeStep(backend, method, seed, clock, kept=keep, deals=True)
+        self.consensus = consensus
+        """How this replica and others pull on each other; None: each step is all replicas'."""
+        kept = [*keep, *(consensus.keep if consensus is not None else ())]
+        self._landscape = LandscapeStep(
+            backend, method, seed, clock, kept=kept, deals=True, alone=consensus is not None
+        )
+        if consensus is not None:
+            consensus.bind(self._landscape)
         self._oracle = HalvesOracle if getattr(method, "halves", False) else MicroBatchOracle
         if (update := updates_of(backend.base)) is not None:
             refuse_unseen(update.looking(), self.loss)
@@ -177,7 +186,11 @@ class Engine:
                 self.space.copies.refuse_stale("a step")
                 self._refuse_other_parameters()
                 oracle = self._oracle_of(self._oracle, microbatches)
+                if self.consensus is not None:
+                    self.consensus.before_step(oracle)
                 self.last_step = self._landscape.take(oracle, oracle.samples)
+                if self.consensus is not None:
+                    self.consensus.after_step(self.last_step.samples)
         finally:
             self._inside = False
         return self.last_step.loss

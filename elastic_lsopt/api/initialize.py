@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from elastic_lsopt.api.consensus import Consensus
 from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.api.json_base import Base, base_of
 from elastic_lsopt.backends.backend import Backend
@@ -33,6 +34,7 @@ def initialize(
     max_grad_norm: float | None = None,
     keep: Sequence[Stateful] = (),
     fill: Callable[[Backend], None] | None = None,
+    consensus: Consensus | None = None,
 ) -> Engine:
     """A DeepSpeed engine whose `train_batch(microbatches)` is one landscape-aware step (collective).
 
@@ -65,7 +67,9 @@ def initialize(
     bf16 = bool(given.get("bf16", {}).get("enabled", False))
     given = engine_json(given, world=start_distributed(), max_grad_norm=limit, bf16=bf16)
     backend = start_engine(model, base, given, fill)
-    return Engine(backend, chosen, loss_fn=loss_fn, seed=seed, total_samples=total_samples, keep=keep)
+    return Engine(
+        backend, chosen, loss_fn=loss_fn, seed=seed, total_samples=total_samples, keep=keep, consensus=consensus
+    )
 
 
 def clipping(in_json: Any, argument: float | None) -> float:

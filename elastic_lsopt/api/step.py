@@ -52,6 +52,9 @@ class LandscapeStep:
     steps_base: bool = True
     """False: who holds the base optimizer clips and steps it himself, with the gradient that is in `.grad` then."""
 
+    alone: bool = False
+    """Replicas meet now and then, and a step is this replica's alone."""
+
     deals: bool = False
     """Who holds this takes whole micro-batches, which may be dealt to both halves of the ranks."""
 
@@ -167,7 +170,7 @@ class LandscapeStep:
         oracle.moves_buffers = True
         report = self._take(oracle, samples)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
-        if self.backend.replicas > 1:
+        if self.backend.replicas > 1 and not self.alone:
             report, samples = self._of_the_job(report)
         self.clock = self.clock.advanced(samples)
         report = replace(report, clock=self.clock)
@@ -198,7 +201,7 @@ class LandscapeStep:
         """
         new = LandscapeStep(
             backend, self.method, self.seed, self.clock, self.skipped_steps, kept=self.kept, steps_base=self.steps_base,
-            deals=self.deals,
+            deals=self.deals, alone=self.alone,
         )  # fmt: skip
         new._warned, new._looked = self._warned, self._looked
         for name, family in self.families.items():
@@ -253,6 +256,8 @@ class LandscapeStep:
                     raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")
                 if move is not None:
                     move(space, gradient, self._base, self.clock, self.state)
+                for kept in self._watching():
+                    kept.kind.move(space, kept.state)
                 if self._update is not None:
                     self._update.take(self._clipped(gradient, norm), self.backend.unmoved())
                 if self.steps_base:

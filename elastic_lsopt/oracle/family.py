@@ -74,6 +74,9 @@ class Stateful:
     def before_step(self, space: ParameterSpace, gradient: Vector, samples: int, state: State) -> None:
         """Called with the gradient of a step on `samples` samples."""
 
+    def move(self, space: ParameterSpace, state: State) -> None:
+        """Called just before the base steps: may move `space.weights` itself, in place."""
+
     def after_step(self, space: ParameterSpace, report: StepReport, state: State) -> None:
         """Called when the base has stepped."""
 

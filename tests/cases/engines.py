@@ -218,6 +218,7 @@ def build(
     zero: dict[str, Any] | None = None,
     bf16: bool = False,
     keep: Sequence[Any] = (),
+    consensus: Any = None,
 ) -> lso.Engine:
     """An engine of that kind around `model` (which becomes the engine's own)."""
     make = optimizer(base) if isinstance(base, str) else base
@@ -231,7 +232,7 @@ def build(
         }
         return lso.initialize(
             model=model, config=config, method=method, base=make, loss_fn=loss_fn, total_samples=total_samples,
-            keep=keep,
+            keep=keep, consensus=consensus,
         )  # fmt: skip
     if kind == "ddp":
         model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
@@ -239,7 +240,7 @@ def build(
         model = sharded(kind, model, bf16)
     named = (model.module if kind == "ddp" else model).named_parameters()
     backend = backend_for(model, make([(n, p) for n, p in named if p.requires_grad]), max_grad_norm=clip)
-    return lso.Engine(backend, method, loss_fn=loss_fn, total_samples=total_samples, keep=keep)
+    return lso.Engine(backend, method, loss_fn=loss_fn, total_samples=total_samples, keep=keep, consensus=consensus)
 
 
 def offload(kind: str) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""One exchange: what a rule of consensus asks of the other replicas, over peers and in a format.
+
+In few bits only differences travel, because a whole weight's rounding would be larger than a step. Points are told as
+their differences from a reference that all members have alike: the last mean that they have formed together. What
+rounding keeps back is added to what is told the next time (error feedback), so that nothing is lost, only late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from elastic_lsopt.backends.peers.formats import AsTheyAre, Format
+from elastic_lsopt.backends.peers.peers import Peers
+from elastic_lsopt.oracle.method import State
+from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.vector import Vector
+
+LEFT, REFERENCE = "left", "reference"
+"""In the state of the format: what rounding has kept back, and what all members have alike."""
+EXACT = AsTheyAre()
+
+
+class Exchange:
+    """`Replicas` of one meeting. What it learns takes effect in `commit`, after all have agreed that it went well.
+
+    `sum_replica` sums in place over this replica's ranks. Memory: a Vector while it travels; few bits keep two.
+    """
+
+    def __init__(
+        self, space: ParameterSpace, peers: Peers, form: Format, *, number: int, first: bool, samples: tuple[int, ...],
+        last: int, kept: State, alike: bool, sum_replica: Callable[[Tensor], Tensor],
+    ) -> None:  # fmt: skip
+        self.number, self.members, self.samples, self.last = number, peers.members, samples, last
+        self._space, self._peers, self._form, self._kept, self._alike = space, peers, form, kept, alike
+        self._first, self._sum_replica = first, sum_replica
+        self._left: Vector | None = None
+        self._mean: Vector | None = None
+        self._gram: Tensor | None = None
+
+    @property
+    def place(self) -> int:
+        return self.members.index(self.number)
+
+    def numbers(self, *own: float) -> Tensor:
+        return self._of_all(self._peers.numbers(torch.tensor(own, dtype=torch.float64)))
+
+    def mean(self, points: Vector, shares: Sequence[float] | Sequence[Sequence[float]] | None = None) -> Vector:
+        if shares is None:
+            total = sum(self.samples)
+            shares = [s / total if total else 1 / len(self.members) for s in self.samples]
+        reference = self._kept.get(REFERENCE)
+        if self._form.exact or not (self._alike and isinstance(reference, Vector)):
+            mean = self._reduced(points.clone(), shares, EXACT)
+        else:
+            mean = self._reduced(points - reference, shares, self._form).add_(reference)
+        self._mean = mean
+        return mean
+
+    def sum(self, differences: Vector, share: float = 1.0) -> Vector:
+        return self._reduced(differences.clone(), [share] * len(self.members), self._form)
+
+    def of(self, points: Vector, leader: int, among: Sequence[int] | None = None) -> Vector:
+        parts, place = self._peers.packed(points), self.members.index(leader)
+        if among is None or len(among) == len(self.members):
+            return self._peers.unpacked(self._peers.from_leader(parts, place), self._space)
+        others = [self.members.index(m) for m in among if m != leader]
+        return self._peers.unpacked(self._peers.handed_on(parts, place, others), self._space)
+
+    def swapped(self, points: Vector, neighbours: Sequence[int]) -> Mapping[int, Vector]:
+        found = self._peers.swapped(self._peers.packed(points), [self.members.index(n) for n in neighbours])
+        return {n: self._peers.unpacked(parts, self._space) for n, parts in zip(neighbours, found, strict=True)}
+
+    def gram(self, points: Vector) -> Tensor:
+        if self._gram is None:
+            self._reduced(points.clone(), [1 / len(self.members)] * len(self.members), EXACT)
+        assert self._gram is not None
+        return self._gram
+
+    def commit(self) -> None:
+        """Keep what the format needs the next time."""
+        if self._left is not None:
+            self._kept[LEFT] = self._left
+        if self._mean is not None and not self._form.exact:
+            self._kept[REFERENCE] = self._mean.clone()
+
+    def _reduced(self, told: Vector, shares: Sequence[float] | Sequence[Sequence[float]], form: Format) -> Vector:
+        """The sum of all members' `told` times their shares; `told` is overwritten."""
+        own = shares[self.place]
+        told.mul_each_(own) if isinstance(own, Sequence) else told.mul_(own)
+        if not form.exact and isinstance(left := self._left or self._kept.get(LEFT), Vector):
+            told.add_(left)
+        of_each = [s for s in shares if not isinstance(s, Sequence)]
+        known = of_each if len(of_each) == len(shares) and all(of_each) else None
+        sums, inner = self._peers.sums(self._peers.packed(told), form, shares=known)
+        if known is not None:
+            self._gram = self._of_all(self._peers.numbers(self._sum_replica(inner.reshape(-1)))).sum(0).view_as(inner)
+        if not form.exact:
+            self._left = self._peers.unpacked([s.left for s in sums if s.left is not None], self._space)
+        return self._peers.unpacked([s.value for s in sums], self._space)
+
+    def _of_all(self, rows: Tensor) -> Tensor:
+        """What the first rank of this replica has heard, on all its ranks."""
+        return self._sum_replica(rows if self._first else torch.zeros_like(rows))

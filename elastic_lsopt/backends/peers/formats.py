@@ -1,0 +1,101 @@
+"""In how many bits numbers travel between replicas, and what rounding leaves behind.
+
+    bits 32   as they are (fp64 too)         bits 16   bfloat16
+    bits 8, 4   q = round(x / s), |q| <= 127 or 7, s = max |x| of its block over 127 or 7
+    bits 2      q in {-3, -1, 1, 3} / 2 by the sizes |x| <> rms, s = <x, q> / <q, q>
+
+A block of 256 elements has one scale, in fp32: 8, 4 and 2 bits are 8.125, 4.125 and 2.125 an element. Every format
+makes an error no longer than the numbers themselves (of two bits because its scale is the projection of x on q, where
+one by the largest element would be far off), which is what error feedback needs to converge: Karimireddy, Rebjock,
+Stich, Jaggi: "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", ICML 2019, arXiv 1901.09847.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+"""Elements with one scale."""
+BITS = (32, 16, 8, 4, 2)
+
+
+class Format(Protocol):
+    """Rows of numbers as rows of bytes. Rows have a multiple of BLOCK elements."""
+
+    exact: bool
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """(R, n) numbers as (R, bytes) uint8."""
+        ...
+
+    def decode(self, received: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `encode` made of them, (R, n)."""
+        ...
+
+
+class AsTheyAre:
+    """The bytes of the numbers, or of their bfloat16."""
+
+    def __init__(self, narrow: torch.dtype | None = None) -> None:
+        self._narrow, self.exact = narrow, narrow is None
+
+    def encode(self, rows: Tensor) -> Tensor:
+        return (rows if self._narrow is None else rows.to(self._narrow)).contiguous().view(torch.uint8)
+
+    def decode(self, received: Tensor, dtype: torch.dtype) -> Tensor:
+        return received.view(dtype if self._narrow is None else self._narrow).to(dtype)
+
+
+class Blocks:
+    """Whole numbers of 8, 4 or 2 bits, and a scale per block before them."""
+
+    exact = False
+
+    def __init__(self, bits: int) -> None:
+        self.bits, self.most = bits, {8: 127, 4: 7, 2: 3}[bits]
+
+    def encode(self, rows: Tensor) -> Tensor:
+        blocks = rows.float().view(rows.shape[0], -1, BLOCK)
+        codes, scales = self._two_bits(blocks) if self.bits == 2 else self._whole(blocks)
+        packed = self._packed(codes.view(rows.shape[0], -1))
+        return torch.cat([scales.contiguous().view(torch.uint8).view(rows.shape[0], -1), packed], dim=1)
+
+    def decode(self, received: Tensor, dtype: torch.dtype) -> Tensor:
+        blocks = received.shape[1] // (4 + BLOCK * self.bits // 8)
+        scales = received[:, : 4 * blocks].contiguous().view(torch.float32)
+        codes = self._unpacked(received[:, 4 * blocks :]).view(received.shape[0], blocks, BLOCK)
+        return (codes * scales[:, :, None]).view(received.shape[0], -1).to(dtype)
+
+    def _whole(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        scales = blocks.abs().amax(2) / self.most
+        codes = (blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]).round_()
+        return codes.clamp_(-self.most, self.most).add_(self.most).to(torch.uint8), scales
+
+    def _two_bits(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        large = blocks.abs() > blocks.square().mean(2, keepdim=True).sqrt()
+        halves = torch.where(large, 3.0, 1.0) * torch.where(blocks < 0, -1.0, 1.0)  # twice q
+        scales = (blocks * halves).sum(2) / halves.square().sum(2)
+        return halves.add_(3).div_(2).to(torch.uint8), scales
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        """Several codes a byte, the first of them lowest."""
+        per_byte = 8 // self.bits
+        parts = codes.view(codes.shape[0], -1, per_byte)
+        out = parts[:, :, 0].clone()
+        for i in range(1, per_byte):
+            out |= parts[:, :, i] << (self.bits * i)
+        return out
+
+    def _unpacked(self, packed: Tensor) -> Tensor:
+        mask, per_byte = 2**self.bits - 1, 8 // self.bits
+        codes = torch.stack([(packed >> (self.bits * i)) & mask for i in range(per_byte)], dim=2)
+        codes = codes.view(packed.shape[0], -1).float()
+        return codes.mul_(2).sub_(3) if self.bits == 2 else codes.sub_(self.most)
+
+
+def format_of(bits: int) -> Format:
+    """The format of a number of bits: one of BITS."""
+    return AsTheyAre() if bits == 32 else AsTheyAre(torch.bfloat16) if bits == 16 else Blocks(bits)

@@ -1,0 +1,140 @@
+"""Who is at an exchange, and whether it went well: the same answer on every rank of every member, or none.
+
+    ready     the first rank of each replica says that it is there, with a report
+    in        who is in: the first of them to see all, or the deadline pass, writes it (compare-and-set)
+    …         collectives into buffers of their own
+    done      each member votes inside, because one rank's peers may be there and another's gone, and says how
+    verdict   "all" or "keep" (compare-and-set), by the first to hear of all, or of one that failed, or the deadline
+    then all commit what they have heard, or none does.
+
+[Note: one deadline] All of it has `timeout_s` together, from this replica's own arrival. A replica that is late finds a
+decision without itself, takes over the number and is in again at the next meeting. Numbers are the job's own and not a
+replica's count, or it would wait in meetings that are over.
+
+[Note: who is waited for] Those who were at the last meeting that went well, or who voted at one that did not. Others
+may come at any time and are taken in, but nobody waits for them: so a replica that hangs costs the deadline once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from elastic_lsopt.backends.agreement import gather_json
+
+LOOK_EVERY_S = 0.002
+LEAST_S = 0.05
+"""What is left for a phase that begins at the deadline."""
+KEPT = 2
+"""Meetings whose keys stay in the store: a late replica may still read them."""
+
+
+@dataclass(frozen=True)
+class Met:
+    """A meeting under way: its number in the job, who is in, and what each of them has reported."""
+
+    number: int
+    members: tuple[int, ...]
+    reports: Mapping[int, Any]
+
+
+class Meetings:
+    """One rank's part in the meetings of its replica with the others (every method is collective in the replica).
+
+    `inside` is a gloo group of the replica's own ranks (None: it has one). `store` is the job's; its own time limit is
+    that of a replica that has lost the store.
+    """
+
+    def __init__(
+        self, store: dist.Store, number: int, expected: Iterable[int], *, first: bool,
+        inside: dist.ProcessGroup | None, timeout_s: float,
+    ) -> None:  # fmt: skip
+        self._store, self.number, self._expected = store, number, set(expected)
+        self._first, self._inside, self.timeout_s = first, inside, timeout_s
+        self._end = 0.0
+
+    @property
+    def left(self) -> timedelta:
+        """Of this meeting's time."""
+        return timedelta(seconds=max(LEAST_S, self._end - time.monotonic()))
+
+    def begin(self, report: Any) -> Met | None:
+        """Say that this replica is there, and learn who is in; None where the others began without it."""
+        self._end = time.monotonic() + self.timeout_s
+        [told, *_] = gather_json(self._inside, self._begin(report) if self._first else None)
+        number, members, reports = told
+        if self.number not in members:
+            return None
+        return Met(number, tuple(members), dict(zip(members, reports, strict=True)))
+
+    def end(self, met: Met, *, well: bool) -> bool:
+        """Whether the meeting went well on every rank of every member; then, and only then, what was heard counts."""
+        [*votes] = gather_json(self._inside, well)
+        [verdict, *_] = gather_json(self._inside, self._end_of(met, all(votes)) if self._first else None)
+        return verdict == "all"
+
+    # -- the replica's first rank ------------------------------------------------------------------------------
+
+    def _begin(self, report: Any) -> list[Any]:
+        store = self._store
+        k = store.add("meetings", 0)
+        store.set(f"{k}/ready/{self.number}", json.dumps(report))
+        self._wait(lambda: store.check([f"{k}/in"]) or all(self._ready(k, r) for r in self._expected))
+        there = sorted(r for r in self._known() if self._ready(k, r))
+        if store.compare_set(f"{k}/in", "", mine := json.dumps([self.number, there])) == mine.encode():
+            store.add("meetings", 1)
+            self._forget(k - KEPT)
+        _, members = json.loads(store.get(f"{k}/in"))
+        return [k, members, [json.loads(store.get(f"{k}/ready/{r}")) for r in members]]
+
+    def _end_of(self, met: Met, well: bool) -> str:
+        store, k = self._store, met.number
+        store.set(f"{k}/done/{self.number}", "1" if well else "0")
+
+        def said() -> dict[int, bytes]:
+            return {r: store.get(key) for r in met.members if store.check([key := f"{k}/done/{r}"])}
+
+        self._wait(lambda: len(votes := said()) == len(met.members) or b"0" in votes.values())
+        votes = said()
+        all_well = len(votes) == len(met.members) and b"0" not in votes.values()
+        store.compare_set(f"{k}/verdict", "", "all" if all_well else "keep")
+        verdict = store.get(f"{k}/verdict").decode()
+        if verdict == "all":
+            self._expected = set(met.members)
+        else:  # who is alive says so within a moment: its own collective has failed too
+            time.sleep(LEAST_S)
+            self._expected = {*said(), self.number}
+        return verdict
+
+    def join(self) -> None:
+        """From now on this replica may be taken in, and is known by its number (its first rank alone)."""
+        while True:
+            before = self._store.get("replicas") if self._store.check(["replicas"]) else b""
+            known = {*json.loads(before or b"[]"), self.number}
+            after = json.dumps(sorted(known))
+            if self._store.compare_set("replicas", before.decode(), after) == after.encode():
+                return
+
+    def _known(self) -> list[int]:
+        return json.loads(self._store.get("replicas"))
+
+    def _ready(self, k: int, replica: int) -> bool:
+        return self._store.check([f"{k}/ready/{replica}"])
+
+    def _wait(self, over: Callable[[], bool]) -> None:
+        while not over() and time.monotonic() < self._end:
+            time.sleep(LOOK_EVERY_S)
+
+    def _forget(self, k: int) -> None:
+        if k >= 0:
+            for r in self._known():
+                for what in ("ready", "done"):
+                    self._store.delete_key(f"{k}/{what}/{r}")
+            for what in ("in", "verdict"):
+                self._store.delete_key(f"{k}/{what}")

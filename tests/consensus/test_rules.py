@@ -1,0 +1,29 @@
+"""Law 1 of consensus: replicas, sharded or not, drift and meet as whole models in one process do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.cases.consensus import HYPERPARAMETERS
+
+FRAMEWORK = [("ddp", [1, 1, 1]), ("fsdp2", [2, 1]), ("ddp", [1, 2]), ("fsdp2", [2, 2])]
+ZERO = [("zero2", [2, 2]), ("zero3", [2, 1]), ("zero1", [1, 2]), ("zero0", [2, 1])]
+
+
+@pytest.mark.parametrize("rule", HYPERPARAMETERS)
+@pytest.mark.parametrize("kind,sizes", FRAMEWORK, ids=str)
+def test_in_fp64(ranks: Any, kind: str, sizes: list[int], rule: str) -> None:
+    out = ranks(sum(sizes)).run("tests.cases.consensus:drift", kind=kind, sizes=sizes, rule=rule)
+    for rank, r in enumerate(out):
+        assert r["dw"] <= 1e-12 and r["dloss"] <= 1e-12, (rank, r)
+        assert [e[:3] for e in r["exchanges"]] == [[k, list(range(len(sizes))), True] for k in (0, 1)], (rank, r)
+        assert r["apart"] > 1e-4, "the replicas are alike: the test sees nothing"
+
+
+@pytest.mark.parametrize("rule", HYPERPARAMETERS)
+@pytest.mark.parametrize("kind,sizes", ZERO, ids=str)
+def test_under_zero(ranks: Any, kind: str, sizes: list[int], rule: str) -> None:
+    for r in ranks(sum(sizes)).run("tests.cases.consensus:drift", kind=kind, sizes=sizes, rule=rule, dtype="fp32"):
+        assert r["dw"] <= 2e-6 and r["dloss"] <= 2e-6 and r["apart"] > 1e-4, r
