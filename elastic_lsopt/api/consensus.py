@@ -91,6 +91,10 @@ class Consensus:
         """A step has ended, on so many samples."""
         self._since, self._samples = self._since + 1, self._samples + samples
 
+    def leave(self) -> None:
+        """This rank raised: its replica is no more, and the others need not wait for it."""
+        self._meetings.leave()
+
     def exchange(self, oracle: Oracle) -> Exchanged | None:
         """Meet the others now; None where they met without this replica."""
         met = self._meetings.begin({"samples": self._samples, "cut": self._cut})

@@ -62,9 +62,7 @@ class Engine:
         self.consensus = consensus
         """How this replica and others pull on each other; None: each step is all replicas'."""
         kept = [*keep, *(consensus.keep if consensus is not None else ())]
-        self._landscape = LandscapeStep(
-            backend, method, seed, clock, kept=kept, deals=True, alone=consensus is not None
-        )
+        self._landscape = LandscapeStep(backend, method, seed, clock, kept=kept, deals=True)
         if consensus is not None:
             consensus.bind(self._landscape)
         self._oracle = HalvesOracle if getattr(method, "halves", False) else MicroBatchOracle
@@ -191,6 +189,10 @@ class Engine:
                 self.last_step = self._landscape.take(oracle, oracle.samples)
                 if self.consensus is not None:
                     self.consensus.after_step(self.last_step.samples)
+        except Exception:
+            if self.consensus is not None:
+                self.consensus.leave()
+            raise
         finally:
             self._inside = False
         return self.last_step.loss

@@ -52,9 +52,6 @@ class LandscapeStep:
     steps_base: bool = True
     """False: who holds the base optimizer clips and steps it himself, with the gradient that is in `.grad` then."""
 
-    alone: bool = False
-    """Replicas meet now and then, and a step is this replica's alone."""
-
     deals: bool = False
     """Who holds this takes whole micro-batches, which may be dealt to both halves of the ranks."""
 
@@ -170,7 +167,7 @@ class LandscapeStep:
         oracle.moves_buffers = True
         report = self._take(oracle, samples)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
-        if self.backend.replicas > 1 and not self.alone:
+        if self.backend.groups.job.size > self.backend.groups.replica.size:
             report, samples = self._of_the_job(report)
         self.clock = self.clock.advanced(samples)
         report = replace(report, clock=self.clock)
@@ -201,7 +198,7 @@ class LandscapeStep:
         """
         new = LandscapeStep(
             backend, self.method, self.seed, self.clock, self.skipped_steps, kept=self.kept, steps_base=self.steps_base,
-            deals=self.deals, alone=self.alone,
+            deals=self.deals,
         )  # fmt: skip
         new._warned, new._looked = self._warned, self._looked
         for name, family in self.families.items():

@@ -102,10 +102,14 @@ def forget() -> None:
     _formed = None
 
 
-def form_replicas(store: dist.Store, rank: int, sizes: Sequence[int], timeout: timedelta) -> Groups:
+def form_replicas(
+    store: dist.Store, rank: int, sizes: Sequence[int], timeout: timedelta, *, apart: bool = False
+) -> Groups:
     """Replicas of these sizes, in the order of the job's ranks; this process is the job's `rank` (collective).
 
-    `store` is one that no other group has used. Gloo only: NCCL needs a device per rank and group.
+    `store` is one that no other group has used. `apart`: replicas that meet now and then, and share no step: each is
+    the whole job to itself, so that none waits for another or ends with it. Gloo only: NCCL needs a device per rank and
+    group.
     """
     global _formed  # noqa: PLW0603
     number = next(i for i in range(len(sizes)) if rank < sum(sizes[: i + 1]))
@@ -114,6 +118,9 @@ def form_replicas(store: dist.Store, rank: int, sizes: Sequence[int], timeout: t
     dist.init_process_group(
         "gloo", store=dist.PrefixStore(f"replica/{number}", store), rank=own, world_size=size, timeout=timeout
     )
+    if apart:
+        _formed = Groups(Group.default(), Group.default(), number, len(sizes))
+        return _formed
     through = dist.PrefixStore("job", store)
     job = gloo(dist.PrefixStore("steps", through), rank, sum(sizes), timeout)
     _formed = Groups(Group(rank, sum(sizes), job, through), Group.default(), number, len(sizes))

@@ -42,7 +42,7 @@ def drift(
     oracle.trained(plain, steps, owns, rule, tau, hyper, method, of_method)
     with away() as fresh:
         store = fresh()
-        form_replicas(dist.PrefixStore("groups", store), me, sizes, timedelta(seconds=30))
+        form_replicas(dist.PrefixStore("groups", store), me, sizes, timedelta(seconds=30), apart=True)
         consensus = Consensus(
             registry.build(rule, tau=tau, **hyper), dist.PrefixStore("consensus", store),
             replicas=tuple(range(len(sizes))), bits=bits, timeout_s=20.0,

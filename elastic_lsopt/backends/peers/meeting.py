@@ -12,7 +12,8 @@ decision without itself, takes over the number and is in again at the next meeti
 replica's count, or it would wait in meetings that are over.
 
 [Note: who is waited for] Those who were at the last meeting that went well, or who voted at one that did not. Others
-may come at any time and are taken in, but nobody waits for them: so a replica that hangs costs the deadline once.
+may come at any time and are taken in, but nobody waits for them: so a replica that hangs costs the deadline once. One
+that has lost a rank says so (`leave`) by any of the others, and costs nothing.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Meetings:
 
     def begin(self, report: Any) -> Met | None:
         """Say that this replica is there, and learn who is in; None where the others began without it."""
+        gather_json(self._inside, None)  # all of it is there, or it is not there at all
         self._end = time.monotonic() + self.timeout_s
         [told, *_] = gather_json(self._inside, self._begin(report) if self._first else None)
         number, members, reports = told
@@ -85,7 +87,7 @@ class Meetings:
         store = self._store
         k = store.add("meetings", 0)
         store.set(f"{k}/ready/{self.number}", json.dumps(report))
-        self._wait(lambda: store.check([f"{k}/in"]) or all(self._ready(k, r) for r in self._expected))
+        self._wait(lambda: store.check([f"{k}/in"]) or all(self._ready(k, r) or self._gone(r) for r in self._expected))
         there = sorted(r for r in self._known() if self._ready(k, r))
         if store.compare_set(f"{k}/in", "", mine := json.dumps([self.number, there])) == mine.encode():
             store.add("meetings", 1)
@@ -100,7 +102,7 @@ class Meetings:
         def said() -> dict[int, bytes]:
             return {r: store.get(key) for r in met.members if store.check([key := f"{k}/done/{r}"])}
 
-        self._wait(lambda: len(votes := said()) == len(met.members) or b"0" in votes.values())
+        self._wait(lambda: b"0" in (votes := said()).values() or all(r in votes or self._gone(r) for r in met.members))
         votes = said()
         all_well = len(votes) == len(met.members) and b"0" not in votes.values()
         store.compare_set(f"{k}/verdict", "", "all" if all_well else "keep")
@@ -112,8 +114,13 @@ class Meetings:
             self._expected = {*said(), self.number}
         return verdict
 
+    def leave(self) -> None:
+        """This replica is broken, and nobody need wait for it (any of its ranks; no communication inside)."""
+        self._store.set(f"gone/{self.number}", "1")
+
     def join(self) -> None:
         """From now on this replica may be taken in, and is known by its number (its first rank alone)."""
+        self._store.delete_key(f"gone/{self.number}")
         while True:
             before = self._store.get("replicas") if self._store.check(["replicas"]) else b""
             known = {*json.loads(before or b"[]"), self.number}
@@ -123,6 +130,9 @@ class Meetings:
 
     def _known(self) -> list[int]:
         return json.loads(self._store.get("replicas"))
+
+    def _gone(self, replica: int) -> bool:
+        return self._store.check([f"gone/{replica}"])
 
     def _ready(self, k: int, replica: int) -> bool:
         return self._store.check([f"{k}/ready/{replica}"])

@@ -1,0 +1,94 @@
+"""What a death or a silence at a named point of an exchange costs the others, and that none is averaged by halves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.processes.ranks import rank_environment
+from tests.processes.warm import ROOT, Popen
+
+DEADLINE_S = 1.0
+LIMIT_S = 60.0
+
+
+def lives(sizes: list[int], victim: int, turns: int = 6, kind: str = "fsdp2", **order: Any) -> list[dict[str, Any]]:
+    """Each rank's exit code, log and what it said of its turns; a victim that is stopped goes on after 2 s."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    processes = []
+    for rank in range(sum(sizes)):
+        own = {"rank": rank, "sizes": sizes, "port": store.port, "kind": kind, "turns": turns, "timeout_s": DEADLINE_S}
+        own |= order if rank == victim else {}
+        processes.append(
+            Popen(
+                [sys.executable, "-m", "tests.consensus.replica_process", json.dumps(own)], cwd=ROOT,
+                env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    if order.get("how") == "stop":
+        _wake(processes[victim].pid)
+    out, end = [], time.monotonic() + LIMIT_S
+    for process in processes:
+        try:
+            said, log = process.communicate(timeout=max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, log = process.communicate()
+            log += f"\nended by the test after {LIMIT_S} s"
+        out.append({"code": process.returncode, "log": log, "turns": [json.loads(s) for s in said.splitlines()]})
+    return out
+
+
+def _wake(pid: int) -> None:
+    """Wait until the process has stopped, and 2 s more."""
+    end = time.monotonic() + LIMIT_S / 2
+    while time.monotonic() < end:
+        with suppress(OSError), open(f"/proc/{pid}/stat") as stat:
+            if stat.read().rpartition(")")[2].split()[0] == "T":
+                time.sleep(2.0)
+                break
+        time.sleep(0.02)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
+def logs(out: list[dict[str, Any]]) -> str:
+    return "\n".join(f"rank {rank}: code {r['code']}, {r['turns']}\n{r['log'][-2000:]}" for rank, r in enumerate(out))
+
+
+@pytest.mark.parametrize("point", ["before", "decided", "inside", "between", "voting"])
+def test_a_death_costs_the_others_once(point: str) -> None:
+    """Replica 1 loses a rank in its third meeting; replicas 0 and 2 meet without it from then on."""
+    out = lives([2, 2, 1], victim=3, point=point, at=3, how="kill")
+    alive = [out[0], out[1], out[4]]
+    for r in alive:
+        assert r["code"] == 0 and len(r["turns"]) == 6, logs(out)
+        mets = [t["met"] for t in r["turns"] if t["met"]]
+        assert mets[1] == [1, [0, 1, 2], True] and mets[-1][1:] == [[0, 2], True], logs(out)
+        assert [m for m in mets if not m[2]] == ([] if point == "before" else [[2, [0, 1, 2], False]]), logs(out)
+    assert out[0]["turns"][-1]["at"] == out[1]["turns"][-1]["at"], "a replica is one"
+    usual = sorted(t["took_s"] for t in out[0]["turns"][1:3])[0]
+    slow = [t["took_s"] - usual for t in out[0]["turns"][3:] if t["took_s"] - usual > 0.3]
+    assert len(slow) <= 1 and all(s < DEADLINE_S + 0.3 for s in slow), logs(out)
+
+
+def test_a_silence_costs_the_deadline_once() -> None:
+    """… and who was silent is in again."""
+    out = lives([1, 1, 1], victim=1, turns=60, kind="ddp", point="decided", at=3, how="stop")
+    for r in out:
+        assert r["code"] == 0, logs(out)
+    first = out[0]["turns"]
+    mets = [t["met"] for t in first if t["met"]]
+    assert [m[1] for m in mets if not m[2]] == [[0, 1, 2]], logs(out)
+    assert mets[-1][1:] == [[0, 1, 2], True], logs(out)
+    assert sum(t["took_s"] > DEADLINE_S / 2 for t in first) == 1, logs(out)
