@@ -241,7 +241,10 @@ class LandscapeStep:
                 passes = getattr(self.method, "passes_at", lambda step: 1)(oracle.step)
                 oracle.observations = self._update.observations(oracle.step, passes, self._products)
             with space.copies.deferring():
-                gradient = oracle.install(self._of_the_method(oracle))
+                gradient = self._of_the_method(oracle)
+                for kept in self._watching():
+                    gradient = kept.kind.pulled(space, gradient, kept.state)
+                gradient = oracle.install(gradient)
                 norm = space.norm(gradient)
                 if not math.isfinite(norm):
                     raise NonFinite(f"step {oracle.step}: the norm of the method's gradient is {norm}")

@@ -10,7 +10,22 @@ rules = Registry(
     "rule of consensus",
     group="elastic_lsopt.consensus",
     ours={
-        **{name: f"{_HOME}.{name}" for name in ("local_sgd", "easgd", "dppf", "lsgd", "diloco")},
+        **{
+            name: f"{_HOME}.{name}"
+            for name in (
+                "local_sgd",
+                "easgd",
+                "eamsgd",
+                "parle",
+                "lsgd",
+                "al_dsgd",
+                "dppf",
+                "lsam",
+                "diloco",
+                "muloco",
+                "sparseloco",
+            )
+        },
         **dict.fromkeys(("mgrawa", "lgrawa"), f"{_HOME}.grawa"),
     },
     defines=("exchange", "settle"),

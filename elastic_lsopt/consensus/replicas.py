@@ -42,8 +42,11 @@ class Replicas(Protocol):
         """
         ...
 
-    def sum(self, differences: Vector, share: float = 1.0) -> Vector:
-        """The sum of `share` times each member's differences: one reduction of a Vector."""
+    def sum(self, differences: Vector, share: float = 1.0, *, keep: float = 1.0) -> Vector:
+        """The sum of each member's differences times its `share`: one reduction of a Vector.
+
+        `keep`: how much is told of what rounding has kept back before.
+        """
         ...
 
     def of(self, points: Vector, leader: int, among: Sequence[int] | None = None) -> Vector:

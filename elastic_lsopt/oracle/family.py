@@ -71,6 +71,10 @@ class Stateful:
         """What it remembers before the first step."""
         return {}
 
+    def pulled(self, space: ParameterSpace, gradient: Vector, state: State) -> Vector:
+        """The gradient to step with in place of the method's, which may be another's: give one back, change none."""
+        return gradient
+
     def before_step(self, space: ParameterSpace, gradient: Vector, samples: int, state: State) -> None:
         """Called with the gradient of a step on `samples` samples."""
 

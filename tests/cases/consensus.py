@@ -21,7 +21,8 @@ STEPS = 8
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "local_sgd": {"pull": 0.7}, "easgd": {"beta": 0.8}, "dppf": {"pull": 0.3, "push": 0.05},
     "diloco": {"lr": 0.7, "momentum": 0.9}, "lsgd": {"pull": 0.3, "prox": 0.4, "window": 2},
-    "mgrawa": {}, "lgrawa": {"pull": 0.6},
+    "mgrawa": {}, "lgrawa": {"pull": 0.6}, "eamsgd": {"beta": 0.8}, "lsam": {"beta": 0.5},
+    "al_dsgd": {"graph": "ring", "c1": 0.2, "c2": 0.1, "p1": 0.2, "p2": 0.1},
 }  # fmt: skip
 
 
@@ -39,7 +40,9 @@ def drift(
         for net in (engines.net((), DTYPES[dtype]) for _ in sizes)
     ]
     owns = [range(2 * sum(sizes[:r]), 2 * sum(sizes[: r + 1])) for r in range(len(sizes))]
-    oracle.trained(plain, steps, owns, rule, tau, hyper, method, of_method)
+    graphs = {2: [[(0, 1)]], 3: [[(0, 1)], [(0, 2)], [(1, 2)]]}[len(sizes)]  # the ring's matchings, one at a time
+    known = {**hyper, "rounds": graphs} if rule == "al_dsgd" else hyper
+    oracle.trained(plain, steps, owns, rule, tau, known, method, of_method)
     with away() as fresh:
         store = fresh()
         form_replicas(dist.PrefixStore("groups", store), me, sizes, timedelta(seconds=30), apart=True)

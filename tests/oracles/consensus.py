@@ -106,8 +106,28 @@ def grawa(
         r.x = (1 - pull) * r.x + pull * mean
 
 
+def al_dsgd(
+    all_: list[Replica], number: int, coming: Any, *, rounds: list[list[tuple[int, int]]], c1: float, c2: float,
+    p1: float, p2: float, **_: Any,
+) -> None:  # fmt: skip
+    """On graphs that are given, one for each exchange."""
+    edges = rounds[number % len(rounds)]
+    degree = [sum(i in e for e in edges) for i in range(len(all_))]
+    a = 1 / (1 + max(degree))
+    before = [r.x.clone() for r in all_]
+    for i, r in enumerate(all_):
+        near = sorted(j for e in edges if i in e for j in e if j != i)
+        if near:
+            y = (1 - degree[i] * a) * before[i] + a * sum(before[j] for j in near)
+            best = before[min([i, *near], key=lambda j: all_[j].losses[-1])]
+            most = before[max([i, *near], key=lambda j: degree[j])]
+            y = (1 - c1 - c2) * y + c1 * best + c2 * most
+            r.x = y - p1 * (y - best) - p2 * (y - most)
+
+
 RULES: dict[str, Callable[..., None]] = {
-    "local_sgd": local_sgd, "easgd": easgd, "dppf": dppf, "diloco": diloco, "lsgd": lsgd,
+    "local_sgd": local_sgd, "easgd": easgd, "dppf": dppf, "diloco": diloco, "lsgd": lsgd, "al_dsgd": al_dsgd,
+    "eamsgd": easgd, "lsam": easgd, "muloco": diloco,
     "mgrawa": lambda *a, **k: grawa(*a, layers=False, **k), "lgrawa": lambda *a, **k: grawa(*a, layers=True, **k),
 }  # fmt: skip
 

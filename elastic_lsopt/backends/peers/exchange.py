@@ -59,8 +59,8 @@ class Exchange:
         self._mean = mean
         return mean
 
-    def sum(self, differences: Vector, share: float = 1.0) -> Vector:
-        return self._reduced(differences.clone(), [share] * len(self.members), self._form)
+    def sum(self, differences: Vector, share: float = 1.0, *, keep: float = 1.0) -> Vector:
+        return self._reduced(differences.clone(), [share] * len(self.members), self._form, keep)
 
     def of(self, points: Vector, leader: int, among: Sequence[int] | None = None) -> Vector:
         parts, place = self._peers.packed(points), self.members.index(leader)
@@ -86,14 +86,17 @@ class Exchange:
         if self._mean is not None and not self._form.exact:
             self._kept[REFERENCE] = self._mean.clone()
 
-    def _reduced(self, told: Vector, shares: Sequence[float] | Sequence[Sequence[float]], form: Format) -> Vector:
+    def _reduced(
+        self, told: Vector, shares: Sequence[float] | Sequence[Sequence[float]], form: Format, keep: float = 1.0
+    ) -> Vector:
         """The sum of all members' `told` times their shares; `told` is overwritten."""
         own = shares[self.place]
         told.mul_each_(own) if isinstance(own, Sequence) else told.mul_(own)
         if not form.exact and isinstance(left := self._left or self._kept.get(LEFT), Vector):
-            told.add_(left)
+            told.add_(left, alpha=keep)
         of_each = [s for s in shares if not isinstance(s, Sequence)]
-        known = of_each if len(of_each) == len(shares) and all(of_each) else None
+        told_whole = len(of_each) == len(shares) and all(of_each) and not form.sparse
+        known = of_each if told_whole else None
         sums, inner = self._peers.sums(self._peers.packed(told), form, shares=known)
         if known is not None:
             self._gram = self._of_all(self._peers.numbers(self._sum_replica(inner.reshape(-1)))).sum(0).view_as(inner)

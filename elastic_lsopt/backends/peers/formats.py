@@ -4,6 +4,8 @@
     bits 8, 4   q = round(x / s), |q| <= 127 or 7, s = max |x| of its block over 127 or 7
     bits 2      q in {-3, -1, 1, 3} / 2 by the sizes |x| <> rms, s = <x, q> / <q, q>
 
+    top-k       of each chunk of numbers the k largest, by place (2 bytes) and in one of the above
+
 A block of 256 elements has one scale, in fp32: 8, 4 and 2 bits are 8.125, 4.125 and 2.125 an element. Every format
 makes an error no longer than the numbers themselves (of two bits because its scale is the projection of x on q, where
 one by the largest element would be far off), which is what error feedback needs to converge: Karimireddy, Rebjock,
@@ -12,10 +14,11 @@ Stich, Jaggi: "Error Feedback Fixes SignSGD and other Gradient Compression Schem
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 BLOCK = 256
 """Elements with one scale."""
@@ -23,9 +26,12 @@ BITS = (32, 16, 8, 4, 2)
 
 
 class Format(Protocol):
-    """Rows of numbers as rows of bytes. Rows have a multiple of BLOCK elements."""
+    """Rows of numbers as rows of bytes. Rows have a multiple of `step` elements."""
 
     exact: bool
+    sparse: ClassVar[bool]
+    """Whether a sum has more to tell than what it is of: then all tell all theirs, and each adds up by itself."""
+    step: int
 
     def encode(self, rows: Tensor) -> Tensor:
         """(R, n) numbers as (R, bytes) uint8."""
@@ -38,6 +44,9 @@ class Format(Protocol):
 
 class AsTheyAre:
     """The bytes of the numbers, or of their bfloat16."""
+
+    sparse: ClassVar[bool] = False
+    step = BLOCK
 
     def __init__(self, narrow: torch.dtype | None = None) -> None:
         self._narrow, self.exact = narrow, narrow is None
@@ -52,7 +61,8 @@ class AsTheyAre:
 class Blocks:
     """Whole numbers of 8, 4 or 2 bits, and a scale per block before them."""
 
-    exact = False
+    exact, step = False, BLOCK
+    sparse: ClassVar[bool] = False
 
     def __init__(self, bits: int) -> None:
         self.bits, self.most = bits, {8: 127, 4: 7, 2: 3}[bits]
@@ -96,6 +106,35 @@ class Blocks:
         return codes.mul_(2).sub_(3) if self.bits == 2 else codes.sub_(self.most)
 
 
-def format_of(bits: int) -> Format:
-    """The format of a number of bits: one of BITS."""
+class TopK:
+    """The k largest of each chunk."""
+
+    exact = False
+    sparse: ClassVar[bool] = True
+
+    def __init__(self, k: int, chunk: int, values: Format) -> None:
+        self.k, self.step, self._values = k, chunk, values
+
+    def encode(self, rows: Tensor) -> Tensor:
+        chunks = rows.view(-1, self.step)
+        places = chunks.abs().topk(self.k, dim=1, sorted=False).indices
+        kept = chunks.gather(1, places).view(rows.shape[0], -1)
+        values = self._values.encode(pad(kept, (0, -kept.shape[1] % self._values.step)))
+        count = torch.tensor([[chunks.shape[0] // rows.shape[0]]]).expand(rows.shape[0], 1).contiguous()
+        narrow = places.to(torch.int16).view(rows.shape[0], -1)
+        return torch.cat([count.view(torch.uint8), narrow.view(torch.uint8), values], dim=1)
+
+    def decode(self, received: Tensor, dtype: torch.dtype) -> Tensor:
+        count = int(received[0, :8].contiguous().view(torch.int64))
+        end = 8 + 2 * count * self.k
+        places = received[:, 8:end].contiguous().view(torch.int16).long().view(-1, self.k)
+        values = self._values.decode(received[:, end:].contiguous(), dtype)[:, : count * self.k]
+        out = torch.zeros(len(received) * count, self.step, dtype=dtype)
+        return out.scatter_(1, places, values.reshape(-1, self.k)).view(len(received), -1)
+
+
+def format_of(bits: int, top_k: int | None = None, chunk: int = 4096) -> Format:
+    """The format of a number of bits, one of BITS; with `top_k` of the so many largest of each chunk."""
+    if top_k is not None:
+        return TopK(top_k, chunk, format_of(bits))
     return AsTheyAre() if bits == 32 else AsTheyAre(torch.bfloat16) if bits == 16 else Blocks(bits)

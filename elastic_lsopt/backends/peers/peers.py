@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import AllgatherOptions
 from torch.nn.functional import pad
 
 from elastic_lsopt.backends.groups import gloo
-from elastic_lsopt.backends.peers.formats import BLOCK, Format
+from elastic_lsopt.backends.peers.formats import Format
 from elastic_lsopt.backends.peers.intervals import Bundle, Seat
 from elastic_lsopt.errors import PeerFailed
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -114,8 +114,9 @@ class Peers:
     def _sum(self, number: int, part: Tensor, form: Format, shares: Sequence[float] | None, inner: Tensor) -> Sum:
         size, n = len(self.bundles[number].holders), part.numel()
         at = self._places[number]
-        step = size * BLOCK
-        rows = pad(part, (0, -n % step)).view(size, -1)
+        if form.sparse:
+            return self._sparse_sum(number, part, form)
+        rows = pad(part, (0, -n % (size * form.step))).view(size, -1)
         told = form.encode(rows)
         everyones = form.decode(self._to_each(number, told), part.dtype)
         own = everyones.sum(0) if form.exact else everyones.double().sum(0).to(part.dtype)
@@ -131,6 +132,14 @@ class Peers:
             lost[at] += own - form.decode(spread, part.dtype)[0]
             left = lost.view(-1)[:n]
         return Sum(whole, left)
+
+    def _sparse_sum(self, number: int, part: Tensor, form: Format) -> Sum:
+        """Everybody's numbers to all, who add them up in the same order."""
+        n = part.numel()
+        row = pad(part, (0, -n % form.step))[None]
+        told = form.encode(row)
+        whole = form.decode(self._to_all(number, told), part.dtype).sum(0)[:n]
+        return Sum(whole, (row - form.decode(told, part.dtype))[0, :n])
 
     def from_leader(self, parts: Sequence[Tensor], place: int) -> list[Tensor]:
         """The parts of the member at that place, on all."""
