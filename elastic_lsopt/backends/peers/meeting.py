@@ -70,7 +70,7 @@ class Meetings:
         return timedelta(seconds=max(LEAST_S, self._end - time.monotonic()))
 
     def begin(
-        self, report: Any, common: Any = None, *, version: int = 0, patience_s: float = 0.0
+        self, report: Any, common: Any = None, *, version: int = -1, patience_s: float = 0.0
     ) -> Met | None:  # fmt: skip
         """Say that this replica is there, and learn who is in; None where the others began without it.
 
@@ -107,15 +107,20 @@ class Meetings:
         store.set(f"{k}/ready/{self.number}", json.dumps([version, report]))
         everybody = lambda: all(self._ready(k, r) or self._gone(r) for r in self._expected)  # noqa: E731
         self._wait(lambda: store.check([f"{k}/in"]) or everybody(), self._come)
-        there = sorted(r for r in self._known() if self._ready(k, r))
-        newest = max(json.loads(store.get(f"{k}/ready/{r}"))[0] for r in there)
-        brought = json.loads(store.get(f"common/{newest}")) if newest >= 0 else None
-        mine = json.dumps([self.number, there, brought])
-        if store.compare_set(f"{k}/in", "", mine) == mine.encode():
+        if not store.check([f"{k}/in"]) and self._decide(k):
             self._forget(k - KEPT)
         store.compare_set("meetings", str(k) if k else "", str(k + 1))  # by all: who decided may be dead by now
         _, members, common = json.loads(store.get(f"{k}/in"))
         return [k, members, [json.loads(store.get(f"{k}/ready/{r}"))[1] for r in members], common]
+
+    def _decide(self, k: int) -> bool:
+        """Write who is in, unless another was first."""
+        store = self._store
+        there = sorted(r for r in self._known() if self._ready(k, r))
+        newest = max(json.loads(store.get(f"{k}/ready/{r}"))[0] for r in there)
+        brought = json.loads(store.get(f"common/{newest}")) if newest >= 0 else None
+        mine = json.dumps([self.number, there, brought])
+        return store.compare_set(f"{k}/in", "", mine) == mine.encode()
 
     def _end_of(self, met: Met, well: bool) -> str:
         store, k = self._store, met.number
