@@ -19,8 +19,11 @@ from tests.cases.replicas import away, dealt, place_of, weights
 from tests.oracles import consensus as oracle
 
 STEPS = 8
-METHODS = {"parle": "entropy_sgd"}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "parle": ("entropy_sgd", engines.HYPERPARAMETERS["entropy_sgd"] | {"inner_steps": 2, "batch": "whole"})
+}
 """Of a rule that needs one; the others have SAM."""
+SAM = ("sam", engines.HYPERPARAMETERS["sam"])
 BASES = {"muloco": "muon"}
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "local_sgd": {"pull": 0.7}, "easgd": {"beta": 0.8}, "dppf": {"pull": 0.3, "push": 0.05},
@@ -52,14 +55,13 @@ def theirs(rule: str, net: torch.nn.Module) -> torch.optim.Optimizer:
 
 def drift(
     kind: str, sizes: list[int], rule: str, *, tau: int = 3, dtype: str = "fp64", more: dict[str, Any] | None = None,
-    method: str = "", bits: int = 32,
+    bits: int = 32,
 ) -> dict[str, Any]:  # fmt: skip
     """max |dw| of this rank's replica from the plain loop, after 8 steps with meetings before steps 3 and 6."""
     me, hyper = dist.get_rank(), {**HYPERPARAMETERS[rule], **(more or {})}
     number, own = place_of(me, sizes)
     steps = engines.batches(STEPS, 2 * sum(sizes), last=2, dtype=DTYPES[dtype])
-    method = method or METHODS.get(rule, "sam")
-    of_method = engines.HYPERPARAMETERS[method]
+    method, of_method = METHODS.get(rule, SAM)
     plain = [oracle.Replica(net, theirs(rule, net)) for net in (engines.net((), DTYPES[dtype]) for _ in sizes)]
     owns = [range(2 * sum(sizes[:r]), 2 * sum(sizes[: r + 1])) for r in range(len(sizes))]
     oracle.drifted(plain, steps, owns, rule, tau, given(rule, len(sizes), hyper), method, of_method)

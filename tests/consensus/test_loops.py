@@ -31,8 +31,7 @@ def test_drift_is_the_loops(rule: str, hyper: dict[str, Any], more: dict[str, An
     """Three replicas of unequal size, 13 steps, four exchanges."""
     steps = engines.batches(13, 7, last=2, dtype=DOUBLE)
     made = registry.build(rule, tau=6 if "fragments" in hyper else 3, **hyper)
-    method = consensus.METHODS.get(rule, "sam")
-    of_method = engines.HYPERPARAMETERS[method] | ({"inner_steps": 1} if rule == "parle" else {})
+    method, of_method = consensus.METHODS.get(rule, consensus.SAM)
     plain = [oracle.Replica(net, consensus.theirs(rule, net)) for net in (engines.net((), DOUBLE) for _ in UNEVEN)]
     known = {**consensus.given(rule, 3, hyper), **more} | ({"places": FRAGMENTS} if "fragments" in hyper else {})
     known.pop("overlap", None)
