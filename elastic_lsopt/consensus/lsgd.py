@@ -2,7 +2,7 @@
 
     l = argmin_j of replica j's mean loss over its last `window` steps
     at an exchange    x_i <- (1 - pull) x_i + pull x_l
-    in each step      x_i <- (1 - p) x_i + p x~,   p = prox / steps between exchanges,   x~ the x_l of the last exchange
+    in each step      x_i <- (1 - p) x_i + p x~,   p = prox / steps between exchanges,   x~ the x_l of the last one
 
 Teng, Gao, Chalus, Choromanska, Goldfarb, Weller: "Leader Stochastic Gradient Descent for Distributed Training of Deep
 Learning Models", NeurIPS 2019, arXiv 1905.10395. With `group` replicas on a node, exchanges are among those of a node,
@@ -11,7 +11,7 @@ times global_every). Unlike a mean, a leader is a point that was trained: a mini
 go to the lowest number. The mean of the replicas is evaluated. Rest point: pull = prox = 0, independent runs.
 
 Differs from the authors' code in: 1. the pull in each step comes before the base steps and not after it; 2. it is
-towards the global leader alone, and begins with the first exchange; 3. an exchange among all is not preceded by one
+towards the global leader alone (at first: where all began); 3. an exchange among all is not preceded by one
 among those of a node; 4. one `pull` serves local and global leaders.
 """
 
@@ -50,7 +50,6 @@ class LSGD(Rule):
     global_every: int = 1
     """Of so many exchanges one is among all, the others among those of a node; >= 1. The paper: 4."""
 
-    shared: ClassVar[tuple[str, ...]] = ("leader", "known")
     in_few_bits: ClassVar[bool] = False
     facts: ClassVar[Facts] = Facts(
         paper="Teng et al. 2019, arXiv 1905.10395", passes="0", memory="1; 1 within an exchange",
@@ -66,8 +65,12 @@ class LSGD(Rule):
         alone = self.group > 1 or self.global_every == 1
         require(alone, "global_every", self.global_every, "1 where group=1: there are no local leaders")
 
+    @property
+    def shared(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("leader",) if self.prox else ()
+
     def init(self, space: ParameterSpace) -> State:
-        return {"steps": 0, "known": 0, **({"leader": space.zeros()} if self.prox else {})}
+        return {"steps": 0, **({"leader": space.weights.clone()} if self.prox else {})}
 
     def after_step(self, space: ParameterSpace, report: StepReport, state: dict[str, Any]) -> None:
         state[f"loss/{state['steps'] % self.window}"] = loss_of(report, "lsgd")
@@ -75,7 +78,7 @@ class LSGD(Rule):
 
     def move(self, space: ParameterSpace, state: dict[str, Any]) -> None:
         """Before the base steps."""
-        if self.prox and state["known"]:
+        if self.prox:
             space.weights.lerp_(state["leader"], self.prox / (self.tau * self.global_every))
 
     def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Any:
@@ -92,5 +95,4 @@ class LSGD(Rule):
             return
         if everywhere and self.prox:
             state["leader"].copy_(leader)
-            state["known"] = 1
         space.weights.lerp_(leader, self.pull)

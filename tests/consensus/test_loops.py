@@ -35,9 +35,7 @@ def test_drift_is_the_loops(rule: str, hyper: dict[str, Any], more: dict[str, An
     plain = [oracle.Replica(net, consensus.theirs(rule, net)) for net in (engines.net((), DOUBLE) for _ in UNEVEN)]
     known = {**consensus.given(rule, 3, hyper), **more} | ({"places": FRAGMENTS} if "fragments" in hyper else {})
     known.pop("overlap", None)
-    oracle.drifted(
-        plain, steps, UNEVEN, rule, made.every, known, method, of_method, overlap=hyper.get("overlap", 0)
-    )
+    oracle.drifted(plain, steps, UNEVEN, rule, made.every, known, method, of_method, overlap=hyper.get("overlap", 0))
     members, _ = together.drifted(
         made, steps, UNEVEN, method=method, of_method=of_method, base=consensus.ours(rule),
         told=largest(**more) if more else None,

@@ -191,7 +191,7 @@ def drifted(
     first = replicas[0]
     first.memory |= {"centre": first.x.clone(), "old": first.x.clone(), "v": torch.zeros_like(first.x)}
     for r in replicas:
-        r.memory["mean"] = first.x.clone()
+        r.memory |= {"mean": first.x.clone(), "leader": first.x.clone()}
     due: dict[int, Callable[[], None]] = {}
     for t, step in enumerate(steps):
         mine = [[step[u] for u in own] for own in owns]
@@ -218,7 +218,7 @@ def _step(
         flat = flat + min(hyper["rho0"] * (1 + hyper["rho1"]) ** t, 10.0) * (r.x - r.memory["mean"])
     for p, part in zip(trained(r.model).values(), flat.split([v.numel() for v in g.values()]), strict=True):
         p.grad = part.view(p.shape).clone()
-    if rule == "lsgd" and "leader" in r.memory:
+    if rule == "lsgd":
         share = hyper.get("prox", 0.1) / (every * hyper.get("global_every", 1))
         r.x = (1 - share) * r.x + share * r.memory["leader"]
     r.optimizer.step()
