@@ -90,7 +90,7 @@ class Watching(engines.Net):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("rule,hyper", ALONE, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("rule,hyper", ALONE, ids=[row[0] for row in ALONE])
 def test_without_a_pull_replicas_are_alone(rule: str, hyper: dict[str, Any]) -> None:
     """Bit for bit, buffers too."""
     steps = engines.batches(7, 7, last=2, dtype=DOUBLE)

@@ -26,7 +26,7 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("rule,hyper,more", ROWS, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("rule,hyper,more", ROWS, ids=[row[0] for row in ROWS])
 def test_drift_is_the_loops(rule: str, hyper: dict[str, Any], more: dict[str, Any]) -> None:
     """Three replicas of unequal size, 13 steps, four exchanges."""
     steps = engines.batches(13, 7, last=2, dtype=DOUBLE)
