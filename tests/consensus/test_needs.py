@@ -37,7 +37,7 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("rule,hyper,line", OUT_OF_RANGE, ids=[f"{r[0]}-{[*r[1]][0]}" for r in OUT_OF_RANGE])
+@pytest.mark.parametrize("rule,hyper,line", OUT_OF_RANGE, ids=[f"{r[0]}-{next(iter(r[1]))}" for r in OUT_OF_RANGE])
 def test_values_out_of_range_are_refused(rule: str, hyper: dict[str, Any], line: str) -> None:
     with pytest.raises(lso.UserError, match=line) as raised:
         registry.build(rule, **hyper)
