@@ -33,6 +33,7 @@ from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
+from elastic_lsopt.space.vector import Vector
 
 Graph = Literal["ring", "exponential", "complete"]
 GRAPHS = ("ring", "exponential", "complete")
@@ -113,14 +114,17 @@ class ALDSGD(Rule):
     def after_step(self, space: ParameterSpace, report: StepReport, state: dict[str, Any]) -> None:
         state["loss"] = loss_of(report, "al_dsgd")
 
-    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Any:
+    def exchange(
+        self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]
+    ) -> list[Vector]:
+        """Where this replica goes; nothing where it has no neighbour."""
         size, me = len(replicas.members), replicas.place
         now = active(self.graph, size, self.budget, replicas.last)
         degrees = [sum(i in edge for edge in now) for i in range(size)]
         losses = replicas.numbers(state["loss"])[:, 0].tolist()
         near = sorted({i for edge in now if me in edge for i in edge} - {me})
         if not near:
-            return None
+            return []
         received = replicas.swapped(space.weights, [replicas.members[i] for i in near])
         point = {i: received[replicas.members[i]] for i in near} | {me: space.weights}
         a = 1 / (1 + max(degrees))
@@ -131,8 +135,8 @@ class ALDSGD(Rule):
         best = point[min(here, key=lambda i: losses[i])]
         most = point[max(here, key=lambda i: degrees[i])]
         y.mul_(1 - self.c1 - self.c2).add_(best, alpha=self.c1).add_(most, alpha=self.c2)
-        return y.mul_(1 - self.p1 - self.p2).add_(best, alpha=self.p1).add_(most, alpha=self.p2)
+        return [y.mul_(1 - self.p1 - self.p2).add_(best, alpha=self.p1).add_(most, alpha=self.p2)]
 
-    def settle(self, heard: Any, space: ParameterSpace, state: dict[str, Any]) -> None:
-        if heard is not None:
-            space.weights.copy_(heard)
+    def settle(self, heard: Sequence[Vector], space: ParameterSpace, state: dict[str, Any]) -> None:
+        for point in heard:
+            space.weights.copy_(point)

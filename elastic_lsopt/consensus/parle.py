@@ -9,9 +9,8 @@ paper its `inner_steps`; rho is one over the paper's. The mean is evaluated. Res
 Entropy-SGD; with one inner step and no pull in the walk, EASGD's force with the mean as its centre.
 
 Differs from the authors' code in: 1. there is one mean, of the x_i, as in the paper; their code takes one of the m_i
-too; 2. the force begins at rho0, as in the paper, where their code begins at 0.01 L n; 3. t counts committed samples
-over those of the first step, so that a change of the batch keeps the scoping. Each replica counts alike, whatever its
-samples.
+too; 2. the force begins at rho0, as in the paper, where their code begins at 0.01 L n; t are own steps in both. Each
+replica counts alike, whatever its samples.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Parle(Rule):
     """Its growth per step, up to 10 (or rho0, if that is more); >= 0. The paper: 1 over twice the batches of an epoch.
     """
 
-    shared: ClassVar[tuple[str, ...]] = ("mean", "samples_per_step", "t")
+    shared: ClassVar[tuple[str, ...]] = ("mean", "steps")
     needs_method: ClassVar[str] = "entropy_sgd"
     facts: ClassVar[Facts] = Facts(
         paper="Chaudhari et al. 2017, arXiv 1707.00424", passes="0", memory="1; 2 within an exchange",
@@ -63,22 +62,20 @@ class Parle(Rule):
             require_number(name, getattr(self, name))
 
     def init(self, space: ParameterSpace) -> State:
-        return {"mean": space.weights.clone(), "samples_per_step": 0.0, "t": 0.0}
+        return {"mean": space.weights.clone(), "steps": 0}
 
     def pulled(self, space: ParameterSpace, gradient: Vector, state: dict[str, Any]) -> Vector:
-        rho = self._rho(state["t"])
+        rho = self._rho(state["steps"])
         return gradient.clone().add_(space.weights, alpha=rho).add_(state["mean"], alpha=-rho)
 
-    def _rho(self, t: float) -> float:
+    def _rho(self, steps: int) -> float:
         if not self.rho0:
             return 0.0
         most = max(MOST, self.rho0)  # by logarithms, as the power of a long run is larger than any float
-        return self.rho0 * math.exp(min(t * math.log1p(self.rho1), math.log(most / self.rho0)))
+        return self.rho0 * math.exp(min(steps * math.log1p(self.rho1), math.log(most / self.rho0)))
 
     def after_step(self, space: ParameterSpace, report: StepReport, state: dict[str, Any]) -> None:
-        if not state["samples_per_step"]:
-            state["samples_per_step"] = report.clock.samples / report.clock.steps
-        state["t"] = report.clock.samples / state["samples_per_step"]
+        state["steps"] += 1
 
     def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Vector:
         return replicas.mean(space.weights, equal(replicas))

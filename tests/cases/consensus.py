@@ -20,9 +20,13 @@ from tests.oracles import consensus as oracle
 
 STEPS = 8
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "parle": ("entropy_sgd", engines.HYPERPARAMETERS["entropy_sgd"] | {"inner_steps": 2, "batch": "whole"})
+    "parle": (
+        "entropy_sgd",
+        engines.HYPERPARAMETERS["entropy_sgd"] | {"inner_steps": 2, "batch": "whole", "gamma1": 0.0},
+    )
 }
-"""Of a rule that needs one; the others have SAM."""
+"""Of a rule that needs one; the others have SAM. The walk's own scoping goes by the job's samples, which the loop does
+not know."""
 SAM = ("sam", engines.HYPERPARAMETERS["sam"])
 BASES = {"muloco": "muon"}
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
