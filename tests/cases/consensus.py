@@ -17,6 +17,7 @@ from tests.cases import engines, updates
 from tests.cases.laws import DTYPES
 from tests.cases.replicas import away, dealt, place_of, weights
 from tests.oracles import consensus as oracle
+from tests.oracles import paper_loops
 
 STEPS = 8
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -28,18 +29,22 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 """Of a rule that needs one; the others have SAM. The walk's own scoping goes by the job's samples, which the loop does
 not know."""
 SAM = ("sam", engines.HYPERPARAMETERS["sam"])
+TOP_K = {"sparseloco": 40}
+"""Of the one chunk that the model is."""
 BASES = {"muloco": "muon"}
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "local_sgd": {"pull": 0.7}, "easgd": {"beta": 0.8}, "dppf": {"pull": 0.3, "push": 0.05},
     "diloco": {"lr": 0.7, "momentum": 0.9}, "lsgd": {"pull": 0.3, "prox": 0.4, "window": 2},
     "mgrawa": {}, "lgrawa": {"pull": 0.6}, "eamsgd": {"beta": 0.8}, "lsam": {"beta": 0.5},
     "al_dsgd": {"graph": "ring", "c1": 0.2, "c2": 0.1, "p1": 0.2, "p2": 0.1}, "parle": {"rho0": 0.5, "rho1": 0.1},
-    "muloco": {"lr": 0.9, "momentum": 0.8},
+    "muloco": {"lr": 0.9, "momentum": 0.8}, "sparseloco": {"lr": 0.8, "decay": 0.9},
 }  # fmt: skip
 
 
 def given(rule: str, replicas: int, hyper: dict[str, Any]) -> dict[str, Any]:
     """What the plain loop is told of a rule."""
+    if rule == "sparseloco":
+        return {**hyper, "k": TOP_K["sparseloco"], "chunk": 4096}
     if rule != "al_dsgd":
         return hyper
     # The ring's matchings in turn, half of them in the mean: one is used at every other exchange, or 2, 1, 2, 1 of 3.
@@ -74,7 +79,7 @@ def drift(
         form_replicas(dist.PrefixStore("groups", store), me, sizes, timedelta(seconds=30), apart=True)
         consensus = Consensus(
             registry.build(rule, tau=tau, **hyper), dist.PrefixStore("consensus", store),
-            replicas=tuple(range(len(sizes))), bits=bits, timeout_s=20.0,
+            replicas=tuple(range(len(sizes))), bits=bits, top_k=TOP_K.get(rule), timeout_s=20.0,
         )  # fmt: skip
         chosen = lso.registry.build(method, **of_method)
         engine = engines.build(kind, engines.net((), DTYPES[dtype]), chosen, base=ours(rule), consensus=consensus)
@@ -91,3 +96,27 @@ def drift(
         "dloss": max(abs(a - b) for a, b in zip(losses, plain[number].losses, strict=True)),
         "apart": apart, "exchanges": told, "local": local,
     }  # fmt: skip
+
+
+def synchronous(kind: str, sizes: list[int]) -> dict[str, Any]:
+    """max |dw| of the mean of replicas that are averaged before each step from a plain loop on the whole batch."""
+    me = dist.get_rank()
+    number, own = place_of(me, sizes)
+    steps, one = engines.batches(5, 2 * sum(sizes), last=2), engines.net()
+    paper_loops.run(one, steps, engines.optimizer("sgd")([*one.named_parameters()]), "none", {})
+    with away() as fresh:
+        store = fresh()
+        form_replicas(dist.PrefixStore("groups", store), me, sizes, timedelta(seconds=30), apart=True)
+        consensus = Consensus(
+            registry.build("local_sgd", tau=1), dist.PrefixStore("consensus", store), replicas=tuple(range(len(sizes))),
+            timeout_s=20.0,
+        )  # fmt: skip
+        engine = engines.build(kind, engines.net(), lso.Plain(), base="sgd", consensus=consensus)
+        for step in steps:
+            engine.train_batch(dealt(step, sizes, number, own))
+        apart = engines.furthest(engine.space, one)
+        engine.space.weights.copy_(consensus.point())
+        dw = engines.furthest(engine.space, one)
+        engines.close(engine)
+        tear_down(engine)
+    return {"dw": dw, "apart": apart}

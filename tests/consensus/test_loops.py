@@ -17,7 +17,7 @@ UNEVEN = [range(2), range(2, 6), range(6, 7)]
 FRAGMENTS = [[range(1), range(105, 259)], [range(1, 105), range(259, 317)]]
 """Of `engines.net`, written out: `tiny` and `second`; `first`, `norm` and `last`."""
 ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    *((rule, hyper, {}) for rule, hyper in consensus.HYPERPARAMETERS.items()),
+    *((rule, hyper, {}) for rule, hyper in consensus.HYPERPARAMETERS.items() if rule != "sparseloco"),
     ("lsgd", {"pull": 0.3, "prox": 0.0, "window": 3, "group": 2, "global_every": 2}, {}),
     ("mgrawa", {"decay": 0.0}, {}),
     ("streaming_diloco", {"fragments": 2, "overlap": 0, "alpha": 0.0, "lr": 0.7, "momentum": 0.9}, {}),
