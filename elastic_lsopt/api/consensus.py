@@ -69,6 +69,8 @@ class Exchanged:
     """Who was at the exchange before, and not at this one."""
     well: bool
     """It went well on all; else none of them has changed anything."""
+    why: str
+    """What failed on this rank; empty where nothing did."""
     seconds: float
     sent_bytes: int
     """By this rank."""
@@ -182,8 +184,8 @@ class Consensus:
 
     def exchange(self, oracle: Oracle | None) -> Exchanged | None:
         """Meet the others now; None where they met without this replica."""
-        report, common = self._report(), None if self.rounds is None else self.rounds.ledger.to_json()
-        met = self._meetings.begin(report, common, patience_s=self._patience_s)
+        common, version = (None, 0) if self.rounds is None else (self.rounds.ledger.to_json(), self.rounds.version)
+        met = self._meetings.begin(self._report(), common, version=version, patience_s=self._patience_s)
         self._standing["since"], self._redealt = 0, False
         now = time.monotonic()
         self._round_s, self._met_s = now - self._met_s, now
@@ -191,8 +193,11 @@ class Consensus:
             return None
         fit, sent_bytes = self._fit_of(met), self._circles.sent_bytes
         heard: _Heard | None = None
-        with suppress(PeerFailed, NonFinite):  # the vote says so
+        why = ""
+        try:
             heard = self._hear(met, fit, oracle)
+        except (PeerFailed, NonFinite) as error:  # the vote says so
+            why = str(error)
         well = self._meetings.end(met, well=heard is not None)
         if well and heard is not None:
             self._settle(met, fit, heard)
@@ -203,7 +208,7 @@ class Consensus:
         apart = heard.exchange.apart if well and heard is not None and heard.exchange is not None else None
         missing = tuple(sorted({*self._there} - {*met.members}))
         self._there = met.members
-        self.exchanges.append(Exchanged(met.number, met.members, fit, missing, well, seconds, sent_bytes, apart))
+        self.exchanges.append(Exchanged(met.number, met.members, fit, missing, well, why, seconds, sent_bytes, apart))
         return self.exchanges[-1]
 
     def _report(self) -> dict[str, Any]:
@@ -310,6 +315,7 @@ class Consensus:
             ledger = Ledger.from_json(met.common)
             for member in (m for m in met.members if not _keeps(met, m)):
                 ledger = ledger.lost(member)
+            self.rounds.version = met.number + 1
             self.rounds.settle(ledger, counted=counted, beyond={} if well else samples, undone=undone, paces=paces)
         if well:
             clock = max(report["clock"] for report in met.reports.values()) + sum(counted.values())
