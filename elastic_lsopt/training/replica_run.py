@@ -104,11 +104,14 @@ class ReplicaRun(TrainingRun):
             return None  # a rehearsal
         paces = {number: float(size) for number, size in enumerate(world.sizes) if size}
         share = self.config.global_batch_size // block.replicas
-        wanted = {number: steps + AHEAD for number, steps in steps_of(self._rule.tau, paces).items()}
+        every, ahead = self._rule.every, AHEAD + self._rule.overlap
+        wanted = {number: steps + ahead for number, steps in steps_of(every, paces).items()}
         ledger = (
-            Ledger(self.total_samples, share) if world.newcomer else Ledger.begun(self.total_samples, share, wanted)
+            Ledger(self.total_samples, share)
+            if world.newcomer
+            else Ledger.begun(self.total_samples, share, wanted, ahead)
         )
-        self.rounds = Rounds(ledger, world.replica, self._rule.tau, paces)
+        self.rounds = Rounds(ledger, world.replica, every, paces, ahead=ahead)
         self.rounds.version = NOBODYS if world.newcomer else 0
         return Consensus(
             self._rule, world.meetings, replicas=tuple(paces), bits=block.exchange.bits, top_k=block.exchange.top_k,
@@ -177,7 +180,7 @@ class ReplicaRun(TrainingRun):
         if "ledger" not in saved:  # of a job without replicas: all begin from the same model
             super()._go_on_from(found)
             ledger = Ledger(self.total_samples, share, next=self.loader.committed, committed=self.loader.committed)
-            steps = {r: self._rule.tau + AHEAD for r, size in enumerate(self.world.sizes) if size}
+            steps = {r: self._rule.every + self.rounds.ahead for r, size in enumerate(self.world.sizes) if size}
             self.rounds.resume(ledger.dealt(steps), trained=0)
         else:
             self.loader.source.load_state_dict(saved)

@@ -38,7 +38,7 @@ class Exchange:
         kept: State, inside: Group,
     ) -> None:  # fmt: skip
         self.number, self.members, self.samples, self.last = number, peers.members, samples, last
-        self._space, self._peers, self._form, self._kept = space, peers, form, kept
+        self.space, self._peers, self._form, self._kept = space, peers, form, kept
         self._first, self._together = inside.rank == 0, Unison(inside)
         self._left: Vector | None = None
         self._mean: Vector | None = None
@@ -73,12 +73,12 @@ class Exchange:
         else:
             others = [self.members.index(m) for m in among if m != leader]
             heard = self._together(lambda: self._peers.handed_on(parts, place, others))
-        return self._peers.unpacked(heard, self._space)
+        return self._peers.unpacked(heard, self.space)
 
     def swapped(self, points: Vector, neighbours: Sequence[int]) -> Mapping[int, Vector]:
         parts, places = self._peers.packed(points), [self.members.index(n) for n in neighbours]
         found = self._together(lambda: self._peers.swapped(parts, places))
-        return {n: self._peers.unpacked(parts, self._space) for n, parts in zip(neighbours, found, strict=True)}
+        return {n: self._peers.unpacked(parts, self.space) for n, parts in zip(neighbours, found, strict=True)}
 
     def gram(self, points: Vector) -> Tensor:
         if self._gram is None:
@@ -91,7 +91,7 @@ class Exchange:
         """Root mean square distance of the members from their mean; None where no reduction has told it."""
         return None if self._gram is None else math.sqrt(max(0.0, float(self._gram.trace())) / len(self.members))
 
-    def told(self) -> State:
+    def told(self) -> dict[str, Vector]:
         """What the format needs the next time, if all has gone well."""
         reference = {} if self._mean is None or self._form.exact else {REFERENCE: self._mean.clone()}
         return {**({} if self._left is None else {LEFT: self._left}), **reference}
@@ -111,8 +111,8 @@ class Exchange:
         if known is not None:
             self._gram = self._said(inner).sum(0).view_as(inner)
         if not form.exact:
-            self._left = self._peers.unpacked([s.left for s in sums if s.left is not None], self._space)
-        return self._peers.unpacked([s.value for s in sums], self._space)
+            self._left = self._peers.unpacked([s.left for s in sums if s.left is not None], self.space)
+        return self._peers.unpacked([s.value for s in sums], self.space)
 
     def _said(self, own: Tensor) -> Tensor:
         """What the first rank of each member says, a row each, on all ranks."""
