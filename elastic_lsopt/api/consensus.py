@@ -27,6 +27,7 @@ from elastic_lsopt.backends.peers.formats import BITS, format_of
 from elastic_lsopt.backends.peers.intervals import cut_of
 from elastic_lsopt.backends.peers.meeting import Meetings, Met
 from elastic_lsopt.by_name import require, require_count, require_number
+from elastic_lsopt.consensus.fragments import within
 from elastic_lsopt.consensus.needs import refuse_unmet
 from elastic_lsopt.consensus.rule import Rule
 from elastic_lsopt.data.ledger import Ledger
@@ -36,6 +37,8 @@ from elastic_lsopt.optimizers.registry import methods
 from elastic_lsopt.oracle.family import Kept, Stateful
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
+from elastic_lsopt.probes.noise.disagreement import FAMILY, Disagreement, DisagreementSpan
+from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 
@@ -72,8 +75,13 @@ class Exchanged:
     seconds: float
     sent_bytes: int
     """By this rank."""
-    apart: float | None = None
-    """Root mean square distance of the fit members from their mean, before it; None where no reduction tells it."""
+    disagreement: Disagreement | None = None
+    """How far apart the fit members were before it; None where no reduction tells it."""
+
+    @property
+    def apart(self) -> float | None:
+        """Root mean square distance of the fit members from their mean, before it."""
+        return None if self.disagreement is None else self.disagreement.consensus_distance
 
     @property
     def extraordinary(self) -> bool:
@@ -107,11 +115,13 @@ class Consensus:
     def __init__(
         self, rule: Rule, store: dist.Store, *, replicas: tuple[int, ...], bits: int = 32, top_k: int | None = None,
         timeout_s: float = 30.0, rounds: Rounds | None = None, by_speed: bool = False, newcomer: bool = False,
+        disagreement_span: int = 0,
     ) -> None:  # fmt: skip
         require(bits in BITS, "bits", bits, f"one of {', '.join(map(str, BITS))}")
         if top_k is not None:
             require_count("top_k", top_k)
         require_number("exchange_timeout_s", timeout_s, positive=True)
+        require_count("disagreement_span", disagreement_span, least=0)
         self.rule, self._store, self._replicas = rule, store, replicas
         self._bits, self._top_k, self.timeout_s, self.rounds = bits, top_k, timeout_s, rounds
         self._thread: ThreadPoolExecutor | None = None
@@ -119,6 +129,7 @@ class Consensus:
         self.exchanges: list[Exchanged] = []
         """Of this life of the process."""
         self._by_speed, self._fit = by_speed, not newcomer
+        self._span = DisagreementSpan(disagreement_span) if disagreement_span else None
         self._skipped = self._redealt = False
         self._there = replicas
         """Who was at the last meeting."""
@@ -127,7 +138,7 @@ class Consensus:
     @property
     def keep(self) -> tuple[Stateful, ...]:
         """The families of state that the engine keeps for it."""
-        return (self.rule, Standing())
+        return (self.rule, Standing(), *([] if self._span is None else [self._span]))
 
     def bind(self, step: LandscapeStep) -> None:
         """The engine's step is there: say what this rank holds, and that this replica may be met.
@@ -153,7 +164,7 @@ class Consensus:
         self._cut = gather_json(inside, cut_of(step.space.layout))
         self._hearing = Hearing(
             step, self.rule, format_of(self._bits, self._top_k), self._circles, self._inside, self.number,
-            lambda: self._meetings.left, Standing.name,
+            lambda: self._meetings.left, Standing.name, gaps=self._span is not None,
         )  # fmt: skip
         step.of_job = self._of_job
         if rank == 0:
@@ -236,6 +247,8 @@ class Consensus:
         if well and self.number in fit:
             self._hearing.settle(heard)
             self._standing["newest"] = met.number
+            if self._span is not None and heard.exchange is not None and (gap := heard.exchange.gap) is not None:
+                self._span.keep(self._kept(FAMILY), gap, met.number, partial(within, heard.exchange.space))
         elif well:
             assert heard.point is not None  # all that are there and not fit are given it
             self._step.space.weights.copy_(heard.point)
@@ -245,10 +258,13 @@ class Consensus:
             self._circles.drop()
         self._step.space.copies.refresh()
         self._count(met, fit, under.before, well=well)
-        apart = heard.exchange.apart if well and heard.exchange is not None else None
+        gram = heard.exchange.known_gram if well and heard.exchange is not None else None
+        disagreement = None if gram is None else Disagreement(gram)
         missing = tuple(sorted({*self._there} - {*met.members}))
         self._there = met.members
-        self.exchanges.append(Exchanged(met.number, met.members, fit, missing, well, why, seconds, sent_bytes, apart))
+        self.exchanges.append(
+            Exchanged(met.number, met.members, fit, missing, well, why, seconds, sent_bytes, disagreement)
+        )
         return self.exchanges[-1]
 
     def _hear(self, met: Met, fit: tuple[int, ...], oracle: Oracle | None, told: dict[str, Any]) -> _Said:
@@ -332,9 +348,25 @@ class Consensus:
             self._circles.drop()
         raise PeerFailed(f"the replicas could not form their final model in {TRIES} meetings")
 
+    # -- what it tells -----------------------------------------------------------------------------------------
+
+    @property
+    def in_the_span(self) -> dict[str, Any]:
+        """What of the newest step's gradient lies in the span of the differences that are kept, for its row."""
+        if self._span is None or not self.exchanges:
+            return {}
+        return self._span.told(self._step.space, self._kept(FAMILY), self.exchanges[-1].number)
+
+    def beside(self, eigenvectors: Basis) -> dict[str, Any]:
+        """That span beside orthonormal eigenvectors; nothing where none is kept (collective in the replica)."""
+        return {} if self._span is None else self._span.beside(self._step.space, self._kept(FAMILY), eigenvectors)
+
     @property
     def _standing(self) -> dict[str, Any]:
-        family = self._step.families[Standing.name]
+        return self._kept(Standing.name)
+
+    def _kept(self, name: str) -> dict[str, Any]:
+        family = self._step.families[name]
         assert isinstance(family, Kept)
         return family.state
 

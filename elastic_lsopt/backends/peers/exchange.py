@@ -7,7 +7,6 @@ rounding keeps back is added to what is told the next time (error feedback), so 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -30,12 +29,13 @@ class Exchange:
     """`Replicas` of one meeting. Nothing that it learns is kept, but for `told`.
 
     `kept` is what `told` gave after the last exchange; `inside` are this replica's ranks, in a group of their own.
-    Memory: a Vector while it travels; few bits keep two.
+    `gaps`: this replica's difference from the mean is wanted. Memory: a Vector while it travels; few bits keep two, a
+    gap one.
     """
 
     def __init__(
         self, space: ParameterSpace, peers: Peers, form: Format, *, number: int, samples: tuple[int, ...], last: int,
-        kept: State, inside: Group,
+        kept: State, inside: Group, gaps: bool = False,
     ) -> None:  # fmt: skip
         self.number, self.members, self.samples, self.last = number, peers.members, samples, last
         self.space, self._peers, self._form, self._kept = space, peers, form, kept
@@ -43,6 +43,9 @@ class Exchange:
         self._left: Vector | None = None
         self._mean: Vector | None = None
         self._gram: Tensor | None = None
+        self._gaps = gaps
+        self.gap: Vector | None = None
+        """This replica's difference from the mean of what all have told, up to its sign; None where it is not known."""
 
     @property
     def place(self) -> int:
@@ -64,7 +67,7 @@ class Exchange:
         return mean
 
     def sum(self, differences: Vector, share: float = 1.0, *, keep: float = 1.0) -> Vector:
-        return self._reduced(differences.clone(), [share] * len(self.members), self._form, keep)
+        return self._reduced(differences.clone(), None, self._form, keep, own=share)
 
     def of(self, points: Vector, leader: int, among: Sequence[int] | None = None) -> Vector:
         parts, place = self._peers.packed(points), self.members.index(leader)
@@ -86,10 +89,15 @@ class Exchange:
         assert self._gram is not None
         return self._gram
 
+    def differ(self, points: Vector) -> None:
+        """Have this replica's difference from the mean told: by a reduction of its own where none has told it."""
+        if self.gap is None:
+            self._reduced(points.clone(), [1 / len(self.members)] * len(self.members), EXACT)
+
     @property
-    def apart(self) -> float | None:
-        """Root mean square distance of the members from their mean; None where no reduction has told it."""
-        return None if self._gram is None else math.sqrt(max(0.0, float(self._gram.trace())) / len(self.members))
+    def known_gram(self) -> Tensor | None:
+        """What `gram` gives; None where no reduction has told it."""
+        return self._gram
 
     def told(self) -> dict[str, Vector]:
         """What the format needs the next time, if all has gone well."""
@@ -97,22 +105,37 @@ class Exchange:
         return {**({} if self._left is None else {LEFT: self._left}), **reference}
 
     def _reduced(
-        self, told: Vector, shares: Sequence[float] | Sequence[Sequence[float]], form: Format, keep: float = 1.0
-    ) -> Vector:
-        """The sum of all members' `told` times their shares; `told` is overwritten."""
-        own = shares[self.place]
-        told.mul_each_(own) if isinstance(own, Sequence) else told.mul_(own)
+        self, told: Vector, shares: Sequence[float] | Sequence[Sequence[float]] | None, form: Format,
+        keep: float = 1.0, *, own: float = 1.0,
+    ) -> Vector:  # fmt: skip
+        """The sum of all members' `told` times their shares (None: this one's is `own`); `told` is overwritten."""
+        point = told.clone() if self._gaps and self.gap is None else None
+        mine = own if shares is None else shares[self.place]
+        told.mul_each_(mine) if isinstance(mine, Sequence) else told.mul_(mine)
         if not form.exact and isinstance(left := self._left or self._kept.get(LEFT), Vector):
             told.add_(left, alpha=keep)
-        of_each = [s for s in shares if not isinstance(s, Sequence)]
-        told_whole = len(of_each) == len(shares) and all(of_each) and not form.sparse
-        known, size, parts = of_each if told_whole else None, len(self.members), self._peers.packed(told)
+        known, size, parts = self._of_pieces(shares), len(self.members), self._peers.packed(told)
         sums, inner = self._together.summed(lambda: self._peers.sums(parts, form, shares=known), (size, size))
-        if known is not None:
-            self._gram = self._said(inner).sum(0).view_as(inner)
         if not form.exact:
             self._left = self._peers.unpacked([s.left for s in sums if s.left is not None], self.space)
-        return self._peers.unpacked([s.value for s in sums], self.space)
+        total = self._peers.unpacked([s.value for s in sums], self.space)
+        if not form.sparse and (known is None) == (shares is None):
+            said = self._said(torch.cat([inner.reshape(-1), torch.tensor([own], dtype=torch.float64)]))
+            gram, owns = said[:, :-1].sum(0).view_as(inner), said[:, -1]
+            if bool(owns.all()):
+                self._gram = gram if shares is not None else centred(gram / owns / owns[:, None])
+                if point is not None:
+                    self.gap = point.add_(total, alpha=-1 / (1.0 if shares is not None else float(owns.sum())))
+        return total
+
+    def _of_pieces(self, shares: Sequence[float] | Sequence[Sequence[float]] | None) -> Tensor | None:
+        """A row for each member: its share, or that of each piece's parameter; None where one of them is zero."""
+        if shares is None:
+            return None
+        of_each = torch.tensor([s if isinstance(s, Sequence) else [s] for s in shares], dtype=torch.float64)
+        if isinstance(shares[0], Sequence):
+            of_each = of_each[:, [piece.parameter for piece in self.space.layout.pieces]]
+        return of_each if bool(of_each.all()) else None
 
     def _said(self, own: Tensor) -> Tensor:
         """What the first rank of each member says, a row each, on all ranks."""
@@ -123,3 +146,9 @@ class Exchange:
             return None, rows if self._first else None
 
         return self._together.summed(hear, (len(self.members), flat.numel()))[1]
+
+
+def centred(gram: Tensor) -> Tensor:
+    """The inner products of vectors less their mean."""
+    rows = gram.mean(0)
+    return gram - rows - rows[:, None] + rows.mean()

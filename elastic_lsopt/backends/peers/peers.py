@@ -102,13 +102,12 @@ class Peers:
 
     # -- collectives -------------------------------------------------------------------------------------------
 
-    def sums(
-        self, parts: Sequence[Tensor], form: Format, *, shares: Sequence[float] | None = None
-    ) -> tuple[list[Sum], Tensor]:
+    def sums(self, parts: Sequence[Tensor], form: Format, *, shares: Tensor | None = None) -> tuple[list[Sum], Tensor]:
         """The sum over the peers of each part, and this rank's share of the inner products between replicas.
 
-        Inner products are of the peers' parts, over `shares`, less their mean (None: they are not wanted, and zero).
-        Raises PeerFailed where a peer is gone.
+        Inner products are of the peers' parts over their `shares`, less their mean: a number for each member, (M, 1),
+        or for each of its pieces, (M, pieces). None: of the parts as they are told (zero in a sparse format). Raises
+        PeerFailed where a peer is gone.
         """
         out = []
         inner = torch.zeros(len(self.members), len(self.members), dtype=torch.float64)
@@ -116,7 +115,7 @@ class Peers:
             out.append(self._sum(number, part, form, shares, inner))
         return out, inner
 
-    def _sum(self, number: int, part: Tensor, form: Format, shares: Sequence[float] | None, inner: Tensor) -> Sum:
+    def _sum(self, number: int, part: Tensor, form: Format, shares: Tensor | None, inner: Tensor) -> Sum:
         size, n = len(self.bundles[number].holders), part.numel()
         at = self._places[number]
         if form.sparse:
@@ -125,10 +124,11 @@ class Peers:
         told = form.encode(rows)
         everyones = form.decode(self._to_each(number, told), part.dtype)
         own = everyones.sum(0) if form.exact else everyones.double().sum(0).to(part.dtype)
+        points = everyones.double()
         if shares is not None:
-            points = everyones.double() / torch.tensor(shares, dtype=torch.float64)[:, None]
-            apart = points - points.mean(0)
-            inner += apart @ apart.T / self.bundles[number].copies
+            points = points / self._of_elements(number, shares, at * rows.shape[1], rows.shape[1])
+            points = points - points.mean(0)
+        inner += points @ points.T / self.bundles[number].copies
         spread = form.encode(own[None])
         whole = form.decode(self._to_all(number, spread), part.dtype).reshape(-1)[:n]
         left: Tensor | None = None
@@ -137,6 +137,21 @@ class Peers:
             lost[at] += own - form.decode(spread, part.dtype)[0]
             left = lost.view(-1)[:n]
         return Sum(whole, left)
+
+    def _of_elements(self, number: int, shares: Tensor, begin: int, count: int) -> Tensor:
+        """Of so many elements of a bundle, each member's share; behind the bundle's end, where all tell zeros, 1."""
+        if shares.shape[1] == 1:
+            return shares
+        stretches, at = self.bundles[number].stretches, -begin
+        lengths = []
+        for s in stretches:
+            end = at + s.end - s.begin
+            lengths.append(max(0, min(end, count) - max(at, 0)))
+            at = end
+        columns = torch.cat(
+            [shares[:, [s.piece for s in stretches]], torch.ones(len(shares), 1, dtype=shares.dtype)], 1
+        )
+        return columns.repeat_interleave(torch.tensor([*lengths, count - sum(lengths)]), dim=1)
 
     def _sparse_sum(self, number: int, part: Tensor, form: Format) -> Sum:
         """Everybody's numbers to all, who add them up in the same order."""
