@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elastic_lsopt.backends.groups import Group
 from elastic_lsopt.backends.peers.formats import AsTheyAre, Format
-from elastic_lsopt.backends.peers.peers import Peers
+from elastic_lsopt.backends.peers.peers import Peers, Sum
 from elastic_lsopt.backends.peers.unison import Unison
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -23,6 +23,10 @@ from elastic_lsopt.space.vector import Vector
 LEFT, REFERENCE = "left", "reference"
 """In the state of the format: what rounding has kept back, and what all members have alike."""
 EXACT = AsTheyAre()
+ROUNDED = 0.1
+"""Of the root mean square distance of the members: differences that rounding may have changed by more are not told."""
+Shares = Sequence[float] | Sequence[Sequence[float]]
+"""A number for each member, or for each member one for each parameter."""
 
 
 class Exchange:
@@ -54,7 +58,7 @@ class Exchange:
     def numbers(self, *own: float) -> Tensor:
         return self._said(torch.tensor(own, dtype=torch.float64))
 
-    def mean(self, points: Vector, shares: Sequence[float] | Sequence[Sequence[float]] | None = None) -> Vector:
+    def mean(self, points: Vector, shares: Shares | None = None) -> Vector:
         if shares is None:
             total = sum(self.samples)
             shares = [s / total if total else 1 / len(self.members) for s in self.samples]
@@ -105,30 +109,59 @@ class Exchange:
         return {**({} if self._left is None else {LEFT: self._left}), **reference}
 
     def _reduced(
-        self, told: Vector, shares: Sequence[float] | Sequence[Sequence[float]] | None, form: Format,
-        keep: float = 1.0, *, own: float = 1.0,
-    ) -> Vector:  # fmt: skip
+        self, told: Vector, shares: Shares | None, form: Format, keep: float = 1.0, *, own: float = 1.0
+    ) -> Vector:
         """The sum of all members' `told` times their shares (None: this one's is `own`); `told` is overwritten."""
         point = told.clone() if self._gaps and self.gap is None else None
         mine = own if shares is None else shares[self.place]
         told.mul_each_(mine) if isinstance(mine, Sequence) else told.mul_(mine)
+        before: list[Tensor] = []
         if not form.exact and isinstance(left := self._left or self._kept.get(LEFT), Vector):
             told.add_(left, alpha=keep)
+            before = self._peers.packed(left * keep)
         known, size, parts = self._of_pieces(shares), len(self.members), self._peers.packed(told)
-        sums, inner = self._together.summed(lambda: self._peers.sums(parts, form, shares=known), (size, size))
+
+        def reduce() -> tuple[list[Sum], Tensor]:
+            sums, inner = self._peers.sums(parts, form, shares=known)
+            return sums, torch.cat([inner.reshape(-1), self._rounded(sums, before)])
+
+        sums, numbers = self._together.summed(reduce, (size * size + 1,))
         if not form.exact:
             self._left = self._peers.unpacked([s.left for s in sums if s.left is not None], self.space)
         total = self._peers.unpacked([s.value for s in sums], self.space)
         if not form.sparse and (known is None) == (shares is None):
-            said = self._said(torch.cat([inner.reshape(-1), torch.tensor([own], dtype=torch.float64)]))
-            gram, owns = said[:, :-1].sum(0).view_as(inner), said[:, -1]
-            if bool(owns.all()):
-                self._gram = gram if shares is not None else centred(gram / owns / owns[:, None])
-                if point is not None:
-                    self.gap = point.add_(total, alpha=-1 / (1.0 if shares is not None else float(owns.sum())))
+            self._learn(numbers, min(mine) if isinstance(mine, Sequence) else mine, shares is None, point, total)
         return total
 
-    def _of_pieces(self, shares: Sequence[float] | Sequence[Sequence[float]] | None) -> Tensor | None:
+    def _rounded(self, sums: Sequence[Sum], before: Sequence[Tensor]) -> Tensor:
+        """The square of what rounding has changed in this rank's own: what is kept back now, less what was before."""
+        out = torch.zeros(1, dtype=torch.float64)
+        for number, (one, bundle) in enumerate(zip(sums, self._peers.bundles, strict=True)):
+            if one.left is not None:
+                changed = one.left - before[number] if before else one.left
+                out += changed.double().square().sum() / bundle.copies
+        return out
+
+    def _learn(self, numbers: Tensor, own: float, plain: bool, point: Vector | None, total: Vector) -> None:
+        """Inner products of differences, and the gap, of what a reduction has summed: `plain`, of what was told.
+
+        Where rounding may have changed the distances by more than ROUNDED, nothing is learnt.
+        """
+        size = len(self.members)
+        said = self._said(torch.cat([numbers, numbers.new_tensor([own])]))
+        gram, owns = said[:, :-2].sum(0).view(size, size), said[:, -1]
+        if not bool(owns.all()):
+            return
+        rounded = float((said[:, -2] / owns.square()).sum())
+        if plain:
+            gram = centred(gram / owns / owns[:, None])
+        if rounded > ROUNDED**2 * float(gram.trace()):
+            return
+        self._gram = gram
+        if point is not None:
+            self.gap = point.add_(total, alpha=-1 / float(owns.sum()) if plain else -1.0)
+
+    def _of_pieces(self, shares: Shares | None) -> Tensor | None:
         """A row for each member: its share, or that of each piece's parameter; None where one of them is zero."""
         if shares is None:
             return None
