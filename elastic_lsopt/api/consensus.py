@@ -351,6 +351,11 @@ class Consensus:
     # -- what it tells -----------------------------------------------------------------------------------------
 
     @property
+    def keeps_span(self) -> bool:
+        """Whether differences from the mean are kept."""
+        return self._span is not None
+
+    @property
     def in_the_span(self) -> dict[str, Any]:
         """What of the newest step's gradient lies in the span of the differences that are kept, for its row."""
         if self._span is None or not self.exchanges:

@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ class ReplicaRun(TrainingRun):
         return Consensus(
             self._rule, world.meetings, replicas=tuple(paces), bits=block.exchange.bits, top_k=block.exchange.top_k,
             timeout_s=block.exchange_timeout_s, rounds=self.rounds, by_speed=block.steps == "by_speed",
-            newcomer=world.newcomer,
+            newcomer=world.newcomer, disagreement_span=block.disagreement_span,
         )  # fmt: skip
 
     def _loader(self) -> StepLoader:
@@ -219,14 +219,16 @@ class ReplicaRun(TrainingRun):
         return False  # which only an exchange can say
 
     def _exchanged(self) -> dict[str, Any]:
-        """Of the exchange before the step: members, seconds, bytes, how far apart."""
+        """Of the exchange before the step: members, seconds, bytes, how far apart; see probes/noise/disagreement.py."""
         told = self._tell()
         if told is None:
             return {}
         return {
             "exchange": {
                 "number": told.number, "members": list(told.members), "fit": list(told.fit), "well": told.well,
-                "seconds": told.seconds, "sent_bytes": told.sent_bytes, "apart": told.apart,
+                "seconds": told.seconds, "sent_bytes": told.sent_bytes,
+                **(told.disagreement.to_json() if told.disagreement is not None else {}),
+                **self._consensus_of.in_the_span,
             }
         }  # fmt: skip
 
@@ -238,7 +240,11 @@ class ReplicaRun(TrainingRun):
         self._told, told = len(exchanges), exchanges[-1]
         if told.extraordinary and self._folder is not None:
             Journal(self._folder.path, self.console.say).write(
-                Meeting(generation=self.world.generation, samples=self.engine.clock.samples, **asdict(told))
+                Meeting(
+                    generation=self.world.generation, number=told.number, members=told.members, fit=told.fit,
+                    missing=told.missing, well=told.well, why=told.why, seconds=told.seconds,
+                    samples=self.engine.clock.samples, sent_bytes=told.sent_bytes, apart=told.apart,
+                )
             )
         return told
 

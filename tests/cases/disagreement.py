@@ -55,7 +55,11 @@ def met(
     kind: str, sizes: list[int], rules: list[str], *, dtype: str = "fp64", bits: int = 32, span: int = 2
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Of each rule and exchange: what was told, and what a loop on the known points makes of it."""
-    return [_met(kind, sizes, rule, DTYPES[dtype], bits, span) for rule in rules]
+    out = []
+    for rule in rules:
+        out.append(_met(kind, sizes, rule, DTYPES[dtype], bits, span))
+        dist.barrier()  # or one would leave the harness's group while another still joins it
+    return out
 
 
 def _met(kind: str, sizes: list[int], rule: str, dtype: torch.dtype, bits: int, span: int) -> dict[str, Any]:
