@@ -15,8 +15,9 @@ from elastic_lsopt.checkpoint.ownership import owner_of
 from elastic_lsopt.elastic.agent.node_folder import addresses
 from elastic_lsopt.elastic.agent.status import status_at
 from elastic_lsopt.elastic.mail.signing import Refused, job_secret
-from elastic_lsopt.elastic.worker.journal import read_journal, read_rewinds
+from elastic_lsopt.elastic.worker.journal import line_of, read_journal, read_meetings, read_rewinds
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.training.run_folder import replica_folders
 from elastic_lsopt.training.run_state import read_state
 
 CHANGES = 5
@@ -38,7 +39,7 @@ def status(run_folder: str | Path, *, endpoint: str | None, secret_file: str | N
     console = Console()
     changes, state = read_journal(folder), state_line(folder)
     if state is not None and not (folder / "elastic").is_dir():  # a job of fixed size has no agent
-        console.print(state)
+        console.print(state, *replica_lines(folder), sep="\n")
         return 0
     secret = job_secret(secret_file, folder)
     try:
@@ -78,6 +79,14 @@ def state_line(folder: Path) -> str | None:
             line += f", said at {_clock(told['time'])} by process {owner[0]['process']}"
     rewinds = len(read_rewinds(folder))
     return line + (f"; rewound {rewinds} times" if rewinds else "") + (f": {told['why']}" if told["why"] else "")
+
+
+def replica_lines(folder: Path) -> list[str]:
+    """A line for each other replica of the job, and for the last exchanges that were out of the ordinary."""
+    others = replica_folders(folder)
+    lines = [f"replica {number}: {line}" for number, other in others.items() if (line := state_line(other))]
+    meetings = read_meetings([folder, *others.values()])
+    return lines + [f"{_clock(meeting.get('time', 0.0))} {line_of(meeting)}" for meeting in meetings[-CHANGES:]]
 
 
 def _clock(seconds: float) -> str:

@@ -47,8 +47,8 @@ class ConsensusConfig:
     """What makes a replica's share of the steps: its ranks, or its measured samples per second (then two runs of the
     same job differ)."""
     disagreement_span: CountOrZero = 0
-    """Of so many of the last exchanges each replica keeps its difference from the mean, a Vector each, to see which share
-    of its gradient lies in their span; 0: none."""
+    """Of so many of the last exchanges each replica keeps its difference from the mean, a Vector each, to see which
+    share of its gradient lies in their span; 0: none."""
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     """The rule's own, tau among them."""
 

@@ -241,9 +241,17 @@ class ReplicaRun(TrainingRun):
         if told.extraordinary and self._folder is not None:
             Journal(self._folder.path, self.console.say).write(
                 Meeting(
-                    generation=self.world.generation, number=told.number, members=told.members, fit=told.fit,
-                    missing=told.missing, well=told.well, why=told.why, seconds=told.seconds,
-                    samples=self.engine.clock.samples, sent_bytes=told.sent_bytes, apart=told.apart,
+                    generation=self.world.generation,
+                    number=told.number,
+                    members=told.members,
+                    fit=told.fit,
+                    missing=told.missing,
+                    well=told.well,
+                    why=told.why,
+                    seconds=told.seconds,
+                    samples=self.engine.clock.samples,
+                    sent_bytes=told.sent_bytes,
+                    apart=told.apart,
                 )
             )
         return told
