@@ -207,7 +207,9 @@ class Consensus:
         """Meet the others now; None where they met without this replica, or where it goes on `beside` steps."""
         self.settled()
         common, version = (None, -1) if self.rounds is None else (self.rounds.ledger.to_json(), self.rounds.version)
-        met = self._meetings.begin(self._report(), common, version=version, patience_s=self._patience_s)
+        met = self._meetings.begin(
+            self._report(), common, version=version, patience_s=self._patience_s, late_s=2 * self._round_s
+        )
         self._standing["since"], self._redealt = 0, False
         now = time.monotonic()
         self._round_s, self._met_s = now - self._met_s, now
