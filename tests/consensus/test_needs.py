@@ -16,6 +16,7 @@ from elastic_lsopt.consensus import registry
 from elastic_lsopt.consensus.needs import refuse_unmet
 from tests.cases import engines, updates
 from tests.cli.test_trust import JOB
+from tests.processes.ranks import ROOT
 
 OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [
     *((rule, {"tau": 0}, "tau=0 must be a whole number >= 1") for rule in registry.names() if "streaming" not in rule),
@@ -60,6 +61,7 @@ def base(name: str) -> torch.optim.Optimizer:
     return updates.ours(name)(params) if name in updates.UPDATES else engines.optimizer(name)(params)
 
 
+PAPERS = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
 MLP = "elastic_lsopt.training.classifiers:mlp"
 UNMET: list[tuple[str, str, str, dict[str, Any], str]] = [
     (
@@ -150,3 +152,13 @@ def test_the_example_of_each_is_a_job_that_has_what_it_needs(name: str, tmp_path
     assert not rule.needs_update or shown["optim"] == rule.needs_update
     assert not rule.needs_momentum or shown["momentum"] > 0
     assert rule.needs_top_k == ("top_k" in exchange)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", registry.names())
+def test_each_has_its_paper_on_the_page(name: str) -> None:
+    """The entry names the rule, links its file and its paper as the class says it."""
+    rule = registry.get(name)
+    [entry] = [part for part in PAPERS.split("\n## ") if f"`rule: {name}`" in part.partition("\n")[0]]
+    assert rule.facts.paper.rpartition("arXiv ")[2] in entry
+    assert f"(../{rule.__module__.replace('.', '/')}.py)" in entry
