@@ -26,8 +26,9 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("kind", ["plain"])
 @pytest.mark.parametrize("rule,hyper,more", ROWS, ids=[row[0] for row in ROWS])
-def test_drift_is_the_loops(rule: str, hyper: dict[str, Any], more: dict[str, Any]) -> None:
+def test_drift_is_the_loops(rule: str, hyper: dict[str, Any], more: dict[str, Any], kind: str) -> None:
     """Three replicas of unequal size, 13 steps, four exchanges."""
     steps = engines.batches(13, 7, last=2, dtype=DOUBLE)
     made = registry.build(rule, tau=6 if "fragments" in hyper else 3, **hyper)
@@ -37,7 +38,7 @@ def test_drift_is_the_loops(rule: str, hyper: dict[str, Any], more: dict[str, An
     known.pop("overlap", None)
     oracle.drifted(plain, steps, UNEVEN, rule, made.every, known, method, of_method, overlap=hyper.get("overlap", 0))
     members, _ = together.drifted(
-        made, steps, UNEVEN, method=method, of_method=of_method, base=consensus.ours(rule),
+        made, steps, UNEVEN, method=method, of_method=of_method, base=consensus.ours(rule), kind=kind,
         told=largest(**more) if more else None,
     )  # fmt: skip
     assert max(float((m.x - r.x).abs().max()) for m, r in zip(members, plain, strict=True)) <= 1e-12

@@ -204,5 +204,13 @@ BESIDE = {
     "bi_lora": ("lora: {r: 16}",),
     "momentum_sam": ("optim: sgd", "momentum: 0.9"),
     "sampa": ("optim: sgd", "momentum: 0.9"),
+    "eamsgd": ("optim: sgd", "momentum: 0.99", "optim_args: {nesterov: true}"),
+    "lsam": ("landscape: {method: sam, rho: 0.05}",),
+    "parle": ("landscape: {method: entropy_sgd, inner_steps: 25}",),
+    "muloco": ("optim: muon",),
 }
 """What an algorithm's own example needs beside it."""
+EXCHANGE: dict[str, dict[str, object]] = {
+    "sparseloco": {"exchange": {"top_k": 64, "bits": 2}}, "streaming_diloco": {"exchange": {"bits": 4}},
+}  # fmt: skip
+"""How the exchanges of a rule of consensus travel, where its paper says so."""
