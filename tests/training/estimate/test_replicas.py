@@ -34,5 +34,5 @@ def test_a_replica_of_two_ranks_is_a_job_of_two_ranks(capsys: pytest.CaptureFixt
 
 
 def test_worlds_that_replicas_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", FILE, "consensus={rule: diloco, replicas: 4}", "--worlds", "6"]) == 2
+    assert main(["plan", FILE, "consensus={rule: diloco, replicas: 4}", "workers=4", "--worlds", "6"]) == 2
     assert "consensus.replicas=4 must divide --worlds 6" in capsys.readouterr().err
