@@ -83,7 +83,11 @@ def drift(
         )  # fmt: skip
         chosen = lso.registry.build(method, **of_method)
         engine = engines.build(kind, engines.net((), DTYPES[dtype]), chosen, base=ours(rule), consensus=consensus)
-        losses = [engine.train_batch(dealt(step, sizes, number, own)) for step in steps]
+        losses, passes = [], set()
+        for step in steps:
+            losses.append(engine.train_batch(dealt(step, sizes, number, own)))
+            assert engine.last_step is not None
+            passes.add(engine.last_step.passes)
         found = weights(engine)
         told = [(e.number, list(e.members), e.well, e.sent_bytes) for e in consensus.exchanges]
         local = sum(p.length for p in engine.space.layout.pieces)
@@ -94,7 +98,7 @@ def drift(
     return {
         "dw": max(float((found[n].double() - wanted[n].detach().double()).abs().max()) for n in found),
         "dloss": max(abs(a - b) for a, b in zip(losses, plain[number].losses, strict=True)),
-        "apart": apart, "exchanges": told, "local": local,
+        "apart": apart, "exchanges": told, "local": local, "passes": sorted(passes),
     }  # fmt: skip
 
 

@@ -267,15 +267,19 @@ def test_grawa_by_parameter_and_by_model() -> None:
     assert found["mgrawa"] == pytest.approx([2.0, 15.0]) and found["lgrawa"] == pytest.approx([1.0, 17.5])
 
 
-def test_grawas_running_mean() -> None:
-    """Of norms n1, n2 it is (b n1 + n2) / (1 + b), corrected for its beginning."""
+@pytest.mark.parametrize("new", [False, True])
+def test_grawas_running_mean(new: bool) -> None:
+    """Of norms n1, n2 it is (b n1 + n2) / (1 + b), corrected for its beginning: of a newcomer it is n2."""
     rule = registry.build("mgrawa", decay=0.5, pull=0.0)
     members = with_gradients(rule, (6.0, 0.0), (1.0, 0.0))
     meet(rule, members, 0)
     for m, x in zip(members, (1.5, 4.0), strict=True):
         shards: Any = m.space.shards
         _, m.oracle = lso.attach(shards.module, lambda model, x: model(x).sum(), [torch.tensor([[x, 0.0]]).double()])
-    one, two = 1 / ((0.5 * 6 + 1.5) / 1.5), 1 / ((0.5 * 1 + 4) / 1.5)
+    one, two = 1 / ((0.5 * 6 + 1.5) / 1.5), 1 / 4 if new else 1 / ((0.5 * 1 + 4) / 1.5)
+    if new:
+        members[1].state.clear()
+        members[1].state.update(rule.init(members[1].space))
     [(_, mean), _] = heard_of(rule, members, 1)
     assert float(mean.tensors[0][0]) == pytest.approx(two / (one + two))
 
