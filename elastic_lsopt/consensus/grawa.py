@@ -44,7 +44,7 @@ TINY = torch.finfo(torch.float64).tiny
 class _GRAWA(Rule):
     pull: float = 0.5
     """c2, how far towards the weighted mean; >= 0 and <= 1. The authors: 0.5."""
-    decay: float = 0.9**8
+    decay: float = 0.43046721
     """b, of the running mean of norms; >= 0 and < 1. The authors: 0.9^8 per exchange, 0.85 per step of training."""
     norms: Literal["fresh", "training"] = "fresh"
     """fresh: of a gradient at each exchange, on samples of the coming step; training: of each step's own."""

@@ -62,6 +62,7 @@ JOB: dict[str, str] = {
     "landscape_space": "lora: {r: 16}\nlandscape: {method: flat_lora, sigma: 0.05}\nlandscape_space: merged",
     "seed": "seed: 1",
     "elastic": "elastic: {min_nodes: 2, max_nodes: 8}",
+    "consensus": "consensus: {rule: mgrawa, replicas: 4, tau: 32, pull: 0.5}",
     "probes": "probes: {lambda_max: {every_steps: 100}}",
     "eval_steps": "eval_steps: 100",
     "eval_batches": "eval_batches: 50",
@@ -145,6 +146,14 @@ ELASTIC: dict[str, str] = {
     "event_log": "elastic: {event_log: true}",
     "respawn": "elastic: {respawn: false}",
     "max_respawns": "elastic: {max_respawns: 10}",
+}
+
+CONSENSUS: dict[str, str] = {
+    "rule": "consensus: {rule: mgrawa, replicas: 4, tau: 32}",
+    "replicas": "consensus: {rule: local_sgd, replicas: 4, tau: 32}",
+    "exchange": "consensus: {rule: diloco, replicas: 4, exchange: {bits: 4}}",
+    "exchange_timeout_s": "consensus: {rule: local_sgd, replicas: 4, exchange_timeout_s: 120}",
+    "steps": "consensus: {rule: local_sgd, replicas: 4, steps: by_speed}",
 }
 
 PROBE: dict[str, str] = {
