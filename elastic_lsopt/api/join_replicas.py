@@ -24,9 +24,9 @@ def join_replicas(
     """Part the launched ranks into replicas, in order, and form this one's as torch's default group (collective).
 
     Call it in place of `init_process_group`. From then on torch's world is the replica: wrap the model in DDP or
-    `fully_shard`, or call `lso.initialize`, as ever; give the engine what this returns as `consensus=`, and to each
-    replica samples of its own (it is number `consensus.number` of `consensus.replicas`). Raises UserError where no launcher's
-    variables are there, where `replicas` does not divide the ranks, and for a rule or value that is wrong.
+    `fully_shard`, or call `lso.initialize`, as ever; give the engine what this returns as `consensus=`, and each
+    replica samples of its own (`consensus.number` of `consensus.replicas` is this one). Raises UserError where no
+    launcher's variables are there, where `replicas` does not divide the ranks, and for a rule or value that is wrong.
     """
     made = registry.build(rule, **hyperparameters)
     if missing := [name for name in LAUNCHED if name not in os.environ]:
