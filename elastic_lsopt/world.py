@@ -21,7 +21,10 @@ LINE_BYTES = 1000
 
 @dataclass(frozen=True)
 class World:
-    """One rank of `size`. `generation` counts the changes of members; a job without an elastic block stays at 0."""
+    """One rank of `size`. `generation` counts the changes of members; a job without an elastic block stays at 0.
+
+    In a job of several replicas it is the replica that `rank` and `size` are of: each is a world of its own.
+    """
 
     rank: int
     size: int
@@ -36,6 +39,18 @@ class World:
     """Names the job's life, as long as one worker that has been in it lives; "" outside elastic jobs."""
     may_commit: Callable[[int], bool] | None = None
     """Whether a checkpoint of that step may still get its name, asked by rank 0; None: nobody contests it."""
+    replica: int = 0
+    """This replica's number among `replicas`."""
+    replicas: int = 1
+    living: tuple[int, ...] = (0,)
+    """The replicas that have workers, in order."""
+    meetings: dist.Store | None = None
+    """Where the replicas meet, on no key that another part uses; None in a job of one. Another object is another store,
+    and empty: the host has changed."""
+    newcomer: bool = False
+    """Others train already, and this replica has nothing yet: it must not go on from a checkpoint."""
+    outdated: Callable[[], bool] | None = None
+    """Whether this replica's members change, so that it must not wait for other replicas without a limit."""
 
     @property
     def is_first(self) -> bool:

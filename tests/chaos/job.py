@@ -124,18 +124,22 @@ def main(path: Path) -> None:
         def on_step(job: Job, row: dict[str, Any]) -> None:
             if not (folder / "hurry").exists():
                 time.sleep(settings["slow_s"])
-            line = {"rank": world.rank, "ids": taken, "weights": weights(settings["backend"], job.engine), **row}
+            line = {
+                "rank": world.rank, "ids": taken, "weights": weights(settings["backend"], job.engine),
+                "replica": world.replica, "living": job.world.living, "at": time.time(), **row,
+            }  # fmt: skip
             with (folder / f"steps-{os.getpid()}.jsonl").open("a") as out:
                 out.write(json.dumps(line) + "\n")
 
+        own = folder / f"replica-{world.replica}" if world.replica else folder
         return Job(
             world=world, engine=engine, dataset=Rows(), collate=collate, seed=1, on_step=on_step,
-            checkpoints=folder / "checkpoints", save_steps=settings.get("save_steps"),
+            checkpoints=own / "checkpoints", save_steps=settings.get("save_steps"),
         )  # fmt: skip
 
     run(
         build, settings["elastic"], reference=Hyperparameters(global_batch_size=BATCH, learning_rate=LR, momentum=0.9),
-        microbatch_size=UNIT, output_dir=folder, workers=settings["workers"],
+        microbatch_size=UNIT, output_dir=folder, workers=settings["workers"], replicas=settings.get("replicas", 1),
     )  # fmt: skip
 
 

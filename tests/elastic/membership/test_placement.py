@@ -17,7 +17,7 @@ pytestmark = pytest.mark.fast
 
 
 def words(text: str) -> list[list[str]]:
-    """"a1 a2 | b1" -> [[a1, a2], [b1]]."""
+    """ "a1 a2 | b1" -> [[a1, a2], [b1]]."""
     return [part.split() for part in text.split("|")]
 
 
