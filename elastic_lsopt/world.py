@@ -21,10 +21,7 @@ LINE_BYTES = 1000
 
 @dataclass(frozen=True)
 class World:
-    """One rank of `size`. `generation` counts the changes of members; a job without an elastic block stays at 0.
-
-    In a job of several replicas it is the replica that `rank` and `size` are of: each is a world of its own.
-    """
+    """One rank of `size`. `generation` counts the changes of members; a job without an elastic block stays at 0."""
 
     rank: int
     size: int
@@ -40,21 +37,25 @@ class World:
     may_commit: Callable[[int], bool] | None = None
     """Whether a checkpoint of that step may still get its name, asked by rank 0; None: nobody contests it."""
     replica: int = 0
-    """This replica's number among `replicas`."""
-    replicas: int = 1
-    living: tuple[int, ...] = (0,)
-    """The replicas that have workers, in order."""
+    """Where replicas go their own way (`consensus`) this one's number; rank and size are then this replica's."""
+    sizes: tuple[int, ...] = ()
+    """Ranks of each replica, 0 of one that is vacant; () where there is one."""
     meetings: dist.Store | None = None
-    """Where the replicas meet, on no key that another part uses; None in a job of one. Another object is another store,
-    and empty: the host has changed."""
+    """Through which replicas meet; None where there is one. In an elastic job another object is another store, and
+    empty: its host has changed."""
     newcomer: bool = False
-    """Others train already, and this replica has nothing yet: it must not go on from a checkpoint."""
+    """This replica has no state, and others train: it is given the model by them."""
     outdated: Callable[[], bool] | None = None
-    """Whether this replica's members change, so that it must not wait for other replicas without a limit."""
+    """In an elastic job: whether this replica's members are about to change, so that waiting for others must end."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank tells the user how the job goes."""
+        return self.rank == 0 and self.replica == 0
 
     def on_first(self, act: Callable[[], T]) -> T | None:
         """`act()` on rank 0, None on the others; a UserError that it raises is raised on all (collective)."""
@@ -87,7 +88,7 @@ class World:
 
         A launcher ends the others as soon as one has ended, and who is ended in the middle of a word says nothing.
         """
-        key, end = "elastic_lsopt/has_said", time.monotonic() + timeout_s
+        key, end = f"elastic_lsopt/has_said/{self.replica}", time.monotonic() + timeout_s
         try:
             self.store.set(f"{key}/{self.rank}", "")
             while not self.store.check([f"{key}/{r}" for r in range(self.size)]) and time.monotonic() < end:

@@ -36,7 +36,9 @@ from elastic_lsopt.data.ledger import Ledger
 from elastic_lsopt.data.rounds import Rounds
 from elastic_lsopt.errors import NonFinite, PeerFailed
 from elastic_lsopt.oracle.family import Kept, Stateful
+from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
+from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 
 NEVER = -1
@@ -45,10 +47,14 @@ TRIES = 5
 
 
 @dataclass(frozen=True)
-class Told(Stateful):
-    """What a format keeps: rounding's rest, and the reference from which differences are told."""
+class Standing(Stateful):
+    """Where a replica stands: the newest exchange that it was at, its steps and samples since, those of the job; and
+    what a format keeps, rounding's rest and the reference from which differences are told."""
 
-    name: str = "consensus_format"
+    name: str = "consensus_standing"
+
+    def init(self, space: ParameterSpace) -> State:
+        return {"newest": NEVER, "since": 0, "samples": 0, "ahead": 0}
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class Exchanged:
     members: tuple[int, ...]
     fit: tuple[int, ...]
     """The members that exchanged; the others were given the model."""
+    missing: tuple[int, ...]
+    """Who was at the exchange before, and not at this one."""
     well: bool
     """It went well on all; else none of them has changed anything."""
     seconds: float
@@ -66,6 +74,11 @@ class Exchanged:
     """By this rank."""
     apart: float | None = None
     """Root mean square distance of the fit members from their mean, before it; None where no reduction tells it."""
+
+    @property
+    def extraordinary(self) -> bool:
+        """Whether somebody was left out, let in or missing, or it failed."""
+        return not self.well or self.fit != self.members or bool(self.missing)
 
 
 @dataclass
@@ -101,14 +114,14 @@ class Consensus:
         """Of this life of the process."""
         self._by_speed, self._fit = by_speed, not newcomer
         self._skipped = self._redealt = False
-        self._since = self._samples = self._ahead = 0
-        self._newest, self._living = NEVER, len(replicas)
+        self._there = replicas
+        """Who was at the last meeting."""
         self._met_s, self._round_s = time.monotonic(), 0.0
 
     @property
     def keep(self) -> tuple[Stateful, ...]:
         """The families of state that the engine keeps for it."""
-        return (self.rule, Told())
+        return (self.rule, Standing())
 
     def bind(self, step: LandscapeStep) -> None:
         """The engine's step is there: say what this rank holds, and that this replica may be met."""
@@ -131,27 +144,35 @@ class Consensus:
     def before_step(self, oracle: Oracle) -> bool:
         """A step begins: meet the others if it is time. False where others train on its samples by now."""
         out_of_samples = self.rounds is not None and not self.rounds.in_hand
-        if self._since < self.steps and not out_of_samples:
+        if self._standing["since"] < self.steps and not out_of_samples:
             return True
         self.exchange(oracle)
         return not self._redealt
 
     def after_step(self, samples: int, *, skipped: bool) -> None:
         """A step has ended, on so many samples."""
-        self._since, self._samples = self._since + 1, self._samples + samples
-        self._ahead += self._of_job(samples)
+        for name, more in (("since", 1), ("samples", samples), ("ahead", self._of_job(samples))):
+            self._standing[name] += more
         self._skipped = skipped
         if self.rounds is not None:
             self.rounds.advance(samples)
 
     def _of_job(self, samples: int) -> int:
         """What all replicas together have trained on meanwhile, as far as this one can tell."""
-        return samples * self._living
+        return samples * len(self._there)
 
     @property
     def steps(self) -> int:
         """Of this replica from one exchange to the next."""
         return self.rule.tau if self.rounds is None else self.rounds.steps
+
+    def newcomer(self) -> None:
+        """This replica has nothing of what the job has come to, and is given the model at its first meeting."""
+        self._fit = False
+
+    def agreed(self, value: Any) -> Any:
+        """What the first rank of this replica says, on all of them (JSON; collective in the replica)."""
+        return gather_json(self._inside.handle, value)[0]
 
     def leave(self) -> None:
         """This rank raised: its replica is no more, and the others need not wait for it."""
@@ -159,21 +180,19 @@ class Consensus:
 
     # -- a meeting ---------------------------------------------------------------------------------------------
 
-    def exchange(self, oracle: Oracle) -> Exchanged | None:
+    def exchange(self, oracle: Oracle | None) -> Exchanged | None:
         """Meet the others now; None where they met without this replica."""
         report, common = self._report(), None if self.rounds is None else self.rounds.ledger.to_json()
         met = self._meetings.begin(report, common, patience_s=self._patience_s)
-        self._since, self._redealt = 0, False
+        self._standing["since"], self._redealt = 0, False
         now = time.monotonic()
         self._round_s, self._met_s = now - self._met_s, now
         if met is None:
             return None
         fit, sent_bytes = self._fit_of(met), self._circles.sent_bytes
         heard: _Heard | None = None
-        try:
+        with suppress(PeerFailed, NonFinite):  # the vote says so
             heard = self._hear(met, fit, oracle)
-        except (PeerFailed, NonFinite):
-            pass  # the vote says so
         well = self._meetings.end(met, well=heard is not None)
         if well and heard is not None:
             self._settle(met, fit, heard)
@@ -182,23 +201,26 @@ class Consensus:
         self._count(met, fit, well=well)
         seconds, sent_bytes = time.monotonic() - now, self._circles.sent_bytes - sent_bytes
         apart = heard.exchange.apart if well and heard is not None and heard.exchange is not None else None
-        self.exchanges.append(Exchanged(met.number, met.members, fit, well, seconds, sent_bytes, apart))
+        missing = tuple(sorted({*self._there} - {*met.members}))
+        self._there = met.members
+        self.exchanges.append(Exchanged(met.number, met.members, fit, missing, well, seconds, sent_bytes, apart))
         return self.exchanges[-1]
 
     def _report(self) -> dict[str, Any]:
         space = self._step.space
         finite = math.isfinite(space.norm(space.weights))
         return {
-            "samples": self._samples, "cut": self._cut, "circles": self._circles.told, "newest": self._newest,
-            "fit": self._fit and finite and not self._skipped, "clock": self._step.clock.samples - self._ahead,
-            "pace": self._pace, "held": 0 if self.rounds is None else self.rounds.held,
-            "refers": REFERENCE in self._kept(Told.name),
+            "samples": self._standing["samples"], "newest": self._standing["newest"], "cut": self._cut,
+            "circles": self._circles.told, "fit": self._fit and finite and not self._skipped,
+            "clock": self._step.clock.samples - self._standing["ahead"], "pace": self._pace,
+            "held": 0 if self.rounds is None else self.rounds.held,
+            "refers": REFERENCE in self._standing,
         }  # fmt: skip
 
     @property
     def _pace(self) -> float:
-        if self._by_speed and self._round_s > 0 and self._samples:
-            return self._samples / self._round_s
+        if self._by_speed and self._round_s > 0 and (samples := self._standing["samples"]):
+            return samples / self._round_s
         return float(self._inside.size)
 
     @property
@@ -206,17 +228,17 @@ class Consensus:
         """A new replica has nothing else to do, nor has one without samples, until the others come."""
         if not self._fit:
             return math.inf
-        idle = self.rounds is not None and self._since < self.steps
+        idle = self.rounds is not None and self._standing["since"] < self.steps
         return 2 * self._round_s if idle else 0.0
 
     def _fit_of(self, met: Met) -> tuple[int, ...]:
         """Alike on all members, as is all that follows from it."""
         keeps = [m for m in met.members if _keeps(met, m)]
         if self.number not in keeps:
-            self._redealt, self._fit, self._samples = True, False, 0
+            self._redealt, self._fit, self._standing["samples"] = True, False, 0
         return tuple(m for m in keeps if met.reports[m]["fit"])
 
-    def _hear(self, met: Met, fit: tuple[int, ...], oracle: Oracle) -> _Heard:
+    def _hear(self, met: Met, fit: tuple[int, ...], oracle: Oracle | None) -> _Heard:
         """All that is said at this meeting, into Vectors of its own. Raises PeerFailed or NonFinite."""
         heard = _Heard()
         if len(fit) < 2 and len(met.members) == len(fit):
@@ -231,10 +253,10 @@ class Consensus:
             alike = {**{k: self._state[k] for k in self.rule.shared}, **self._reference(met, giver)}
             heard.shared = {key: self._given(met, giver, behind, vector) for key, vector in alike.items()}
         if self.number in fit:
-            kept = {**self._kept(Told.name), **{k: v for k, v in heard.shared.items() if k == REFERENCE}}
+            kept = {**self._standing, **{k: v for k, v in heard.shared.items() if k == REFERENCE}}
             state = {**self._state, **{k: v for k, v in heard.shared.items() if k in self.rule.shared}}
             exchange = heard.exchange = self._exchange_of(met, fit, kept)
-            if len(fit) > 1:
+            if len(fit) > 1 and oracle is not None:
                 heard.rules = self.rule.exchange(exchange, self._step.space, oracle, state)
             if new:
                 heard.point = self.rule.point(exchange, self._step.space, state)
@@ -244,7 +266,7 @@ class Consensus:
 
     def _reference(self, met: Met, giver: int) -> dict[str, Vector]:
         """Of a format in few bits what all have alike; who was not there has room for it."""
-        known = self._kept(Told.name).get(REFERENCE)
+        known = self._standing.get(REFERENCE)
         if not met.reports[giver]["refers"]:
             return {}
         return {REFERENCE: known if isinstance(known, Vector) else self._step.space.zeros()}
@@ -256,7 +278,7 @@ class Consensus:
         parts = circle.packed(space.empty() if vector is None else vector)
         return circle.unpacked(circle.from_leader(parts, circle.members.index(giver)), space)
 
-    def _exchange_of(self, met: Met, fit: tuple[int, ...], kept: dict[str, Any]) -> Exchange:
+    def _exchange_of(self, met: Met, fit: tuple[int, ...], kept: State) -> Exchange:
         return Exchange(
             self._step.space, self._circles.of(fit, met, self._meetings.left), self._format, number=self.number,
             samples=tuple(met.reports[m]["samples"] for m in fit), last=met.number, kept=kept, inside=self._inside,
@@ -266,16 +288,16 @@ class Consensus:
         """What was heard takes effect. No communication with other replicas."""
         space = self._step.space
         if self.number in fit:
-            if heard.exchange is not None and len(fit) > 1:
+            if heard.rules is not None and heard.exchange is not None:
                 self._state.update({k: v for k, v in heard.shared.items() if k in self.rule.shared})
                 self.rule.settle(heard.rules, space, self._state)
-                self._kept(Told.name).update(heard.exchange.told())
-            self._newest = met.number
+                self._standing.update(heard.exchange.told())
+            self._standing["newest"] = met.number
         else:
             assert heard.point is not None
             space.weights.copy_(heard.point)
             self._step.begin_anew()
-            self._fit, self._newest, self._skipped = True, NEVER, False
+            self._fit, self._skipped = True, False
         space.copies.refresh()
 
     def _count(self, met: Met, fit: tuple[int, ...], *, well: bool) -> None:
@@ -286,12 +308,13 @@ class Consensus:
             undone = {m: n for m, n in samples.items() if m not in fit} if well else {}
             paces = {m: report["pace"] for m, report in met.reports.items()}
             ledger = Ledger.from_json(met.common)
+            for member in (m for m in met.members if not _keeps(met, m)):
+                ledger = ledger.lost(member)
             self.rounds.settle(ledger, counted=counted, beyond={} if well else samples, undone=undone, paces=paces)
         if well:
             clock = max(report["clock"] for report in met.reports.values()) + sum(counted.values())
             self._step.clock = replace(self._step.clock, samples=clock)
-            self._samples = self._ahead = 0
-        self._living = len(met.members)
+            self._standing.update({"samples": 0, "ahead": 0})
 
     def point(self) -> Vector:
         """The model that the rule's paper evaluates, on all who meet for it; they go on as they are (collective).
@@ -306,7 +329,7 @@ class Consensus:
             fit = self._fit_of(met)
             with suppress(PeerFailed):
                 if self.number in fit:
-                    exchange = self._exchange_of(met, fit, {**self._kept(Told.name)})
+                    exchange = self._exchange_of(met, fit, {**self._standing})
                     point = self.rule.point(exchange, self._step.space, self._state)
                 elif not fit:
                     point = self._step.space.weights.clone()
@@ -318,6 +341,10 @@ class Consensus:
     @property
     def _state(self) -> dict[str, Any]:
         return self._kept(self.rule.family)
+
+    @property
+    def _standing(self) -> dict[str, Any]:
+        return self._kept(Standing.name)
 
     def _kept(self, name: str) -> dict[str, Any]:
         family = self._step.families[name]

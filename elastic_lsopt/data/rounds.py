@@ -8,12 +8,14 @@ pace of a replica is what it says of itself: its ranks, or its samples per secon
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from elastic_lsopt.data.draws import Draws
 from elastic_lsopt.data.ledger import AHEAD, Ledger, Span, first, rest
-from elastic_lsopt.data.loader import Shuffled
+from elastic_lsopt.data.loader import Dataset, Shuffled, StepLoader
+from elastic_lsopt.oracle.microbatch import MicroBatch
 
 
 class Rounds:
@@ -21,11 +23,15 @@ class Rounds:
 
     def __init__(self, ledger: Ledger, number: int, tau: int, paces: Mapping[int, float]) -> None:
         self.number, self.tau = number, tau
-        self.trained = 0
-        self.cursor = 0
-        """Samples that this replica has trained on in this life of its process."""
+        self.trained = self.cursor = 0
+        """`cursor`: in this life of its process, with those before it that no exchange has counted."""
         self.steps = steps_of(tau, paces)[number]
         """From one exchange to the next."""
+        self._take(ledger)
+
+    def resume(self, ledger: Ledger, trained: int) -> None:
+        """Go on from a ledger, of what it has open for this replica so much trained."""
+        self.trained = self.cursor = trained
         self._take(ledger)
 
     @property
@@ -84,9 +90,46 @@ class InHand:
     """The samples of a replica by its own cursor, out of the job's one order."""
 
     def __init__(self, source: Shuffled, rounds: Rounds) -> None:
-        self.order, self._source, self._rounds = source.order, source, rounds
-        self.rewinds: tuple[int, ...] = ()
+        self.order, self.rounds, self._source = source.order, rounds, source
 
-    def read(self, cursor: int, count: int, draws: Draws | None = None) -> list[Any]:
-        spans: Sequence[Span] = self._rounds.spans(cursor, count)
+    def read(self, first: int, count: int, draws: Draws | None = None) -> list[Any]:
+        """Those at its cursor first … first + count - 1."""
+        spans = self.rounds.spans(first, count)
         return [row for begin, end in spans for row in self._source.read(begin, end - begin, draws)]
+
+    def state_dict(self, committed: int) -> dict[str, Any]:
+        """The order, and who trains on what."""
+        ledger, trained = self.rounds.ledger.to_json(), self.rounds.trained
+        return {**self._source.state_dict(committed), "ledger": ledger, "trained": trained}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises UserError where the dataset's size or the seed is not the saved one."""
+        self._source.load_state_dict(state_dict)
+
+
+class RoundLoader(StepLoader):
+    """`StepLoader` of one replica among others: its steps are of what it has in hand, and end when that does.
+
+    When the others have given it more, iterate again. Micro-batches have numbers that differ between replicas.
+    """
+
+    def __init__(
+        self, dataset: Dataset, collate: Callable[[list[Any]], Any], rounds: Rounds, *, replicas: int, **more: Any
+    ) -> None:  # fmt: skip
+        self.rounds, self._replicas = rounds, replicas
+        super().__init__(dataset, collate, **more)
+        self.committed = rounds.cursor
+
+    def _source_of(self, dataset: Any, seed: int) -> InHand:
+        return InHand(Shuffled(dataset, seed), self.rounds)
+
+    @property
+    def end(self) -> int:
+        return self.rounds.end
+
+    def place(self, cursor: int) -> int:
+        return self.rounds.spans(cursor, 1)[0][0]
+
+    def _unit(self, index: int, position: int, sizes: Sequence[int], draws: Draws, idle: bool = False) -> MicroBatch:
+        made = super()._unit(index, position, sizes, draws, idle)
+        return replace(made, index=index * self._replicas + self.rounds.number, place=index)

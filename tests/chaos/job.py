@@ -126,7 +126,7 @@ def main(path: Path) -> None:
                 time.sleep(settings["slow_s"])
             line = {
                 "rank": world.rank, "ids": taken, "weights": weights(settings["backend"], job.engine),
-                "replica": world.replica, "living": job.world.living, "at": time.time(), **row,
+                "replica": world.replica, "sizes": job.world.sizes, "at": time.time(), **row,
             }  # fmt: skip
             with (folder / f"steps-{os.getpid()}.jsonl").open("a") as out:
                 out.write(json.dumps(line) + "\n")

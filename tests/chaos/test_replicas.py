@@ -112,6 +112,6 @@ def test_a_replica_does_not_notice_what_befalls_the_other(tmp_path: Path) -> Non
 
         refuse_pauses(job.rows(0), start, time.time())
         assert len(job.present()[0]) == 2 and [c["replica"] for c in cluster.changes()].count(0) == 1
-        living = [row["living"] for row in sorted(job.rows(0), key=lambda row: row["at"])]
-        assert [0] in living and living[0] == living[-1] == [0, 1], "it is told who else lives"
+        sizes = [row["sizes"] for row in sorted(job.rows(0), key=lambda row: row["at"])]
+        assert [2, 0] in sizes and sizes[0] == sizes[-1] == [2, 2], "it is told who else lives"
         job.ends_well(0, 1)

@@ -192,10 +192,10 @@ class Agent:
             return {"secret": derived(secret, "workers", str(generation.number)).hex()}
         own = next((k for k, r in enumerate(generation.replicas) if worker.name in r.workers), NOWHERE)
         since = generation.number if own == NOWHERE else generation.replicas[own].since
-        hosted = generation.hosted_since
+        hosted = generation.store_since
         return {
             "secret": derived(secret, "workers", str(since), str(own)).hex(), "replica": own,
-            "replicas": [asdict(r) for r in generation.replicas], "place": worker.place, "hosted_since": hosted,
+            "replicas": [asdict(r) for r in generation.replicas], "place": worker.place, "store_since": hosted,
             "meetings": derived(secret, "meetings", str(hosted)).hex(),
         }  # fmt: skip
 

@@ -84,8 +84,8 @@ class Generation(AsJSON):
     `host` is the member whose store is the job's; `term` the round of the vote that first proposed this generation.
     `gone` names workers of the generation before that died or were evicted, so that what they held is lost.
     `running` is False while fewer than min_nodes members have workers: members then wait and keep their state.
-    `replicas` maps its workers to the replicas of a job of several, and `hosted_since` is the generation in which the
-    host became it; () and 0 in a job of one replica.
+    `replicas` maps its workers to the replicas of a job of several, and `store_since` is the generation from which on
+    they have met in the same store: its host became it then, or the job began. () and 0 in a job of one replica.
     """
 
     number: int
@@ -96,14 +96,14 @@ class Generation(AsJSON):
     gone: tuple[str, ...]
     running: bool
     replicas: tuple[Replica, ...] = ()
-    hosted_since: int = 0
+    store_since: int = 0
 
     @model_serializer(mode="wrap")
     def _told(self, told: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A job of one replica says nothing of replicas."""
         whole = told(self)
         if not self.replicas:
-            del whole["replicas"], whole["hosted_since"]
+            del whole["replicas"], whole["store_since"]
         return whole
 
     @cached_property
@@ -143,8 +143,14 @@ class Generation(AsJSON):
             gone=change.gone + evicted,
             running=change.running,
             replicas=self._replicas_after(change, [m.workers for m in everyone]) if self.replicas else (),
-            hosted_since=number if self.replicas and change.host != self.host else self.hosted_since,
+            store_since=self._store_since_after(change, everyone) if self.replicas else 0,
         )
+
+    def _store_since_after(self, change: Change, members: tuple[Member, ...]) -> int:
+        """Where nobody has lived through, what was said in the store is of a job that is over."""
+        before = {w for _, w in self.ranks}
+        same = change.host == self.host and any(w in before for m in members for w in m.workers)
+        return self.store_since if same else self.number + 1
 
     def _replicas_after(self, change: Change, nodes: list[tuple[str, ...]]) -> tuple[Replica, ...]:
         """A replica rides through a change that leaves its workers as they are; nobody does through a pause."""

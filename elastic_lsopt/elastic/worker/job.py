@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,7 +49,11 @@ class Run(Protocol):
 
     def members_changed(self, world: World) -> None:
         """Other replicas have changed, and this one has not: between two steps, on all its ranks after the same one.
-        `world` is the same but for `generation`, `living` and `meetings`."""
+        `world` is the same but for `generation`, `sizes` and `meetings`."""
+        ...
+
+    def steps(self) -> Iterator[list[MicroBatch]]:
+        """This rank's micro-batches of each step that is left."""
         ...
 
     def step(self, microbatches: list[MicroBatch]) -> dict[str, Any]:
@@ -151,6 +155,9 @@ class Job:
 
     def members_changed(self, world: World) -> None:
         self.world = world
+
+    def steps(self) -> Iterator[list[MicroBatch]]:
+        return iter(self.loader)
 
     def step(self, microbatches: list[MicroBatch]) -> dict[str, Any]:
         start = time.monotonic()

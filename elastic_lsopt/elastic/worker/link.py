@@ -62,8 +62,8 @@ class Entered:
     """Of a job of several: the workers of each. The secret is of this worker's own replica then."""
     replica: int = 0
     """This worker's own; NOWHERE where it has none."""
-    hosted_since: int = 0
-    """The generation in which the store's host became it, so that another store is told from the same one."""
+    store_since: int = 0
+    """The generation from which on replicas have met in the same store, so that another one is told from it."""
     meetings: str = field(default="", repr=False)
     """Of all workers, as long as the store is the same, in hexadecimal: what they sign where replicas meet."""
     place: int = 0
@@ -108,8 +108,13 @@ class Entered:
 
     @property
     def living(self) -> tuple[int, ...]:
-        """The replicas that have workers."""
-        return tuple(k for k, r in enumerate(self.replicas) if r.workers) if self.apart else (0,)
+        """The replicas that have workers, in a job of several."""
+        return tuple(k for k, size in enumerate(self.sizes) if size)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many workers each replica has, in a job of several."""
+        return tuple(len(r.workers) for r in self.replicas)
 
 
 def is_worker() -> bool:

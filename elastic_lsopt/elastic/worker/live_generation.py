@@ -185,8 +185,8 @@ class LiveGeneration:
         )  # fmt: skip
         if roll is not None:
             world = replace(
-                world, replica=entered.replica, replicas=len(entered.replicas), living=entered.living,
-                meetings=roll.meetings, outdated=lambda: life.link.present.epoch != entered.epoch,
+                world, replica=entered.replica, sizes=entered.sizes, meetings=roll.meetings,
+                outdated=lambda: life.link.present.epoch != entered.epoch,
             )  # fmt: skip
         return Formed(world, fabric, group, roll)
 
@@ -353,7 +353,7 @@ class LiveGeneration:
     def _is_outdated(self) -> bool:
         """Whether this group is another by now, or has to form in another store."""
         newest = self.life.link.present
-        return newest.epoch != self.entered.epoch or newest.hosted_since != self.entered.hosted_since
+        return newest.epoch != self.entered.epoch or newest.store_since != self.entered.store_since
 
 
 def _source(agreed: Agreed, steps: int) -> str:
@@ -377,7 +377,7 @@ class Training:
         """True when the job has ended, False after a planned change."""
         life, run, entered, stepped = self._life, self._run, self._entered, False
         began = False
-        for microbatches in run.loader:
+        for microbatches in run.steps():
             row, first, stepped = run.step(microbatches), not stepped, True
             life.seen, life.unexplained = row["step"], 0
             self._note_speed(run.engine)
@@ -456,7 +456,7 @@ class Training:
             self._noted = present.number
             self._life.link.told_until(present.number)  # news of others, which no line of this replica's journal is for
             self._world = replace(
-                self._world, generation=present.number, living=present.living, meetings=roll.meetings
+                self._world, generation=present.number, sizes=present.sizes, meetings=roll.meetings
             )  # fmt: skip
             self._run.members_changed(self._world)
 

@@ -46,17 +46,17 @@ class Roll:
         self._connect(entered)
 
     def _connect(self, entered: Entered) -> None:
-        self._hosted_since = entered.hosted_since
+        self._store_since = entered.store_since
         client, secret = connect(entered.store, self._timeout), bytes.fromhex(entered.meetings)
-        self._store = SignedStore(dist.PrefixStore(f"roll/{self._hosted_since}", client), derived(secret, "roll"))
+        self._store = SignedStore(dist.PrefixStore(f"roll/{self._store_since}", client), derived(secret, "roll"))
         self.meetings: dist.Store = SignedStore(
-            dist.PrefixStore(f"meetings/{self._hosted_since}", client), derived(secret, "meetings")
+            dist.PrefixStore(f"meetings/{self._store_since}", client), derived(secret, "meetings")
         )
         """Where the replicas meet: another key of the same store."""
 
     def follow(self, entered: Entered) -> bool:
         """Whether the host's store is another one in this generation, to which all that was said is said again."""
-        if entered.hosted_since == self._hosted_since:
+        if entered.store_since == self._store_since:
             with suppress(RuntimeError, OSError):  # the host's agent has started again, with an empty store
                 self._store.check(["job"])
                 return False

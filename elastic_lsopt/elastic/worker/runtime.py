@@ -108,7 +108,7 @@ class Runtime:
             phases = Phases(_since=ties.broken_since or time.monotonic())
             phases.end("detect")
             self._living = self._link.epoch = None
-            self._tried = entered.epoch, entered.hosted_since
+            self._tried = entered.epoch, entered.store_since
             if generation.met:
                 self._spent = entered.epoch
             generation.drop()
@@ -133,7 +133,7 @@ class Runtime:
                     return None
                 continue  # not admitted yet: this generation was decided before anyone knew of this worker
             self._member = True
-            again = entered.epoch == self._spent or (entered.epoch, entered.hosted_since) == self._tried
+            again = entered.epoch == self._spent or (entered.epoch, entered.store_since) == self._tried
             if entered.running and not again:
                 return entered
 
@@ -147,7 +147,7 @@ class Runtime:
         living = self._living
         if living is not None and not {*entered.gone}.isdisjoint(living.together):
             self._ties.sever()
-        if self._link.newest and self._link.present.hosted_since != entered.hosted_since:
+        if self._link.newest and self._link.present.store_since != entered.store_since:
             # Nothing comes any more from a store that was left; a network that only loses packets would not say so.
             left = self._link.present.store
             if entered.gone:

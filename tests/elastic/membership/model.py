@@ -271,7 +271,7 @@ def form(value: Any, now: float, floor: float) -> Hashable:
     if isinstance(value, float):
         return value if isinf(value) else max(floor, value - now)
     if isinstance(value, Generation):
-        return value.number, value.host, value.members, value.running, value.replicas, value.hosted_since
+        return value.number, value.host, value.members, value.running, value.replicas, value.store_since
     if is_dataclass(value):
         return tuple(form(getattr(value, name), now, floor) for name in _names(type(value)))
     if isinstance(value, tuple):

@@ -136,11 +136,11 @@ def epochs(each: Generation) -> list[int]:
 
 def test_a_generation_carries_its_replicas() -> None:
     first = generation()
-    assert [r.workers for r in first.replicas] == [("a1", "a2"), ("b1", "b2")] and first.hosted_since == 0
+    assert [r.workers for r in first.replicas] == [("a1", "a2"), ("b1", "b2")] and first.store_since == 0
     died = first.after(Change("", "a", 0, running=True, gone=("b1",)))
     assert epochs(died) == [1, 2]
     lost = died.after(Change("", "b", 0, running=True, evicted=("a",)))
-    assert [r.workers for r in lost.replicas] == [(), ("b2",)] and epochs(lost) == [3, 2] and lost.hosted_since == 3
+    assert [r.workers for r in lost.replicas] == [(), ("b2",)] and epochs(lost) == [3, 2] and lost.store_since == 3
     paused = died.after(Change("", "a", 0, running=False, left=("b",)))
     assert epochs(paused) == [3, 3], "nobody rides through a pause"
     assert epochs(paused.after(Change("", "a", 0, running=True))) == [4, 4]
@@ -151,7 +151,7 @@ def test_a_generation_carries_its_replicas() -> None:
 
 def test_a_job_of_one_replica_says_nothing_of_replicas() -> None:
     one = generation(1)
-    assert one.replicas == () and one.after(Change("", "b", 0, running=True, evicted=("a",))).hosted_since == 0
+    assert one.replicas == () and one.after(Change("", "b", 0, running=True, evicted=("a",))).store_since == 0
     assert set(one.to_json()) == {"number", "term", "host", "members", "why", "gone", "running"}
     assert Generation.from_json(one.to_json()) == one
 

@@ -64,7 +64,7 @@ def test_a_death_is_news_for_its_own_replica_alone() -> None:
     second = newest(world).number
     world = world.crash("a").run(8.0, respawn=False)
     assert workers(world) == [("b0",), ("c0",)] and epochs(world) == [newest(world).number, second]
-    assert newest(world).hosted_since == newest(world).number
+    assert newest(world).store_since == newest(world).number
 
 
 def test_uneven_replicas_are_evened_out_after_a_while() -> None:
