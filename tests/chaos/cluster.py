@@ -35,7 +35,8 @@ class Cluster:
         self._endpoint = f"127.0.0.1:{free_port()}"
         settings = {
             "folder": str(folder), "backend": backend, "width": 16, "steps": steps, "slow_s": slow_s,
-            "workers": workers, "replicas": replicas, "save_steps": 20, "elastic": {"endpoint": self._endpoint, **elastic},
+            "workers": workers, "replicas": replicas, "save_steps": 20,
+            "elastic": {"endpoint": self._endpoint, **elastic},
         }  # fmt: skip
         self._settings = folder / "settings.json"
         self._settings.write_text(json.dumps(settings))

@@ -16,6 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,17 @@ def engine_of(backend: str, width: int, total_samples: int) -> lso.Engine:
     )
 
 
+def heard(world: World, row: dict[str, Any]) -> int | None:
+    """In a job of two replicas: the step that the other one has said last where replicas meet."""
+    if world.meetings is None:
+        return None
+    with suppress(RuntimeError):  # the host is dead, and nobody knows yet
+        world.meetings.set(f"at/{world.replica}", str(row["step"]))
+        if world.meetings.check([other := f"at/{1 - world.replica}"]):
+            return int(world.meetings.get(other))
+    return None
+
+
 def weights(backend: str, engine: lso.Engine) -> int | None:
     """A checksum of this rank's weights where each rank holds all of them, so that all ranks must say the same."""
     if backend in ("fsdp2", "zero3"):
@@ -126,7 +138,8 @@ def main(path: Path) -> None:
                 time.sleep(settings["slow_s"])
             line = {
                 "rank": world.rank, "ids": taken, "weights": weights(settings["backend"], job.engine),
-                "replica": world.replica, "sizes": job.world.sizes, "at": time.time(), **row,
+                "replica": world.replica, "sizes": job.world.sizes, "at": time.time(), "heard": heard(job.world, row),
+                **row,
             }  # fmt: skip
             with (folder / f"steps-{os.getpid()}.jsonl").open("a") as out:
                 out.write(json.dumps(line) + "\n")

@@ -136,16 +136,19 @@ def epochs(each: Generation) -> list[int]:
 
 def test_a_generation_carries_its_replicas() -> None:
     first = generation()
-    assert [r.workers for r in first.replicas] == [("a1", "a2"), ("b1", "b2")] and first.store_since == 0
+    assert [r.workers for r in first.replicas] == [("a1", "a2"), ("b1", "b2")] and first.store_since == 1
     died = first.after(Change("", "a", 0, running=True, gone=("b1",)))
     assert epochs(died) == [1, 2]
     lost = died.after(Change("", "b", 0, running=True, evicted=("a",)))
     assert [r.workers for r in lost.replicas] == [(), ("b2",)] and epochs(lost) == [3, 2] and lost.store_since == 3
+    everyone = tuple(w for _, w in lost.ranks)
+    over = lost.after(Change("", "b", 0, running=False, gone=everyone))
+    assert over.store_since == 4, "what was said before is of a job that is over"
     paused = died.after(Change("", "a", 0, running=False, left=("b",)))
     assert epochs(paused) == [3, 3], "nobody rides through a pause"
     assert epochs(paused.after(Change("", "a", 0, running=True))) == [4, 4]
     assert epochs(first.after(Change("", "a", 0, running=True, broken=(0,)))) == [2, 1]
-    for each in (first, died, lost, paused):
+    for each in (first, died, lost, over, paused):
         assert Generation.from_json(each.to_json()) == each == Generation.from_bytes(each.to_bytes())
 
 
