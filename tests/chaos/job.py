@@ -143,6 +143,9 @@ def main(path: Path) -> None:
             }  # fmt: skip
             with (folder / f"steps-{os.getpid()}.jsonl").open("a") as out:
                 out.write(json.dumps(line) + "\n")
+            if (cut := folder / f"cut-{world.replica}").exists() and world.is_first:
+                cut.unlink()
+                job.engine.backend.transport.sever()  # its connections break, and nobody has died
 
         own = folder / f"replica-{world.replica}" if world.replica else folder
         return Job(

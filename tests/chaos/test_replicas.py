@@ -116,6 +116,31 @@ class Job:
         heard = [row["heard"] for row in rows]
         assert None in heard and set(heard[-4:]) <= {row["step"] for row in self.rows(hit)[-20:]}, heard
 
+    def breaks(self) -> None:
+        """A collective of replica 1, and nobody has died: it forms anew, alone."""
+        since, known = time.time(), len(self.cluster.changes())
+        (self.cluster.folder / "cut-1").touch()
+        self.cluster.until(lambda: len(self.cluster.changes()) > known, "replica 1 forms anew", BACK_S)
+        self.goes_on(1)
+        [only] = self.cluster.changes()[known:]
+        assert (only["replica"], only["source"], only["why"], len(only["workers"])) == (
+            1, "memory", "a collective broke", 2
+        )  # fmt: skip
+        self.undisturbed(0, since, known)
+
+    def leaves_as_planned(self) -> None:
+        """Both nodes of replica 1: nobody will come in their place, so a worker of replica 0 moves there."""
+        known = len(self.cluster.changes())
+        nodes = {worker.partition("/")[0] for worker in self.present()[1]}
+        for node in nodes:
+            self.cluster.kill(self.cluster.nodes[node].pid, signal.SIGTERM)
+        self.cluster.until(lambda: len(self.cluster.changes()) >= known + 2, "both form anew", BACK_S)
+        self.goes_on(0), self.goes_on(1)
+        new = sorted((c["replica"], c["source"], len(c["workers"])) for c in self.cluster.changes()[known:])
+        assert new == [(0, "memory", 1), (1, "newcomer", 1)], self.cluster.logs()
+        self.cluster.until(lambda: not nodes & {*self.cluster.living()}, "they have ended", BACK_S)
+        assert {self.cluster.codes[node] for node in nodes} == {0}
+
     def is_told_to_go(self) -> None:
         """All nodes: each replica saves its own state, and makes no further step."""
         for process in self.cluster.nodes.values():
@@ -180,4 +205,14 @@ def test_the_same_job_goes_on_from_both_replicas_checkpoints(tmp_path: Path) -> 
         cluster.until(lambda: len(cluster.changes()) > known + 1, "both replicas again", START_S)
         again = cluster.changes()[known:][:2]
         assert sorted((c["replica"], c["source"]) for c in again) == [(0, "checkpoint"), (1, "checkpoint")]
+        job.ends()
+
+
+@full
+@pytest.mark.timeout(300)
+def test_what_is_planned_and_what_nobody_can_explain(tmp_path: Path) -> None:
+    with Cluster(tmp_path / "run", backend="ddp", steps=120, slow_s=SLOW_S, replicas=2, **ELASTIC) as cluster:
+        job = Job(cluster, 4)
+        job.breaks()
+        job.leaves_as_planned()
         job.ends()
