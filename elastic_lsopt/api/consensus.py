@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -30,6 +31,8 @@ from elastic_lsopt.backends.peers.exchange import REFERENCE, Exchange
 from elastic_lsopt.backends.peers.formats import BITS, format_of
 from elastic_lsopt.backends.peers.intervals import cut_of
 from elastic_lsopt.backends.peers.meeting import Meetings, Met
+from elastic_lsopt.backends.peers.peers import Peers
+from elastic_lsopt.backends.peers.unison import Unison
 from elastic_lsopt.by_name import require, require_count, require_number
 from elastic_lsopt.consensus.rule import Rule
 from elastic_lsopt.data.ledger import Ledger
@@ -69,6 +72,8 @@ class Exchanged:
     """Who was at the exchange before, and not at this one."""
     well: bool
     """It went well on all; else none of them has changed anything."""
+    why: str
+    """What failed on this rank; empty where nothing did."""
     seconds: float
     sent_bytes: int
     """By this rank."""
@@ -176,14 +181,15 @@ class Consensus:
 
     def leave(self) -> None:
         """This rank raised: its replica is no more, and the others need not wait for it."""
+        self._circles.drop()
         self._meetings.leave()
 
     # -- a meeting ---------------------------------------------------------------------------------------------
 
     def exchange(self, oracle: Oracle | None) -> Exchanged | None:
         """Meet the others now; None where they met without this replica."""
-        report, common = self._report(), None if self.rounds is None else self.rounds.ledger.to_json()
-        met = self._meetings.begin(report, common, patience_s=self._patience_s)
+        common, version = (None, -1) if self.rounds is None else (self.rounds.ledger.to_json(), self.rounds.version)
+        met = self._meetings.begin(self._report(), common, version=version, patience_s=self._patience_s)
         self._standing["since"], self._redealt = 0, False
         now = time.monotonic()
         self._round_s, self._met_s = now - self._met_s, now
@@ -191,8 +197,11 @@ class Consensus:
             return None
         fit, sent_bytes = self._fit_of(met), self._circles.sent_bytes
         heard: _Heard | None = None
-        with suppress(PeerFailed, NonFinite):  # the vote says so
+        why = ""
+        try:
             heard = self._hear(met, fit, oracle)
+        except (PeerFailed, NonFinite) as error:  # the vote says so
+            why = str(error)
         well = self._meetings.end(met, well=heard is not None)
         if well and heard is not None:
             self._settle(met, fit, heard)
@@ -203,7 +212,7 @@ class Consensus:
         apart = heard.exchange.apart if well and heard is not None and heard.exchange is not None else None
         missing = tuple(sorted({*self._there} - {*met.members}))
         self._there = met.members
-        self.exchanges.append(Exchanged(met.number, met.members, fit, missing, well, seconds, sent_bytes, apart))
+        self.exchanges.append(Exchanged(met.number, met.members, fit, missing, well, why, seconds, sent_bytes, apart))
         return self.exchanges[-1]
 
     def _report(self) -> dict[str, Any]:
@@ -273,14 +282,17 @@ class Consensus:
 
     def _given(self, met: Met, giver: int, others: list[int], vector: Vector | None) -> Vector:
         """The giver's, on these members too."""
-        circle = self._circles.of([*sorted([giver, *others])], met, self._meetings.left)
-        space = self._step.space
+        space, circle = self._step.space, self._circle([*sorted([giver, *others])], met)
         parts = circle.packed(space.empty() if vector is None else vector)
-        return circle.unpacked(circle.from_leader(parts, circle.members.index(giver)), space)
+        heard = Unison(self._inside)(lambda: circle.from_leader(parts, circle.members.index(giver)))
+        return circle.unpacked(heard, space)
+
+    def _circle(self, members: Sequence[int], met: Met) -> Peers:
+        return Unison(self._inside)(lambda: self._circles.of(members, met, self._meetings.left))
 
     def _exchange_of(self, met: Met, fit: tuple[int, ...], kept: State) -> Exchange:
         return Exchange(
-            self._step.space, self._circles.of(fit, met, self._meetings.left), self._format, number=self.number,
+            self._step.space, self._circle(fit, met), self._format, number=self.number,
             samples=tuple(met.reports[m]["samples"] for m in fit), last=met.number, kept=kept, inside=self._inside,
         )  # fmt: skip
 
@@ -310,6 +322,7 @@ class Consensus:
             ledger = Ledger.from_json(met.common)
             for member in (m for m in met.members if not _keeps(met, m)):
                 ledger = ledger.lost(member)
+            self.rounds.version = met.number + 1
             self.rounds.settle(ledger, counted=counted, beyond={} if well else samples, undone=undone, paces=paces)
         if well:
             clock = max(report["clock"] for report in met.reports.values()) + sum(counted.values())

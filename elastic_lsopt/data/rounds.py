@@ -25,6 +25,8 @@ class Rounds:
         self.number, self.tau = number, tau
         self.trained = self.cursor = 0
         """`cursor`: in this life of its process, with those before it that no exchange has counted."""
+        self.version = 0
+        """Of the ledger: how many exchanges the job had seen when it was made; below 0: it is nobody's."""
         self.steps = steps_of(tau, paces)[number]
         """From one exchange to the next."""
         self._take(ledger)

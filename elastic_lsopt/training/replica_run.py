@@ -47,6 +47,7 @@ from elastic_lsopt.world import World
 START_S = 600.0
 """How long replicas wait for each other's word at the start: a model may take minutes to load."""
 LOOK_EVERY_S = 0.02
+NOBODYS = -1
 LOOKED_AT = 3
 """Checkpoints whose bytes are checked when a job starts again."""
 STATISTICS_BATCHES = 50
@@ -108,6 +109,7 @@ class ReplicaRun(TrainingRun):
             Ledger(self.total_samples, share) if world.newcomer else Ledger.begun(self.total_samples, share, wanted)
         )
         self.rounds = Rounds(ledger, world.replica, self._rule.tau, paces)
+        self.rounds.version = NOBODYS if world.newcomer else 0
         return Consensus(
             self._rule, world.meetings, replicas=tuple(paces), bits=block.exchange.bits, top_k=block.exchange.top_k,
             timeout_s=block.exchange_timeout_s, rounds=self.rounds, by_speed=block.steps == "by_speed",
@@ -147,6 +149,7 @@ class ReplicaRun(TrainingRun):
             return "none"
         if step == 0:
             self._consensus_of.newcomer()
+            self.rounds.version = NOBODYS
             return "none"
         return str(checkpoint_path(folder, step))
 

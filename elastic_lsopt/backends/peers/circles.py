@@ -55,7 +55,9 @@ class Circles:
 
     def _drop(self, name: str) -> None:
         if name in self._known:
-            self._sent_bytes += self._known.pop(name)[1].sent_bytes
+            _, peers = self._known.pop(name)
+            self._sent_bytes += peers.sent_bytes
+            peers.close()
 
 
 def cuts_of(reports: Mapping[int, Mapping], members: Sequence[int]) -> dict[Seat, list[tuple[int, int, int]]]:

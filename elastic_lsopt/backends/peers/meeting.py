@@ -40,7 +40,8 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Met:
-    """A meeting under way: its number in the job, who is in, what each of them has reported, and the decider's word."""
+    """A meeting under way: its number in the job, who is in, what each of them has reported, and what they share: the
+    newest that any of them has brought."""
 
     number: int
     members: tuple[int, ...]
@@ -68,15 +69,17 @@ class Meetings:
         """Of this meeting's time."""
         return timedelta(seconds=max(LEAST_S, self._end - time.monotonic()))
 
-    def begin(self, report: Any, common: Any = None, *, patience_s: float = 0.0) -> Met | None:
+    def begin(
+        self, report: Any, common: Any = None, *, version: int = -1, patience_s: float = 0.0
+    ) -> Met | None:  # fmt: skip
         """Say that this replica is there, and learn who is in; None where the others began without it.
 
-        `common` is what all members take over from the one that decides. `patience_s`: so much longer this replica may
-        wait for the decision.
+        All members take over `common` of the highest `version` (below 0: this replica has none). `patience_s`: so much
+        longer this replica may wait for the decision.
         """
         gather_json(self._inside, None)  # all of it is there, or it is not there at all
         self._start(patience_s)
-        told = self._begin(report, common) if self._first else None
+        told = self._begin(report, common, version) if self._first else None
         [(number, members, reports, common), *_] = gather_json(self._inside, told)
         if patience_s:
             self._start(0.0)
@@ -96,19 +99,28 @@ class Meetings:
 
     # -- the replica's first rank ------------------------------------------------------------------------------
 
-    def _begin(self, report: Any, common: Any) -> list[Any]:
+    def _begin(self, report: Any, common: Any, version: int) -> list[Any]:
         store = self._store
         k = self._number()
-        store.set(f"{k}/ready/{self.number}", json.dumps(report))
+        if version >= 0 and not store.check([f"common/{version}"]):
+            store.set(f"common/{version}", json.dumps(common))
+        store.set(f"{k}/ready/{self.number}", json.dumps([version, report]))
         everybody = lambda: all(self._ready(k, r) or self._gone(r) for r in self._expected)  # noqa: E731
         self._wait(lambda: store.check([f"{k}/in"]) or everybody(), self._come)
-        there = sorted(r for r in self._known() if self._ready(k, r))
-        mine = json.dumps([self.number, there, common])
-        if store.compare_set(f"{k}/in", "", mine) == mine.encode():
+        if not store.check([f"{k}/in"]) and self._decide(k):
             self._forget(k - KEPT)
         store.compare_set("meetings", str(k) if k else "", str(k + 1))  # by all: who decided may be dead by now
         _, members, common = json.loads(store.get(f"{k}/in"))
-        return [k, members, [json.loads(store.get(f"{k}/ready/{r}")) for r in members], common]
+        return [k, members, [json.loads(store.get(f"{k}/ready/{r}"))[1] for r in members], common]
+
+    def _decide(self, k: int) -> bool:
+        """Write who is in, unless another was first."""
+        store = self._store
+        there = sorted(r for r in self._known() if self._ready(k, r))
+        newest = max(json.loads(store.get(f"{k}/ready/{r}"))[0] for r in there)
+        brought = json.loads(store.get(f"common/{newest}")) if newest >= 0 else None
+        mine = json.dumps([self.number, there, brought])
+        return store.compare_set(f"{k}/in", "", mine) == mine.encode()
 
     def _end_of(self, met: Met, well: bool) -> str:
         store, k = self._store, met.number
@@ -168,5 +180,5 @@ class Meetings:
             for r in self._known():
                 for what in ("ready", "done"):
                     self._store.delete_key(f"{k}/{what}/{r}")
-            for what in ("in", "verdict"):
-                self._store.delete_key(f"{k}/{what}")
+            for key in (f"{k}/in", f"{k}/verdict", f"common/{k}"):
+                self._store.delete_key(key)

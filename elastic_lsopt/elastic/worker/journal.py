@@ -109,6 +109,8 @@ class Meeting:
     """The members that exchanged; the others were given the model."""
     missing: tuple[int, ...]
     well: bool
+    why: str
+    """What failed on this rank."""
     seconds: float
     samples: int
     sent_bytes: int
@@ -124,7 +126,7 @@ class Meeting:
             for verb, who in (("without", self.missing), ("the model is given to", new if self.well else ()))
             if who
         ]
-        failed = [] if self.well else ["a member failed, all go on as they were"]
+        failed = [] if self.well else [f"{self.why or 'a member failed'}; all go on as they were"]
         return f"exchange {self.number} of {len(self.members)} replicas: {'; '.join([*told, *failed])}"
 
 
