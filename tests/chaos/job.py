@@ -138,8 +138,8 @@ def main(path: Path) -> None:
                 time.sleep(settings["slow_s"])
             line = {
                 "rank": world.rank, "ids": taken, "weights": weights(settings["backend"], job.engine),
-                "replica": world.replica, "sizes": job.world.sizes, "at": time.time(), "heard": heard(job.world, row),
-                **row,
+                "replica": world.replica, "sizes": job.world.sizes, "at": time.time(),
+                "heard": None if (folder / "quiet").exists() else heard(job.world, row), **row,
             }  # fmt: skip
             with (folder / f"steps-{os.getpid()}.jsonl").open("a") as out:
                 out.write(json.dumps(line) + "\n")

@@ -10,6 +10,7 @@ import signal
 import statistics
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from elastic_lsopt.checkpoint.folder import latest
 from tests.chaos.cluster import Cluster, Row
 from tests.chaos.driver import check
+from tests.chaos.netns import Network, SplitCluster
 
 SLOW_S = 0.2
 """A step waits so long, so that what else the machine does at the same time is short beside it."""
@@ -25,6 +27,8 @@ START_S, BACK_S, END_S = 120.0, 60.0, 90.0
 PAUSE = 5.0
 """No step of an untouched replica takes more medians than that; to form anew takes ten and more."""
 ELASTIC = {"lease_s": 1.5, "hang_timeout_s": 10.0, "join_debounce_s": 0.3, "max_respawns": 100}
+LET_GO_S = 2.75 * ELASTIC["lease_s"] + 2.0
+"""As in test_partition.py: an election, an eviction, and a busy machine."""
 full = pytest.mark.full
 
 
@@ -35,8 +39,16 @@ class Job:
         self.cluster = cluster
         for _ in range(nodes):
             cluster.start()
-        cluster.until(lambda: sorted(map(len, self.present().values())) == [2, 2], "two replicas of two", START_S)
+        self.is_whole()
+
+    def is_whole(self) -> None:
+        self.cluster.until(lambda: sorted(map(len, self.present().values())) == [2, 2], "two of two", START_S)
         self.goes_on(0), self.goes_on(1)
+
+    def replica_on(self, node: str) -> int:
+        """The one of that node's only worker."""
+        [found] = [k for k, workers in self.present().items() if any(w.startswith(f"{node}/") for w in workers)]
+        return found
 
     # -- what is seen ------------------------------------------------------------------------------------------
 
@@ -61,8 +73,8 @@ class Job:
         )
         self.goes_on(replica)
 
-    def undisturbed(self, replica: int, since: float, changes: int) -> list[Row]:
-        """Its steps since then: none left out, none done again, none late; and it has heard of the other's fate."""
+    def undisturbed(self, replica: int, since: float, changes: int, longest_s: float = 0.0) -> list[Row]:
+        """Its steps since then: none left out, none done again, none late (or none later than `longest_s`)."""
         assert all(c["replica"] != replica for c in self.cluster.changes()[changes:]), self.cluster.logs()
         rows, gaps = self.rows(replica, since), []
         by_rank: dict[int, list[Row]] = defaultdict(list)
@@ -73,7 +85,7 @@ class Job:
             gaps += [b["at"] - a["at"] for a, b in pairwise(own)]
         median, longest = statistics.median(gaps), max(gaps)
         print(f"replica {replica}: {len(gaps)} steps, median {median:.3f} s, longest {longest:.3f} s")
-        assert longest <= PAUSE * median
+        assert longest <= max(PAUSE * median, longest_s)
         return rows
 
     # -- what is done ------------------------------------------------------------------------------------------
@@ -106,7 +118,7 @@ class Job:
         """Its replica heals from another node's memory; the other rides through, and both meet in the new store."""
         since, known, host = time.time(), len(self.cluster.changes()), self.cluster.host()
         assert host is not None
-        [hit] = [k for k, workers in self.present().items() if any(w.startswith(f"{host}/") for w in workers)]
+        hit = self.replica_on(host)
         self.cluster.kill(self.cluster.nodes[host].pid)
         self.heals(hit, 1)
         self.cluster.start()
@@ -215,4 +227,37 @@ def test_what_is_planned_and_what_nobody_can_explain(tmp_path: Path) -> None:
         job = Job(cluster, 4)
         job.breaks()
         job.leaves_as_planned()
+        job.ends()
+
+
+@full
+@pytest.mark.skipif(Network.missing() is not None, reason=str(Network.missing()))
+@pytest.mark.timeout(400)
+def test_the_host_is_cut_off(tmp_path: Path) -> None:
+    """Its packets are lost, and nothing is refused. A replica that does not speak with its store takes its steps; one
+    that waits for a word from there is let go when there is another host."""
+    with ExitStack() as stack:
+        network = stack.enter_context(Network(("n1", "n2", "n3", "n4")))
+        cluster = stack.enter_context(
+            SplitCluster(
+                tmp_path / "run", network, save_steps=1000, backend="ddp", steps=400, slow_s=SLOW_S, replicas=2,
+                **ELASTIC,
+            )
+        )  # fmt: skip
+        job = Job(cluster, 4)
+        for quiet in (True, False):
+            job.is_whole()
+            (cluster.folder / "quiet").touch() if quiet else (cluster.folder / "quiet").unlink()
+            job.goes_on(0), job.goes_on(1)
+            host = cluster.host()
+            assert host is not None
+            hit, since, known = job.replica_on(host), time.time(), len(cluster.changes())
+            others = [name for name in cluster.nodes if name != host]
+            network.cut([host], others)
+            job.heals(hit, 1)
+            job.goes_on(1 - hit)
+            rows = job.undisturbed(1 - hit, since, known, 0.0 if quiet else LET_GO_S)
+            assert quiet or rows[-1]["heard"] is not None, "they meet in another store"
+            network.heal()
+            job.heals(hit, 2)
         job.ends()

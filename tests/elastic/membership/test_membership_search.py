@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.elastic.membership import leader
+from elastic_lsopt.elastic.membership import leader, placement
 from elastic_lsopt.elastic.membership import machine as membership
 from elastic_lsopt.elastic.membership.record import Effect, Event, Persist, Rules, WorkerExited
 from elastic_lsopt.elastic.membership.state import State
@@ -157,6 +157,12 @@ def test_a_leader_that_does_not_adopt_the_accepted_change_is_caught(monkeypatch:
     monkeypatch.setattr(leader, "replace", forget)
     with pytest.raises(Violation, match="two generations"):
         search(world, Left(depth=8, failures=1), each_round)
+
+
+def test_a_group_that_keeps_its_name_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "replace", lambda old, workers, since: replace(old, workers=workers))
+    with pytest.raises(Violation, match="two groups of one name"):
+        search(of_two_proposed(3), Left(depth=5), each_read)
 
 
 def formed_by(rules: Rules) -> World:
