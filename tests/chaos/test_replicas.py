@@ -43,7 +43,7 @@ class Job:
 
     def is_whole(self) -> None:
         self.cluster.until(lambda: sorted(map(len, self.present().values())) == [2, 2], "two of two", START_S)
-        self.goes_on(0), self.goes_on(1)
+        self.goes_on(0, 1)
 
     def replica_on(self, node: str) -> int:
         """The one of that node's only worker."""
@@ -62,10 +62,12 @@ class Job:
         mine = [row for row in self.cluster.rows() if row["replica"] == replica and row["at"] > since]
         return sorted(mine, key=lambda row: row["at"])
 
-    def goes_on(self, replica: int) -> None:
+    def goes_on(self, *replicas: int) -> None:
+        """Each of them makes three steps more."""
         now = time.time()
-        more = lambda: len({row["step"] for row in self.rows(replica, now)}) >= 3  # noqa: E731
-        self.cluster.until(more, f"further steps of replica {replica}", BACK_S)
+        for k in replicas:
+            steps = lambda k=k: {row["step"] for row in self.rows(k, now)}  # noqa: E731
+            self.cluster.until(lambda steps=steps: len(steps()) >= 3, f"further steps of replica {k}", BACK_S)
 
     def heals(self, replica: int, workers: int) -> None:
         self.cluster.until(
@@ -147,7 +149,7 @@ class Job:
         for node in nodes:
             self.cluster.kill(self.cluster.nodes[node].pid, signal.SIGTERM)
         self.cluster.until(lambda: len(self.cluster.changes()) >= known + 2, "both form anew", BACK_S)
-        self.goes_on(0), self.goes_on(1)
+        self.goes_on(0, 1)
         new = sorted((c["replica"], c["source"], len(c["workers"])) for c in self.cluster.changes()[known:])
         assert new == [(0, "memory", 1), (1, "newcomer", 1)], self.cluster.logs()
         self.cluster.until(lambda: not nodes & {*self.cluster.living()}, "they have ended", BACK_S)
@@ -248,7 +250,7 @@ def test_the_host_is_cut_off(tmp_path: Path) -> None:
         for quiet in (True, False):
             job.is_whole()
             (cluster.folder / "quiet").touch() if quiet else (cluster.folder / "quiet").unlink()
-            job.goes_on(0), job.goes_on(1)
+            job.goes_on(0, 1)
             host = cluster.host()
             assert host is not None
             hit, since, known = job.replica_on(host), time.time(), len(cluster.changes())

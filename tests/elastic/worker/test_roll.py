@@ -28,7 +28,8 @@ def entered(*since: int, replica: int = 0, number: int = 9, **more: Any) -> Ente
 def roll(store: dist.Store, own: int) -> Roll:
     """As if the host's store were this one."""
     made = object.__new__(Roll)
-    made._own, made._store, made._said, made._store_since = own, store, {}, 0
+    made._own, made._said, made._store_since = own, {}, 0
+    made._store = store  # type: ignore[assignment]
     return made
 
 
