@@ -7,13 +7,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.simulation.step_times import KINDS
+
+KINDS = ("normal", "exponential")
+"""Of step times."""
 
 YEAR_H = 8766.0
 """Of 365.25 days. One failure per chip and year is what Decoupled DiLoCo assumes (arXiv 2604.21428, Table 1)."""
 MOST = 10**6
 """Replicas, and steps between exchanges."""
-MOST_CHIPS = 2 * 10**7
+MOST_GPUS = 2 * 10**7
 
 
 def setting(default: Any, unit: str, said: str, least: float = 0.0, most: float = math.inf) -> Any:
@@ -103,10 +105,12 @@ def check(name: str, value: Any, said: str) -> None:
 def check_together(scenario: Scenario) -> None:
     """Settings that are right alone and wrong together."""
     if scenario.step_times == "exponential" and scenario.spread not in (SETTINGS["spread"].default, 0.0):
-        raise UserError("step_times=exponential has a spread of its own: leave spread out.")
-    if scenario.replicas * scenario.gpus > MOST_CHIPS:
         raise UserError(
-            f"{scenario.replicas:,} replicas of {scenario.gpus:,} GPUs must be at most {MOST_CHIPS:,} GPUs together."
+            f"spread {scenario.spread:g} stands beside step_times exponential, which has its own: leave spread out."
+        )
+    if scenario.replicas * scenario.gpus > MOST_GPUS:
+        raise UserError(
+            f"replicas {scenario.replicas} times gpus {scenario.gpus} must be at most {MOST_GPUS:,} together."
         )
     if scenario.heals and scenario.gpus == 1:
-        raise UserError("heals needs gpus >= 2: a replica of one GPU has no rest that could go on.")
+        raise UserError("heals needs gpus >= 2: of a replica of one GPU nothing goes on.")

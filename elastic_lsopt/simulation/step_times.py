@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-KINDS = ("normal", "exponential")
 POINTS = 4001
 DEEPEST = 10.0
 """Standard deviations that a table reaches: 1e-23."""
