@@ -99,7 +99,7 @@ def simulate(path: str, overrides: Sequence[str], arguments: argparse.Namespace)
     if target is not None:
         from elastic_lsopt.simulation.draw import draw
 
-        draw(told, target, f"{scenario.gpus:,} GPUs per replica, {failures}")
+        draw(told, target, f"{_gpus(scenario)} per replica, {failures}")
     if arguments.json:
         print(json.dumps(_as_json(path, scenario, told), indent=2))
         return 0
@@ -182,7 +182,7 @@ def _print(path: str, scenario: Scenario, told: Sequence[Sequence[Outcome]], fai
     from elastic_lsopt.simulation.draw import LOSSES
 
     console = console_of_tables()
-    console.print(f"{path}: replicas of {scenario.gpus:,} GPUs, {scenario.days:g} days simulated, {failures}")
+    console.print(f"{path}: replicas of {_gpus(scenario)}, {scenario.days:g} days simulated, {failures}")
     console.print(_said(scenario), markup=False)
     modes = [outcome.mode for outcome in told[0]]
     shown = table(console, "Goodput, %", ["replicas", "failures", *modes])
@@ -203,6 +203,10 @@ def _print(path: str, scenario: Scenario, told: Sequence[Sequence[Outcome]], fai
         shares = (f"{max(0.0, 100 * outcome.losses[name]):.2f}" for name in LOSSES)
         rest.add_row(outcome.mode, *shares, f"{outcome.lost_steps:,.0f}")
     console.print(rest)
+
+
+def _gpus(s: Scenario) -> str:
+    return "1 GPU" if s.gpus == 1 else f"{s.gpus:,} GPUs"
 
 
 def _said(s: Scenario) -> str:

@@ -33,7 +33,7 @@ class Scenario:
     """One job. Times are in seconds unless a name says otherwise. Raises UserError for a value out of range."""
 
     replicas: int = setting(8, "N!", "groups of ranks that train one copy of the model each", 1, MOST)
-    gpus: int = setting(1, "N!", "GPUs of a replica", 1, MOST)
+    gpus: int = setting(1, "N!", "GPUs of a replica", 1, MOST_GPUS)
     step_s: float = setting(1.0, "S!", "mean time of a replica's step")
     spread: float = setting(0.02, "SHARE", "standard deviation of a step's time over its mean", 0, 0.25)
     step_times: str = field(
@@ -98,7 +98,7 @@ def check(name: str, value: Any, said: str) -> None:
         right = right and name in ("notice_s", "mtbf_h")
     if not right:
         least = "> 0" if told["positive"] and told["least"] == 0 else f">= {told['least']:g}"
-        most = "" if math.isinf(told["most"]) else f" and <= {told['most']:,g}"
+        most = "" if math.isinf(told["most"]) else f" and <= {told['most']:,.12g}"
         raise UserError(f"{said} must be a {'whole ' if whole else ''}number {least}{most}.")
 
 

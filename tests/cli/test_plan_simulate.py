@@ -11,7 +11,7 @@ import pytest
 
 from elastic_lsopt.cli import simulate
 from elastic_lsopt.cli.main import main
-from tests.docs.blocks import commands
+from tests.docs.blocks import blocks, commands
 
 pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parents[2]
@@ -125,11 +125,13 @@ def test_its_options_need_it(capsys, given):
     assert capsys.readouterr().err == f"elastic-lsopt: {given[0]} needs --simulate.\n"
 
 
-def test_the_commands_of_the_documentation(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    simulated = [words for words in commands("docs/simulation.md") if "--simulate" in words]
-    assert simulated
+def test_the_commands_and_the_trace_of_the_documentation(capsys, tmp_path, monkeypatch):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "docs/pictures").mkdir(parents=True)
+    [trace] = blocks("docs/simulation.md", "text")
+    (tmp_path / "outages.csv").write_text(trace.text)
+    simulated = commands("docs/simulation.md")
+    assert len(simulated) == 5
     for command in simulated:
-        words = [w for w in command[1:] if not w.startswith("docs/")]
-        words = [w for w in words if w != "--plot"]
-        assert main([*words, "--days", "0.2"]) == 0, command
+        assert main([*command[1:], *([] if "--trace" in command else ["--days", "0.2"])]) == 0, command
+    assert (tmp_path / "docs/pictures/simulated-goodput.png").exists()

@@ -244,16 +244,16 @@ def test_it_is_what_replicas_do_that_are_followed_one_by_one(seed: int, slow: bo
 def test_as_many_are_late_as_a_plain_loop_counts(replicas: int) -> None:
     tau, timeout_s = 4, 1.0
     scenario = Scenario(
-        replicas=replicas, tau=tau, spread=0.25, exchange_s=0.5, timeout_s=timeout_s, mtbf_h=NEVER, days=20_000 / DAY_S
+        replicas=replicas, tau=tau, spread=0.25, exchange_s=0.5, timeout_s=timeout_s, mtbf_h=NEVER, days=8000 / DAY_S
     )
     rng, late, now, counted = np.random.default_rng(3), np.zeros(replicas, bool), 0.0, 0
-    while now < 20_000:
+    while now < 8000:
         came = np.where(late, -1.0, rng.normal(1, 0.25, (replicas, tau)).sum(1))
         decided = min(came.max(), came[~late].min() + timeout_s / 2)
         attend = int((came <= decided).sum())
         counted, late, now = counted + tau * attend, came > decided, now + decided + (0.5 if attend > 1 else 0.0)
     told = consensus(scenario, outages())
-    assert told.steps / told.seconds == pytest.approx(counted / now, rel=0.01)
+    assert told.steps / told.seconds == pytest.approx(counted / now, rel=0.02)
     assert counted / now < 0.95 * replicas / 1.125  # many are
 
 
@@ -331,8 +331,25 @@ def test_fault_tolerant_hsdps_account_of_a_synchronous_job() -> None:
     assert told.goodput == pytest.approx(math.exp(-600 / wait_s), abs=0.02) and 0.44 < told.goodput < 0.60
 
 
+@pytest.mark.parametrize(
+    ("learners", "published"), [(8, (98, 96, 94, 88)), (16, (99, 98, 96, 93))], ids=["8 learners", "16 learners"]
+)
+def test_decoupled_dilocos_table(learners: int, published: tuple[int, ...]) -> None:
+    """arXiv 2604.21428, Table 1, 150,000 to 1.2 million chips: all but the pause of its elastic job is predicted."""
+    pause_s = -math.log(0.88) * 8766 * 3600 / 150_000  # which loses 12 % at 150,000
+    scenario = Scenario(
+        replicas=learners, spread=0, exchange_s=0, reform_s=pause_s, join_s=0, restart_s=0, notice_s=0, tau=24,
+        timeout_s=2, days=1, gpus=2, heals=True,
+    )  # fmt: skip
+    for chips, goodput in zip((150_000, 300_000, 600_000, 1_200_000), published, strict=True):
+        sized = replace(scenario, gpus=chips // learners)
+        assert 100 * consensus(sized, drawn(sized)).goodput == pytest.approx(goodput, abs=2)
+    alone = replace(scenario, replicas=1, gpus=150_000)
+    assert elastic(alone, drawn(alone)).goodput == pytest.approx(0.88, abs=0.01)
+
+
 def test_a_hundred_thousand_replicas_a_failure_per_gpu_and_year() -> None:
-    scenario = Scenario(days=1, notice_s=4.0)
+    scenario = Scenario(days=0.5, notice_s=4.0)
     for gpus in (1, 12):
         outcomes = compare(replace(scenario, gpus=gpus), [100_000])[0]
         assert outcomes[2].mode == "consensus" and outcomes[2].goodput >= 0.88
