@@ -36,10 +36,23 @@ class World:
     """Names the job's life, as long as one worker that has been in it lives; "" outside elastic jobs."""
     may_commit: Callable[[int], bool] | None = None
     """Whether a checkpoint of that step may still get its name, asked by rank 0; None: nobody contests it."""
+    replica: int = 0
+    """Where replicas go their own way (`consensus`) this one's number; rank and size are then this replica's."""
+    sizes: tuple[int, ...] = ()
+    """Ranks of each replica, 0 of one that is vacant."""
+    meetings: dist.Store | None = None
+    """Through which replicas meet; None where there is one."""
+    newcomer: bool = False
+    """This replica has no state, and others train: it is given the model by them."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank tells the user how the job goes."""
+        return self.rank == 0 and self.replica == 0
 
     def on_first(self, act: Callable[[], T]) -> T | None:
         """`act()` on rank 0, None on the others; a UserError that it raises is raised on all (collective)."""
@@ -72,7 +85,7 @@ class World:
 
         A launcher ends the others as soon as one has ended, and who is ended in the middle of a word says nothing.
         """
-        key, end = "elastic_lsopt/has_said", time.monotonic() + timeout_s
+        key, end = f"elastic_lsopt/has_said/{self.replica}", time.monotonic() + timeout_s
         try:
             self.store.set(f"{key}/{self.rank}", "")
             while not self.store.check([f"{key}/{r}" for r in range(self.size)]) and time.monotonic() < end:

@@ -88,6 +88,7 @@ class Engine:
         seed: int = 0,
         total_samples: int | None = None,
         keep: Sequence[Stateful] = (),
+        consensus: Consensus | None = None,
     ) -> Engine:
         """The engine of a model as it is wrapped: plain, DDP, `fully_shard`, or a DeepSpeed engine (collective).
 
@@ -95,7 +96,9 @@ class Engine:
         """
         backend = backend_for(model, optimizer, max_grad_norm=max_grad_norm)
         chosen = Plain() if method is None else method
-        return cls(backend, chosen, loss_fn=loss_fn, seed=seed, total_samples=total_samples, keep=keep)
+        return cls(
+            backend, chosen, loss_fn=loss_fn, seed=seed, total_samples=total_samples, keep=keep, consensus=consensus
+        )
 
     @property
     def module(self) -> nn.Module:
@@ -184,11 +187,12 @@ class Engine:
                 self.space.copies.refuse_stale("a step")
                 self._refuse_other_parameters()
                 oracle = self._oracle_of(self._oracle, microbatches)
-                if self.consensus is not None:
-                    self.consensus.before_step(oracle)
+                if self.consensus is not None and not self.consensus.before_step(oracle):
+                    self.last_step = self._landscape.passed_over()
+                    return self.last_step.loss
                 self.last_step = self._landscape.take(oracle, oracle.samples)
                 if self.consensus is not None:
-                    self.consensus.after_step(self.last_step.samples)
+                    self.consensus.after_step(self.last_step.samples, skipped=self.last_step.skipped)
         except Exception:
             if self.consensus is not None:
                 self.consensus.leave()

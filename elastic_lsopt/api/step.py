@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from elastic_lsopt.api.base_view import BaseView, refuse_lacking, refuse_maximized
 from elastic_lsopt.api.saved_state import Laid, go_on, load, saved
@@ -51,6 +52,9 @@ class LandscapeStep:
     """What is remembered beside the method's own state: averages, the gain …"""
     steps_base: bool = True
     """False: who holds the base optimizer clips and steps it himself, with the gradient that is in `.grad` then."""
+
+    of_job: Callable[[int], int] | None = None
+    """What the job's clock makes of a step's samples where other replicas go their own way; None: they are all."""
 
     deals: bool = False
     """Who holds this takes whole micro-batches, which may be dealt to both halves of the ranks."""
@@ -169,12 +173,27 @@ class LandscapeStep:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
         if self.backend.groups.job.size > self.backend.groups.replica.size:
             report, samples = self._of_the_job(report)
+        elif self.of_job is not None:
+            samples = self.of_job(samples)
         self.clock = self.clock.advanced(samples)
         report = replace(report, clock=self.clock)
         if not report.skipped:
             for kept in self._watching():
                 kept.kind.after_step(self.space, report, kept.state)
         return report
+
+    def passed_over(self) -> StepReport:
+        """A step that is not taken, because its samples are not this replica's any more: nothing changes."""
+        return StepReport(math.nan, 0.0, math.nan, 0, True, clock=self.clock)
+
+    def begin_anew(self) -> None:
+        """From the weights as they are, as if no step had been taken: momenta and all that families remember."""
+        for state in self.backend.base.state.values() if self.backend.base is not None else ():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+        for family in self.families.values():
+            family.begin()
 
     def _of_the_job(self, report: StepReport) -> tuple[StepReport, int]:
         """The report with what all replicas have to say, and the samples that all of them have used.

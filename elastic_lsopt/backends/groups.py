@@ -83,6 +83,8 @@ class Groups:
     replica: Group
     number: int = 0
     replicas: int = 1
+    apart: bool = False
+    """Replicas share no step: to each its ranks are the whole job, in whatever it saves and exports."""
 
 
 _formed: Groups | None = None
@@ -103,23 +105,23 @@ def forget() -> None:
 
 
 def form_replicas(
-    store: dist.Store, rank: int, sizes: Sequence[int], timeout: timedelta, *, apart: bool = False
-) -> Groups:
+    store: dist.Store, rank: int, sizes: Sequence[int], timeout: timedelta, *, apart: bool = False,
+    backend: str = "gloo",
+) -> Groups:  # fmt: skip
     """Replicas of these sizes, in the order of the job's ranks; this process is the job's `rank` (collective).
 
     `store` is one that no other group has used. `apart`: replicas that meet now and then, and share no step: each is
-    the whole job to itself, so that none waits for another or ends with it. Gloo only: NCCL needs a device per rank and
-    group.
+    the whole job to itself, so that none waits for another or ends with it. `backend` is that of the replica's group.
     """
     global _formed  # noqa: PLW0603
     number = next(i for i in range(len(sizes)) if rank < sum(sizes[: i + 1]))
     own, size = rank - sum(sizes[:number]), sizes[number]
     os.environ.update(RANK=str(own), WORLD_SIZE=str(size))  # ZeRO-3 refuses a group whose size is not WORLD_SIZE
     dist.init_process_group(
-        "gloo", store=dist.PrefixStore(f"replica/{number}", store), rank=own, world_size=size, timeout=timeout
+        backend, store=dist.PrefixStore(f"replica/{number}", store), rank=own, world_size=size, timeout=timeout
     )
     if apart:
-        _formed = Groups(Group.default(), Group.default(), number, len(sizes))
+        _formed = Groups(Group.default(), Group.default(), number, len(sizes), apart=True)
         return _formed
     through = dist.PrefixStore("job", store)
     job = gloo(dist.PrefixStore("steps", through), rank, sum(sizes), timeout)

@@ -81,8 +81,8 @@ class Keys:
 
     @staticmethod
     def of(backend: Backend) -> Keys:
-        """This replica's; with one replica there is nothing to tell apart."""
-        return Keys.numbered(backend.replica if backend.replicas > 1 else None)
+        """This replica's; with one replica, or where each saves for itself, there is nothing to tell apart."""
+        return Keys.numbered(backend.replica if _together(backend) > 1 else None)
 
     @staticmethod
     def numbered(replica: int | None) -> Keys:
@@ -91,6 +91,11 @@ class Keys:
 
     def family(self, family: Family) -> str:
         return family.name if family.same_on_all_replicas else f"{family.name}{self.suffix}"
+
+
+def _together(backend: Backend) -> int:
+    """Replicas that save one state together."""
+    return 1 if backend.groups.apart else backend.replicas
 
 
 def chunk_of(backend: Backend, piece: Piece) -> tuple[str, int, int]:
@@ -154,12 +159,13 @@ def take_snapshot(
         else:
             told = encode(value, f"the optimizer's state {key!r} of parameter {name}")
         base.setdefault(name, {})[key] = told
+    number = backend.replica if _together(backend) > 1 else 0
     families: dict[str, dict[str, Any]] = {}
     of_parameters: dict[str, list[str]] = {}
     for family in state.families.values():
         noted = families[family.name] = {}
         of_parameters[family.name] = [p.name for p in family.space.layout.parameters]
-        own_key, others = prefix.family(family), family.same_on_all_replicas and backend.replica > 0
+        own_key, others = prefix.family(family), family.same_on_all_replicas and number > 0
         for key, value in family.state_dict().items():
             if isinstance(value, Vector):
                 own = value.space.layout  # of some of the parameters, where the family is
@@ -180,7 +186,7 @@ def take_snapshot(
         torch.cuda.current_stream(backend.device).synchronize()  # once, for all that `_to_host` has asked for
     metadata = {
         "format": FORMAT, "step": step, "world": backend.groups.job.size, "backend": backend.name,
-        "replica": backend.replica, "replicas": backend.replicas,
+        "replica": number, "replicas": _together(backend),
         "parameters": {p.name: list(p.shape) for p in layout.parameters},
         "base": base, "groups": encode_groups(backend), "families": families,
         "of_parameters": {n: own for n, own in of_parameters.items() if len(own) < len(layout.parameters)},
@@ -286,9 +292,9 @@ def metadata_for(backend: Backend, metadata: dict[str, Any]) -> tuple[Keys, dict
     saved = metadata.get("replicas", 1)
     if saved == 1:
         return Keys.numbered(None), metadata
-    if saved != backend.replicas:
+    if saved != _together(backend):
         raise UserError(
-            f"the checkpoint is of {saved} replicas that have drifted apart, this job has {backend.replicas}; start as "
-            "many."
+            f"the checkpoint is of {saved} replicas that have drifted apart, this job has "
+            f"{_together(backend)}; start as many."
         )
     return Keys.numbered(backend.replica), {**metadata, **metadata["of_replica"][backend.replica]}

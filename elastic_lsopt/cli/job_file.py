@@ -52,6 +52,10 @@ def job_of(file: ConfigFile, *, imports: bool = True) -> Job:
             from elastic_lsopt.training.building.engines import averages_of
 
             averages_of(config)
+        if config.consensus is not None and "consensus" not in code:
+            from elastic_lsopt.training.replica_run import rule_of
+
+            rule_of(config)
         if config.compute_metrics and "compute_metrics" not in code:
             from elastic_lsopt.training.evaluation import metrics_function
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from elastic_lsopt.cli.job_file import Job, read_job
 from elastic_lsopt.cli.validate import check_paths
+from elastic_lsopt.config.consensus import read_consensus
 from elastic_lsopt.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,7 +90,13 @@ def _one_rank(job: Job) -> int:
     from elastic_lsopt.training.loop import train as run
     from elastic_lsopt.training.processes import join
 
-    world = join()
+    block = job.config.consensus
+    try:
+        world = join(1 if block is None else read_consensus(block).replicas)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"elastic-lsopt: {error}", file=sys.stderr)
+        return 2
     try:
         with job.file.located():
             ended = run(job.config, job.method, world)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from elastic_lsopt.config.consensus import consensus_conflicts
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.landscape_conflicts import landscape_conflicts
 from elastic_lsopt.config.probes import read_probes
@@ -128,6 +129,7 @@ def conflicts(c: TrainConfig) -> Iterator[tuple[str, str]]:
         yield from _batch_conflicts(c, c.batch_schedule)
     read_probes(c.probes)
     yield from landscape_conflicts(c, optims)
+    yield from consensus_conflicts(c)
     if c.elastic is not None:
         yield from _elastic_conflicts(c, c.elastic)
         for name in c.report_to:

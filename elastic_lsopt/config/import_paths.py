@@ -16,4 +16,5 @@ def import_paths(config: TrainConfig) -> Iterator[tuple[str, str]]:
     named += [(f"param_groups[{i}].optim", group.get("optim")) for i, group in enumerate(config.param_groups)]
     named += [(f"averages.{name}.import", given.get("import", name)) for name, given in config.averages.items()]
     named += [(f"probes.{name}.measure", probe.measure) for name, probe in read_probes(config.probes).items()]
+    named += [("consensus.rule", (config.consensus or {}).get("rule"))]
     yield from ((key, path) for key, path in named if isinstance(path, str) and ":" in path)

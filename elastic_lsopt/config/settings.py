@@ -210,6 +210,10 @@ class TrainConfig:
     """Seed of weights, sample order, dropout and noise; the world size has no part in any of them."""
     elastic: ElasticConfig | None = None
     """Nodes that come and go in mid-training; null: a job of fixed size."""
+    consensus: dict[str, Any] | None = None
+    """Replicas that take their own steps and pull on each other every tau of them: {rule: grawa, replicas: 4, tau: 32}
+    with the rule's own hyper-parameters, `exchange` ({bits: 8} or {top_k: 64}), `exchange_timeout_s` and `steps`
+    (by_size, by_speed); null: one model, whose every step is of all ranks."""
 
     # What is measured.
     probes: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -70,6 +70,16 @@ class Shuffled:
         self.rewinds = tuple(state_dict.get("rewinds", ()))
 
 
+class Source(Protocol):
+    """Samples by their place in the order in which a loader gives them out."""
+
+    @property
+    def order(self) -> SampleOrder: ...
+    def read(self, first: int, count: int, draws: Draws | None = None) -> list[Any]: ...
+    def state_dict(self, committed: int) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
 class StepLoader:
     """Iterates over the optimizer steps that are left, each a list of this rank's micro-batches of the global batch.
 
@@ -111,7 +121,7 @@ class StepLoader:
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank={rank} must be between 0 and world-1={world - 1}.")
-        self.source = dataset if isinstance(dataset, ShardStream) else Shuffled(dataset, seed)
+        self.source = self._source_of(dataset, seed)
         self.seed = self.source.order.seed
         self.collate = collate
         unit_sizes(global_batch_size, microbatch_size)  # which refuses a batch below one micro-batch
@@ -128,6 +138,18 @@ class StepLoader:
         self.undone_steps = 0
         """Steps that this loader has given out and a rewind has taken back."""
 
+    def _source_of(self, dataset: Dataset | ShardStream, seed: int) -> Source:
+        return dataset if isinstance(dataset, ShardStream) else Shuffled(dataset, seed)
+
+    @property
+    def end(self) -> int:
+        """The cursor at which there is no further step."""
+        return self.total_samples
+
+    def place(self, cursor: int) -> int:
+        """Where in the job's order the sample at a cursor stands."""
+        return cursor
+
     def __len__(self) -> int:
         """Steps of the whole job, those behind the cursor included, by the batches as they are planned now."""
         return steps_between(self.batch_at, 0, self.total_samples)
@@ -140,13 +162,13 @@ class StepLoader:
         """
         loads, position = self._loads, self.committed
         self._refuse_stale(loads)
-        if position >= self.total_samples:
+        if position >= self.end:
             return
         with ReadAhead() as thread:
             microbatches = self._first(position)
             while True:
                 position += self.samples_at(position)
-                more = position < self.total_samples
+                more = position < self.end
                 expected = self.samples_at(position) if more else 0
                 ahead = thread.submit(self._beside, position, expected) if more and self._reads_ahead else None
                 undone = self.undone_steps
@@ -192,7 +214,7 @@ class StepLoader:
 
     def samples_at(self, position: int) -> int:
         """Samples of the step that begins at `position`, over all ranks: the global batch, or what is left."""
-        left, batch = self.total_samples - position, self.batch_at(position)
+        left, batch = self.end - position, self.batch_at(position)
         return left if left < batch + self.parts else batch
 
     def microbatches_at(self, position: int) -> list[MicroBatch]:
@@ -204,7 +226,7 @@ class StepLoader:
             return self._microbatches(position, self.samples_at(position), draws)
 
     def _microbatches(self, position: int, samples: int, draws: Draws) -> list[MicroBatch]:
-        last = position + samples >= self.total_samples and samples != self.global_batch_size
+        last = position + samples >= self.end and samples != self.global_batch_size
         most = max(1, samples // self.parts) if last else self.microbatch_size
         sizes = unit_sizes(samples, min(self.microbatch_size, most))
         own = self._own if samples == self.global_batch_size else None
@@ -216,7 +238,7 @@ class StepLoader:
     def _unit(self, index: int, position: int, sizes: Sequence[int], draws: Draws, idle: bool = False) -> MicroBatch:
         first = position + index * sizes[0]  # all micro-batches but the last are equally large
         rows = self.source.read(first, sizes[index], draws)
-        draws.start("unit", first)
+        draws.start("unit", self.place(first))
         return MicroBatch(index, self.collate(rows), idle)
 
     def _refuse_stale(self, loads: int) -> None:
@@ -259,8 +281,17 @@ class StepLoader:
         Raises UserError where the source is not the saved one: the same cursor would then repeat some samples and
         skip others.
         """
+        if "ledger" in state_dict:
+            raise UserError(
+                "the checkpoint is of one of several replicas (consensus), whose samples are not all counted yet; go "
+                "on with a consensus block, or start from the exported model."
+            )
         self.source.load_state_dict(state_dict)
-        self.committed = state_dict["committed"]
+        self.begin_at(state_dict["committed"])
+
+    def begin_at(self, cursor: int) -> None:
+        """Move the cursor; iterators that are running go stale."""
+        self.committed = cursor
         self._loads += 1
 
     def close(self) -> None:

@@ -1,26 +1,20 @@
-"""The training loop, top to bottom: data, engine, checkpoint, steps, evaluation, export.
-
-[Note: ending on a signal] SIGTERM and Ctrl-C only set a flag. It travels in the all-reduce that ends a pass, so all
-ranks see it after the same step; they save, and leave. Nothing is interrupted inside a pass, where weights may be
-perturbed.
-"""
+"""The training loop, top to bottom: data, engine, checkpoint, steps, evaluation, export."""
 
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from elastic_lsopt.api.engine import Engine
+from elastic_lsopt.api.consensus import Consensus
 from elastic_lsopt.api.step import refuse_halves
-from elastic_lsopt.checkpoint.checkpointer import Checkpointer
+from elastic_lsopt.checkpoint.checkpointer import Checkpointer, LoadReport
 from elastic_lsopt.checkpoint.divergence import Streak, last_words, set_bad_aside
 from elastic_lsopt.checkpoint.folder import listing
 from elastic_lsopt.checkpoint.ownership import Ownership
@@ -44,6 +38,7 @@ from elastic_lsopt.training.quiet import report_loads
 from elastic_lsopt.training.result import finish, say_unsaved
 from elastic_lsopt.training.run_folder import CHECKPOINTS, RunFolder, unwritable
 from elastic_lsopt.training.run_state import State
+from elastic_lsopt.training.stopping import stopping_on_signals
 from elastic_lsopt.world import World
 
 
@@ -60,11 +55,11 @@ class Outcome:
 
 def train(config: TrainConfig, method: Method, world: World) -> Outcome:
     """Run the job on this rank (collective). Raises UserError for whatever the user can mend, Diverged among them."""
-    run = TrainingRun(config, method, build_data(config), world, Console())
+    run = run_of(config)(config, method, build_data(config), world, Console())
     try:
-        with _stopping_on_signals(run.engine), run.console:
+        with stopping_on_signals(run.engine), run.console:
             run.resume()
-            for microbatches in run.loader:
+            for microbatches in run.steps():
                 run.step(microbatches)
                 if run.stopped:
                     break
@@ -73,6 +68,15 @@ def train(config: TrainConfig, method: Method, world: World) -> Outcome:
         run.fail(error)
         raise
     return Outcome(run.engine.clock.steps, run.eval_loss, run.stopped)
+
+
+def run_of(config: TrainConfig) -> type[TrainingRun]:
+    """What runs the job: one model, or a replica among others."""
+    if config.consensus is None:
+        return TrainingRun
+    from elastic_lsopt.training.replica_run import ReplicaRun  # which is a TrainingRun
+
+    return ReplicaRun
 
 
 class TrainingRun:
@@ -86,8 +90,8 @@ class TrainingRun:
         keep: Sequence[Stateful] = (),
     ) -> None:  # fmt: skip
         self.config, self.data, self.world, self.console = config, data, world, console
-        console.lead(world.is_first)
-        report_loads(world.is_first and (world.plan is None or world.generation == 1))
+        console.lead(world.speaks)
+        report_loads(world.speaks and (world.plan is None or world.generation == 1))
         if world.plan is None and world.size > 1:
             assert dist.group.WORLD is not None
             refuse_other_data(dist.group.WORLD, self.data_identity())
@@ -95,17 +99,9 @@ class TrainingRun:
         keep = [*keep, *watchers(config, len(data.train))]
         if world.plan is not None:
             refuse_halves(method)
-        self.engine = build_engine(config, method, data, world, self.total_samples, keep)
+        self.engine = build_engine(config, method, data, world, self.total_samples, keep, self._consensus())
         self._pace = Pace(config, self.engine, world.plan, rehearsal=world.rehearsal)
-        batch = config.global_batch_size if world.plan is None else world.plan.global_batch_size
-        rank, ranks = self.engine.deal
-        self.loader = StepLoader(
-            data.train, lambda rows: placed(data.collate(rows), world), global_batch_size=batch,
-            microbatch_size=config.per_device_train_batch_size, seed=config.seed, rank=rank, world=ranks,
-            total_samples=self.total_samples, parts=method.parts,
-            microbatches=None if world.plan is None else world.plan.microbatches_of_rank[world.rank],
-            batch_at=self._pace.batch_at,
-        )  # fmt: skip
+        self.loader = self._loader()
         self.stopped, self.eval_loss = False, None
         self._probing = (
             Probing(config, self.engine, data, world, plain_loss_of(config, self.engine.module))
@@ -117,6 +113,33 @@ class TrainingRun:
         self._owner: Ownership | None = None
         self._streak, self._save_due = Streak(), False
 
+    def _consensus(self) -> Consensus | None:
+        """How the engine and others pull on each other."""
+        return None
+
+    def _loader(self) -> StepLoader:
+        plan, batch = self.world.plan, self.config.global_batch_size
+        return StepLoader(
+            self.data.train, self.collate, global_batch_size=batch if plan is None else plan.global_batch_size,
+            microbatches=None if plan is None else plan.microbatches_of_rank[self.world.rank],
+            batch_at=self._pace.batch_at, **self.how_to_load(),
+        )  # fmt: skip
+
+    def collate(self, rows: list[Any]) -> Any:
+        return placed(self.data.collate(rows), self.world)
+
+    def how_to_load(self) -> dict[str, Any]:
+        """What of a loader does not depend on the batch."""
+        rank, ranks = self.engine.deal
+        return {
+            "microbatch_size": self.config.per_device_train_batch_size, "seed": self.config.seed, "rank": rank,
+            "world": ranks, "total_samples": self.total_samples, "parts": self.engine.method.parts,
+        }  # fmt: skip
+
+    def steps(self) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of the steps that are left."""
+        return iter(self.loader)
+
     def resume(self) -> None:
         """Open the run folder, and start from its checkpoint or from the beginning."""
         self._open(anew=self.config.resume_from_checkpoint == "none")
@@ -124,17 +147,20 @@ class TrainingRun:
         # The settings say what the optimizer's hyper-parameters are: a weight_decay that the user has changed counts.
         found = self._checkpoints.resume(self.engine, self._checkpoint_to_resume(), hyperparameters=False)
         if found is not None:
-            if "loader" not in found.extra:
-                raise UserError(
-                    f"resume_from_checkpoint: {found.path} was not saved by `elastic-lsopt train` (it has no place in "
-                    "the data); give one that was, or none."
-                )
-            self.loader.load_state_dict(found.extra["loader"])
+            self._go_on_from(found)
         self._begin()
         if found is not None:
             lower = f", the rate at {self._lr_factor:g} after rewinds" if self.loader.rewinds else ""
             self.console.say(f"resumed from {found.path}, after step {self.engine.clock.steps}{lower}")
         self.console.introduce(self.config, self.engine, self.data)
+
+    def _go_on_from(self, found: LoadReport) -> None:
+        if "loader" not in found.extra:
+            raise UserError(
+                f"resume_from_checkpoint: {found.path} was not saved by `elastic-lsopt train` (it has no place in "
+                "the data); give one that was, or none."
+            )
+        self.loader.load_state_dict(found.extra["loader"])
 
     def step(self, microbatches: list[MicroBatch]) -> dict[str, Any]:
         """One optimizer step with its metrics, evaluation and checkpoint; returns its row of metrics.jsonl."""
@@ -143,10 +169,11 @@ class TrainingRun:
         before, batch = (engine.clock.steps, engine.clock.samples), self._pace.batch_at(engine.clock.samples)
         lr, report = self.advance(microbatches)
         clock = engine.clock
-        step, last = clock.steps, clock.samples >= self.total_samples
+        step, last = clock.steps, self._ended
         row = {
             "generation": self.world.generation, "step": step, "samples": clock.samples, "loss": report.loss, "lr": lr,
             "batch": batch, "world": self.world.size, "seconds": time.monotonic() - start, **_told(report),
+            **self._exchanged(),
         }  # fmt: skip
         if len(self.data.eval) and (last or _due(step, config.eval_steps)):
             held_out = self.evaluated()
@@ -169,8 +196,20 @@ class TrainingRun:
         lr, engine = self._pace.set_rate(self._lr_factor), self.engine
         engine.train_batch(microbatches)
         assert engine.last_step is not None
-        self.loader.commit(engine.clock.samples - self.loader.committed)
+        self._commit(engine.last_step)
         return lr, engine.last_step
+
+    def _commit(self, report: StepReport) -> None:
+        self.loader.commit(self.engine.clock.samples - self.loader.committed)
+
+    @property
+    def _ended(self) -> bool:
+        """Whether the step that has ended was the last."""
+        return self.engine.clock.samples >= self.total_samples
+
+    def _exchanged(self) -> dict[str, Any]:
+        """What of the step's row tells of an exchange with other replicas."""
+        return {}
 
     def evaluated(self, microbatch_samples: int | None = None) -> Evaluation:
         """What the model, or the average that is asked for, reaches on the held-out data (collective)."""
@@ -307,7 +346,7 @@ class TrainingRun:
         return clock.steps + self._pace.steps_from(clock.samples, self.total_samples)
 
     def _attend(self) -> None:
-        self.console.attend(speaks=self.world.is_first, steps=self._last_step, done=self.engine.clock.steps)
+        self.console.attend(speaks=self.world.speaks, steps=self._last_step, done=self.engine.clock.steps)
 
     def _checkpoint_to_resume(self) -> str:
         """As the settings say; but an elastic job that has lost its memory goes on from its own newest checkpoint."""
@@ -374,14 +413,3 @@ def _told(report: StepReport) -> dict[str, Any]:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-@contextmanager
-def _stopping_on_signals(engine: Engine) -> Iterator[None]:
-    """See [Note: ending on a signal]."""
-    before = {s: signal.signal(s, lambda *_: engine.request_stop()) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

@@ -22,8 +22,10 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from elastic_lsopt.backends.groups import form_replicas
 from elastic_lsopt.elastic.mail.signing import SECRET_VARIABLE
 from elastic_lsopt.elastic.worker.meeting import meet
+from elastic_lsopt.errors import UserError
 from elastic_lsopt.world import World, on_gpu
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -40,11 +42,12 @@ def launched() -> bool:
     return all(name in os.environ for name in LAUNCHED)
 
 
-def join() -> World:
+def join(replicas: int = 1) -> World:
     """Join the process group that the environment describes; a process by itself forms a world of one.
 
-    Where the environment holds the job's secret (SECRET_VARIABLE, on all ranks or on none), ranks believe each other
-    only what is signed with it.
+    Of several replicas each forms its own group, and the world is that of this process's replica. Where the environment
+    holds the job's secret (SECRET_VARIABLE, on all ranks or on none), ranks believe each other only what is signed with
+    it. Raises UserError for replicas that do not divide the ranks.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     gpu = on_gpu()
@@ -56,11 +59,29 @@ def join() -> World:
     store, rank, size = next(dist.rendezvous("env://")) if launched() else (dist.HashStore(), 0, 1)
     if secret := os.environ.get(SECRET_VARIABLE):
         store = meet(store, rank, size, secret.encode())
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    if replicas > 1:
+        return _join_replica(replicas, backend, device, store, rank, size)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore("default", store), rank=rank,
-        world_size=size, timeout=COLLECTIVE_TIMEOUT,
-    )  # fmt: skip
+        backend, store=dist.PrefixStore("default", store), rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
+    )
     return World(rank, size, device, store)
+
+
+def _join_replica(replicas: int, backend: str, device: torch.device, store: dist.Store, rank: int, size: int) -> World:
+    if size % replicas:
+        raise UserError(
+            f"consensus.replicas={replicas} must divide the {size} rank(s) of the job; start "
+            f"{-(-size // replicas) * replicas} of them (`workers:` where no launcher does)."
+        )
+    sizes = [size // replicas] * replicas
+    own = form_replicas(
+        dist.PrefixStore("replicas", store), rank, sizes, COLLECTIVE_TIMEOUT, apart=True, backend=backend
+    )
+    return World(
+        own.replica.rank, own.replica.size, device, store, replica=own.number, sizes=tuple(sizes),
+        meetings=dist.PrefixStore("meetings", store),
+    )  # fmt: skip
 
 
 def _end_with_parent() -> None:

@@ -65,3 +65,32 @@ def drift(
         "dloss": max(abs(a - b) for a, b in zip(losses, plain[number].losses, strict=True)),
         "apart": apart, "exchanges": told, "local": local,
     }  # fmt: skip
+
+
+def healed(kind: str, sizes: list[int], *, rule: str = "easgd") -> dict[str, Any]:
+    """What becomes of replica 1 when its weights are no numbers any more, in its third step: what it has at the end of
+    each step, and of each meeting who was fit."""
+    me = dist.get_rank()
+    number, own = place_of(me, sizes)
+    steps = engines.batches(STEPS, 2 * sum(sizes), last=2, dtype=DTYPES["fp64"])
+    with away() as fresh:
+        store = fresh()
+        form_replicas(dist.PrefixStore("groups", store), me, sizes, timedelta(seconds=30), apart=True)
+        consensus = Consensus(
+            registry.build(rule, tau=2), dist.PrefixStore("consensus", store), replicas=tuple(range(len(sizes))),
+            timeout_s=20.0,
+        )  # fmt: skip
+        engine = engines.build(kind, engines.net((), DTYPES["fp64"]), lso.SAM(rho=0.05), consensus=consensus)
+        finite = []
+        for turn, step in enumerate(steps):
+            if turn == 3 and number == 1:
+                engine.space.weights.mul_(float("nan"))
+                engine.space.copies.refresh()
+            engine.train_batch(dealt(step, sizes, number, own))
+            finite.append(all(bool(w.isfinite().all()) for w in weights(engine).values()))
+        told = [(list(e.members), list(e.fit), e.well) for e in consensus.exchanges]
+        momenta = [float(v.double().norm()) for s in engine.base.state.values() for v in s.values() if v is not None]
+        clock = engine.clock.samples
+        engines.close(engine)
+        tear_down(engine)
+    return {"finite": finite, "told": told, "momenta": momenta, "clock": clock}

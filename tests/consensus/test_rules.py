@@ -27,3 +27,15 @@ def test_in_fp64(ranks: Any, kind: str, sizes: list[int], rule: str) -> None:
 def test_under_zero(ranks: Any, kind: str, sizes: list[int], rule: str) -> None:
     for r in ranks(sum(sizes)).run("tests.cases.consensus:drift", kind=kind, sizes=sizes, rule=rule, dtype="fp32"):
         assert r["dw"] <= 2e-6 and r["dloss"] <= 2e-6 and r["apart"] > 1e-4, r
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("fsdp2", [2, 1]), ("ddp", [1, 1, 1])], ids=str)
+def test_a_replica_that_has_lost_its_numbers_is_left_out_and_given_the_model(
+    ranks: Any, kind: str, sizes: list[int]
+) -> None:
+    everybody, well = list(range(len(sizes))), [r for r in range(len(sizes)) if r != 1]
+    for rank, r in enumerate(ranks(sum(sizes)).run("tests.cases.consensus:healed", kind=kind, sizes=sizes)):
+        assert r["told"] == [[everybody, everybody, True], [everybody, well, True], [everybody, everybody, True]], r
+        mine = rank == (2 if sizes[0] == 2 else 1)
+        assert r["finite"] == [True, True, True, not mine, *[True] * 4], (rank, r)
+        assert all(m == m for m in r["momenta"]), r

@@ -72,6 +72,8 @@ class SignedStore(dist.Store):
     def delete_key(self, key: str) -> bool:
         return self.inner.delete_key(key)
 
+    deleteKey = delete_key  # how torch's PrefixStore calls it  # noqa: N815
+
     def num_keys(self) -> int:
         return self.inner.num_keys()
 

@@ -7,11 +7,13 @@ rounding keeps back is added to what is told the next time (error feedback), so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from elastic_lsopt.backends.groups import Group
 from elastic_lsopt.backends.peers.formats import AsTheyAre, Format
 from elastic_lsopt.backends.peers.peers import Peers
 from elastic_lsopt.oracle.method import State
@@ -24,18 +26,18 @@ EXACT = AsTheyAre()
 
 
 class Exchange:
-    """`Replicas` of one meeting. What it learns takes effect in `commit`, after all have agreed that it went well.
+    """`Replicas` of one meeting. Nothing that it learns is kept, but for `told`.
 
-    `sum_replica` sums in place over this replica's ranks. Memory: a Vector while it travels; few bits keep two.
+    `kept` is what `told` gave after the last exchange; `inside` are this replica's ranks, in a group of their own.
+    Memory: a Vector while it travels; few bits keep two.
     """
 
     def __init__(
-        self, space: ParameterSpace, peers: Peers, form: Format, *, number: int, first: bool, samples: tuple[int, ...],
-        last: int, kept: State, alike: bool, sum_replica: Callable[[Tensor], Tensor],
+        self, space: ParameterSpace, peers: Peers, form: Format, *, number: int, samples: tuple[int, ...], last: int,
+        kept: State, inside: Group,
     ) -> None:  # fmt: skip
         self.number, self.members, self.samples, self.last = number, peers.members, samples, last
-        self._space, self._peers, self._form, self._kept, self._alike = space, peers, form, kept, alike
-        self._first, self._sum_replica = first, sum_replica
+        self._space, self._peers, self._form, self._kept, self._inside = space, peers, form, kept, inside
         self._left: Vector | None = None
         self._mean: Vector | None = None
         self._gram: Tensor | None = None
@@ -52,7 +54,7 @@ class Exchange:
             total = sum(self.samples)
             shares = [s / total if total else 1 / len(self.members) for s in self.samples]
         reference = self._kept.get(REFERENCE)
-        if self._form.exact or not (self._alike and isinstance(reference, Vector)):
+        if self._form.exact or not isinstance(reference, Vector):
             mean = self._reduced(points.clone(), shares, EXACT)
         else:
             mean = self._reduced(points - reference, shares, self._form).add_(reference)
@@ -79,12 +81,15 @@ class Exchange:
         assert self._gram is not None
         return self._gram
 
-    def commit(self) -> None:
-        """Keep what the format needs the next time."""
-        if self._left is not None:
-            self._kept[LEFT] = self._left
-        if self._mean is not None and not self._form.exact:
-            self._kept[REFERENCE] = self._mean.clone()
+    @property
+    def apart(self) -> float | None:
+        """Root mean square distance of the members from their mean; None where no reduction has told it."""
+        return None if self._gram is None else math.sqrt(max(0.0, float(self._gram.trace())) / len(self.members))
+
+    def told(self) -> State:
+        """What the format needs the next time, if all has gone well."""
+        reference = {} if self._mean is None or self._form.exact else {REFERENCE: self._mean.clone()}
+        return {**({} if self._left is None else {LEFT: self._left}), **reference}
 
     def _reduced(
         self, told: Vector, shares: Sequence[float] | Sequence[Sequence[float]], form: Format, keep: float = 1.0
@@ -99,11 +104,11 @@ class Exchange:
         known = of_each if told_whole else None
         sums, inner = self._peers.sums(self._peers.packed(told), form, shares=known)
         if known is not None:
-            self._gram = self._of_all(self._peers.numbers(self._sum_replica(inner.reshape(-1)))).sum(0).view_as(inner)
+            self._gram = self._of_all(self._peers.numbers(self._inside.sum_(inner.reshape(-1)))).sum(0).view_as(inner)
         if not form.exact:
             self._left = self._peers.unpacked([s.left for s in sums if s.left is not None], self._space)
         return self._peers.unpacked([s.value for s in sums], self._space)
 
     def _of_all(self, rows: Tensor) -> Tensor:
         """What the first rank of this replica has heard, on all its ranks."""
-        return self._sum_replica(rows if self._first else torch.zeros_like(rows))
+        return self._inside.sum_(rows if self._inside.rank == 0 else torch.zeros_like(rows))

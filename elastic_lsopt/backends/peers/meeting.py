@@ -1,14 +1,16 @@
 """Who is at an exchange, and whether it went well: the same answer on every rank of every member, or none.
 
     ready     the first rank of each replica says that it is there, with a report
-    in        who is in: the first of them to see all, or the deadline pass, writes it (compare-and-set)
+    in        who is in: the first of them to see all, or its patience end, writes it (compare-and-set)
     …         collectives into buffers of their own
     done      each member votes inside, because one rank's peers may be there and another's gone, and says how
     verdict   "all" or "keep" (compare-and-set), by the first to hear of all, or of one that failed, or the deadline
     then all commit what they have heard, or none does.
 
-[Note: one deadline] All of it has `timeout_s` together, from this replica's own arrival. A replica that is late finds a
-decision without itself, takes over the number and is in again at the next meeting. Numbers are the job's own and not a
+[Note: one deadline] A replica waits for others to come at most half of `timeout_s`, so that an exchange without them
+has the other half; all of it takes no longer than `timeout_s` from this replica's own arrival. One that has nothing
+else to do, because it is new, late or has no samples left, may wait longer for the decision (`patience_s`). A replica
+that is late finds a decision without itself and is in again at the next meeting. Numbers are the job's own and not a
 replica's count, or it would wait in meetings that are over.
 
 [Note: who is waited for] Those who were at the last meeting that went well, or who voted at one that did not. Others
@@ -38,11 +40,13 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Met:
-    """A meeting under way: its number in the job, who is in, and what each of them has reported."""
+    """A meeting under way: its number in the job, who is in, what each of them has reported, and what they share: the
+    newest that any of them has brought."""
 
     number: int
     members: tuple[int, ...]
     reports: Mapping[int, Any]
+    common: Any
 
 
 class Meetings:
@@ -58,22 +62,34 @@ class Meetings:
     ) -> None:  # fmt: skip
         self._store, self.number, self._expected = store, number, set(expected)
         self._first, self._inside, self.timeout_s = first, inside, timeout_s
-        self._end = 0.0
+        self._come = self._end = 0.0
 
     @property
     def left(self) -> timedelta:
         """Of this meeting's time."""
         return timedelta(seconds=max(LEAST_S, self._end - time.monotonic()))
 
-    def begin(self, report: Any) -> Met | None:
-        """Say that this replica is there, and learn who is in; None where the others began without it."""
+    def begin(
+        self, report: Any, common: Any = None, *, version: int = 0, patience_s: float = 0.0
+    ) -> Met | None:  # fmt: skip
+        """Say that this replica is there, and learn who is in; None where the others began without it.
+
+        All members take over `common` of the highest `version` (below 0: this replica has none). `patience_s`: so much
+        longer this replica may wait for the decision.
+        """
         gather_json(self._inside, None)  # all of it is there, or it is not there at all
-        self._end = time.monotonic() + self.timeout_s
-        [told, *_] = gather_json(self._inside, self._begin(report) if self._first else None)
-        number, members, reports = told
+        self._start(patience_s)
+        told = self._begin(report, common, version) if self._first else None
+        [(number, members, reports, common), *_] = gather_json(self._inside, told)
+        if patience_s:
+            self._start(0.0)
         if self.number not in members:
             return None
-        return Met(number, tuple(members), dict(zip(members, reports, strict=True)))
+        return Met(number, tuple(members), dict(zip(members, reports, strict=True)), common)
+
+    def _start(self, patience_s: float) -> None:
+        now = time.monotonic()
+        self._come, self._end = now + self.timeout_s / 2 + patience_s, now + self.timeout_s + patience_s
 
     def end(self, met: Met, *, well: bool) -> bool:
         """Whether the meeting went well on every rank of every member; then, and only then, what was heard counts."""
@@ -83,17 +99,23 @@ class Meetings:
 
     # -- the replica's first rank ------------------------------------------------------------------------------
 
-    def _begin(self, report: Any) -> list[Any]:
+    def _begin(self, report: Any, common: Any, version: int) -> list[Any]:
         store = self._store
-        k = store.add("meetings", 0)
-        store.set(f"{k}/ready/{self.number}", json.dumps(report))
-        self._wait(lambda: store.check([f"{k}/in"]) or all(self._ready(k, r) or self._gone(r) for r in self._expected))
+        k = self._number()
+        if version >= 0 and not store.check([f"common/{version}"]):
+            store.set(f"common/{version}", json.dumps(common))
+        store.set(f"{k}/ready/{self.number}", json.dumps([version, report]))
+        everybody = lambda: all(self._ready(k, r) or self._gone(r) for r in self._expected)  # noqa: E731
+        self._wait(lambda: store.check([f"{k}/in"]) or everybody(), self._come)
         there = sorted(r for r in self._known() if self._ready(k, r))
-        if store.compare_set(f"{k}/in", "", mine := json.dumps([self.number, there])) == mine.encode():
-            store.add("meetings", 1)
+        newest = max(json.loads(store.get(f"{k}/ready/{r}"))[0] for r in there)
+        brought = json.loads(store.get(f"common/{newest}")) if newest >= 0 else None
+        mine = json.dumps([self.number, there, brought])
+        if store.compare_set(f"{k}/in", "", mine) == mine.encode():
             self._forget(k - KEPT)
-        _, members = json.loads(store.get(f"{k}/in"))
-        return [k, members, [json.loads(store.get(f"{k}/ready/{r}")) for r in members]]
+        store.compare_set("meetings", str(k) if k else "", str(k + 1))  # by all: who decided may be dead by now
+        _, members, common = json.loads(store.get(f"{k}/in"))
+        return [k, members, [json.loads(store.get(f"{k}/ready/{r}"))[1] for r in members], common]
 
     def _end_of(self, met: Met, well: bool) -> str:
         store, k = self._store, met.number
@@ -102,7 +124,11 @@ class Meetings:
         def said() -> dict[int, bytes]:
             return {r: store.get(key) for r in met.members if store.check([key := f"{k}/done/{r}"])}
 
-        self._wait(lambda: b"0" in (votes := said()).values() or all(r in votes or self._gone(r) for r in met.members))
+        def over() -> bool:
+            votes = said()
+            return b"0" in votes.values() or all(r in votes or self._gone(r) for r in met.members)
+
+        self._wait(over, self._end)
         votes = said()
         all_well = len(votes) == len(met.members) and b"0" not in votes.values()
         store.compare_set(f"{k}/verdict", "", "all" if all_well else "keep")
@@ -128,6 +154,9 @@ class Meetings:
             if self._store.compare_set("replicas", before.decode(), after) == after.encode():
                 return
 
+    def _number(self) -> int:
+        return int(self._store.get("meetings")) if self._store.check(["meetings"]) else 0
+
     def _known(self) -> list[int]:
         return json.loads(self._store.get("replicas"))
 
@@ -137,8 +166,8 @@ class Meetings:
     def _ready(self, k: int, replica: int) -> bool:
         return self._store.check([f"{k}/ready/{replica}"])
 
-    def _wait(self, over: Callable[[], bool]) -> None:
-        while not over() and time.monotonic() < self._end:
+    def _wait(self, over: Callable[[], bool], end: float) -> None:
+        while not over() and time.monotonic() < end:
             time.sleep(LOOK_EVERY_S)
 
     def _forget(self, k: int) -> None:
@@ -146,5 +175,5 @@ class Meetings:
             for r in self._known():
                 for what in ("ready", "done"):
                     self._store.delete_key(f"{k}/{what}/{r}")
-            for what in ("in", "verdict"):
-                self._store.delete_key(f"{k}/{what}")
+            for key in (f"{k}/in", f"{k}/verdict", f"common/{k}"):
+                self._store.delete_key(key)

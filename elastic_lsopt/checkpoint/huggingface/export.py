@@ -85,7 +85,8 @@ def export_huggingface(
     backend.drop_gathered()  # FSDP2 hides the shards of a gathered group
     everybody = backend.groups.job.again("export of the job", TIMEOUT)
     group = backend.groups.replica.again("export", TIMEOUT)
-    first = backend.rank == 0 and backend.replica == 0
+    writes = backend.replica == 0 or backend.groups.apart
+    first = backend.rank == 0 and writes
     staged = staging(folder)
     try:
         attempt(folder, everybody, (lambda: refuse(folder)) if first else None)
@@ -95,8 +96,8 @@ def export_huggingface(
         files = _files(_entries(backend, module, adapter), shard_bytes)
         try:
             attempt(folder, everybody, (lambda: _begin(staged, files)) if first else None)
-            # Of replicas that have drifted apart the first is exported.
-            attempt(folder, everybody, (lambda: _write(staged, files, held)) if backend.replica == 0 else None)
+            # Of replicas of one job the first is exported.
+            attempt(folder, everybody, (lambda: _write(staged, files, held)) if writes else None)
             end = lambda: _end(module, staged, folder, files, tokenizer, card)  # noqa: E731
             attempt(folder, everybody, end if first else None)
         finally:

@@ -37,7 +37,7 @@ def export_adapter(
         raise UserError(f"a {type(module).__name__} without adapters has none to export; use export_huggingface.")
     backend.drop_gathered()  # FSDP2 hides the shards of a gathered group
     everybody = backend.groups.job.again("export of the adapter", TIMEOUT)
-    writes = backend.rank == 0 and backend.replica == 0
+    writes = backend.rank == 0 and (backend.replica == 0 or backend.groups.apart)
     try:
         attempt(folder, everybody, (lambda: refuse(folder)) if writes else None)
         trained = [p.name for p in backend.layout.parameters if name == ADVERSARY or not is_factor(p.name, ADVERSARY)]

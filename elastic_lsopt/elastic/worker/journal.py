@@ -95,6 +95,38 @@ class Rewind:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """An exchange of replicas at which somebody was missing, left out or let in, or which failed."""
+
+    generation: int
+    number: int
+    members: tuple[int, ...]
+    fit: tuple[int, ...]
+    """The members that exchanged; the others were given the model."""
+    missing: tuple[int, ...]
+    well: bool
+    why: str
+    """What failed on this rank."""
+    seconds: float
+    samples: int
+    sent_bytes: int
+    apart: float | None
+    event: str = "exchange"
+    time: float = field(default_factory=time.time)
+
+    def line(self) -> str:
+        """What a person is told of it."""
+        new = [m for m in self.members if m not in self.fit]
+        told = [
+            f"{verb} replica{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"
+            for verb, who in (("without", self.missing), ("the model is given to", new if self.well else ()))
+            if who
+        ]
+        failed = [] if self.well else [f"{self.why or 'a member failed'}; all go on as they were"]
+        return f"exchange {self.number} of {len(self.members)} replicas: {'; '.join([*told, *failed])}"
+
+
 @dataclass
 class Phases:
     """Seconds by phase of one change, in order."""
@@ -114,7 +146,7 @@ class Journal:
     def __init__(self, run_folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
         self.path, self.say = run_folder / JOURNAL, say
 
-    def write(self, change: Change | Rewind) -> None:
+    def write(self, change: Change | Rewind | Meeting) -> None:
         self.say(change.line())
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,16 +156,21 @@ class Journal:
 
 def read_journal(run_folder: Path) -> list[dict[str, Any]]:
     """The changes of members of a run, in order; a line that a crash cut short is passed over."""
-    return [row for row in _rows(run_folder) if not _is_rewind(row)]
+    return [row for row in _rows(run_folder) if _event(row) is None]
 
 
 def read_rewinds(run_folder: Path) -> list[dict[str, Any]]:
     """The rewinds of a run, in order."""
-    return [row for row in _rows(run_folder) if _is_rewind(row)]
+    return [row for row in _rows(run_folder) if _event(row) == "rewind"]
 
 
-def _is_rewind(row: Any) -> bool:
-    return isinstance(row, dict) and row.get("event") == "rewind"
+def read_meetings(run_folder: Path) -> list[dict[str, Any]]:
+    """The exchanges of replicas that were out of the ordinary, in order."""
+    return [row for row in _rows(run_folder) if _event(row) == "exchange"]
+
+
+def _event(row: Any) -> Any:
+    return row.get("event") if isinstance(row, dict) else None
 
 
 def _rows(run_folder: Path) -> list[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic_lsopt.api.consensus import Consensus
 from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.api.initialize import initialize
 from elastic_lsopt.averages import registry as averages
@@ -37,8 +38,9 @@ log = logging.getLogger("elastic_lsopt")
 
 
 def build_engine(
-    config: TrainConfig, method: Method, data: Data, world: World, total_samples: int, keep: Sequence[Stateful] = ()
-) -> Engine:
+    config: TrainConfig, method: Method, data: Data, world: World, total_samples: int, keep: Sequence[Stateful] = (),
+    consensus: Consensus | None = None,
+) -> Engine:  # fmt: skip
     """The engine that the settings describe (collective).
 
     Of a transformers model each rank fills what it holds: its shards on FSDP2 and ZeRO-3, all of it elsewhere.
@@ -57,7 +59,12 @@ def build_engine(
         apply_activation_checkpointing(model)
     loss, base = loss_of(config, model), base_of(config, model)
     keep = [*keep, *averages_of(config)] if not world.rehearsal else []
-    options: dict[str, Any] = {"seed": config.seed, "total_samples": total_samples, "keep": keep}
+    options: dict[str, Any] = {
+        "seed": config.seed,
+        "total_samples": total_samples,
+        "keep": keep,
+        "consensus": consensus,
+    }
     if config.backend == "deepspeed":
         assert config.deepspeed is not None
         settings = read_deepspeed_json(config.deepspeed)

@@ -1,0 +1,67 @@
+"""The groups of peers that a rank has, each made when its members first meet and kept for as long as it works.
+
+[Note: whose group is still good] Two members may not agree whether a group still stands: one has dropped it after a
+failure that another has not seen, because it came too late. So each tells at every meeting which it has and when it was
+made; one that they do not all name alike is made anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from elastic_lsopt.backends.peers.intervals import Seat, bundles
+from elastic_lsopt.backends.peers.meeting import Met
+from elastic_lsopt.backends.peers.peers import Peers
+
+
+class Circles:
+    """Of the rank at `own`; `store` is the job's."""
+
+    def __init__(self, own: Seat, store: dist.Store) -> None:
+        self._own, self._store = own, store
+        self._known: dict[str, tuple[int, Peers]] = {}
+        self._sent_bytes = 0
+
+    @property
+    def told(self) -> dict[str, int]:
+        """What the others must know: in which meeting each was made."""
+        return {name: number for name, (number, _) in self._known.items()}
+
+    @property
+    def sent_bytes(self) -> int:
+        """By this rank, in all."""
+        return self._sent_bytes + sum(peers.sent_bytes for _, peers in self._known.values())
+
+    def of(self, members: Sequence[int], met: Met, left: timedelta) -> Peers:
+        """The circle of these members of a meeting (collective among them). Raises PeerFailed where one is gone."""
+        name = "-".join(map(str, members))
+        made = {met.reports[m]["circles"].get(name) for m in members}
+        if len(made) > 1 or name not in self._known:
+            self._drop(name)
+            store = dist.PrefixStore(f"circle/{met.number}/{name}", self._store)
+            cuts = cuts_of(met.reports, members)
+            self._known[name] = met.number, Peers(self._own, members, bundles(self._own, cuts, members), store, left)
+        _, peers = self._known[name]
+        peers.limit(left)
+        return peers
+
+    def drop(self) -> None:
+        """An exchange has failed: none of them is used again."""
+        for name in [*self._known]:
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        if name in self._known:
+            self._sent_bytes += self._known.pop(name)[1].sent_bytes
+
+
+def cuts_of(reports: Mapping[int, Mapping], members: Sequence[int]) -> dict[Seat, list[tuple[int, int, int]]]:
+    """What each rank of the members holds, as they have told it."""
+    return {
+        (member, rank): [(parameter, offset, length) for parameter, offset, length in cut]
+        for member in members
+        for rank, cut in enumerate(reports[member]["cut"])
+    }

@@ -1,0 +1,292 @@
+"""A job with a `consensus:` block, as one of its replicas runs it: its own steps, its own folder, one order of samples.
+
+    output_dir/                 replica 0: metrics, checkpoints, journal, and the job's model at the end
+    output_dir/replica-1/ …     the others', without a model
+
+[Note: checkpoints of replicas] Each replica saves for itself, in the step that follows an exchange: then all know the
+same ledger of samples. A checkpoint is named by the job's step, the samples that have counted over global_batch_size,
+so that all have the same names. A job that starts again takes the newest name that most replicas have; who has it not,
+because it is new or its save was cut off, is given the model by the others; what the ledger had dealt to replicas that
+are no more goes to those that are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from elastic_lsopt.api.consensus import Consensus, Exchanged
+from elastic_lsopt.checkpoint.checkpointer import LoadReport
+from elastic_lsopt.checkpoint.folder import checkpoint_path, damage, listing, step_of
+from elastic_lsopt.config.consensus import read_consensus
+from elastic_lsopt.config.settings import SettingError, TrainConfig
+from elastic_lsopt.consensus import registry as rules
+from elastic_lsopt.consensus.rule import Rule
+from elastic_lsopt.data.ledger import AHEAD, Ledger
+from elastic_lsopt.data.loader import StepLoader
+from elastic_lsopt.data.rounds import RoundLoader, Rounds, steps_of
+from elastic_lsopt.elastic.worker.journal import Journal, Meeting
+from elastic_lsopt.elastic.worker.same_data import difference
+from elastic_lsopt.errors import UserError
+from elastic_lsopt.oracle.family import Stateful
+from elastic_lsopt.oracle.method import Method
+from elastic_lsopt.oracle.microbatch import MicroBatch
+from elastic_lsopt.oracle.step_report import StepReport
+from elastic_lsopt.training.console import Console
+from elastic_lsopt.training.datasets.samples import Data
+from elastic_lsopt.training.loop import TrainingRun
+from elastic_lsopt.training.run_folder import CHECKPOINTS
+from elastic_lsopt.training.statistics import estimate_anew, spread
+from elastic_lsopt.world import World
+
+START_S = 600.0
+"""How long replicas wait for each other's word at the start: a model may take minutes to load."""
+LOOK_EVERY_S = 0.02
+NOBODYS = -1
+LOOKED_AT = 3
+"""Checkpoints whose bytes are checked when a job starts again."""
+STATISTICS_BATCHES = 50
+"""Micro-batches over which batch norm's statistics are estimated."""
+
+
+def rule_of(config: TrainConfig) -> Rule:
+    """The rule that the settings describe. Raises SettingError for one that is not known or does not take its
+    values."""
+    assert config.consensus is not None
+    block = read_consensus(config.consensus)
+    try:
+        return rules.build(block.rule, **block.hyperparameters)
+    except UserError as error:
+        key = next((k for k in block.hyperparameters if str(error).startswith(f"{k}=")), "rule")
+        raise SettingError(f"consensus.{key}", f"consensus: {error}") from None
+
+
+def of_replica(config: TrainConfig, number: int) -> TrainConfig:
+    """The settings of one replica: its own folder; the first alone exports and tells reporters of the world outside."""
+    if not number:
+        return config
+    reporters = tuple(name for name in config.report_to if name == "tensorboard")
+    folder = Path(config.output_dir) / f"replica-{number}"
+    return replace(config, output_dir=str(folder), export=False, report_to=reporters)
+
+
+class ReplicaRun(TrainingRun):
+    """One replica's part of the job (collective in the replica)."""
+
+    def __init__(
+        self, config: TrainConfig, method: Method, data: Data, world: World, console: Console,
+        keep: Sequence[Stateful] = (),
+    ) -> None:  # fmt: skip
+        assert config.consensus is not None
+        self._block, self._rule = read_consensus(config.consensus), rule_of(config)
+        self._number, self._last_microbatches, self._row = world.replica, list[MicroBatch](), dict[str, Any]()
+        self._counted = self._told = 0
+        """Samples that had counted at the last look, and exchanges that the journal knows."""
+        super().__init__(of_replica(config, world.replica), method, data, world, console, keep)
+        if world.meetings is not None:
+            self._refuse_other_data()
+
+    # -- making it ---------------------------------------------------------------------------------------------
+
+    @property
+    def _consensus_of(self) -> Consensus:
+        assert self.engine.consensus is not None
+        return self.engine.consensus
+
+    def _consensus(self) -> Consensus | None:
+        world, block = self.world, self._block
+        if world.meetings is None:
+            return None  # a rehearsal
+        paces = {number: float(size) for number, size in enumerate(world.sizes) if size}
+        share = self.config.global_batch_size // block.replicas
+        wanted = {number: steps + AHEAD for number, steps in steps_of(self._rule.tau, paces).items()}
+        ledger = (
+            Ledger(self.total_samples, share) if world.newcomer else Ledger.begun(self.total_samples, share, wanted)
+        )
+        self.rounds = Rounds(ledger, world.replica, self._rule.tau, paces)
+        self.rounds.version = NOBODYS if world.newcomer else 0
+        return Consensus(
+            self._rule, world.meetings, replicas=tuple(paces), bits=block.exchange.bits, top_k=block.exchange.top_k,
+            timeout_s=block.exchange_timeout_s, rounds=self.rounds, by_speed=block.steps == "by_speed",
+            newcomer=world.newcomer,
+        )  # fmt: skip
+
+    def _loader(self) -> StepLoader:
+        if self.world.meetings is None:
+            return super()._loader()
+        return RoundLoader(
+            self.data.train, self.collate, self.rounds, replicas=self._block.replicas,
+            global_batch_size=self.config.global_batch_size // self._block.replicas, **self.how_to_load(),
+        )  # fmt: skip
+
+    def _refuse_other_data(self) -> None:
+        """Raise UserError where another replica trains on other data, or stands on another base model."""
+        store = self.world.meetings
+        assert store is not None
+        mine = json.dumps(self.data_identity())
+        first = store.compare_set("identity", "", mine).decode()
+        _, line = difference([json.loads(first), json.loads(mine)])
+        if line:
+            raise UserError(f"replica {self._number}: {line}")
+
+    # -- from the beginning, or from where it was ----------------------------------------------------------------
+
+    def _checkpoint_to_resume(self) -> str:
+        given = super()._checkpoint_to_resume()
+        if given != "auto":
+            return given
+        assert self._checkpoints is not None
+        folder = Path(self.config.output_dir) / CHECKPOINTS
+        newest = self.world.on_first(lambda: [path for path in listing(folder)[:LOOKED_AT] if damage(path) is None])
+        own = None if newest is None else self._agreed([step_of(path) for path in newest])
+        step = self._consensus_of.agreed(own)
+        if step < 0:
+            return "none"
+        if step == 0:
+            self._consensus_of.newcomer()
+            self.rounds.version = NOBODYS
+            return "none"
+        return str(checkpoint_path(folder, step))
+
+    def _agreed(self, own: list[int]) -> int:
+        """The name that this replica goes on from; -1: none has any; 0: others have one, this one has not."""
+        store, numbers = self.world.meetings, [r for r, size in enumerate(self.world.sizes) if size]
+        assert store is not None
+        store.set(f"saved/{self._number}", json.dumps(own))
+        end = time.monotonic() + START_S
+        while not store.check([f"saved/{r}" for r in numbers]):
+            if time.monotonic() > end:
+                raise UserError(
+                    f"not all of the {len(numbers)} replicas have come within {START_S:g} s; start them all."
+                )
+            time.sleep(LOOK_EVERY_S)
+        everyones = [json.loads(store.get(f"saved/{r}")) for r in numbers]
+        names = {name for theirs in everyones for name in theirs}
+        if not names:
+            return -1
+        best = max(names, key=lambda name: (sum(name in theirs for theirs in everyones), name))
+        return best if best in own else 0
+
+    def _go_on_from(self, found: LoadReport) -> None:
+        saved, share = found.extra.get("loader", {}), self.config.global_batch_size // self._block.replicas
+        if "ledger" not in saved:  # of a job without replicas: all begin from the same model
+            super()._go_on_from(found)
+            ledger = Ledger(self.total_samples, share, next=self.loader.committed, committed=self.loader.committed)
+            steps = {r: self._rule.tau + AHEAD for r, size in enumerate(self.world.sizes) if size}
+            self.rounds.resume(ledger.dealt(steps), trained=0)
+        else:
+            self.loader.source.load_state_dict(saved)
+            ledger = replace(Ledger.from_json(saved["ledger"]), total=self.total_samples, batch=share)
+            for gone in [r for r in ledger.open if r >= len(self.world.sizes) or not self.world.sizes[r]]:
+                ledger = ledger.lost(gone)
+            self.rounds.resume(ledger, trained=saved["trained"])
+        self.loader.begin_at(self.rounds.cursor)
+
+    def steps(self) -> Iterator[list[MicroBatch]]:
+        """Until all samples of the job have counted, whoever has trained on them."""
+        while not self.rounds.ledger.ended:
+            for microbatches in self.loader:
+                self._last_microbatches = microbatches
+                yield microbatches
+            if self.stopped:
+                return
+            self._meet()
+            if self.rounds.ledger.ended:
+                self._save()
+
+    def _meet(self) -> None:
+        """An exchange beside a step: before the first one, after the last one, or because the job is told to stop."""
+        engine = self.engine
+        self._consensus_of.exchange(engine.oracle(self._last_microbatches) if self._last_microbatches else None)
+        self._tell()
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def _commit(self, report: StepReport) -> None:
+        if report.samples:
+            self.loader.commit(report.samples)
+
+    @property
+    def _ended(self) -> bool:
+        return False  # which only an exchange can say
+
+    def _exchanged(self) -> dict[str, Any]:
+        """Of the exchange before the step: members, seconds, bytes, how far apart."""
+        told = self._tell()
+        if told is None:
+            return {}
+        return {
+            "exchange": {
+                "number": told.number, "members": list(told.members), "fit": list(told.fit), "well": told.well,
+                "seconds": told.seconds, "sent_bytes": told.sent_bytes, "apart": told.apart,
+            }
+        }  # fmt: skip
+
+    def _tell(self) -> Exchanged | None:
+        """The newest exchange, if the journal does not know it; out of the ordinary ones it tells the user."""
+        exchanges = self._consensus_of.exchanges
+        if len(exchanges) == self._told:
+            return None
+        self._told, told = len(exchanges), exchanges[-1]
+        if told.extraordinary and self._folder is not None:
+            Journal(self._folder.path, self.console.say).write(
+                Meeting(generation=self.world.generation, samples=self.engine.clock.samples, **asdict(told))
+            )
+        return told
+
+    def _save_or_diverge(self, step: int, last: bool, eval_loss: float | None) -> None:
+        """Save in the step after an exchange that is due for it; a replica that is sick waits for the others' help."""
+        assert self._checkpoints is not None
+        streak, exchanges = self._streak, self._consensus_of.exchanges
+        if streak.length >= max(self.config.max_skipped_steps, 3 * self._consensus_of.steps):
+            self._diverge(streak.reason, streak.first, step)
+        if not streak.length:
+            self._checkpoints.prune()
+        counted, before = self.rounds.ledger.committed, self._counted
+        self._counted = counted
+        every = math.inf if self.config.save_steps is None else self.config.save_steps * self.config.global_batch_size
+        if self.stopped:
+            self._meet()
+            self._save()
+        elif exchanges and exchanges[-1].well and counted // every > before // every and not streak.length:
+            self._save()
+
+    def _save(self) -> None:
+        """Named by the job's step; nothing before the first exchange."""
+        assert self._checkpoints is not None
+        if name := self.rounds.ledger.committed // self.config.global_batch_size:
+            self._checkpoints.save(self.engine, name, extra={"loader": self.loader.state_dict()}, prune=False)
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """The model becomes what the rule's paper evaluates; then as ever."""
+        if not self.stopped:
+            self._become_the_model()
+        super().finish()
+
+    def _become_the_model(self) -> None:
+        """Its batch norm's statistics are estimated anew: those of a replica are of its own weights."""
+        engine = self.engine
+        engine.space.weights.copy_(self._consensus_of.point())
+        engine.space.copies.refresh()
+        train, size = self.data.train, self.config.per_device_train_batch_size
+        estimate_anew(
+            engine, (self.collate([train[i] for i in rows]) for rows in spread(len(train), size, STATISTICS_BATCHES))
+        )
+        if len(self.data.eval) and self.world.replica == 0:
+            held_out = self.evaluated()
+            self.eval_loss = held_out.loss
+            row = {**self._row, "eval_loss": held_out.loss}
+            row |= {f"eval_{name}": value for name, value in held_out.metrics.items()}
+            if self._folder is not None and self._row:
+                self._folder.write(row)
+
+    def step(self, microbatches: list[MicroBatch]) -> dict[str, Any]:
+        self._row = super().step(microbatches)
+        return self._row
