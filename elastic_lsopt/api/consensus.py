@@ -1,40 +1,38 @@
-"""One replica's part in consensus: its steps, and every tau of them a meeting with the other replicas.
+"""One replica's part in consensus: its steps, and every so many of them a meeting with the other replicas.
 
 [Note: what is whose] Between two meetings a replica talks to nobody: its losses, skipped steps and clock are its own.
 At a meeting it hears on how many samples the others have trained, and its clock becomes the job's; in between it takes
-the others to go as fast as at the last meeting.
-
-[Note: who takes part] A member is *fit* if it has what the job has come to, its weights are finite and its last step
-was not skipped. The fit ones exchange. Those of them who were not at the newest exchange are first given what all have
-alike (the centre, the outer momentum). A member that is not fit, because it is new, has lost its numbers, or comes back
-when others already train on its samples, is given the model and begins anew with it: its own momentum at zero, its own
-averages from there. It takes part from the next meeting on.
+the others to go as fast as at the last meeting. What is said at a meeting: `hearing.py`.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
+from elastic_lsopt.api.hearing import Heard, Hearing
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.agreement import gather_json
 from elastic_lsopt.backends.groups import Group
 from elastic_lsopt.backends.peers.circles import Circles
-from elastic_lsopt.backends.peers.exchange import REFERENCE, Exchange
 from elastic_lsopt.backends.peers.formats import BITS, format_of
 from elastic_lsopt.backends.peers.intervals import cut_of
 from elastic_lsopt.backends.peers.meeting import Meetings, Met
 from elastic_lsopt.by_name import require, require_count, require_number
+from elastic_lsopt.consensus.needs import refuse_unmet
 from elastic_lsopt.consensus.rule import Rule
 from elastic_lsopt.data.ledger import Ledger
 from elastic_lsopt.data.rounds import Rounds
-from elastic_lsopt.errors import NonFinite, PeerFailed
+from elastic_lsopt.errors import NonFinite, PeerFailed, UserError
+from elastic_lsopt.optimizers.registry import methods
 from elastic_lsopt.oracle.family import Kept, Stateful
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
@@ -83,14 +81,18 @@ class Exchanged:
         return not self.well or self.fit != self.members or bool(self.missing)
 
 
-@dataclass
-class _Heard:
-    """What takes effect if the meeting went well."""
+_Said = tuple[Heard, bool, str, float, int]
+"""What was heard, whether it went well, why not, seconds, and bytes sent."""
 
-    exchange: Exchange | None = None
-    rules: Any = None
-    shared: dict[str, Vector] = field(default_factory=dict)
-    point: Vector | None = None
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A meeting whose end has not taken effect."""
+
+    met: Met
+    fit: tuple[int, ...]
+    said: _Said | Future[_Said]
+    before: dict[str, Any]
 
 
 class Consensus:
@@ -111,7 +113,9 @@ class Consensus:
             require_count("top_k", top_k)
         require_number("exchange_timeout_s", timeout_s, positive=True)
         self.rule, self._store, self._replicas = rule, store, replicas
-        self._format, self.timeout_s, self.rounds = format_of(bits, top_k), timeout_s, rounds
+        self._bits, self._top_k, self.timeout_s, self.rounds = bits, top_k, timeout_s, rounds
+        self._thread: ThreadPoolExecutor | None = None
+        self._under_way: _UnderWay | None = None
         self.exchanges: list[Exchanged] = []
         """Of this life of the process."""
         self._by_speed, self._fit = by_speed, not newcomer
@@ -126,7 +130,17 @@ class Consensus:
         return (self.rule, Standing())
 
     def bind(self, step: LandscapeStep) -> None:
-        """The engine's step is there: say what this rank holds, and that this replica may be met."""
+        """The engine's step is there: say what this rank holds, and that this replica may be met.
+
+        Raises UserError for a method, a base or a format that the rule does not go with.
+        """
+        method = methods.name_of(type(step.method))
+        refuse_unmet(self.rule, method, step.backend.base, bits=self._bits, top_k=self._top_k)
+        if step.evaluates_at is not None:
+            raise UserError(
+                f"{step.evaluates_at} keeps the model in other places than the weights, which consensus does not move; "
+                "use another method and base, such as sam over adamw."
+            )
         self._step = step
         groups = step.backend.groups
         self.number, rank = groups.number, groups.replica.rank
@@ -137,6 +151,10 @@ class Consensus:
         )
         self._circles = Circles((self.number, rank), self._store)
         self._cut = gather_json(inside, cut_of(step.space.layout))
+        self._hearing = Hearing(
+            step, self.rule, format_of(self._bits, self._top_k), self._circles, self._inside, self.number,
+            lambda: self._meetings.left, Standing.name,
+        )  # fmt: skip
         step.of_job = self._of_job
         if rank == 0:
             self._meetings.join()
@@ -145,10 +163,12 @@ class Consensus:
 
     def before_step(self, oracle: Oracle) -> bool:
         """A step begins: meet the others if it is time. False where others train on its samples by now."""
+        if self._under_way is not None and self._standing["since"] >= self.rule.overlap:
+            self.settled()
         out_of_samples = self.rounds is not None and not self.rounds.in_hand
         if self._standing["since"] < self.steps and not out_of_samples:
             return True
-        self.exchange(oracle)
+        self.exchange(oracle, beside=self.rule.overlap > 0)
         return not self._redealt
 
     def after_step(self, samples: int, *, skipped: bool) -> None:
@@ -166,7 +186,7 @@ class Consensus:
     @property
     def steps(self) -> int:
         """Of this replica from one exchange to the next."""
-        return self.rule.tau if self.rounds is None else self.rounds.steps
+        return self.rule.every if self.rounds is None else self.rounds.steps
 
     def newcomer(self) -> None:
         """This replica has nothing of what the job has come to, and is given the model at its first meeting."""
@@ -178,48 +198,80 @@ class Consensus:
 
     def leave(self) -> None:
         """This rank raised: its replica is no more, and the others need not wait for it."""
+        self._circles.drop()
         self._meetings.leave()
 
     # -- a meeting ---------------------------------------------------------------------------------------------
 
-    def exchange(self, oracle: Oracle | None) -> Exchanged | None:
-        """Meet the others now; None where they met without this replica."""
-        common, version = (None, 0) if self.rounds is None else (self.rounds.ledger.to_json(), self.rounds.version)
-        met = self._meetings.begin(self._report(), common, version=version, patience_s=self._patience_s)
+    def exchange(self, oracle: Oracle | None, *, beside: bool = False) -> Exchanged | None:
+        """Meet the others now; None where they met without this replica, or where it goes on `beside` steps."""
+        self.settled()
+        common, version = (None, -1) if self.rounds is None else (self.rounds.ledger.to_json(), self.rounds.version)
+        met = self._meetings.begin(
+            self._report(), common, version=version, patience_s=self._patience_s, late_s=2 * self._round_s
+        )
         self._standing["since"], self._redealt = 0, False
         now = time.monotonic()
         self._round_s, self._met_s = now - self._met_s, now
         if met is None:
             return None
-        fit, sent_bytes = self._fit_of(met), self._circles.sent_bytes
-        heard: _Heard | None = None
-        why = ""
-        try:
-            heard = self._hear(met, fit, oracle)
-        except (PeerFailed, NonFinite) as error:  # the vote says so
-            why = str(error)
-        well = self._meetings.end(met, well=heard is not None)
-        if well and heard is not None:
-            self._settle(met, fit, heard)
+        fit = self._fit_of(met)
+        told = self.rule.snapshot(self._step.space, self._hearing.state, met.number) if self.number in fit else {}
+        act = partial(self._hear, met, fit, oracle, told)
+        trained = dict(self._standing)
+        if not beside or not _keeps(met, self.number):
+            self._under_way = _UnderWay(met, fit, act(), trained)
+            return self.settled()
+        self._thread = self._thread or ThreadPoolExecutor(1, "consensus")
+        self._under_way = _UnderWay(met, fit, self._thread.submit(act), trained)
+        return None
+
+    def settled(self) -> Exchanged | None:
+        """What is under way has come to its end, and takes effect if it went well; None where there was nothing."""
+        if self._under_way is None:
+            return None
+        under, self._under_way = self._under_way, None
+        heard, well, why, seconds, sent_bytes = (
+            under.said.result() if isinstance(under.said, Future) else under.said
+        )  # fmt: skip
+        met, fit = under.met, under.fit
+        if well and self.number in fit:
+            self._hearing.settle(heard)
+            self._standing["newest"] = met.number
+        elif well:
+            assert heard.point is not None  # all that are there and not fit are given it
+            self._step.space.weights.copy_(heard.point)
+            self._step.begin_anew()
+            self._fit, self._skipped = True, False
         else:
             self._circles.drop()
-        self._count(met, fit, well=well)
-        seconds, sent_bytes = time.monotonic() - now, self._circles.sent_bytes - sent_bytes
-        apart = heard.exchange.apart if well and heard is not None and heard.exchange is not None else None
+        self._step.space.copies.refresh()
+        self._count(met, fit, under.before, well=well)
+        apart = heard.exchange.apart if well and heard.exchange is not None else None
         missing = tuple(sorted({*self._there} - {*met.members}))
         self._there = met.members
         self.exchanges.append(Exchanged(met.number, met.members, fit, missing, well, why, seconds, sent_bytes, apart))
         return self.exchanges[-1]
 
+    def _hear(self, met: Met, fit: tuple[int, ...], oracle: Oracle | None, told: dict[str, Any]) -> _Said:
+        """All that is said, and the verdict."""
+        begin, sent_bytes, heard, why = time.monotonic(), self._circles.sent_bytes, Heard(), ""
+        try:
+            heard = self._hearing.hear(met, fit, oracle, told)
+        except (PeerFailed, NonFinite) as error:  # the vote says so
+            why = str(error)
+        well = self._meetings.end(met, well=not why)
+        return heard, well, why, time.monotonic() - begin, self._circles.sent_bytes - sent_bytes
+
     def _report(self) -> dict[str, Any]:
         space = self._step.space
         finite = math.isfinite(space.norm(space.weights))
         return {
-            "samples": self._standing["samples"], "newest": self._standing["newest"], "cut": self._cut,
-            "circles": self._circles.told, "fit": self._fit and finite and not self._skipped,
+            **self._hearing.report(), "cut": self._cut,
+            "samples": self._standing["samples"], "newest": self._standing["newest"],
+            "fit": self._fit and finite and not self._skipped,
             "clock": self._step.clock.samples - self._standing["ahead"], "pace": self._pace,
             "held": 0 if self.rounds is None else self.rounds.held,
-            "refers": REFERENCE in self._standing,
         }  # fmt: skip
 
     @property
@@ -243,70 +295,9 @@ class Consensus:
             self._redealt, self._fit, self._standing["samples"] = True, False, 0
         return tuple(m for m in keeps if met.reports[m]["fit"])
 
-    def _hear(self, met: Met, fit: tuple[int, ...], oracle: Oracle | None) -> _Heard:
-        """All that is said at this meeting, into Vectors of its own. Raises PeerFailed or NonFinite."""
-        heard = _Heard()
-        if len(fit) < 2 and len(met.members) == len(fit):
-            return heard  # alone
-        if not fit:
-            raise PeerFailed("no replica that is here has a model that is any good")
-        newest = max(met.reports[m]["newest"] for m in fit)
-        giver = next(m for m in fit if met.reports[m]["newest"] == newest)
-        behind = [m for m in fit if met.reports[m]["newest"] < newest]
-        new = [m for m in met.members if m not in fit]
-        if behind and self.number in (giver, *behind):
-            alike = {**{k: self._state[k] for k in self.rule.shared}, **self._reference(met, giver)}
-            heard.shared = {key: self._given(met, giver, behind, vector) for key, vector in alike.items()}
-        if self.number in fit:
-            kept = {**self._standing, **{k: v for k, v in heard.shared.items() if k == REFERENCE}}
-            state = {**self._state, **{k: v for k, v in heard.shared.items() if k in self.rule.shared}}
-            exchange = heard.exchange = self._exchange_of(met, fit, kept)
-            if len(fit) > 1 and oracle is not None:
-                heard.rules = self.rule.exchange(exchange, self._step.space, oracle, state)
-            if new:
-                heard.point = self.rule.point(exchange, self._step.space, state)
-        if new and self.number in (giver, *new):
-            heard.point = self._given(met, giver, new, heard.point)
-        return heard
-
-    def _reference(self, met: Met, giver: int) -> dict[str, Vector]:
-        """Of a format in few bits what all have alike; who was not there has room for it."""
-        known = self._standing.get(REFERENCE)
-        if not met.reports[giver]["refers"]:
-            return {}
-        return {REFERENCE: known if isinstance(known, Vector) else self._step.space.zeros()}
-
-    def _given(self, met: Met, giver: int, others: list[int], vector: Vector | None) -> Vector:
-        """The giver's, on these members too."""
-        circle = self._circles.of([*sorted([giver, *others])], met, self._meetings.left)
-        space = self._step.space
-        parts = circle.packed(space.empty() if vector is None else vector)
-        return circle.unpacked(circle.from_leader(parts, circle.members.index(giver)), space)
-
-    def _exchange_of(self, met: Met, fit: tuple[int, ...], kept: State) -> Exchange:
-        return Exchange(
-            self._step.space, self._circles.of(fit, met, self._meetings.left), self._format, number=self.number,
-            samples=tuple(met.reports[m]["samples"] for m in fit), last=met.number, kept=kept, inside=self._inside,
-        )  # fmt: skip
-
-    def _settle(self, met: Met, fit: tuple[int, ...], heard: _Heard) -> None:
-        """What was heard takes effect. No communication with other replicas."""
-        space = self._step.space
-        if self.number in fit:
-            if heard.rules is not None and heard.exchange is not None:
-                self._state.update({k: v for k, v in heard.shared.items() if k in self.rule.shared})
-                self.rule.settle(heard.rules, space, self._state)
-                self._standing.update(heard.exchange.told())
-            self._standing["newest"] = met.number
-        else:
-            assert heard.point is not None
-            space.weights.copy_(heard.point)
-            self._step.begin_anew()
-            self._fit, self._skipped = True, False
-        space.copies.refresh()
-
-    def _count(self, met: Met, fit: tuple[int, ...], *, well: bool) -> None:
-        """Samples, clock and the next round, alike on all members."""
+    def _count(self, met: Met, fit: tuple[int, ...], before: dict[str, Any], *, well: bool) -> None:
+        """Samples, clock and the next round, alike on all members; `before` is how this replica stood at the meeting,
+        and what it has trained on since counts the next time."""
         samples = {m: report["samples"] if _keeps(met, m) else 0 for m, report in met.reports.items()}
         counted = {m: samples[m] for m in fit} if well else {}
         if self.rounds is not None:
@@ -316,44 +307,36 @@ class Consensus:
             for member in (m for m in met.members if not _keeps(met, m)):
                 ledger = ledger.lost(member)
             self.rounds.version = met.number + 1
-            self.rounds.settle(ledger, counted=counted, beyond={} if well else samples, undone=undone, paces=paces)
+            since, beyond = self._standing["samples"] - before["samples"], {} if well else samples
+            self.rounds.settle(ledger, counted=counted, beyond=beyond, undone=undone, paces=paces, since=max(0, since))
         if well:
+            standing = self._standing
             clock = max(report["clock"] for report in met.reports.values()) + sum(counted.values())
-            self._step.clock = replace(self._step.clock, samples=clock)
-            self._standing.update({"samples": 0, "ahead": 0})
+            for name in ("samples", "ahead"):
+                standing[name] = max(0, standing[name] - before[name])
+            self._step.clock = replace(self._step.clock, samples=clock + standing["ahead"])
 
     def point(self) -> Vector:
         """The model that the rule's paper evaluates, on all who meet for it; they go on as they are (collective).
 
         Raises PeerFailed where it is not formed in TRIES meetings.
         """
+        self.settled()
         for _ in range(TRIES):
             met = self._meetings.begin(self._report())
-            point: Vector | None = None
             if met is None:
                 continue
-            fit = self._fit_of(met)
+            point: Vector | None = None
             with suppress(PeerFailed):
-                if self.number in fit:
-                    exchange = self._exchange_of(met, fit, {**self._standing})
-                    point = self.rule.point(exchange, self._step.space, self._state)
-                elif not fit:
-                    point = self._step.space.weights.clone()
+                point = self._hearing.point(met, self._fit_of(met))
             if self._meetings.end(met, well=point is not None) and point is not None:
                 return point
             self._circles.drop()
         raise PeerFailed(f"the replicas could not form their final model in {TRIES} meetings")
 
     @property
-    def _state(self) -> dict[str, Any]:
-        return self._kept(self.rule.family)
-
-    @property
     def _standing(self) -> dict[str, Any]:
-        return self._kept(Standing.name)
-
-    def _kept(self, name: str) -> dict[str, Any]:
-        family = self._step.families[name]
+        family = self._step.families[Standing.name]
         assert isinstance(family, Kept)
         return family.state
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
 from typing import Any
 
@@ -183,7 +183,7 @@ class Engine:
         """
         self._inside = True
         try:
-            with self._landscape.informing():
+            with self._landscape.informing(), self._leaving():
                 self.space.copies.refuse_stale("a step")
                 self._refuse_other_parameters()
                 oracle = self._oracle_of(self._oracle, microbatches)
@@ -193,13 +193,19 @@ class Engine:
                 self.last_step = self._landscape.take(oracle, oracle.samples)
                 if self.consensus is not None:
                     self.consensus.after_step(self.last_step.samples, skipped=self.last_step.skipped)
+        finally:
+            self._inside = False
+        return self.last_step.loss
+
+    @contextmanager
+    def _leaving(self) -> Iterator[None]:
+        """What is raised inside ends this replica, and other replicas need not wait for it."""
+        try:
+            yield
         except Exception:
             if self.consensus is not None:
                 self.consensus.leave()
             raise
-        finally:
-            self._inside = False
-        return self.last_step.loss
 
     def evaluate(self, rounds: Iterable[Sequence[Any]], see: Callable[[Tensor, Any], object] | None = None) -> float:
         """The mean loss over all ranks' micro-batches of all rounds, in eval mode, without gradients.

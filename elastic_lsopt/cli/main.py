@@ -147,7 +147,7 @@ def command_line() -> argparse.ArgumentParser:
             command.add_argument("--trust", action="store_true", help=why)
         if name == "plan":
             _plan_options(command)
-    purpose = "every method, update and average: what it costs, what it needs, where it is tested"
+    purpose = "every method, update, average and rule of consensus: what it costs, what it needs, where it is tested"
     catalogue = commands.add_parser("methods", help=purpose, description=purpose)
     catalogue.add_argument("name", metavar="NAME", nargs="?", help="show this one in full: recurrence, fields, example")
     catalogue.add_argument("--json", action="store_true", help="print a JSON list")

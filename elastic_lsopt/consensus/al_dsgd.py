@@ -6,12 +6,14 @@
 
 He, Wang, Choromanska: "Adjacent Leader Decentralized Stochastic Gradient Descent", ECAI 2024, arXiv 2405.11389, in the
 order of the authors' code, on MATCHA's matchings (Wang, Sahu, Yang, Joshi, Kar, arXiv 1905.09435). The replicas' graph
-is parted into matchings, of which each exchange uses the share `budget`, in turns: the dynamic graphs. Rest point:
-c1 = c2 = p1 = p2 = 0, D-PSGD on these graphs, which leaves the mean of all replicas as it is.
+is parted into matchings, of which the exchanges use the share `budget` in the mean, in turns: the dynamic graphs. Who
+has no neighbour in an exchange stays where it is. The loss is that of the last step. The mean of the replicas is
+evaluated. Rest point: c1 = c2 = p1 = p2 = 0, D-PSGD on these graphs, which leaves the mean of all replicas as it is.
 
 Differs from the papers in: 1. matchings take turns, where MATCHA draws them; 2. a = 1 / (1 + the most neighbours that
-any replica has), which is stable on each graph, where MATCHA solves for a; 3. ties go to i itself, then to the lowest
-number; 4. steps 2 and 3 are taken at every exchange.
+any replica has), which is stable on each graph, where MATCHA solves for a; 3. lines 2 and 3 are taken at every
+exchange, where the authors' code mixes after every step and takes them now and then. Ties go to i itself, as there,
+and then to the lowest number.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any, ClassVar, Literal
 from elastic_lsopt.by_name import require
 from elastic_lsopt.consensus.registry import register
 from elastic_lsopt.consensus.replicas import Replicas
-from elastic_lsopt.consensus.rule import Rule
+from elastic_lsopt.consensus.rule import Rule, loss_of
 from elastic_lsopt.facts import Facts
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
@@ -60,24 +62,26 @@ def matchings(given: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
 
 
 def active(graph: Graph, size: int, budget: float, number: int) -> list[tuple[int, int]]:
-    """The edges of exchange `number`: the share `budget` of the matchings, at least one, in turns."""
+    """The edges of exchange `number`: the next matchings in turn, so many that all exchanges so far have used the share
+    `budget`, rounded up."""
     parts = matchings(edges(graph, size))
-    count = max(1, round(budget * len(parts))) if parts else 0
-    return sorted(edge for i in range(count) for edge in parts[(number * count + i) % len(parts)])
+    first, end = (math.ceil(round(n * budget * len(parts), 6)) for n in (number, number + 1))
+    return sorted(edge for i in range(first, end) for edge in parts[i % len(parts)])
 
 
 @register("al_dsgd")
 @dataclass(frozen=True, kw_only=True)
 class ALDSGD(Rule):
-    """Cost: none beside the steps. Memory: a Vector per neighbour and one within an exchange. Communication: a Vector
-    to each neighbour and a number per exchange. Raises UserError for a value out of range."""
+    """Cost: none beside the steps. Memory: within an exchange a Vector per neighbour and one more. Communication: a
+    Vector to each neighbour and a number to all per exchange. Raises UserError for a value out of range, and for a
+    method that tells no loss."""
 
     tau: int = 1
     """Steps from one exchange to the next; >= 1. The paper: 1."""
     graph: Graph = "ring"
     """Who may be neighbours: ring, exponential (1, 2, 4 … further), complete."""
     budget: float = 0.5
-    """Share of the matchings that an exchange uses; > 0 and <= 1. The paper: 0.5."""
+    """Share of the matchings that exchanges use in the mean; > 0 and <= 1. The authors: 0.5."""
     c1: float = 0.3
     """Weight of the best neighbour; >= 0. The authors: 0.3."""
     c2: float = 0.1
@@ -87,9 +91,11 @@ class ALDSGD(Rule):
     p2: float = 0.2
     """Force towards the one with the most; >= 0, and p1 + p2 <= 1. The authors: 0.2."""
 
+    in_few_bits: ClassVar[bool] = False
     facts: ClassVar[Facts] = Facts(
         paper="He, Wang, Choromanska 2024, arXiv 2405.11389", passes="0",
-        memory="0; 1 per neighbour within an exchange", communication="a message to each neighbour per tau steps",
+        memory="0; 1 and 1 per neighbour within an exchange",
+        communication="a message to each neighbour and a number per tau steps",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -106,30 +112,31 @@ class ALDSGD(Rule):
         return {"loss": math.inf}
 
     def after_step(self, space: ParameterSpace, report: StepReport, state: dict[str, Any]) -> None:
-        state["loss"] = report.loss
+        state["loss"] = loss_of(report, "al_dsgd")
 
-    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Vector:
+    def exchange(
+        self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]
+    ) -> list[Vector]:
+        """Where this replica goes; nothing where it has no neighbour."""
         size, me = len(replicas.members), replicas.place
         now = active(self.graph, size, self.budget, replicas.last)
         degrees = [sum(i in edge for edge in now) for i in range(size)]
         losses = replicas.numbers(state["loss"])[:, 0].tolist()
         near = sorted({i for edge in now if me in edge for i in edge} - {me})
+        if not near:
+            return []
         received = replicas.swapped(space.weights, [replicas.members[i] for i in near])
         point = {i: received[replicas.members[i]] for i in near} | {me: space.weights}
-        if not near:
-            return space.weights.clone()
         a = 1 / (1 + max(degrees))
         y = space.weights * (1 - degrees[me] * a)
         for i in near:
             y.add_(point[i], alpha=a)
         here = [me, *near]
-        best = point[min(here, key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)]
+        best = point[min(here, key=lambda i: losses[i])]
         most = point[max(here, key=lambda i: degrees[i])]
         y.mul_(1 - self.c1 - self.c2).add_(best, alpha=self.c1).add_(most, alpha=self.c2)
-        return y.mul_(1 - self.p1 - self.p2).add_(best, alpha=self.p1).add_(most, alpha=self.p2)
+        return [y.mul_(1 - self.p1 - self.p2).add_(best, alpha=self.p1).add_(most, alpha=self.p2)]
 
-    def settle(self, heard: Vector, space: ParameterSpace, state: dict[str, Any]) -> None:
-        space.weights.copy_(heard)
-
-    def point(self, replicas: Replicas, space: ParameterSpace, state: State) -> Vector:
-        return replicas.mean(space.weights, [1 / len(replicas.members)] * len(replicas.members))
+    def settle(self, heard: Sequence[Vector], space: ParameterSpace, state: dict[str, Any]) -> None:
+        for point in heard:
+            space.weights.copy_(point)

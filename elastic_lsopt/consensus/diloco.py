@@ -4,7 +4,7 @@
 
 Douillard, Feng, Rusu, Chhaparia, Donchev, Kuncoro, Ranzato, Szlam, Shen: "DiLoCo: Distributed Low-Communication
 Training of Language Models", arXiv 2311.08105, algorithm 1: inner AdamW, whose state stays with its replica, outer SGD
-with Nesterov's momentum. Rest point: lr = 1 and momentum = 0, local SGD.
+with Nesterov's momentum. The outer point x is evaluated. Rest point: lr = 1 and momentum = 0, local SGD.
 
 Differs from the paper in: replicas that took more samples count more (s_i), where some are slower or came later.
 """
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from elastic_lsopt.by_name import require_number, require_share
 from elastic_lsopt.consensus.registry import register
 from elastic_lsopt.consensus.replicas import Replicas
-from elastic_lsopt.consensus.rule import Rule
+from elastic_lsopt.consensus.rule import Rule, by_samples
 from elastic_lsopt.facts import Facts
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
@@ -28,8 +28,8 @@ from elastic_lsopt.space.vector import Vector
 @register("diloco")
 @dataclass(frozen=True, kw_only=True)
 class DiLoCo(Rule):
-    """Cost: none beside the steps. Memory: two Vectors, 1/N of them per rank. Communication: one reduction of a Vector
-    per exchange. Raises UserError for a value out of range."""
+    """Cost: none beside the steps. Memory: two Vectors, 1/N of them per rank; three more within an exchange.
+    Communication: one reduction of a Vector per exchange. Raises UserError for a value out of range."""
 
     lr: float = 0.7
     """eta, of the outer step; > 0. The paper: 0.7."""
@@ -40,7 +40,7 @@ class DiLoCo(Rule):
 
     shared: ClassVar[tuple[str, ...]] = ("old", "v")
     facts: ClassVar[Facts] = Facts(
-        paper="Douillard et al. 2023, arXiv 2311.08105", passes="0", memory="2; 4 within an exchange",
+        paper="Douillard et al. 2023, arXiv 2311.08105", passes="0", memory="2; 3 within an exchange",
         communication="a reduction per tau steps",
     )  # fmt: skip
 
@@ -53,15 +53,16 @@ class DiLoCo(Rule):
         return {"old": space.weights.clone(), "v": space.zeros()}
 
     def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Vector:
-        total = sum(replicas.samples)
-        share = replicas.samples[replicas.place] / total if total else 1 / len(replicas.members)
-        return replicas.sum(state["old"] - space.weights, share)
+        return replicas.sum(state["old"] - space.weights, by_samples(replicas)[replicas.place])
 
     def settle(self, heard: Vector, space: ParameterSpace, state: dict[str, Any]) -> None:
-        old, v = state["old"], state["v"]
-        v.mul_(self.momentum).add_(heard)
-        old.add_(heard, alpha=-self.lr).add_(v, alpha=-self.lr * self.momentum)
-        space.weights.copy_(old)
+        self.step(state["old"], state["v"], heard)
+        space.weights.copy_(state["old"])
+
+    def step(self, old: Vector, v: Vector, delta: Vector) -> None:
+        """The outer one, in place."""
+        v.mul_(self.momentum).add_(delta)
+        old.add_(delta, alpha=-self.lr).add_(v, alpha=-self.lr * self.momentum)
 
     def point(self, replicas: Replicas, space: ParameterSpace, state: State) -> Vector:
         old = state["old"]

@@ -4,10 +4,12 @@
 
 Dimlioglu, Choromanska: "Communication-Efficient Distributed Training for Collaborative Flat Optima Recovery in Deep
 Learning", arXiv 2507.20424. Where gradients even out, r goes to push / pull: from r, (1 - pull) r + push. Rest point:
-push = 0, soft averaging (`local_sgd` with that pull).
+push = 0, soft averaging (`local_sgd` with that pull). The mean is evaluated.
 
-Differs from the paper in: a replica at the mean itself (r = 0, as all are before the first step) is not pushed, because
-there is no direction. The paper's schedule of the push is `push` as {start, end}, on committed samples.
+Differs from the paper in: 1. a replica at the mean itself (r = 0, as all are before the first step) is not pushed,
+because there is no direction; 2. the push does not change on the way, where the paper's schedule could not be read.
+Each replica counts alike, whatever its samples. The defaults are those of the law's example, not the paper's, which
+could not be read either.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any, ClassVar
 from elastic_lsopt.by_name import require_number
 from elastic_lsopt.consensus.registry import register
 from elastic_lsopt.consensus.replicas import Replicas
-from elastic_lsopt.consensus.rule import Rule, require_pull
+from elastic_lsopt.consensus.rule import Rule, equal, require_pull
 from elastic_lsopt.facts import Facts
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -27,8 +29,8 @@ from elastic_lsopt.space.geometry import ParameterSpace
 @register("dppf")
 @dataclass(frozen=True, kw_only=True)
 class DPPF(Rule):
-    """Cost: none beside the steps. Memory: one Vector while an exchange is under way. Communication: one reduction of
-    a Vector and one of a number per exchange. Raises UserError for a value out of range."""
+    """Cost: none beside the steps. Memory: two Vectors within an exchange. Communication: one reduction of a Vector per
+    exchange, and in each replica one of a number. Raises UserError for a value out of range."""
 
     pull: float = 0.1
     """alpha, how far towards the mean; >= 0 and <= 1."""
@@ -37,7 +39,7 @@ class DPPF(Rule):
 
     facts: ClassVar[Facts] = Facts(
         paper="Dimlioglu, Choromanska 2025, arXiv 2507.20424", passes="0", memory="0; 2 within an exchange",
-        communication="a reduction and a number per tau steps",
+        communication="a reduction per tau steps",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -46,8 +48,7 @@ class DPPF(Rule):
         require_number("push", self.push)
 
     def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Any:
-        equal = [1 / len(replicas.members)] * len(replicas.members)
-        towards = replicas.mean(space.weights, equal).add_(space.weights, alpha=-1.0)
+        towards = replicas.mean(space.weights, equal(replicas)).add_(space.weights, alpha=-1.0)
         return towards, space.norm(towards)
 
     def settle(self, heard: Any, space: ParameterSpace, state: dict[str, Any]) -> None:

@@ -5,8 +5,9 @@
 Zhang, Choromanska, LeCun: "Deep learning with Elastic Averaging SGD", NeurIPS 2015, arXiv 1412.6651, equations 5 and 6,
 momentum 0.99. Rest point: beta = 0, independent runs with momentum.
 
-Differs from the paper in: the momentum is the base's (`torch.optim.SGD(…, momentum=0.99, nesterov=True)`), which takes
-the gradient at x_i and not at x_i + m v_i, as torch writes Nesterov's; it never meets the others.
+Differs from the paper as EASGD does, and in: the momentum is the base's (`torch.optim.SGD(…, momentum=0.99,
+nesterov=True)`), which takes the gradient at x_i and not at x_i + m v_i, as torch writes Nesterov's; it never meets
+the others.
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
     d_i = x_i - x~;   x_i <- x_i - alpha d_i;   x~ <- x~ + alpha sum_i d_i           alpha = beta / M, M replicas
 
 Zhang, Choromanska, LeCun: "Deep learning with Elastic Averaging SGD", NeurIPS 2015, arXiv 1412.6651, the synchronous
-form (equations 2 and 3), every tau steps. The model that is evaluated is the centre. Rest point: beta = 0, independent
-runs. EAMSGD is the same with Nesterov's momentum in the base (`momentum: 0.9`, `optim_args: {nesterov: true}`).
+form (equations 2 and 3), every tau steps. The centre x~ is evaluated. Without a gradient the sum of all x_i and x~
+stays as it is. Rest point: beta = 0, independent runs.
 
-Differs from the paper in: no process holds the centre; each replica keeps it, cut as its weights are, and all add the
-same sum to it. Without a gradient the sum of all x_i and x~ stays as it is. M is the number of replicas at the
-exchange, so M alpha stays beta when some come or go: the centre is stable for beta <= 1 alone.
+Differs from the paper in: 1. no process holds the centre; each replica keeps it, cut as its weights are, and all add
+the same sum to it; 2. the force and the step with the gradient are taken one after the other, not both from the same
+point; 3. M is the number of replicas at the exchange, so M alpha stays beta when some come or go: the centre is stable
+for beta <= 1 alone. Each replica counts alike, whatever its samples.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from elastic_lsopt.by_name import require
 from elastic_lsopt.consensus.registry import register
 from elastic_lsopt.consensus.replicas import Replicas
-from elastic_lsopt.consensus.rule import Rule
+from elastic_lsopt.consensus.rule import Rule, require_part
 from elastic_lsopt.facts import Facts
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
@@ -30,7 +30,7 @@ from elastic_lsopt.space.vector import Vector
 @register("easgd")
 @dataclass(frozen=True, kw_only=True)
 class EASGD(Rule):
-    """Cost: none beside the steps. Memory: one Vector, the centre; two more within an exchange. Communication: one
+    """Cost: none beside the steps. Memory: one Vector, the centre; three more within an exchange. Communication: one
     reduction of a Vector per exchange. Raises UserError for a value out of range."""
 
     beta: float = 0.9
@@ -44,8 +44,7 @@ class EASGD(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share = isinstance(self.beta, int | float) and 0 <= self.beta <= 1
-        require(share, "beta", self.beta, "a number >= 0 and <= 1, beyond which the centre is not stable")
+        require_part("beta", self.beta, ", beyond which the centre is not stable")
 
     def init(self, space: ParameterSpace) -> State:
         return {"centre": space.weights.clone()}

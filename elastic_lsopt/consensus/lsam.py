@@ -5,7 +5,8 @@
 Teng, Zhang: "LSAM: Asynchronous Distributed Training with Landscape-Smoothed Sharpness-Aware Minimization", arXiv
 2509.03110, of which the abstract could be read and not the constants: so EASGD's are here. Rest point: rho = 0, EASGD.
 
-Differs from the paper in: replicas meet every tau of their own steps, where the paper's ask a server at any time.
+Differs from the paper in: replicas meet every tau of their own steps, where the paper's ask a server at any time. What
+else differs is not known.
 """
 
 from __future__ import annotations

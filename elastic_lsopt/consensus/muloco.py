@@ -30,6 +30,6 @@ class MuLoCo(DiLoCo):
 
     needs_update: ClassVar[str] = "muon"
     facts: ClassVar[Facts] = Facts(
-        paper="Thérien, Huang, Rish, Belilovsky 2025, arXiv 2505.23725", passes="0", memory="2; 4 within an exchange",
+        paper="Thérien, Huang, Rish, Belilovsky 2025, arXiv 2505.23725", passes="0", memory="2; 3 within an exchange",
         communication="a reduction per tau steps", needs="the update muon",
     )  # fmt: skip

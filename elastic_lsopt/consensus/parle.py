@@ -1,15 +1,16 @@
 """Parle: replicas of Entropy-SGD that an elastic force holds together, harder and harder.
 
     x_i <- base step with (x_i - m_i) + rho_t (x_i - x_bar)            m_i: where Entropy-SGD's walk was in the mean
-    x_bar  the mean of all x_i at the last exchange;   rho_t = min(rho0 (1 + rho1)^t, 10),  t in own steps
+    x_bar  the mean of all x_i at the last exchange;   rho_t = min(rho0 (1 + rho1)^t, 10)
 
 Chaudhari, Baldassi, Zecchina, Soatto, Talwalkar, Oberman: "Parle: parallelizing stochastic gradient descent", arXiv
 1707.00424, equations 8. The walk, and the scoping of its own pull, are those of the method `entropy_sgd`, L of the
-paper its `inner_steps`. The model that is evaluated is the mean. Rest points: rho0 = 0, independent Entropy-SGD; with
-one inner step and no pull in the walk, an elastic force of all to their mean.
+paper its `inner_steps`; rho is one over the paper's. The mean is evaluated. Rest points: rho0 = 0, independent
+Entropy-SGD; with one inner step and no pull in the walk, EASGD's force with the mean as its centre.
 
 Differs from the authors' code in: 1. there is one mean, of the x_i, as in the paper; their code takes one of the m_i
-too; 2. the force begins at rho0 and grows with own steps, where their code begins at 0.01 L n.
+too; 2. the force begins at rho0, as in the paper, where their code begins at 0.01 L n; t are own steps in both. Each
+replica counts alike, whatever its samples.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, ClassVar
 from elastic_lsopt.by_name import require_number
 from elastic_lsopt.consensus.registry import register
 from elastic_lsopt.consensus.replicas import Replicas
-from elastic_lsopt.consensus.rule import Rule
+from elastic_lsopt.consensus.rule import Rule, equal
 from elastic_lsopt.facts import Facts
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
@@ -36,16 +37,19 @@ MOST = 10.0
 @register("parle")
 @dataclass(frozen=True, kw_only=True)
 class Parle(Rule):
-    """Cost: none beside Entropy-SGD's. Memory: one Vector, the mean. Communication: one reduction of a Vector per
-    exchange. Raises UserError for a value out of range, and where the method is not entropy_sgd."""
+    """Cost: none beside Entropy-SGD's. Memory: one Vector, the mean; two more within an exchange. Communication: one
+    reduction of a Vector per exchange. Raises UserError for a value out of range, and where the method is not
+    entropy_sgd."""
 
     tau: int = 1
     """Steps of Entropy-SGD from one exchange to the next; >= 1. The paper: 1."""
     rho0: float = 1.0
     """The force at the start; >= 0. The paper: 1."""
     rho1: float = 0.001
-    """Its growth per step, up to 10; >= 0. The paper: 1 over twice the batches of an epoch."""
+    """Its growth per step, up to 10 (or rho0, if that is more); >= 0. The paper: 1 over twice the batches of an epoch.
+    """
 
+    shared: ClassVar[tuple[str, ...]] = ("mean", "steps")
     needs_method: ClassVar[str] = "entropy_sgd"
     facts: ClassVar[Facts] = Facts(
         paper="Chaudhari et al. 2017, arXiv 1707.00424", passes="0", memory="1; 2 within an exchange",
@@ -74,7 +78,7 @@ class Parle(Rule):
         state["steps"] += 1
 
     def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Vector:
-        return replicas.mean(space.weights, [1 / len(replicas.members)] * len(replicas.members))
+        return replicas.mean(space.weights, equal(replicas))
 
     def settle(self, heard: Vector, space: ParameterSpace, state: dict[str, Any]) -> None:
         state["mean"].copy_(heard)

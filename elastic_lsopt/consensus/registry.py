@@ -22,6 +22,7 @@ rules = Registry(
                 "dppf",
                 "lsam",
                 "diloco",
+                "streaming_diloco",
                 "muloco",
                 "sparseloco",
             )

@@ -41,12 +41,12 @@ class Ledger:
     """Exchanges in a row that a replica with open samples was not at."""
 
     @staticmethod
-    def begun(total: int, batch: int, wanted: Mapping[int, int]) -> Ledger:
-        """The beginning: what each replica is dealt first, batch by batch in turns, so that replicas that meet at
+    def begun(total: int, batch: int, wanted: Mapping[int, int], ahead: int = AHEAD) -> Ledger:
+        """The beginning: what each replica is dealt first, the batches `ahead` in turns, so that replicas that meet at
         every step train together on what one job would have had in that step."""
         ledger = Ledger(total, batch)
-        for ahead in range(1, AHEAD + 1):
-            ledger = ledger.dealt(dict.fromkeys(wanted, ahead))
+        for count in range(1, ahead + 1):
+            ledger = ledger.dealt(dict.fromkeys(wanted, count))
         return ledger.dealt(wanted)
 
     @property

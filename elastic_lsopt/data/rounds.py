@@ -21,8 +21,10 @@ from elastic_lsopt.oracle.microbatch import MicroBatch
 class Rounds:
     """The ledger as replica `number` knows it. `trained` are its samples since its last exchange that went well."""
 
-    def __init__(self, ledger: Ledger, number: int, tau: int, paces: Mapping[int, float]) -> None:
-        self.number, self.tau = number, tau
+    def __init__(
+        self, ledger: Ledger, number: int, tau: int, paces: Mapping[int, float], *, ahead: int = AHEAD
+    ) -> None:  # fmt: skip
+        self.number, self.tau, self.ahead = number, tau, ahead
         self.trained = self.cursor = 0
         """`cursor`: in this life of its process, with those before it that no exchange has counted."""
         self.version = 0
@@ -63,19 +65,20 @@ class Rounds:
 
     def settle(
         self, ledger: Ledger, *, counted: Mapping[int, int], beyond: Mapping[int, int], undone: Mapping[int, int],
-        paces: Mapping[int, float],
+        paces: Mapping[int, float], since: int = 0,
     ) -> None:  # fmt: skip
         """An exchange is over, alike on all its members (the keys of `paces`); `ledger` is the one before it.
 
         Of what members have trained on since their last exchange: `counted` is taken in; `beyond` is not, as it did not
-        go well, and will be; `undone` will not, as they begin anew: others train on it again. All are dealt more.
+        go well, and will be; `undone` will not, as they begin anew: others train on it again. All are dealt more. This
+        replica has trained on `since` samples while the exchange was under way.
         """
         for replica, samples in undone.items():
             ledger = ledger.undone(replica, samples)
         ledger = ledger.counted(counted).met(sorted(paces))
         steps = steps_of(self.tau, paces)
-        self.steps, self.trained = steps[self.number], beyond.get(self.number, 0)
-        self._take(ledger.dealt({r: n + AHEAD for r, n in steps.items()}, beyond))
+        self.steps, self.trained = steps[self.number], since + beyond.get(self.number, 0)
+        self._take(ledger.dealt({r: n + self.ahead for r, n in steps.items()}, beyond))
 
     def _take(self, ledger: Ledger) -> None:
         self.ledger = ledger

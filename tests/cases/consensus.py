@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 import elastic_lsopt as lso
@@ -12,46 +13,76 @@ from elastic_lsopt.api.consensus import Consensus
 from elastic_lsopt.backends.groups import form_replicas
 from elastic_lsopt.backends.rebuild import tear_down
 from elastic_lsopt.consensus import registry
-from tests.cases import engines
+from tests.cases import engines, updates
 from tests.cases.laws import DTYPES
 from tests.cases.replicas import away, dealt, place_of, weights
 from tests.oracles import consensus as oracle
+from tests.oracles import paper_loops
 
 STEPS = 8
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "parle": (
+        "entropy_sgd",
+        engines.HYPERPARAMETERS["entropy_sgd"] | {"inner_steps": 2, "batch": "whole", "gamma1": 0.0},
+    )
+}
+"""Of a rule that needs one; the others have SAM. The walk's own scoping goes by the job's samples, which the loop does
+not know."""
+SAM = ("sam", engines.HYPERPARAMETERS["sam"])
+TOP_K = {"sparseloco": 40}
+"""Of the one chunk that the model is."""
+BASES = {"muloco": "muon"}
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "local_sgd": {"pull": 0.7}, "easgd": {"beta": 0.8}, "dppf": {"pull": 0.3, "push": 0.05},
     "diloco": {"lr": 0.7, "momentum": 0.9}, "lsgd": {"pull": 0.3, "prox": 0.4, "window": 2},
     "mgrawa": {}, "lgrawa": {"pull": 0.6}, "eamsgd": {"beta": 0.8}, "lsam": {"beta": 0.5},
-    "al_dsgd": {"graph": "ring", "c1": 0.2, "c2": 0.1, "p1": 0.2, "p2": 0.1},
+    "al_dsgd": {"graph": "ring", "c1": 0.2, "c2": 0.1, "p1": 0.2, "p2": 0.1}, "parle": {"rho0": 0.5, "rho1": 0.1},
+    "muloco": {"lr": 0.9, "momentum": 0.8}, "sparseloco": {"lr": 0.8, "decay": 0.9},
 }  # fmt: skip
+
+
+def given(rule: str, replicas: int, hyper: dict[str, Any]) -> dict[str, Any]:
+    """What the plain loop is told of a rule."""
+    if rule == "sparseloco":
+        return {**hyper, "k": TOP_K["sparseloco"], "chunk": 4096}
+    if rule != "al_dsgd":
+        return hyper
+    # The ring's matchings in turn, half of them in the mean: one is used at every other exchange, or 2, 1, 2, 1 of 3.
+    rounds = {2: [[(0, 1)], []], 3: [[(0, 1), (0, 2)], [(1, 2)]]}[replicas]
+    return {**hyper, "rounds": rounds}
+
+
+def ours(rule: str) -> Any:
+    return updates.ours(BASES[rule]) if rule in BASES else "momentum"
+
+
+def theirs(rule: str, net: torch.nn.Module) -> torch.optim.Optimizer:
+    if rule in BASES:
+        return updates.theirs(BASES[rule], net)
+    return engines.optimizer("momentum")(list(net.named_parameters()))
 
 
 def drift(
     kind: str, sizes: list[int], rule: str, *, tau: int = 3, dtype: str = "fp64", more: dict[str, Any] | None = None,
-    method: str = "sam", bits: int = 32,
+    bits: int = 32,
 ) -> dict[str, Any]:  # fmt: skip
     """max |dw| of this rank's replica from the plain loop, after 8 steps with meetings before steps 3 and 6."""
     me, hyper = dist.get_rank(), {**HYPERPARAMETERS[rule], **(more or {})}
     number, own = place_of(me, sizes)
     steps = engines.batches(STEPS, 2 * sum(sizes), last=2, dtype=DTYPES[dtype])
-    of_method = engines.HYPERPARAMETERS[method]
-    plain = [
-        oracle.Replica(net, engines.optimizer("momentum")(list(net.named_parameters())))
-        for net in (engines.net((), DTYPES[dtype]) for _ in sizes)
-    ]
+    method, of_method = METHODS.get(rule, SAM)
+    plain = [oracle.Replica(net, theirs(rule, net)) for net in (engines.net((), DTYPES[dtype]) for _ in sizes)]
     owns = [range(2 * sum(sizes[:r]), 2 * sum(sizes[: r + 1])) for r in range(len(sizes))]
-    graphs = {2: [[(0, 1)]], 3: [[(0, 1)], [(0, 2)], [(1, 2)]]}[len(sizes)]  # the ring's matchings, one at a time
-    known = {**hyper, "rounds": graphs} if rule == "al_dsgd" else hyper
-    oracle.trained(plain, steps, owns, rule, tau, known, method, of_method)
+    oracle.drifted(plain, steps, owns, rule, tau, given(rule, len(sizes), hyper), method, of_method)
     with away() as fresh:
         store = fresh()
         form_replicas(dist.PrefixStore("groups", store), me, sizes, timedelta(seconds=30), apart=True)
         consensus = Consensus(
             registry.build(rule, tau=tau, **hyper), dist.PrefixStore("consensus", store),
-            replicas=tuple(range(len(sizes))), bits=bits, timeout_s=20.0,
+            replicas=tuple(range(len(sizes))), bits=bits, top_k=TOP_K.get(rule), timeout_s=20.0,
         )  # fmt: skip
         chosen = lso.registry.build(method, **of_method)
-        engine = engines.build(kind, engines.net((), DTYPES[dtype]), chosen, consensus=consensus)
+        engine = engines.build(kind, engines.net((), DTYPES[dtype]), chosen, base=ours(rule), consensus=consensus)
         losses = [engine.train_batch(dealt(step, sizes, number, own)) for step in steps]
         found = weights(engine)
         told = [(e.number, list(e.members), e.well, e.sent_bytes) for e in consensus.exchanges]
@@ -65,6 +96,30 @@ def drift(
         "dloss": max(abs(a - b) for a, b in zip(losses, plain[number].losses, strict=True)),
         "apart": apart, "exchanges": told, "local": local,
     }  # fmt: skip
+
+
+def synchronous(kind: str, sizes: list[int]) -> dict[str, Any]:
+    """max |dw| of the mean of replicas that are averaged before each step from a plain loop on the whole batch."""
+    me = dist.get_rank()
+    number, own = place_of(me, sizes)
+    steps, one = engines.batches(5, 2 * sum(sizes), last=2), engines.net()
+    paper_loops.run(one, steps, engines.optimizer("sgd")([*one.named_parameters()]), "none", {})
+    with away() as fresh:
+        store = fresh()
+        form_replicas(dist.PrefixStore("groups", store), me, sizes, timedelta(seconds=30), apart=True)
+        consensus = Consensus(
+            registry.build("local_sgd", tau=1), dist.PrefixStore("consensus", store), replicas=tuple(range(len(sizes))),
+            timeout_s=20.0,
+        )  # fmt: skip
+        engine = engines.build(kind, engines.net(), lso.Plain(), base="sgd", consensus=consensus)
+        for step in steps:
+            engine.train_batch(dealt(step, sizes, number, own))
+        apart = engines.furthest(engine.space, one)
+        engine.space.weights.copy_(consensus.point())
+        dw = engines.furthest(engine.space, one)
+        engines.close(engine)
+        tear_down(engine)
+    return {"dw": dw, "apart": apart}
 
 
 def healed(kind: str, sizes: list[int], *, rule: str = "easgd") -> dict[str, Any]:

@@ -29,7 +29,7 @@ from tests.cases.replicas import dealt, place_of
 POINTS: dict[str, tuple[type, str, str]] = {
     "before": (Meetings, "begin", "before"), "decided": (Meetings, "begin", "after"),
     "inside": (Peers, "_to_each", "after"), "between": (Peers, "_to_all", "after"),
-    "voting": (Meetings, "_end_of", "before"), "voted": (Meetings, "_end_of", "after"),
+    "voting": (Meetings, "end", "before"), "voted": (Meetings, "end", "after"),
 }  # fmt: skip
 """Where a process may be ended: before or after a call of this method."""
 
@@ -41,9 +41,9 @@ def disturb(point: str, at: int, how: str) -> None:
     seen = {"meetings": 0}
     begin = Meetings.begin
 
-    def counting(self: Any, report: Any) -> Any:
+    def counting(self: Any, *args: Any, **more: Any) -> Any:
         seen["meetings"] += 1
-        return begin(self, report)
+        return begin(self, *args, **more)
 
     def struck() -> None:
         if seen["meetings"] == at - (point == "before"):
@@ -76,6 +76,9 @@ def main() -> None:
     engine = engines.build(order["kind"], engines.net(), lso.Plain(), consensus=consensus)
     if order.get("point"):
         disturb(order["point"], order["at"], order["how"])
+    store.add("there", 1)
+    while store.add("there", 0) < sum(sizes):  # whoever starts slowly is not late
+        time.sleep(0.01)
     [step] = engines.batches(1, 2 * sum(sizes))
     for turn in range(order["turns"]):
         time.sleep(0.05)
@@ -87,6 +90,7 @@ def main() -> None:
         print(json.dumps({
             "turn": turn, "took_s": took_s, "at": [float(t.double().sum()) for t in whole.values()],
             "met": [met.number, list(met.members), met.well] if met is not None else None,
+            "why": met.why if met is not None else "",
         }), flush=True)  # fmt: skip
     os._exit(0)
 

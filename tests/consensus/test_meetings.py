@@ -18,12 +18,13 @@ import torch.distributed as dist
 from tests.processes.ranks import rank_environment
 from tests.processes.warm import ROOT, Popen
 
-DEADLINE_S = 1.0
-LIMIT_S = 60.0
+DEADLINE_S = 4.0
+LIMIT_S, SLACK_S = 60.0, 3.0
+"""`SLACK_S`: what a busy machine may add to a step."""
 
 
 def lives(sizes: list[int], victim: int, turns: int = 6, kind: str = "fsdp2", **order: Any) -> list[dict[str, Any]]:
-    """Each rank's exit code, log and what it said of its turns; a victim that is stopped goes on after 2 s."""
+    """Each rank's exit code, log and what it said of its turns; a victim that is stopped goes on after the deadline."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
     processes = []
     for rank in range(sum(sizes)):
@@ -50,12 +51,12 @@ def lives(sizes: list[int], victim: int, turns: int = 6, kind: str = "fsdp2", **
 
 
 def _wake(pid: int) -> None:
-    """Wait until the process has stopped, and 2 s more."""
+    """Wait until the process has stopped, and somewhat longer than the deadline."""
     end = time.monotonic() + LIMIT_S / 2
     while time.monotonic() < end:
         with suppress(OSError), open(f"/proc/{pid}/stat") as stat:
             if stat.read().rpartition(")")[2].split()[0] == "T":
-                time.sleep(2.0)
+                time.sleep(DEADLINE_S + 1.0)
                 break
         time.sleep(0.02)
     with suppress(ProcessLookupError):
@@ -66,7 +67,7 @@ def logs(out: list[dict[str, Any]]) -> str:
     return "\n".join(f"rank {rank}: code {r['code']}, {r['turns']}\n{r['log'][-2000:]}" for rank, r in enumerate(out))
 
 
-@pytest.mark.parametrize("point", ["before", "decided", "inside", "between", "voting"])
+@pytest.mark.parametrize("point", ["before", "decided", "inside", "between", "voting", "voted"])
 def test_a_death_costs_the_others_once(point: str) -> None:
     """Replica 1 loses a rank in its third meeting; replicas 0 and 2 meet without it from then on."""
     out = lives([2, 2, 1], victim=3, point=point, at=3, how="kill")
@@ -75,20 +76,21 @@ def test_a_death_costs_the_others_once(point: str) -> None:
         assert r["code"] == 0 and len(r["turns"]) == 6, logs(out)
         mets = [t["met"] for t in r["turns"] if t["met"]]
         assert mets[1] == [1, [0, 1, 2], True] and mets[-1][1:] == [[0, 2], True], logs(out)
-        assert [m for m in mets if not m[2]] == ([] if point == "before" else [[2, [0, 1, 2], False]]), logs(out)
+        assert [m for m in mets if not m[2]] == ([] if point in ("before", "voted") else [[2, [0, 1, 2], False]]), logs(
+            out
+        )
     assert out[0]["turns"][-1]["at"] == out[1]["turns"][-1]["at"], "a replica is one"
-    usual = sorted(t["took_s"] for t in out[0]["turns"][1:3])[0]
-    slow = [t["took_s"] - usual for t in out[0]["turns"][3:] if t["took_s"] - usual > 0.3]
-    assert len(slow) <= 1 and all(s < DEADLINE_S + 0.3 for s in slow), logs(out)
+    assert max(t["took_s"] for t in out[0]["turns"]) < DEADLINE_S + SLACK_S, logs(out)
 
 
 def test_a_silence_costs_the_deadline_once() -> None:
     """… and who was silent is in again."""
-    out = lives([1, 1, 1], victim=1, turns=60, kind="ddp", point="decided", at=3, how="stop")
+    out = lives([1, 1, 1], victim=1, turns=80, kind="ddp", point="decided", at=3, how="stop")
     for r in out:
         assert r["code"] == 0, logs(out)
     first = out[0]["turns"]
     mets = [t["met"] for t in first if t["met"]]
     assert [m[1] for m in mets if not m[2]] == [[0, 1, 2]], logs(out)
     assert mets[-1][1:] == [[0, 1, 2], True], logs(out)
-    assert sum(t["took_s"] > DEADLINE_S / 2 for t in first) == 1, logs(out)
+    [failed] = [t["took_s"] for t in first if t["met"] and not t["met"][2]]
+    assert 0.9 * DEADLINE_S < failed < DEADLINE_S + SLACK_S, logs(out)

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
 from tests.cases.consensus import HYPERPARAMETERS
+from tests.laws.cover import daily_of, full_but
 
-FRAMEWORK = [("ddp", [1, 1, 1]), ("fsdp2", [2, 1]), ("ddp", [1, 2]), ("fsdp2", [2, 2])]
-ZERO = [("zero2", [2, 2]), ("zero3", [2, 1]), ("zero1", [1, 2]), ("zero0", [2, 1])]
+KINDS = [
+    ("ddp", [1, 1, 1]), ("ddp", [1, 2]), ("ddp", [2, 2]), ("fsdp2", [2, 1]), ("fsdp2", [2, 2]), ("zero0", [2, 1]),
+    ("zero1", [1, 2]), ("zero2", [2, 2]), ("zero3", [2, 1]), ("zero3", [2, 2]),
+]  # fmt: skip
+TOP_K = "sparseloco"
+"""Chunks are of what a rank holds, so only whole replicas are the loop's."""
+ROWS = [
+    (kind, rule)
+    for kind in KINDS
+    for rule in HYPERPARAMETERS
+    if (rule != TOP_K or kind[0] in ("ddp", "zero0"))
+    and (rule != "muloco" or kind[0][:4] != "zero")  # muon's numbers are bf16, where another order of a sum may show
+]
 
 
-@pytest.mark.parametrize("rule", HYPERPARAMETERS)
-@pytest.mark.parametrize("kind,sizes", FRAMEWORK, ids=str)
-def test_in_fp64(ranks: Any, kind: str, sizes: list[int], rule: str) -> None:
-    out = ranks(sum(sizes)).run("tests.cases.consensus:drift", kind=kind, sizes=sizes, rule=rule)
+@pytest.mark.parametrize("kind,sizes,rule", daily_of(ROWS), ids=str)
+def test_drift_is_the_loops(ranks: Any, kind: str, sizes: list[int], rule: str) -> None:
+    dtype, limit = ("fp32", 2e-6) if kind.startswith("zero") else ("fp64", 1e-12)
+    out = ranks(sum(sizes)).run("tests.cases.consensus:drift", kind=kind, sizes=sizes, rule=rule, dtype=dtype)
     for rank, r in enumerate(out):
-        assert r["dw"] <= 1e-12 and r["dloss"] <= 1e-12, (rank, r)
+        assert r["dw"] <= limit and r["dloss"] <= limit, (rank, r)
         assert [e[:3] for e in r["exchanges"]] == [[k, list(range(len(sizes))), True] for k in (0, 1)], (rank, r)
         assert r["apart"] > 1e-4, "the replicas are alike: the test sees nothing"
 
 
-@pytest.mark.parametrize("rule", HYPERPARAMETERS)
-@pytest.mark.parametrize("kind,sizes", ZERO, ids=str)
-def test_under_zero(ranks: Any, kind: str, sizes: list[int], rule: str) -> None:
-    for r in ranks(sum(sizes)).run("tests.cases.consensus:drift", kind=kind, sizes=sizes, rule=rule, dtype="fp32"):
-        assert r["dw"] <= 2e-6 and r["dloss"] <= 2e-6 and r["apart"] > 1e-4, r
+@pytest.mark.parametrize("kind,sizes", full_but([("fsdp2", [2, 1])], [("fsdp2", [2, 1]), ("zero2", [2, 2])]), ids=str)
+def test_averaging_after_each_step_is_synchronous(ranks: Any, kind: str, sizes: list[int]) -> None:
+    """tau = 1 and full pull under plain SGD is data parallelism on the whole batch, also with replicas unequal."""
+    for r in ranks(sum(sizes)).run("tests.cases.consensus:synchronous", kind=kind, sizes=sizes):
+        assert r["dw"] <= 1e-6 and r["apart"] > 1e-4, r
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [("fsdp2", [2, 1]), ("ddp", [1, 1, 1])], ids=str)
@@ -38,4 +51,4 @@ def test_a_replica_that_has_lost_its_numbers_is_left_out_and_given_the_model(
         assert r["told"] == [[everybody, everybody, True], [everybody, well, True], [everybody, everybody, True]], r
         mine = rank == (2 if sizes[0] == 2 else 1)
         assert r["finite"] == [True, True, True, not mine, *[True] * 4], (rank, r)
-        assert all(m == m for m in r["momenta"]), r
+        assert all(math.isfinite(m) for m in r["momenta"]), r

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.oracles.paper_loops import by_samples, gradient, run
+from tests.oracles.paper_loops import LOOPS, by_samples, gradient, trained
+from tests.oracles.sam_family import LOOPS as FAMILY
 
 Steps = Sequence[Sequence[tuple[Tensor, Tensor]]]
 
@@ -22,6 +23,7 @@ class Replica:
         self.losses: list[float] = []
         self.samples = 0
         self.memory: dict[str, Any] = {}
+        self.of_method: dict[str, Any] = {}
 
     @property
     def x(self) -> Tensor:
@@ -113,7 +115,7 @@ def al_dsgd(
     """On graphs that are given, one for each exchange."""
     edges = rounds[number % len(rounds)]
     degree = [sum(i in e for e in edges) for i in range(len(all_))]
-    a = 1 / (1 + max(degree))
+    a = 1 / (1 + max(degree, default=0))
     before = [r.x.clone() for r in all_]
     for i, r in enumerate(all_):
         near = sorted(j for e in edges if i in e for j in e if j != i)
@@ -125,55 +127,100 @@ def al_dsgd(
             r.x = y - p1 * (y - best) - p2 * (y - most)
 
 
-RULES: dict[str, Callable[..., None]] = {
+def parle(all_: list[Replica], number: int, coming: Any, **_: Any) -> None:
+    mean = sum(r.x for r in all_) / len(all_)
+    for r in all_:
+        r.memory["mean"] = mean
+
+
+def streaming_diloco(
+    all_: list[Replica], number: int, coming: Any, *, lr: float, momentum: float, alpha: float,
+    places: list[list[range]], **_: Any,
+) -> Callable[[], None]:  # fmt: skip
+    """What of a flat vector each fragment is, is given; what settles later is given back."""
+    here = torch.tensor([i for run in places[number % len(places)] for i in run])
+    old, v = all_[0].memory["old"], all_[0].memory["v"]
+    total = sum(r.samples for r in all_)
+    delta = old[here] - sum(r.x[here] * (r.samples / total) for r in all_)
+
+    def settle() -> None:
+        v[here] = momentum * v[here] + delta
+        old[here] = old[here] - lr * (delta + momentum * v[here])
+        for r in all_:
+            x = r.x
+            x[here] = alpha * x[here] + (1 - alpha) * old[here]
+            r.x = x
+
+    return settle
+
+
+def sparseloco(
+    all_: list[Replica], number: int, coming: Any, *, k: int, chunk: int, lr: float = 1.0, decay: float = 0.95,
+) -> None:  # fmt: skip
+    """In all bits: what is left of a chunk are the elements that are not among its k largest."""
+    old = all_[0].memory["old"]
+    total = sum(r.samples for r in all_)
+    new = old.clone()
+    for r in all_:
+        e = decay * r.memory.get("e", torch.zeros_like(old)) + lr * (old - r.x)
+        sent = torch.zeros_like(e)
+        for begin in range(0, len(e), chunk):
+            part = e[begin : begin + chunk]
+            largest = sorted(range(len(part)), key=lambda i: -abs(float(part[i])))[:k]
+            sent[begin : begin + chunk][largest] = part[largest]
+        r.memory["e"] = e - sent
+        new -= sent * (r.samples / total)
+    all_[0].memory["old"] = new
+    for r in all_:
+        r.x = new.clone()
+
+
+RULES: dict[str, Callable[..., Callable[[], None] | None]] = {
     "local_sgd": local_sgd, "easgd": easgd, "dppf": dppf, "diloco": diloco, "lsgd": lsgd, "al_dsgd": al_dsgd,
-    "eamsgd": easgd, "lsam": easgd, "muloco": diloco,
+    "eamsgd": easgd, "lsam": easgd, "muloco": diloco, "parle": parle, "streaming_diloco": streaming_diloco,
+    "sparseloco": sparseloco,
     "mgrawa": lambda *a, **k: grawa(*a, layers=False, **k), "lgrawa": lambda *a, **k: grawa(*a, layers=True, **k),
 }  # fmt: skip
 
 
-def trained(
-    replicas: list[Replica], steps: Steps, owns: Sequence[range], rule: str, tau: int, hyper: dict[str, Any],
-    method: str, of_method: dict[str, Any],
+def drifted(
+    replicas: list[Replica], steps: Steps, owns: Sequence[range], rule: str, every: int, hyper: dict[str, Any],
+    method: str, of_method: dict[str, Any], overlap: int = 0,
 ) -> None:  # fmt: skip
-    """Each replica takes each step on its own units; before step tau, 2 tau … they meet."""
+    """Each replica takes each step on its own units; before each step of which `every` are over they meet."""
     first = replicas[0]
     first.memory |= {"centre": first.x.clone(), "old": first.x.clone(), "v": torch.zeros_like(first.x)}
+    for r in replicas:
+        r.memory |= {"mean": first.x.clone(), "leader": first.x.clone()}
+    due: dict[int, Callable[[], None]] = {}
     for t, step in enumerate(steps):
         mine = [[step[u] for u in own] for own in owns]
-        if t and t % tau == 0:
-            RULES[rule](replicas, t // tau - 1, mine, **hyper)
+        if t and t % every == 0:
+            later = RULES[rule](replicas, t // every - 1, mine, **hyper)
             for r in replicas:
                 r.samples = 0
+            if later is not None:
+                due[t + overlap] = later
+        if t in due:
+            due.pop(t)()
         for r, units in zip(replicas, mine, strict=True):
-            move = _prox(r, tau, hyper) if rule == "lsgd" else None
-            [loss] = run(r.model, [units], _Moving(r.optimizer, move), method, of_method)
-            r.losses.append(loss)
+            _step(r, units, t, rule, every, hyper, method, of_method)
             r.samples += sum(len(x) for x, _ in units)
-        assert all(math.isfinite(r.losses[-1]) for r in replicas)
 
 
-def _prox(r: Replica, tau: int, hyper: dict[str, Any]) -> Callable[[], None] | None:
-    share = hyper.get("prox", 0.0) / (tau * hyper.get("global_every", 1))
-    if not share or "leader" not in r.memory:
-        return None
-
-    def move() -> None:
+def _step(
+    r: Replica, units: Any, t: int, rule: str, every: int, hyper: dict[str, Any], method: str, of_method: dict[str, Any]
+) -> None:
+    loop = {**LOOPS, **FAMILY}[method]
+    loss, g = loop(r.model, units, t, 0.0, **of_method, memory=r.of_method, optimizer=r.optimizer, clip=0.0)
+    flat = torch.cat([v.reshape(-1) for v in g.values()])
+    if rule == "parle":
+        flat = flat + min(hyper["rho0"] * (1 + hyper["rho1"]) ** t, 10.0) * (r.x - r.memory["mean"])
+    for p, part in zip(trained(r.model).values(), flat.split([v.numel() for v in g.values()]), strict=True):
+        p.grad = part.view(p.shape).clone()
+    if rule == "lsgd":
+        share = hyper.get("prox", 0.1) / (every * hyper.get("global_every", 1))
         r.x = (1 - share) * r.x + share * r.memory["leader"]
-
-    return move
-
-
-class _Moving:
-    """An optimizer before whose step the weights are moved."""
-
-    def __init__(self, base: torch.optim.Optimizer, move: Callable[[], None] | None) -> None:
-        self._base, self._move = base, move
-
-    def step(self) -> None:
-        if self._move is not None:
-            self._move()
-        self._base.step()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._base, name)
+    r.optimizer.step()
+    r.losses.append(loss)
+    assert math.isfinite(loss)

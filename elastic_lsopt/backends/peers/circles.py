@@ -35,14 +35,19 @@ class Circles:
         """By this rank, in all."""
         return self._sent_bytes + sum(peers.sent_bytes for _, peers in self._known.values())
 
-    def of(self, members: Sequence[int], met: Met, left: timedelta) -> Peers:
-        """The circle of these members of a meeting (collective among them). Raises PeerFailed where one is gone."""
-        name = "-".join(map(str, members))
+    def of(
+        self, members: Sequence[int], met: Met, left: timedelta, chosen: Sequence[int] | None = None
+    ) -> Peers:  # fmt: skip
+        """The circle of these members of a meeting, for the parameters of these numbers (None: all) (collective).
+
+        Raises PeerFailed where one is gone.
+        """
+        name = "-".join(map(str, members)) + ("" if chosen is None else f" of {min(chosen)}")
         made = {met.reports[m]["circles"].get(name) for m in members}
         if len(made) > 1 or name not in self._known:
             self._drop(name)
             store = dist.PrefixStore(f"circle/{met.number}/{name}", self._store)
-            cuts = cuts_of(met.reports, members)
+            cuts = cuts_of(met.reports, members, chosen)
             self._known[name] = met.number, Peers(self._own, members, bundles(self._own, cuts, members), store, left)
         _, peers = self._known[name]
         peers.limit(left)
@@ -55,13 +60,25 @@ class Circles:
 
     def _drop(self, name: str) -> None:
         if name in self._known:
-            self._sent_bytes += self._known.pop(name)[1].sent_bytes
+            _, peers = self._known.pop(name)
+            self._sent_bytes += peers.sent_bytes
+            peers.close()
 
 
-def cuts_of(reports: Mapping[int, Mapping], members: Sequence[int]) -> dict[Seat, list[tuple[int, int, int]]]:
-    """What each rank of the members holds, as they have told it."""
+def cuts_of(
+    reports: Mapping[int, Mapping], members: Sequence[int], chosen: Sequence[int] | None = None
+) -> dict[Seat, list[tuple[int, int, int]]]:  # fmt: skip
+    """What each rank of the members holds of the chosen parameters, as they have told it, in these parameters' order.
+
+    A piece is known by its parameter's number among the chosen.
+    """
+    number = None if chosen is None else {parameter: i for i, parameter in enumerate(chosen)}
     return {
-        (member, rank): [(parameter, offset, length) for parameter, offset, length in cut]
+        (member, rank): [
+            (parameter if number is None else number[parameter], offset, length)
+            for parameter, offset, length in cut
+            if number is None or parameter in number
+        ]
         for member in members
         for rank, cut in enumerate(reports[member]["cut"])
     }

@@ -16,6 +16,7 @@ from torch import Tensor
 from elastic_lsopt.backends.groups import Group
 from elastic_lsopt.backends.peers.formats import AsTheyAre, Format
 from elastic_lsopt.backends.peers.peers import Peers
+from elastic_lsopt.backends.peers.unison import Unison
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
@@ -37,7 +38,8 @@ class Exchange:
         kept: State, inside: Group,
     ) -> None:  # fmt: skip
         self.number, self.members, self.samples, self.last = number, peers.members, samples, last
-        self._space, self._peers, self._form, self._kept, self._inside = space, peers, form, kept, inside
+        self.space, self._peers, self._form, self._kept = space, peers, form, kept
+        self._first, self._together = inside.rank == 0, Unison(inside)
         self._left: Vector | None = None
         self._mean: Vector | None = None
         self._gram: Tensor | None = None
@@ -47,7 +49,7 @@ class Exchange:
         return self.members.index(self.number)
 
     def numbers(self, *own: float) -> Tensor:
-        return self._of_all(self._peers.numbers(torch.tensor(own, dtype=torch.float64)))
+        return self._said(torch.tensor(own, dtype=torch.float64))
 
     def mean(self, points: Vector, shares: Sequence[float] | Sequence[Sequence[float]] | None = None) -> Vector:
         if shares is None:
@@ -67,13 +69,16 @@ class Exchange:
     def of(self, points: Vector, leader: int, among: Sequence[int] | None = None) -> Vector:
         parts, place = self._peers.packed(points), self.members.index(leader)
         if among is None or len(among) == len(self.members):
-            return self._peers.unpacked(self._peers.from_leader(parts, place), self._space)
-        others = [self.members.index(m) for m in among if m != leader]
-        return self._peers.unpacked(self._peers.handed_on(parts, place, others), self._space)
+            heard = self._together(lambda: self._peers.from_leader(parts, place))
+        else:
+            others = [self.members.index(m) for m in among if m != leader]
+            heard = self._together(lambda: self._peers.handed_on(parts, place, others))
+        return self._peers.unpacked(heard, self.space)
 
     def swapped(self, points: Vector, neighbours: Sequence[int]) -> Mapping[int, Vector]:
-        found = self._peers.swapped(self._peers.packed(points), [self.members.index(n) for n in neighbours])
-        return {n: self._peers.unpacked(parts, self._space) for n, parts in zip(neighbours, found, strict=True)}
+        parts, places = self._peers.packed(points), [self.members.index(n) for n in neighbours]
+        found = self._together(lambda: self._peers.swapped(parts, places))
+        return {n: self._peers.unpacked(parts, self.space) for n, parts in zip(neighbours, found, strict=True)}
 
     def gram(self, points: Vector) -> Tensor:
         if self._gram is None:
@@ -86,7 +91,7 @@ class Exchange:
         """Root mean square distance of the members from their mean; None where no reduction has told it."""
         return None if self._gram is None else math.sqrt(max(0.0, float(self._gram.trace())) / len(self.members))
 
-    def told(self) -> State:
+    def told(self) -> dict[str, Vector]:
         """What the format needs the next time, if all has gone well."""
         reference = {} if self._mean is None or self._form.exact else {REFERENCE: self._mean.clone()}
         return {**({} if self._left is None else {LEFT: self._left}), **reference}
@@ -101,14 +106,20 @@ class Exchange:
             told.add_(left, alpha=keep)
         of_each = [s for s in shares if not isinstance(s, Sequence)]
         told_whole = len(of_each) == len(shares) and all(of_each) and not form.sparse
-        known = of_each if told_whole else None
-        sums, inner = self._peers.sums(self._peers.packed(told), form, shares=known)
+        known, size, parts = of_each if told_whole else None, len(self.members), self._peers.packed(told)
+        sums, inner = self._together.summed(lambda: self._peers.sums(parts, form, shares=known), (size, size))
         if known is not None:
-            self._gram = self._of_all(self._peers.numbers(self._inside.sum_(inner.reshape(-1)))).sum(0).view_as(inner)
+            self._gram = self._said(inner).sum(0).view_as(inner)
         if not form.exact:
-            self._left = self._peers.unpacked([s.left for s in sums if s.left is not None], self._space)
-        return self._peers.unpacked([s.value for s in sums], self._space)
+            self._left = self._peers.unpacked([s.left for s in sums if s.left is not None], self.space)
+        return self._peers.unpacked([s.value for s in sums], self.space)
 
-    def _of_all(self, rows: Tensor) -> Tensor:
-        """What the first rank of this replica has heard, on all its ranks."""
-        return self._inside.sum_(rows if self._inside.rank == 0 else torch.zeros_like(rows))
+    def _said(self, own: Tensor) -> Tensor:
+        """What the first rank of each member says, a row each, on all ranks."""
+        flat = own.reshape(-1)
+
+        def hear() -> tuple[None, Tensor | None]:
+            rows = self._peers.numbers(flat)
+            return None, rows if self._first else None
+
+        return self._together.summed(hear, (len(self.members), flat.numel()))[1]

@@ -64,6 +64,11 @@ class Peers:
         with told():
             return gloo(dist.PrefixStore(name, store), holders.index(own), len(holders), self._timeout)
 
+    def close(self) -> None:
+        """Close the connections, so that whoever waits for this rank in one of the groups hears at once."""
+        self._groups.clear()
+        self._firsts = None
+
     def limit(self, timeout: timedelta) -> None:
         """How long an operation may take from now on."""
         self._timeout = timeout
