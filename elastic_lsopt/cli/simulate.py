@@ -56,6 +56,7 @@ def simulation_options(command: argparse.ArgumentParser) -> None:
 
 DEFAULTS = {
     "gpus": "the file's workers per replica", "tau": "the file's, else 32", "timeout_s": "the file's, else 30",
+    "steps": "the file's, else by_size",
     "notice_s": "two leases of an elastic file, else inf", "mtbf_h": "8766, a year",
 }  # fmt: skip
 
@@ -150,20 +151,19 @@ def _target(text: str | None) -> Path | None:
 
 def _of_file(config: TrainConfig) -> dict[str, Any]:
     """What the job's file says of a simulation's settings."""
+    from elastic_lsopt.config.consensus import read_consensus
+    from elastic_lsopt.consensus import registry
+
     found: dict[str, Any] = {"gpus": config.workers}
-    consensus = getattr(config, "consensus", None)
-    if consensus is not None:
-        for name, key in (("replicas", "replicas"), ("tau", "tau"), ("timeout_s", "exchange_timeout_s")):
-            value = _of_block(consensus, key)
-            found |= {} if value is None else {name: value}
-        found["gpus"] = max(1, config.workers // found.get("replicas", 1))
+    if config.consensus is not None:
+        block = read_consensus(config.consensus)
+        found |= {"replicas": block.replicas, "timeout_s": block.exchange_timeout_s, "steps": block.steps}
+        found["gpus"] = max(1, config.workers // block.replicas)
+        if "tau" in block.hyperparameters or ":" not in block.rule:  # one of the user's own is not imported here
+            found["tau"] = block.hyperparameters.get("tau") or registry.build(block.rule, **block.hyperparameters).tau
     if config.elastic is not None:
         found["notice_s"] = 2 * config.elastic.lease_s
     return found
-
-
-def _of_block(block: Any, key: str) -> Any:
-    return block.get(key) if isinstance(block, Mapping) else getattr(block, key, None)
 
 
 def _scenario(values: Mapping[str, Any], size: int) -> Scenario:

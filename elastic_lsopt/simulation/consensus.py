@@ -8,7 +8,7 @@ late or new are followed one by one, and rounds in which nothing happens are dra
     lost          its own steps since its last exchange; the others wait for it until they know, at most that half
     lost in the   the exchange fails: all keep what they have, and try again after another round
     exchange
-    late          has no samples left and waits for the next meeting, where its steps count
+    late          has no samples left and waits for the next meeting after it has come, where its steps count
     back          waits for a meeting, is given the model there, and steps from then on
     heals         a replica of many GPUs pauses instead, and goes on with the rest of them
 """
@@ -23,7 +23,7 @@ import numpy as np
 
 from elastic_lsopt.simulation.outages import Outages
 from elastic_lsopt.simulation.outcome import Outcome, Spent
-from elastic_lsopt.simulation.rounds import Arrivals, Kind, arrivals, kinds_of, mean_round_s, too_late
+from elastic_lsopt.simulation.rounds import Arrivals, Kind, Late, arrivals, kinds_of, too_late
 from elastic_lsopt.simulation.scenario import Scenario
 
 MODE = "consensus"
@@ -59,7 +59,8 @@ class _Round:
     known: float = 0.0
     """When they know of all who are lost and had come."""
     broken: bool = False
-    late: list[int] = field(default_factory=list)
+    decided: float = 0.0
+    late: list[Late] = field(default_factory=list)
     """Of each kind, who come after the decision."""
     newcomers: list[int] = field(default_factory=list)
     """Who are given the model."""
@@ -106,12 +107,12 @@ class _Consensus:
         if self.unsettled or self.pauses or not there or any(kind.late for kind in self.kinds):
             return
         exchange_s = self.s.exchange_s if there > 1 else 0.0
-        most = mean_round_s(self.kinds) + exchange_s
+        least = max(kind.round.mean_s for kind in self.kinds if kind.members) + exchange_s
         counted = sum(kind.members * kind.steps for kind in self.kinds)
         useful = sum(kind.members * kind.steps * kind.mean_s for kind in self.kinds)
         next_s = min(self._next_s, self._back_s, self.s.horizon_s)
         while next_s > self.now and self.drawn is None:
-            rounds = min(MOST_ROUNDS, int((next_s - self.now) / most) + 2)
+            rounds = min(MOST_ROUNDS, int((next_s - self.now) / least) + 2)
             drawn = arrivals(self.kinds, self.rng, rounds)
             last, first = drawn.last.max(axis=0), drawn.first.min(axis=0)
             ends = self.now + np.cumsum(last + exchange_s)
@@ -143,9 +144,10 @@ class _Consensus:
             come, decided = self._decided(going)
         if not self._there:
             return
-        going.late = self._late(going, decided)
+        going.decided, going.late = decided, self._late(going, decided)
         going.newcomers = self._arrived(decided)
-        attend = self._there - sum(going.late) + sum(kind.late for kind in self.kinds) + len(going.newcomers)
+        here = sum(group.number for kind in self.kinds for group in kind.late if group.ready <= decided)
+        attend = self._there - sum(group.number for group in going.late) + here + len(going.newcomers)
         end = decided + (self.s.exchange_s if attend > 1 else 0.0)
         if going.broken:
             end = max(decided, min(going.known, come + self.s.timeout_s))
@@ -187,10 +189,10 @@ class _Consensus:
                 self.lost_steps += again / kind.mean_s
                 self.spent.lost += again
             else:
-                self.pauses[replica], going.broken = more, True
+                self.pauses[replica], going.broken = max(more, self.pauses.get(replica, 0.0)), True
         else:
             going.paused.pop(replica, None)
-            if self._lose(replica, at_s, more, at_s - going.begin):
+            if self._lose(replica, at_s, more, going.begin):
                 known = at_s + self.s.notice_s
                 if at_s >= arrives:  # it has said that it was there
                     going.known, going.broken = max(going.known, known), True
@@ -201,19 +203,19 @@ class _Consensus:
         """What happens in an exchange; when the exchange ends."""
         at_s, replica, more, _ = self._pop()
         if self.heals:
-            self.pauses[replica], going.broken = more, True
+            self.pauses[replica], going.broken = max(more, self.pauses.get(replica, 0.0)), True
             return at_s  # its other ranks say so at once
         if replica in self.away:
             self._lengthen(replica, more)
             takes_part = replica in going.newcomers
         else:
-            takes_part = self._lose(replica, at_s, more, self._kind(replica).round.mean_s)
+            takes_part = self._lose(replica, at_s, more, going.begin)
         if not takes_part:
             return end
         going.known, going.broken = max(going.known, at_s + self.s.notice_s), True
         return max(at_s, min(going.known, come + self.s.timeout_s))
 
-    def _late(self, going: _Round, decided: float) -> list[int]:
+    def _late(self, going: _Round, decided: float) -> list[Late]:
         """How many of each kind come after the decision. Those that pause are late by name, the others by number."""
         late = []
         for kind, first, last in zip(self.kinds, going.first, going.last, strict=True):
@@ -221,22 +223,26 @@ class _Consensus:
             free = kind.members - len(paused)
             begin = going.begin
             number = too_late(kind, free, first - begin, last - begin, decided - begin, self.rng)
-            late.append(number + sum(at_s > decided for at_s in paused))
+            number += sum(at_s > decided for at_s in paused)
+            ready = max([last if free else -math.inf, *paused])
+            late.append(Late(min(number, kind.members), self.unsettled * kind.steps, begin, ready))
         return late
 
     def _settle(self, going: _Round, end: float) -> None:
         self.unsettled += 1
+        self._note(end)
+        for kind, late in zip(self.kinds, going.late, strict=True):
+            kind.members -= late.number
+            here = [] if going.broken else [group for group in kind.late if group.ready <= going.decided]
+            kind.late = [group for group in [*kind.late, late] if group.number and group not in here]
+            if not going.broken:
+                counted = kind.members * self.unsettled * kind.steps
+                counted += sum(group.number * (group.pending + kind.steps) for group in here)
+                self.steps += counted
+                self.spent.useful += counted * kind.mean_s
+                kind.members += sum(group.number for group in here)
         if going.broken:
             return
-        self._note(end)
-        for kind, number in zip(self.kinds, going.late, strict=True):
-            late = min(number, kind.members)
-            each = self.unsettled * kind.steps
-            counted = (kind.members - late) * each + kind.late_steps
-            self.steps += counted
-            self.spent.useful += counted * kind.mean_s
-            kind.members += kind.late - late
-            kind.late, kind.late_steps = late, float(late * each)
         for replica in going.newcomers:
             del self.away[replica]
             self._kind(replica).members += 1
@@ -246,9 +252,10 @@ class _Consensus:
         """Nobody is there: those late go on, else the first to come back begins from the last checkpoint."""
         self.drawn, self.unsettled = None, 0
         for kind in self.kinds:
-            self.lost_steps += kind.late_steps
-            self.spent.lost += kind.late_steps * kind.mean_s
-            kind.members, kind.late, kind.late_steps = kind.late, 0, 0.0
+            steps = sum(group.number * (group.pending + kind.steps) for group in kind.late)
+            self.lost_steps += steps
+            self.spent.lost += steps * kind.mean_s
+            kind.members, kind.late = kind.number_late, []
         if self._there:
             return
         while self._next_s < self._back_s:
@@ -270,17 +277,22 @@ class _Consensus:
     def _kind(self, replica: int) -> Kind:
         return self.kinds[-1 if replica >= self.s.replicas - self.s.slow else 0]
 
-    def _lose(self, replica: int, at_s: float, back_s: float, worked_s: float) -> bool:
+    def _lose(self, replica: int, at_s: float, back_s: float, begin: float) -> bool:
         """A replica is gone. Whether the others wait for it: for one that is late nobody does."""
         kind = self._kind(replica)
         self._note(at_s)
-        waited_for = not kind.late or self.rng.random() * (kind.members + kind.late) >= kind.late
-        if waited_for and kind.members:
-            steps = self.unsettled * kind.steps + min(kind.steps, worked_s // kind.mean_s)
+        late = kind.number_late
+        waited_for = not late or self.rng.random() * (kind.members + late) >= late
+        pending = self.unsettled * kind.steps
+        if waited_for:
             kind.members -= 1
         else:
-            steps = kind.late_steps / max(1, kind.late)
-            kind.late, kind.late_steps = max(0, kind.late - 1), kind.late_steps - steps
+            shares = np.array([group.number for group in kind.late]) / late
+            group = kind.late[int(self.rng.choice(len(shares), p=shares))]
+            begin, pending = group.begin, group.pending
+            group.number -= 1
+            kind.late = [group for group in kind.late if group.number]
+        steps = pending + min(kind.steps, (at_s - begin) // kind.mean_s)
         self.lost_steps += steps
         self.spent.lost += steps * kind.mean_s
         self._lengthen(replica, back_s)

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from elastic_lsopt.simulation.scenario import Scenario
-from elastic_lsopt.simulation.step_times import Array, Sums, mean_of_last, sums
+from elastic_lsopt.simulation.step_times import Array, Sums, sums
+
+
+@dataclass
+class Late:
+    """Members of one kind who came after a decision, and are in at a later meeting."""
+
+    number: int
+    pending: int
+    """Steps of each, from rounds before, that no exchange has counted."""
+    begin: float
+    ready: float
+    """The last of them, of the job's time."""
 
 
 @dataclass
@@ -21,9 +33,11 @@ class Kind:
     round: Sums
     """When it has taken its steps, from the round's begin."""
     members: int
-    late: int = 0
-    late_steps: float = 0.0
-    """That those late have taken and no exchange has counted, all together."""
+    late: list[Late] = field(default_factory=list)
+
+    @property
+    def number_late(self) -> int:
+        return sum(group.number for group in self.late)
 
 
 @dataclass(frozen=True)
@@ -35,13 +49,13 @@ class Arrivals:
 
 
 def kinds_of(scenario: Scenario) -> list[Kind]:
-    """Ordinary replicas, then slow ones: steps by pace over the mean pace, as the ledger deals (data/rounds.py)."""
+    """Ordinary replicas, then slow ones; by speed: steps by pace over the mean pace (data/rounds.py)."""
     s = scenario
     slow_pace = 1.0 / s.slow_factor
     mean_pace = 1.0 - s.slow / s.replicas * (1.0 - slow_pace)
     kinds = []
     for factor, number in ((1.0, s.replicas - s.slow), (s.slow_factor, s.slow)):
-        steps = max(1, round(s.tau / factor / mean_pace))
+        steps = max(1, round(s.tau / factor / mean_pace)) if s.steps == "by_speed" else s.tau
         table = sums(s.step_times, s.step_s, s.spread, steps).scaled(factor)
         kinds.append(Kind(steps, s.step_s * factor, table, number))
     return kinds if s.slow else kinds[:1]
@@ -54,11 +68,6 @@ def arrivals(kinds: Sequence[Kind], rng: np.random.Generator, rounds: int) -> Ar
         if kind.members:
             first[row], last[row] = kind.round.extremes(kind.members, rng, rounds)
     return Arrivals(first, last)
-
-
-def mean_round_s(kinds: Sequence[Kind]) -> float:
-    """The mean time until the last member of all has come."""
-    return mean_of_last([(kind.round, kind.members) for kind in kinds])
 
 
 def too_late(kind: Kind, members: int, first_s: float, last_s: float, end_s: float, rng: np.random.Generator) -> int:

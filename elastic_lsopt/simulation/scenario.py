@@ -8,13 +8,10 @@ from typing import Any
 
 from elastic_lsopt.errors import UserError
 
-KINDS = ("normal", "exponential")
-"""Of step times."""
-
 YEAR_H = 8766.0
 """Of 365.25 days. One failure per chip and year is what Decoupled DiLoCo assumes (arXiv 2604.21428, Table 1)."""
 MOST = 10**6
-"""Replicas, and steps between exchanges."""
+"""Replicas."""
 MOST_GPUS = 2 * 10**7
 
 
@@ -28,6 +25,11 @@ def setting(default: Any, unit: str, said: str, least: float = 0.0, most: float 
     )  # fmt: skip
 
 
+def choice(said: str, *choices: str) -> Any:
+    """A field with one of these values, the first by default."""
+    return field(default=choices[0], metadata={"unit": "|".join(choices), "said": said})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
     """One job. Times are in seconds unless a name says otherwise. Raises UserError for a value out of range."""
@@ -36,12 +38,10 @@ class Scenario:
     gpus: int = setting(1, "N!", "GPUs of a replica", 1, MOST_GPUS)
     step_s: float = setting(1.0, "S!", "mean time of a replica's step")
     spread: float = setting(0.02, "SHARE", "standard deviation of a step's time over its mean", 0, 0.25)
-    step_times: str = field(
-        default="normal",
-        metadata={"unit": "|".join(KINDS), "said": "how step times are distributed; exponential has no --spread"},
-    )
+    step_times: str = choice("how step times are distributed; exponential has no --spread", "normal", "exponential")
     slow_share: float = setting(0.0, "SHARE", "share of the replicas that are slow for good", 0, 1)
     slow_factor: float = setting(1.0, "FACTOR!", "a slow replica's step over another's", 1, 1000)
+    steps: str = choice("whether a slow replica takes fewer steps to an exchange", "by_size", "by_speed")
     exchange_s: float = setting(0.1, "S", "an exchange that no compute hides, of all parameters between replicas")
     tau: int = setting(32, "N!", "steps between exchanges in the consensus mode", 1, 10**4)
     timeout_s: float = setting(30.0, "S!", "deadline of an exchange, half of it for others to come")
@@ -88,8 +88,8 @@ def check(name: str, value: Any, said: str) -> None:
     if kind == "bool":
         return
     if kind == "str":
-        if value not in KINDS:
-            raise UserError(f"{said} must be {' or '.join(KINDS)}.")
+        if value not in (choices := told["unit"].split("|")):
+            raise UserError(f"{said} must be {' or '.join(choices)}.")
         return
     whole = kind == "int"
     right = isinstance(value, int) if whole else isinstance(value, int | float)

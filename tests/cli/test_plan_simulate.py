@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from elastic_lsopt.cli import simulate
 from elastic_lsopt.cli.main import main
+from elastic_lsopt.consensus import registry
 from tests.docs.blocks import blocks, commands
 
 pytestmark = pytest.mark.fast
@@ -61,11 +60,14 @@ def test_the_files_workers_and_lease_stand_where_no_option_does(capsys):
     assert told(capsys, *SHORT, "elastic={max_nodes: 4}", "--notice-s", "inf")["settings"]["notice_s"] is None
 
 
-@pytest.mark.parametrize("block", [dict, SimpleNamespace])
-def test_a_consensus_block(block):
-    consensus = block(replicas=4, tau=16, exchange_timeout_s=5.0)
-    config: Any = SimpleNamespace(workers=8, elastic=None, consensus=consensus)
-    assert simulate._of_file(config) == {"gpus": 2, "replicas": 4, "tau": 16, "timeout_s": 5.0}
+def test_a_consensus_block(capsys):
+    block = "consensus={rule: %s, replicas: 4, exchange_timeout_s: 5%s}"
+    found = told(capsys, "workers=8", block % ("local_sgd", ", tau: 16, steps: by_speed"), "--days", "0.1")
+    settings = {name: found["settings"][name] for name in ("gpus", "tau", "timeout_s", "steps")}
+    assert settings == {"gpus": 2, "tau": 16, "timeout_s": 5.0, "steps": "by_speed"}
+    assert [o["replicas"] for o in found["outcomes"][::3]] == [4, 100, 1000, 10_000, 100_000]
+    found = told(capsys, block % ("diloco", ""), *SHORT)
+    assert found["settings"]["tau"] == registry.build("diloco").tau and found["settings"]["steps"] == "by_size"
 
 
 def test_a_trace_is_watched_to_its_end(capsys):
