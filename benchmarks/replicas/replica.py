@@ -29,9 +29,9 @@ class Telling(Consensus):
     steps_since = 0
     """The last exchange that went well."""
 
-    def exchange(self, oracle: Oracle | None) -> Exchanged | None:
+    def exchange(self, oracle: Oracle | None, *, beside: bool = False) -> Exchanged | None:
         came = time.time()
-        met = super().exchange(oracle)
+        met = super().exchange(oracle, beside=beside)
         if met is None:
             say(missed=True, came=came)
             return met
