@@ -66,7 +66,7 @@ def test_a_consensus_block(capsys):
     settings = {name: found["settings"][name] for name in ("gpus", "tau", "timeout_s", "steps")}
     assert settings == {"gpus": 2, "tau": 16, "timeout_s": 5.0, "steps": "by_speed"}
     assert [o["replicas"] for o in found["outcomes"][::3]] == [4, 100, 1000, 10_000, 100_000]
-    found = told(capsys, block % ("diloco", ""), *SHORT)
+    found = told(capsys, "workers=4", block % ("diloco", ""), *SHORT)
     assert found["settings"]["tau"] == registry.build("diloco").tau and found["settings"]["steps"] == "by_size"
 
 

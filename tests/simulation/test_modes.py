@@ -377,7 +377,7 @@ def test_decoupled_dilocos_table(learners: int, published: tuple[int, ...]) -> N
     pause_s = -math.log(0.88) * 8766 * 3600 / 150_000  # which loses 12 % at 150,000
     scenario = Scenario(
         replicas=learners, spread=0, exchange_s=0, reform_s=pause_s, join_s=0, restart_s=0, notice_s=0, tau=1,
-        timeout_s=0.5, days=1, gpus=2, heals=True,
+        timeout_s=0.5, days=0.25, gpus=2, heals=True,
     )  # fmt: skip
     for chips, goodput in zip((150_000, 300_000, 600_000, 1_200_000), published, strict=True):
         sized = replace(scenario, gpus=chips // learners)
