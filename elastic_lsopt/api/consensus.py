@@ -21,7 +21,7 @@ import torch.distributed as dist
 from elastic_lsopt.api.hearing import Heard, Hearing
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.agreement import gather_json
-from elastic_lsopt.backends.groups import Group
+from elastic_lsopt.backends.groups import Group, present
 from elastic_lsopt.backends.peers.circles import Circles
 from elastic_lsopt.backends.peers.formats import BITS, format_of
 from elastic_lsopt.backends.peers.intervals import cut_of
@@ -79,7 +79,7 @@ class Exchanged:
     """How far apart the fit members were before it; None where no reduction tells it."""
 
     @property
-    def apart(self) -> float | None:
+    def consensus_distance(self) -> float | None:
         """Root mean square distance of the fit members from their mean, before it."""
         return None if self.disagreement is None else self.disagreement.consensus_distance
 
@@ -122,7 +122,9 @@ class Consensus:
             require_count("top_k", top_k)
         require_number("exchange_timeout_s", timeout_s, positive=True)
         require_count("disagreement_span", disagreement_span, least=0)
-        self.rule, self._store, self._replicas = rule, store, replicas
+        self.rule, self._store, self.replicas = rule, store, replicas
+        self.number = present().number
+        """This replica's own."""
         self._bits, self._top_k, self.timeout_s, self.rounds = bits, top_k, timeout_s, rounds
         self._thread: ThreadPoolExecutor | None = None
         self._under_way: _UnderWay | None = None
@@ -154,11 +156,11 @@ class Consensus:
             )
         self._step = step
         groups = step.backend.groups
-        self.number, rank = groups.number, groups.replica.rank
+        rank = groups.replica.rank
         inside = groups.replica.again("consensus", timedelta(seconds=max(60.0, 2 * self.timeout_s)))
         self._inside = Group(rank, groups.replica.size, inside)
         self._meetings = Meetings(
-            self._store, self.number, self._replicas, first=rank == 0, inside=inside, timeout_s=self.timeout_s
+            self._store, self.number, self.replicas, first=rank == 0, inside=inside, timeout_s=self.timeout_s
         )
         self._circles = Circles((self.number, rank), self._store)
         self._cut = gather_json(inside, cut_of(step.space.layout))
@@ -218,7 +220,9 @@ class Consensus:
         """Meet the others now; None where they met without this replica, or where it goes on `beside` steps."""
         self.settled()
         common, version = (None, -1) if self.rounds is None else (self.rounds.ledger.to_json(), self.rounds.version)
-        met = self._meetings.begin(self._report(), common, version=version, patience_s=self._patience_s)
+        met = self._meetings.begin(
+            self._report(), common, version=version, patience_s=self._patience_s, late_s=2 * self._round_s
+        )
         self._standing["since"], self._redealt = 0, False
         now = time.monotonic()
         self._round_s, self._met_s = now - self._met_s, now

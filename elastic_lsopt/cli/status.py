@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def status(run_folder: str | Path, *, endpoint: str | None, secret_file: str | N
     console = Console()
     changes, state = read_journal(folder), state_line(folder)
     if state is not None and not (folder / "elastic").is_dir():  # a job of fixed size has no agent
-        console.print(state, *replica_lines(folder), sep="\n")
+        console.print(state, *replica_lines(folder), *last_meetings(folder), sep="\n")
         return 0
     secret = job_secret(secret_file, folder)
     try:
@@ -47,16 +48,17 @@ def status(run_folder: str | Path, *, endpoint: str | None, secret_file: str | N
     except UserError as error:
         if not changes and state is None:
             raise
-        console.print(*([last_changes(changes)] if changes else []), state or str(error))
+        parts = [*([last_changes(changes)] if changes else []), state or str(error), *last_meetings(folder)]
+        console.print(*parts, sep="\n")
         return 0
     if once or not console.is_terminal:
-        console.print(table(found, changes))
+        console.print(table(found, changes, last_meetings(folder)))
         return 0
-    with Live(table(found, changes), console=console) as live, suppress(KeyboardInterrupt):
+    with Live(table(found, changes, last_meetings(folder)), console=console) as live, suppress(KeyboardInterrupt):
         while True:
             time.sleep(EVERY_S)
             try:
-                live.update(table(ask(folder, endpoint, secret), read_journal(folder)))
+                live.update(table(ask(folder, endpoint, secret), read_journal(folder), last_meetings(folder)))
             except UserError:
                 print("the job has ended.", file=sys.stderr)
                 return 0
@@ -82,11 +84,17 @@ def state_line(folder: Path) -> str | None:
 
 
 def replica_lines(folder: Path) -> list[str]:
-    """A line for each other replica of the job, and for the last exchanges that were out of the ordinary."""
+    """A line for each other replica of the job."""
     others = replica_folders(folder)
-    lines = [f"replica {number}: {line}" for number, other in others.items() if (line := state_line(other))]
-    meetings = read_meetings([folder, *others.values()])
-    return lines + [f"{_clock(meeting.get('time', 0.0))} {line_of(meeting)}" for meeting in meetings[-CHANGES:]]
+    return [f"replica {number}: {line}" for number, other in others.items() if (line := state_line(other))]
+
+
+def last_meetings(folder: Path) -> list[Any]:
+    """The last exchanges of replicas that were out of the ordinary, a line each, as something that rich can print."""
+    from rich.text import Text
+
+    meetings = read_meetings([folder, *replica_folders(folder).values()])[-CHANGES:]
+    return [Text(f"{_clock(meeting.get('time', 0.0))} {line_of(meeting)}") for meeting in meetings]
 
 
 def _clock(seconds: float) -> str:
@@ -118,8 +126,8 @@ def _number(told: Status) -> int:
     return told["generation"]["number"] if told["generation"] else -1
 
 
-def table(told: Status, changes: list[dict[str, Any]]) -> Any:
-    """The status as something that rich can print."""
+def table(told: Status, changes: list[dict[str, Any]], meetings: Sequence[Any] = ()) -> Any:
+    """The status as something that rich can print; `meetings` are lines below it."""
     from rich.console import Group
     from rich.table import Table
 
@@ -127,22 +135,33 @@ def table(told: Status, changes: list[dict[str, Any]]) -> Any:
     if generation is None:
         return f"no generation yet; waiting for nodes at {told['host_address']}"
     members = Table(title=f"generation {generation['number']} · host {generation['host']} · {_speed(told)}")
-    for column in ("node", "host", "pid", "state", "rank", "step", "samples", "loss", "s per step"):
+    places, place_of = _places(generation)
+    for column in ("node", "host", "pid", "state", *places, "step", "samples", "loss", "s per step"):
         members.add_column(column, justify="left" if column in ("node", "host", "state") else "right", overflow="fold")
     ranks = [(member["name"], worker) for member in generation["members"] for worker in member["workers"]]
     spares = [
         (node, worker) for node, report in sorted(told["reports"].items()) for worker in report["workers"]
         if (node, worker) not in ranks
     ]  # fmt: skip
-    for rank, (node, worker) in enumerate([*ranks, *spares]):
+    for node, worker in [*ranks, *spares]:
         report = told["reports"].get(node, {"workers": {}, "draining": False, "host": ""})
         said = report["workers"].get(worker, {})
         members.add_row(
             node, report["host"], str(said.get("pid", "")), "leaving" if report["draining"] else said.get("state", ""),
-            str(rank) if rank < len(ranks) else "", str(said.get("step", "")), str(said.get("samples", "")),
+            *place_of.get(worker, [""] * len(places)), str(said.get("step", "")), str(said.get("samples", "")),
             _short(said.get("loss")), _short(said.get("seconds")),
         )  # fmt: skip
-    return Group(members, last_changes(changes))
+    return Group(members, last_changes(changes), *meetings)
+
+
+def _places(generation: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """The columns that say where a worker is, and what stands there by worker: its rank, in its replica where a job has
+    several."""
+    if replicas := generation.get("replicas"):
+        seats = {w: [str(k), str(rank)] for k, r in enumerate(replicas) for rank, w in enumerate(r["workers"])}
+        return ["replica", "rank"], seats
+    workers = [worker for member in generation["members"] for worker in member["workers"]]
+    return ["rank"], {worker: [str(rank)] for rank, worker in enumerate(workers)}
 
 
 def last_changes(changes: list[dict[str, Any]]) -> Any:

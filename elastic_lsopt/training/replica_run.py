@@ -24,9 +24,7 @@ from elastic_lsopt.api.consensus import Consensus, Exchanged
 from elastic_lsopt.checkpoint.checkpointer import LoadReport
 from elastic_lsopt.checkpoint.folder import checkpoint_path, damage, listing, step_of
 from elastic_lsopt.config.consensus import read_consensus
-from elastic_lsopt.config.settings import SettingError, TrainConfig
-from elastic_lsopt.consensus import registry as rules
-from elastic_lsopt.consensus.rule import Rule
+from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.data.ledger import AHEAD, Ledger
 from elastic_lsopt.data.loader import StepLoader
 from elastic_lsopt.data.rounds import RoundLoader, Rounds, steps_of
@@ -37,6 +35,7 @@ from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.step_report import StepReport
+from elastic_lsopt.training.building.rules import rule_of
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.loop import TrainingRun
@@ -52,18 +51,6 @@ LOOKED_AT = 3
 """Checkpoints whose bytes are checked when a job starts again."""
 STATISTICS_BATCHES = 50
 """Micro-batches over which batch norm's statistics are estimated."""
-
-
-def rule_of(config: TrainConfig) -> Rule:
-    """The rule that the settings describe. Raises SettingError for one that is not known or does not take its
-    values."""
-    assert config.consensus is not None
-    block = read_consensus(config.consensus)
-    try:
-        return rules.build(block.rule, **block.hyperparameters)
-    except UserError as error:
-        key = next((k for k in block.hyperparameters if str(error).startswith(f"{k}=")), "rule")
-        raise SettingError(f"consensus.{key}", f"consensus: {error}") from None
 
 
 def of_replica(config: TrainConfig, number: int) -> TrainConfig:
@@ -114,7 +101,7 @@ class ReplicaRun(TrainingRun):
         self.rounds = Rounds(ledger, world.replica, every, paces, ahead=ahead)
         self.rounds.version = NOBODYS if world.newcomer else 0
         return Consensus(
-            self._rule, world.meetings, replicas=tuple(paces), bits=block.exchange.bits, top_k=block.exchange.top_k,
+            self._rule, world.meetings, replicas=tuple(paces), bits=block.told.bits, top_k=block.told.top_k,
             timeout_s=block.exchange_timeout_s, rounds=self.rounds, by_speed=block.steps == "by_speed",
             newcomer=world.newcomer, disagreement_span=block.disagreement_span,
         )  # fmt: skip
@@ -239,21 +226,13 @@ class ReplicaRun(TrainingRun):
             return None
         self._told, told = len(exchanges), exchanges[-1]
         if told.extraordinary and self._folder is not None:
-            Journal(self._folder.path, self.console.say).write(
-                Meeting(
-                    generation=self.world.generation,
-                    number=told.number,
-                    members=told.members,
-                    fit=told.fit,
-                    missing=told.missing,
-                    well=told.well,
-                    why=told.why,
-                    seconds=told.seconds,
-                    samples=self.engine.clock.samples,
-                    sent_bytes=told.sent_bytes,
-                    apart=told.apart,
-                )
-            )
+            meeting = Meeting(
+                generation=self.world.generation, number=told.number, members=told.members, fit=told.fit,
+                missing=told.missing, well=told.well, why=told.why, seconds=told.seconds,
+                samples=self.engine.clock.samples, sent_bytes=told.sent_bytes,
+                consensus_distance=told.consensus_distance,
+            )  # fmt: skip
+            Journal(self._folder.path, self.console.say).write(meeting)
         return told
 
     def _save_or_diverge(self, step: int, last: bool, eval_loss: float | None) -> None:

@@ -9,13 +9,14 @@
 
 [Note: one deadline] A replica waits for others to come at most half of `timeout_s`, so that an exchange without them
 has the other half; all of it takes no longer than `timeout_s` from this replica's own arrival. One that has nothing
-else to do, because it is new, late or has no samples left, may wait longer for the decision (`patience_s`). A replica
-that is late finds a decision without itself and is in again at the next meeting. Numbers are the job's own and not a
-replica's count, or it would wait in meetings that are over.
+else to do, because it is new or has no samples left, may wait longer for the decision (`patience_s`). A replica that is
+late finds a decision without itself. Numbers are the job's own and not a replica's count, or it would wait in meetings
+that are over.
 
 [Note: who is waited for] Those who were at the last meeting that went well, or who voted at one that did not. Others
-may come at any time and are taken in, but nobody waits for them: so a replica that hangs costs the deadline once. One
-that has lost a rank says so (`leave`) by any of the others, and costs nothing.
+may come at any time and are taken in, but nobody waits for them: so a replica that hangs costs the deadline once. But
+a replica that has missed a meeting waits for all, at most `late_s` longer: it is out of step with them, and if it went
+on alone it would be so for ever. One that has lost a rank says so (`leave`) by any of the others, and costs nothing.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class Meetings:
         self._store, self.number, self._expected = store, number, set(expected)
         self._first, self._inside, self.timeout_s = first, inside, timeout_s
         self._come = self._end = 0.0
+        self._last: int | None = None
+        """The meeting at which this replica was last."""
 
     @property
     def left(self) -> timedelta:
@@ -70,18 +73,18 @@ class Meetings:
         return timedelta(seconds=max(LEAST_S, self._end - time.monotonic()))
 
     def begin(
-        self, report: Any, common: Any = None, *, version: int = -1, patience_s: float = 0.0
+        self, report: Any, common: Any = None, *, version: int = -1, patience_s: float = 0.0, late_s: float = 0.0
     ) -> Met | None:  # fmt: skip
         """Say that this replica is there, and learn who is in; None where the others began without it.
 
         All members take over `common` of the highest `version` (below 0: this replica has none). `patience_s`: so much
-        longer this replica may wait for the decision.
+        longer this replica may wait for the decision; `late_s`: if it has missed one.
         """
         gather_json(self._inside, None)  # all of it is there, or it is not there at all
         self._start(patience_s)
-        told = self._begin(report, common, version) if self._first else None
+        told = self._begin(report, common, version, late_s) if self._first else None
         [(number, members, reports, common), *_] = gather_json(self._inside, told)
-        if patience_s:
+        if patience_s or late_s:
             self._start(0.0)
         if self.number not in members:
             return None
@@ -99,9 +102,11 @@ class Meetings:
 
     # -- the replica's first rank ------------------------------------------------------------------------------
 
-    def _begin(self, report: Any, common: Any, version: int) -> list[Any]:
+    def _begin(self, report: Any, common: Any, version: int, late_s: float) -> list[Any]:
         store = self._store
         k = self._number()
+        if self._last is not None and k > self._last + 1:
+            self._expected, self._come = {*self._known()}, self._come + late_s
         if version >= 0 and not store.check([f"common/{version}"]):
             store.set(f"common/{version}", json.dumps(common))
         store.set(f"{k}/ready/{self.number}", json.dumps([version, report]))
@@ -111,6 +116,8 @@ class Meetings:
             self._forget(k - KEPT)
         store.compare_set("meetings", str(k) if k else "", str(k + 1))  # by all: who decided may be dead by now
         _, members, common = json.loads(store.get(f"{k}/in"))
+        if self.number in members:
+            self._last = k
         return [k, members, [json.loads(store.get(f"{k}/ready/{r}"))[1] for r in members], common]
 
     def _decide(self, k: int) -> bool:

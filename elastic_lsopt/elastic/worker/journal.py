@@ -29,7 +29,7 @@ class Change:
     """Committed samples when the new generation began: what the clock says."""
     step: int
     source: str
-    """memory, checkpoint or start: where the state came from."""
+    """memory, checkpoint or start: where the state came from; newcomer: it has none, and other replicas train."""
     redone_steps: int
     """Steps that survivors had finished beyond the state that went on, done again on the same samples."""
     bytes_moved: int
@@ -42,6 +42,8 @@ class Change:
     after: Mapping[str, Any]
     survives_node_loss: bool
     """Whether each shard has a mirror on another node."""
+    replica: int | None = None
+    """Which one of several; None, and not written, in a job of one."""
     time: float = field(default_factory=time.time)
 
     def of_all(
@@ -64,10 +66,11 @@ class Change:
     def line(self) -> str:
         """What a person is told of it."""
         workers = "1 worker goes on" if len(self.workers) == 1 else f"{len(self.workers)} workers go on"
-        source = " from its checkpoint" if self.source == "checkpoint" else ""
+        source = {"checkpoint": " from its checkpoint", "newcomer": " as a newcomer"}.get(self.source, "")
+        whose = "" if self.replica is None else f"replica {self.replica} of "
         redone = f"; steps done again: {self.redone_steps}" if self.redone_steps else ""
         return (
-            f"generation {self.generation}: {self.why}; {workers} at step {self.step + 1}{source} after "
+            f"{whose}generation {self.generation}: {self.why}; {workers} at step {self.step + 1}{source} after "
             f"{sum(self.seconds.values()):.1f} s{redone}; batch {self.after['global_batch_size']}, "
             f"rate {self.after['learning_rate']:.1e}"
         )
@@ -113,7 +116,8 @@ class Meeting:
     seconds: float
     samples: int
     sent_bytes: int
-    apart: float | None
+    consensus_distance: float | None
+    """Root mean square distance of the fit members from their mean, before it; None where it is not known."""
     event: str = "exchange"
     time: float = field(default_factory=time.time)
 
@@ -153,7 +157,10 @@ class Journal:
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(asdict(change)) + "\n")
+                told = asdict(change)
+                if told.get("replica", 0) is None:
+                    del told["replica"]
+                out.write(json.dumps(told) + "\n")
 
 
 def read_journal(run_folder: Path) -> list[dict[str, Any]]:
@@ -184,9 +191,9 @@ def _time(row: Mapping[str, Any]) -> float:
 
 def line_of(meeting: Mapping[str, Any]) -> str:
     """What a person is told of such an exchange, as the journal has it."""
-    known = {f.name: meeting[f.name] for f in fields(Meeting) if f.name in meeting}
     blank = {"generation": 0, "members": (), "fit": (), "missing": (), "well": True, "why": "", "seconds": 0.0}
-    return Meeting(**{**blank, "number": 0, "samples": 0, "sent_bytes": 0, "apart": None, **known}).line()
+    blank |= {"samples": 0, "sent_bytes": 0, "consensus_distance": None}
+    return Meeting(**{**blank, **{f.name: meeting[f.name] for f in fields(Meeting) if f.name in meeting}}).line()
 
 
 def _event(row: Any) -> Any:
