@@ -31,9 +31,12 @@ class Run(Protocol):
     loader: StepLoader
     stopped: bool
     """Some rank asked to stop, and the state is saved: the runtime ends the job."""
-    newcomer: bool
-    """In a job of several replicas: what this one has does not count yet, because others train already and it was not
-    given their model. `world.newcomer` says so at first; a state that the runtime keeps remembers it."""
+
+    @property
+    def newcomer(self) -> bool:
+        """In a job of several replicas: what this one has does not count yet, because others train already and it was
+        not given their model. `world.newcomer` says so at first; a state that the runtime keeps remembers it."""
+        ...
 
     def resume(self) -> None:
         """Open, and start from the newest checkpoint or from the beginning: no living worker holds a state."""

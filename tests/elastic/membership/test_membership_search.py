@@ -102,7 +102,7 @@ def of_two_proposed(agents: int) -> World:
         (of_two, 3, each_round, Left(depth=6, failures=1)),
         pytest.param(of_two, 3, each_round, Left(depth=4, failures=2, losses=1), marks=full),
         pytest.param(of_two, 4, each_round, Left(depth=6, failures=2), marks=full),
-        pytest.param(of_two_proposed, 4, each_read, Left(depth=6, failures=2, ticks=1), marks=full),
+        pytest.param(of_two_proposed, 4, each_read, Left(depth=5, failures=1, ticks=1), marks=full),
     ],
 )
 @pytest.mark.timeout(3600)
