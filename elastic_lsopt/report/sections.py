@@ -77,10 +77,10 @@ SECTIONS = (
     Section(
         "disagreement", "Disagreement of the replicas",
         "How far the replicas have come apart when they meet: the root mean square of their distances from their mean "
-        "(consensus distance), and the mean (valley width). They come apart most where the loss is sharp, so a share "
-        "of the gradient in the span of their differences that is far above chance says that the steps go along sharp "
-        "directions. Distances grow with the learning rate and with the steps between exchanges: compare them at the "
-        "same ones.",
+        "(consensus distance), and the mean (valley width). Both grow with the learning rate and with the steps from "
+        "one exchange to the next: compare them at the same ones. By one account (Dimlioglu, Topollai, Choromanska "
+        "2026, arXiv 2605.27739) replicas come apart most where the loss is sharp: the squares say how far that is so "
+        "here, where top eigenvalues were measured.",
         draw_disagreement, "rows",
     ),
     Section(

@@ -34,7 +34,7 @@ from torch import Tensor
 from elastic_lsopt.by_name import require_count
 from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.method import State
-from elastic_lsopt.probes.spectrum.orthonormal import whitening
+from elastic_lsopt.probes.spectrum.orthonormal import ROUNDING, whitening
 from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
@@ -68,9 +68,9 @@ class Disagreement:
 
     @property
     def strengths(self) -> Tensor:
-        """The eigenvalues of G, falling: at most one less than members are there, rounding left out."""
-        values = torch.linalg.eigvalsh(self.gram).flip(0).clamp(min=0)
-        return values[values > torch.finfo(torch.float64).eps * len(values) * values[0]]
+        """The eigenvalues of G, falling: of R members R - 1, as their differences sum to zero; rounding left out."""
+        values = torch.linalg.eigvalsh(self.gram).flip(0)[:-1]
+        return values[values > ROUNDING * torch.finfo(torch.float64).eps * values[:1].clamp(min=0)]
 
     @property
     def shares(self) -> list[float]:

@@ -69,8 +69,11 @@ def test_without_a_span_there_are_two_panels_and_without_exchanges_none(drawn: l
     assert disagreement.draw_disagreement(Run("run", steps(40, 50)), tmp_path) is None
 
 
-def test_the_report_of_a_job_knows_its_replicas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_of_a_job_knows_its_replicas(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those that the settings name: a folder of an earlier job with more of them is none of its own."""
+    monkeypatch.setattr("elastic_lsopt.report.pictures.style.DPI", 20)
     folder = write_run(tmp_path / "run", rows=exchanged(steps(40, 50)))
     (folder / "config.yaml").write_text("consensus: {rule: easgd, replicas: 3}\n")
     for number in (1, 2, 3):
