@@ -105,7 +105,12 @@ class InHand:
     def state_dict(self, committed: int) -> dict[str, Any]:
         """The order, and who trains on what."""
         ledger, trained = self.rounds.ledger.to_json(), self.rounds.trained
-        return {**self._source.state_dict(committed), "ledger": ledger, "trained": trained}
+        return {
+            **self._source.state_dict(committed),
+            "ledger": ledger,
+            "trained": trained,
+            "replica": self.rounds.number,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises UserError where the dataset's size or the seed is not the saved one."""
@@ -134,6 +139,11 @@ class RoundLoader(StepLoader):
 
     def place(self, cursor: int) -> int:
         return self.rounds.spans(cursor, 1)[0][0]
+
+    def take_back(self) -> None:
+        """The step that was given out is not taken, as others train on its samples: what comes next is of what the
+        replica has in hand by now, and not what was read ahead."""
+        self.undone_steps += 1
 
     def _unit(self, index: int, position: int, sizes: Sequence[int], draws: Draws, idle: bool = False) -> MicroBatch:
         made = super()._unit(index, position, sizes, draws, idle)
