@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -15,8 +16,9 @@ PACES = {0: 1.0, 1: 1.0}
 
 
 def loader_of(rounds: Rounds, batch: int, total: int) -> RoundLoader:
+    samples: Any = range(1000)
     return RoundLoader(
-        range(1000), list, rounds, replicas=2, global_batch_size=batch, microbatch_size=1, seed=0, rank=0,
+        samples, list, rounds, replicas=2, global_batch_size=batch, microbatch_size=1, seed=0, rank=0,
         world=1, total_samples=total,
     )  # fmt: skip
 
