@@ -146,9 +146,9 @@ class ReplicaRun(TrainingRun):
             return "none"
         if step == 0:
             self._consensus_of.newcomer()
-            self.rounds.version = NOBODYS
             share = self.config.global_batch_size // self._block.replicas
-            self.rounds.resume(Ledger(self.total_samples, share), trained=0)  # it trains on nothing before it is let in
+            nothing = Ledger(self.total_samples, share)  # it trains on nothing before it is let in
+            self.rounds.resume(nothing, trained=0, version=NOBODYS)
             return "none"
         return str(checkpoint_path(folder, step))
 
