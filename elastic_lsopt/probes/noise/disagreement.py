@@ -23,7 +23,7 @@ of K (K + 1) numbers within the replica, at the step after an exchange.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -109,14 +109,14 @@ class DisagreementSpan(Stateful):
         require_count("exchanges", self.exchanges)
 
     def init(self, space: ParameterSpace) -> State:
-        return {"kept": 0, "newest": -1, "due": 0, **{name: space.zeros() for name in self._names}}
+        return {"kept": 0, "due": 0, **{name: space.zeros() for name in self._names}}
 
     @property
     def _names(self) -> list[str]:
         return [f"gap/{i}" for i in range(self.exchanges)]
 
-    def keep(self, state: dict[str, Any], gap: Vector, number: int, within: Any = None) -> None:
-        """The replica's difference from the mean at exchange `number`, in place of the oldest that is kept.
+    def keep(self, state: dict[str, Any], gap: Vector, within: Callable[[Vector], Vector] | None = None) -> None:
+        """The replica's difference from the mean at an exchange, in place of the oldest that is kept.
 
         `within` finds the gap's part of a Vector of the whole space, where it is of some parameters; the others did
         not differ then. No communication.
@@ -131,7 +131,7 @@ class DisagreementSpan(Stateful):
         surplus = {n for n in state if n.startswith("gap/")} - {*self._names}  # of a longer span, before a resume
         for name in ("share", "rank", *surplus):
             state.pop(name, None)
-        state |= {"kept": min(state["kept"] + 1, self.exchanges), "newest": number, "due": 1}
+        state |= {"kept": min(state["kept"] + 1, self.exchanges), "due": 1}
 
     def before_step(self, space: ParameterSpace, gradient: Vector, samples: int, state: State) -> None:
         """The step's gradient against the span, once per exchange; one all-reduce within the replica."""
@@ -145,9 +145,9 @@ class DisagreementSpan(Stateful):
         if len(inside) and square:
             state |= {"share": float(inside.square().sum()) / square, "rank": len(inside)}
 
-    def told(self, space: ParameterSpace, state: Mapping[str, Any], number: int) -> dict[str, Any]:
-        """What a step's row tells after exchange `number`; nothing where the gradient has not been measured since."""
-        if state["newest"] != number or "share" not in state:
+    def told(self, space: ParameterSpace, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What a step's row tells of the newest exchange; nothing where no gradient has been measured since."""
+        if "share" not in state:
             return {}
         share, rank = min(1.0, state["share"]), state["rank"]
         return {"span": rank, "gradient_share": share, "gradient_share_by_chance": rank / space.layout.numel}
