@@ -57,7 +57,7 @@ def _changes(folder: Path) -> list[dict[str, Any]]:
 
 def _meetings(folders: Sequence[Path]) -> list[dict[str, Any]]:
     try:
-        return read_meetings(folders)
+        return read_meetings(*folders)
     except (OSError, UnicodeDecodeError) as error:
         raise _damaged(folders[0] / JOURNAL, error) from error
 

@@ -93,7 +93,7 @@ def last_meetings(folder: Path) -> list[Any]:
     """The last exchanges of replicas that were out of the ordinary, a line each, as something that rich can print."""
     from rich.text import Text
 
-    meetings = read_meetings([folder, *replica_folders(folder).values()])[-CHANGES:]
+    meetings = read_meetings(folder, *replica_folders(folder).values())[-CHANGES:]
     return [Text(f"{_clock(meeting.get('time', 0.0))} {line_of(meeting)}") for meeting in meetings]
 
 

@@ -173,7 +173,7 @@ def read_rewinds(run_folder: Path) -> list[dict[str, Any]]:
     return [row for row in _rows(run_folder) if _event(row) == "rewind"]
 
 
-def read_meetings(run_folders: Sequence[Path]) -> list[dict[str, Any]]:
+def read_meetings(*run_folders: Path) -> list[dict[str, Any]]:
     """The exchanges of replicas that were out of the ordinary, in order, each once, whichever of them tell of it."""
     rows = [row for folder in run_folders for row in _rows(folder) if _event(row) == "exchange" and "number" in row]
     out: list[dict[str, Any]] = []
