@@ -109,6 +109,7 @@ def _met(kind: str, sizes: list[int], rule: str, dtype: torch.dtype, bits: int, 
                 "wanted_gram": (apart @ apart.T).tolist(), "span": consensus.in_the_span,
                 "wanted_share": float((q.T @ g).square().sum() / g.square().sum()), "rank": len(gaps),
                 "numbers": len(g), "chosen": len(chosen), "parameters": len(names),
+                "after": float(flat(engines.whole(engine.space)).sum()),
             })  # fmt: skip
         engines.close(engine)
         tear_down(engine)

@@ -58,5 +58,6 @@ def test_in_few_bits_only_what_rounding_leaves_is_told(ranks: Any) -> None:
     }
     assert all(1e-6 < off(e) < 0.02 for _, e in told[8, 0])
     assert all(e["gram"] is None and e["span"] == {} for _, e in told[2, 0])
+    assert [e["after"] for _, e in told[2, 0]] == [e["after"] for _, e in told[2, 2]], "and changes nothing else"
     for _, e in told[2, 2]:
         assert off(e) <= 1e-9 and e["span"]["gradient_share"] == pytest.approx(e["wanted_share"], rel=1e-8)
