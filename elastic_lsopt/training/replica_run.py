@@ -316,7 +316,8 @@ class ReplicaRun(TrainingRun):
         if len(self.data.eval) and self._consensus_of.leads:
             held_out = self.evaluated()
             self.eval_loss = held_out.loss
-            row = {**self._row, "eval_loss": held_out.loss}
+            # What the step's row says of samples was an estimate; the last exchange has counted them.
+            row = {**self._row, "samples": engine.clock.samples, "eval_loss": held_out.loss}
             row |= {f"eval_{name}": value for name, value in held_out.metrics.items()}
             if self._folder is not None and self._row:
                 self._folder.write(row)
