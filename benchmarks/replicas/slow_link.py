@@ -1,0 +1,145 @@
+"""Four replicas beside synchronous data parallelism, over links of 200 Mbit/s; and what one that hangs costs the others.
+
+Four processes of 10.2M parameters, each on a host of its own. `replicas`: local SGD that meets each 16 steps.
+`synchronous`: torch's DistributedDataParallel, which sends gradients while it computes others. Jobs of both take turns
+(A B B A …). Throughput is samples per second over whole rounds of 16 steps, exchanges included. The same global batch
+of eight sequences of 256 tokens, and of 32: the more a replica computes per step, the less its link matters.
+
+A replica hangs: it is stopped for three deadlines. The others' round is compared with their usual one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+import elastic_lsopt as lso
+from benchmarks.models import LOSS, Size, engine, llama, momentum, units
+from benchmarks.replicas.job import STORE, Job, Line, Place
+from benchmarks.replicas.network import Links
+
+SIZE = Size(384, 4, 1024, 6, 4096, 256, 2)
+SAMPLES = (2, 8)
+TAU, MBIT, REPLICAS = 16, 200.0, 4
+ROUNDS, PAIRS = 2, 3
+DEADLINE_S, LIMIT_S = 20.0, 1500.0
+HANGS_IN_ROUND = 2
+
+
+def replicas(place: Place, *, size: list[int], rounds: int, hangs: int = -1, deadline_s: float = DEADLINE_S) -> None:
+    """Rounds of TAU steps and the exchange that follows; the first, in which groups are made, is not counted."""
+    place.form()
+    shape = Size(*size)
+    batch = units(shape, 1)
+    consensus = place.consensus("slow", "local_sgd", tau=TAU, timeout_s=deadline_s)
+    made = engine("plain", shape, lso.Plain(), consensus=consensus)
+    made.train_batch(batch)
+    oracle = made.oracle(batch)
+    consensus.exchange(oracle)
+    place.meet("ready")
+    for number in range(rounds):
+        steps, begin = list[float](), time.perf_counter()
+        if number == HANGS_IN_ROUND and place.number == hangs:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        for step in range(TAU):
+            at = time.perf_counter()
+            made.train_batch(batch)  # the exchange of the round before is due before its first step
+            steps.append(time.perf_counter() - at)
+        met = consensus.exchanges[-1]
+        place.say(
+            seconds=time.perf_counter() - begin, steps=steps, members=met.members, well=met.well, exchange_s=met.seconds
+        )
+
+
+def synchronous(place: Place, *, size: list[int], rounds: int) -> None:
+    """torch's own, as its users write it."""
+    place.one_world()
+    shape = Size(*size)
+    batch = units(shape, 1)[0]
+    model = nn.parallel.DistributedDataParallel(llama(shape))
+    base = momentum(model.parameters())
+
+    def step() -> None:
+        base.zero_grad()
+        logits = LOSS.forward(model, batch)
+        LOSS.criterion(logits, batch).backward()
+        base.step()
+
+    for _ in range(2):
+        step()
+    place.meet("ready")
+    for _ in range(rounds):
+        begin, steps = time.perf_counter(), list[float]()
+        for _ in range(TAU):
+            at = time.perf_counter()
+            step()
+            steps.append(time.perf_counter() - at)
+        place.say(seconds=time.perf_counter() - begin, steps=steps)
+
+
+def job(what: str, size: Size, rounds: int, mbit: float = MBIT, **more: Any) -> list[list[Line]]:
+    shape = [getattr(size, name) for name in ("hidden", "layers", "intermediate", "heads", "vocabulary", "sequence")]
+    hosts = [f"r{number}" for number in range(REPLICAS)]
+    with Links([*hosts, STORE], mbit) as network, Job(
+        f"benchmarks.replicas.slow_link:{what}", [1] * REPLICAS, network=network, hosts=hosts,
+        size=[*shape, size.samples], rounds=rounds, **more,
+    ) as running:  # fmt: skip
+        if "hangs" in more:
+            running.stop_and_wake(more["hangs"], 3 * more.get("deadline_s", DEADLINE_S), LIMIT_S)
+        return running.end(LIMIT_S)
+
+
+def seconds(said: list[list[Line]]) -> float:
+    """Of a round: the mean over all but none of the first, on the slowest rank."""
+    return max(statistics.mean(line["seconds"] for line in lines) for lines in said)
+
+
+def beside(size: Size, *, rounds: int = ROUNDS, pairs: int = PAIRS, mbit: float = MBIT) -> dict[str, Any]:
+    """Throughput of replicas over that of synchronous data parallelism, pair by pair."""
+    times: dict[str, list[float]] = {"replicas": [], "synchronous": []}
+    for pair in range(pairs):
+        for what in [*times][:: 1 if pair % 2 else -1]:
+            times[what].append(seconds(job(what, size, rounds, mbit)))
+    ratios = [b / a for a, b in zip(times["replicas"], times["synchronous"], strict=True)]
+    name = f"{size.samples * REPLICAS}_samples"
+    return {
+        f"{name}_throughput_of_synchronous": statistics.median(ratios),
+        f"{name}_throughput_of_synchronous_spread": [min(ratios), max(ratios)],
+        f"{name}_replicas_step_s": statistics.median(times["replicas"]) / TAU,
+        f"{name}_synchronous_step_s": statistics.median(times["synchronous"]) / TAU,
+    }
+
+
+def hang(size: Size, *, deadline_s: float = DEADLINE_S, mbit: float = MBIT, rounds: int = 7) -> dict[str, Any]:
+    """What the others' steps took beyond their usual, where one replica was stopped for three deadlines."""
+    said = job("replicas", size, rounds, mbit, hangs=REPLICAS - 1, deadline_s=deadline_s)
+    firsts = [[line["steps"][0] for line in lines] for lines in said[:-1]]  # the steps with an exchange before them
+    usual = statistics.median(f[1] for f in firsts)
+    beyond = [sorted((s - usual for s in f[HANGS_IN_ROUND:]), reverse=True) for f in firsts]
+    return {
+        "hang_cost_s": max(b[0] for b in beyond), "hang_later_s": max(b[1] for b in beyond), "deadline_s": deadline_s,
+        "hang_cost_of_deadline": max(b[0] for b in beyond) / deadline_s, "usual_exchange_step_s": usual,
+        "hang_members": [line["members"] for line in said[0]],
+    }  # fmt: skip
+
+
+def run() -> dict[str, Any]:
+    if missing := Links.missing():
+        return {"unproved": missing}
+    figures: dict[str, Any] = {"mbit": MBIT, "tau": TAU}
+    for samples in SAMPLES:
+        figures |= beside(Size(*(*_shape(), samples)))
+    return figures | hang(SIZE)
+
+
+def _shape() -> tuple[int, ...]:
+    return SIZE.hidden, SIZE.layers, SIZE.intermediate, SIZE.heads, SIZE.vocabulary, SIZE.sequence
+
+
+assert torch  # the model's
