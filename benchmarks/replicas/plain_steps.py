@@ -59,7 +59,9 @@ def idle_share() -> float:
     return (time.process_time() - begin) / IDLE_S
 
 
-def measure(kind: str, *, size: str = "cpu", pairs: int | None = None, rules: list[str] | None = None) -> dict[str, Any]:
+def measure(
+    kind: str, *, size: str = "cpu", pairs: int | None = None, rules: list[str] | None = None
+) -> dict[str, Any]:
     with Job(
         "benchmarks.replicas.plain_steps:replica", SIZES_OF_REPLICAS, kind=kind, size=size,
         pairs=pairs or SIZES[size].pairs, rules=rules or [*RULES],

@@ -14,53 +14,57 @@ import os
 import signal
 import statistics
 import time
+from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 import elastic_lsopt as lso
 from benchmarks.models import LOSS, Size, engine, llama, momentum, units
 from benchmarks.replicas.job import STORE, Job, Line, Place
-from benchmarks.replicas.network import Links
+from benchmarks.replicas.network import Links, sent_bytes
 
 SIZE = Size(384, 4, 1024, 6, 4096, 256, 2)
 SAMPLES = (2, 8)
 TAU, MBIT, REPLICAS = 16, 200.0, 4
 ROUNDS, PAIRS = 2, 3
-DEADLINE_S, LIMIT_S = 20.0, 1500.0
+DEADLINE_S, LIMIT_S = 10.0, 1500.0
 HANGS_IN_ROUND = 2
 
 
-def replicas(place: Place, *, size: list[int], rounds: int, hangs: int = -1, deadline_s: float = DEADLINE_S) -> None:
-    """Rounds of TAU steps and the exchange that follows; the first, in which groups are made, is not counted."""
+def replicas(
+    place: Place, *, size: dict[str, Any], rounds: int, hangs: int = -1, deadline_s: float = DEADLINE_S
+) -> None:
+    """Rounds of an exchange and TAU steps; groups are made before the first."""
     place.form()
-    shape = Size(*size)
+    shape = Size(**size)
     batch = units(shape, 1)
     consensus = place.consensus("slow", "local_sgd", tau=TAU, timeout_s=deadline_s)
     made = engine("plain", shape, lso.Plain(), consensus=consensus)
     made.train_batch(batch)
-    oracle = made.oracle(batch)
-    consensus.exchange(oracle)
+    consensus.exchange(made.oracle(batch))
+    for _ in range(TAU):
+        made.train_batch(batch)
     place.meet("ready")
     for number in range(rounds):
-        steps, begin = list[float](), time.perf_counter()
+        steps, begin, sent = list[float](), time.perf_counter(), sent_bytes()
         if number == HANGS_IN_ROUND and place.number == hangs:
             os.kill(os.getpid(), signal.SIGSTOP)
-        for step in range(TAU):
+        for _ in range(TAU):  # an exchange is due before the first
             at = time.perf_counter()
-            made.train_batch(batch)  # the exchange of the round before is due before its first step
+            made.train_batch(batch)
             steps.append(time.perf_counter() - at)
         met = consensus.exchanges[-1]
         place.say(
-            seconds=time.perf_counter() - begin, steps=steps, members=met.members, well=met.well, exchange_s=met.seconds
-        )
+            seconds=time.perf_counter() - begin, steps=steps, sent=sent_bytes() - sent, members=met.members,
+            well=met.well, exchange_s=met.seconds,
+        )  # fmt: skip
 
 
-def synchronous(place: Place, *, size: list[int], rounds: int) -> None:
+def synchronous(place: Place, *, size: dict[str, Any], rounds: int) -> None:
     """torch's own, as its users write it."""
     place.one_world()
-    shape = Size(*size)
+    shape = Size(**size)
     batch = units(shape, 1)[0]
     model = nn.parallel.DistributedDataParallel(llama(shape))
     base = momentum(model.parameters())
@@ -75,42 +79,45 @@ def synchronous(place: Place, *, size: list[int], rounds: int) -> None:
         step()
     place.meet("ready")
     for _ in range(rounds):
-        begin, steps = time.perf_counter(), list[float]()
+        steps, begin, sent = list[float](), time.perf_counter(), sent_bytes()
         for _ in range(TAU):
             at = time.perf_counter()
             step()
             steps.append(time.perf_counter() - at)
-        place.say(seconds=time.perf_counter() - begin, steps=steps)
+        place.say(seconds=time.perf_counter() - begin, steps=steps, sent=sent_bytes() - sent)
 
 
 def job(what: str, size: Size, rounds: int, mbit: float = MBIT, **more: Any) -> list[list[Line]]:
-    shape = [getattr(size, name) for name in ("hidden", "layers", "intermediate", "heads", "vocabulary", "sequence")]
     hosts = [f"r{number}" for number in range(REPLICAS)]
     with Links([*hosts, STORE], mbit) as network, Job(
         f"benchmarks.replicas.slow_link:{what}", [1] * REPLICAS, network=network, hosts=hosts,
-        size=[*shape, size.samples], rounds=rounds, **more,
+        size=asdict(size), rounds=rounds, **more,
     ) as running:  # fmt: skip
         if "hangs" in more:
             running.stop_and_wake(more["hangs"], 3 * more.get("deadline_s", DEADLINE_S), LIMIT_S)
         return running.end(LIMIT_S)
 
 
-def seconds(said: list[list[Line]]) -> float:
-    """Of a round: the mean over all but none of the first, on the slowest rank."""
-    return max(statistics.mean(line["seconds"] for line in lines) for lines in said)
+def of_round(said: list[list[Line]], what: str) -> float:
+    """The mean over rounds, of the rank where it is most."""
+    return max(statistics.mean(line[what] for line in lines) for lines in said)
 
 
 def beside(size: Size, *, rounds: int = ROUNDS, pairs: int = PAIRS, mbit: float = MBIT) -> dict[str, Any]:
     """Throughput of replicas over that of synchronous data parallelism, pair by pair."""
     times: dict[str, list[float]] = {"replicas": [], "synchronous": []}
+    sent: dict[str, float] = {}
     for pair in range(pairs):
         for what in [*times][:: 1 if pair % 2 else -1]:
-            times[what].append(seconds(job(what, size, rounds, mbit)))
+            said = job(what, size, rounds, mbit)
+            times[what].append(of_round(said, "seconds"))
+            sent[what] = of_round(said, "sent")
     ratios = [b / a for a, b in zip(times["replicas"], times["synchronous"], strict=True)]
     name = f"{size.samples * REPLICAS}_samples"
     return {
         f"{name}_throughput_of_synchronous": statistics.median(ratios),
         f"{name}_throughput_of_synchronous_spread": [min(ratios), max(ratios)],
+        f"{name}_bytes_of_synchronous": sent["replicas"] / sent["synchronous"],
         f"{name}_replicas_step_s": statistics.median(times["replicas"]) / TAU,
         f"{name}_synchronous_step_s": statistics.median(times["synchronous"]) / TAU,
     }
@@ -120,7 +127,7 @@ def hang(size: Size, *, deadline_s: float = DEADLINE_S, mbit: float = MBIT, roun
     """What the others' steps took beyond their usual, where one replica was stopped for three deadlines."""
     said = job("replicas", size, rounds, mbit, hangs=REPLICAS - 1, deadline_s=deadline_s)
     firsts = [[line["steps"][0] for line in lines] for lines in said[:-1]]  # the steps with an exchange before them
-    usual = statistics.median(f[1] for f in firsts)
+    usual = statistics.median(s for f in firsts for s in f[:HANGS_IN_ROUND])
     beyond = [sorted((s - usual for s in f[HANGS_IN_ROUND:]), reverse=True) for f in firsts]
     return {
         "hang_cost_s": max(b[0] for b in beyond), "hang_later_s": max(b[1] for b in beyond), "deadline_s": deadline_s,
@@ -134,12 +141,5 @@ def run() -> dict[str, Any]:
         return {"unproved": missing}
     figures: dict[str, Any] = {"mbit": MBIT, "tau": TAU}
     for samples in SAMPLES:
-        figures |= beside(Size(*(*_shape(), samples)))
+        figures |= beside(replace(SIZE, samples=samples))
     return figures | hang(SIZE)
-
-
-def _shape() -> tuple[int, ...]:
-    return SIZE.hidden, SIZE.layers, SIZE.intermediate, SIZE.heads, SIZE.vocabulary, SIZE.sequence
-
-
-assert torch  # the model's

@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import elastic_lsopt as lso
@@ -24,9 +25,9 @@ FRAGMENTS, EVERY, STEPS, MBIT = 4, 2, 8, 200.0
 BLOCKS, LIMIT_S = 7, 1500.0
 
 
-def replica(place: Place, *, size: list[int], blocks: int) -> None:
+def replica(place: Place, *, size: dict[str, Any], blocks: int) -> None:
     place.form()
-    shape = Size(*size)
+    shape = Size(**size)
     batch = units(shape, 1)
     plain = engine("plain", shape, lso.Plain())
     more: dict[str, Any] = {"tau": EVERY * FRAGMENTS, "fragments": FRAGMENTS}
@@ -62,10 +63,9 @@ def replica(place: Place, *, size: list[int], blocks: int) -> None:
 def measure(*, blocks: int = BLOCKS, size: Size = SIZE, mbit: float = MBIT) -> dict[str, Any]:
     if missing := Links.missing():
         return {"unproved": missing}
-    shape = [getattr(size, name) for name in ("hidden", "layers", "intermediate", "heads", "vocabulary", "sequence")]
     with Links(["r0", "r1", STORE], mbit) as network, Job(
         "benchmarks.replicas.streaming:replica", [1, 1], network=network, hosts=["r0", "r1"],
-        size=[*shape, size.samples], blocks=blocks,
+        size=asdict(size), blocks=blocks,
     ) as job:  # fmt: skip
         said = job.end(LIMIT_S)
     times = {

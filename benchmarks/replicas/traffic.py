@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -90,10 +91,10 @@ def collectives(calls: Counter[str]) -> int:
     return halves + sum(calls[name] for name in CALLS if name not in ("alltoall_base", "_allgather_base"))
 
 
-def replica(place: Place, *, kind: str, cases: list[str], size: list[int]) -> None:
+def replica(place: Place, *, kind: str, cases: list[str], size: dict[str, Any]) -> None:
     """All cases, one after another, each with a model of its own."""
     place.form()
-    shape = Size(*size)
+    shape = Size(**size)
     batch = units(shape, 1)
     for case in cases:
         rule, more = CASES[case]
@@ -155,8 +156,7 @@ def papers(case: str, numel: int, replicas: int) -> float:
 def measure(sizes: list[int], kind: str, cases: list[str], *, prefix: str = "", size: Size = SIZE) -> dict[str, Any]:
     """Figures of these cases. Without network namespaces the bytes are those that we count ourselves."""
     hosts = [f"r{number}" for number in range(len(sizes))]
-    shape = [getattr(size, name) for name in ("hidden", "layers", "intermediate", "heads", "vocabulary", "sequence")]
-    arguments = {"kind": kind, "cases": cases, "size": [*shape, size.samples]}
+    arguments = {"kind": kind, "cases": cases, "size": asdict(size)}
     if (missing := Links.missing()) is None:
         with Links([*hosts, STORE]) as network, Job(
             "benchmarks.replicas.traffic:replica", sizes, network=network, hosts=hosts, **arguments
