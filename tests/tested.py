@@ -42,6 +42,8 @@ def tested_text(items: list[pytest.Item]) -> str:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         said = [*_values(parameters)]
         worlds = {value for axis, value in said if axis == "world" and isinstance(value, int)}
+        if isinstance(sizes := parameters.get("sizes"), list):  # of replicas
+            worlds.add(sum(sizes))
         backends = {str(v) for a, v in said if a in ("kind", "stage", "saved", "loaded") and _is_backend(v)}
         for name in {*_algorithms(said, classes), *_words_of(path, test, known)} if backends else ():
             key = known[name].kind, name

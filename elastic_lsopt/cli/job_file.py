@@ -53,7 +53,7 @@ def job_of(file: ConfigFile, *, imports: bool = True) -> Job:
 
             averages_of(config)
         if config.consensus is not None and "consensus" not in code:
-            from elastic_lsopt.training.replica_run import rule_of
+            from elastic_lsopt.training.building.rules import rule_of
 
             rule_of(config)
         if config.compute_metrics and "compute_metrics" not in code:

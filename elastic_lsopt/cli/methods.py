@@ -1,4 +1,5 @@
-"""`elastic-lsopt methods [NAME]`: every method, update and average, ours and third parties', and what each costs.
+"""`elastic-lsopt methods [NAME]`: every method, update, average and rule of consensus, ours and third parties', and
+what each costs.
 
 All is read from the registries and from the classes: their module's first sentence, their `facts`, their fields. Where
 one is tested is what the test suite's collection has written to `tested.json`: see tests/manifest.py.
@@ -26,12 +27,13 @@ from elastic_lsopt.by_name import Registry, nearest
 from elastic_lsopt.cli.terminal.tables import console_of_tables
 from elastic_lsopt.config.pages import examples
 from elastic_lsopt.config.pages.reference import Own, annotated, in_words, yaml_of
+from elastic_lsopt.consensus.registry import rules
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.facts import Facts
 from elastic_lsopt.optimizers.registry import methods as gradient_rules
 from elastic_lsopt.updates.registry import updates
 
-REGISTRIES: tuple[Registry, ...] = (gradient_rules, updates, averages)
+REGISTRIES: tuple[Registry, ...] = (gradient_rules, updates, averages, rules)
 TESTED = Path(__file__).parents[1] / "tested.json"
 UNKNOWN = "-"
 """In place of what a class does not say."""
@@ -73,7 +75,9 @@ def methods(name: str | None = None, *, as_json: bool = False) -> int:
     if not chosen:
         assert name is not None
         names = dict.fromkeys(one.name for one in listed)
-        raise UserError(f"no method, update or average is called {name!r}{nearest(name, names, 'there are')}.")
+        raise UserError(
+            f"no method, update, average or rule of consensus is called {name!r}{nearest(name, names, 'there are')}."
+        )
     if as_json:
         own = [one.told() | ({"fields": [asdict(f) for f in fields_of(one.found)]} if name else {}) for one in chosen]
         print(json.dumps(own, indent=2, default=str))
@@ -200,8 +204,10 @@ def _example(one: Algorithm, own: list[Own]) -> list[str]:
             lines = {"landscape": {"method": one.name, **values}}
         case "update":
             lines = {"optim": one.name, **({"optim_args": values} if values else {})}
-        case _:
+        case "average":
             lines = {"averages": {one.name: values}}
+        case _:
+            lines = {"consensus": {"rule": one.name, "replicas": 4, **values, **examples.EXCHANGE.get(one.name, {})}}
     beside = examples.BESIDE.get(one.name, ()) if one.announced_by is None else ()
     return [*beside, *(f"{key}: {yaml_of(value)}" for key, value in lines.items())]
 
@@ -212,7 +218,13 @@ def _example(one: Algorithm, own: list[Own]) -> list[str]:
 def _print_all(listed: list[Algorithm]) -> None:
     out = console_of_tables()
     for kind in dict.fromkeys(one.kind for one in listed):
-        out.print(_table(out, f"{kind}s", [one for one in listed if one.kind == kind]))
+        out.print(
+            _table(
+                out,
+                kind.replace("rule", "rules") if " " in kind else f"{kind}s",
+                [one for one in listed if one.kind == kind],
+            )
+        )
     out.print(
         "passes: gradients of the global batch per step; memory: numbers per parameter kept between steps, 1/N of them "
         "per rank, and what there is in between; tested: the backends (and numbers of ranks) on which the test suite "

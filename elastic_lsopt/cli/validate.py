@@ -9,7 +9,7 @@ that is code of the user's own is built only if `trust` says so; without it the 
 import os
 import resource
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -44,6 +44,7 @@ from elastic_lsopt.plan import Plan, Policy, Worker, plan
 from elastic_lsopt.training.building.imported_model import foreign_code
 from elastic_lsopt.training.estimate.job import on_world
 from elastic_lsopt.training.estimate.look import look_at_model
+from elastic_lsopt.training.estimate.replicas import one_replica, replicas_of
 from elastic_lsopt.training.pace import batches_told, refuse_parts
 
 WORLDS = (1, 2, 4, 8)
@@ -64,21 +65,26 @@ def validate(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = F
     whatever is wrong.
     """
     job = read_job(path, overrides, imports=trust)
+    replicas = replicas_of(job.config)
     with job.file.located():
         check_paths(job.config)
-        cut = _cut(job)
+        one = replace(job, config=one_replica(job.config))
+        cut = _cut(one)
         plans = _plans(job)
         code = {} if trust else foreign_code(job.config)
         looked = look_at_model(job.config, job.method) if "model.import" not in code else None
-    worlds = [w for w in sorted({*WORLDS, job.config.workers}) if w % 2 == 0 or not in_halves(job.config)]
+    each = 2 if in_halves(job.config) else 1  # what divides the ranks of a replica
+    worlds = [w for w in sorted({*WORLDS, job.config.workers}) if w % (each * replicas) == 0] or [each * replicas]
     console = console_of_tables()
     parameters = f"{said_of_size(looked.size)}, " if looked is not None else ""
     console.print(f"{path}: {job.config.task}, {parameters}backend {_backend(job.config)}")
     if not any(key.startswith("landscape") for key in code):
         console.print(f"{job.method!r}: {(type(job.method).__doc__ or '').strip().splitlines()[0]}", markup=False)
-    console.print(_batch_table(console, job.config, cut, worlds))
+    if replicas > 1:
+        console.print(f"{replicas} replicas, each on as many of the job's ranks: the tables are of one of them.")
+    console.print(_batch_table(console, one.config, cut, [w // replicas for w in worlds]))
     run = [made.world for made in plans] or worlds  # an elastic job's policy may refuse others
-    run = [world for world in run if world % job.config.fsdp_replicas == 0]
+    run = [world for world in run if world % (job.config.fsdp_replicas * replicas) == 0]
     ours = [] if looked is None else [on_world(job.config, looked, w, parts=job.method.parts) for w in run]
     if ours:
         console.print(memory_table(console, job.config, ours))

@@ -39,8 +39,9 @@ class ConsensusConfig:
     """The rule of consensus: local_sgd, easgd, lsgd, mgrawa, lgrawa, dppf, diloco … or an import path."""
     replicas: Annotated[Count, Field(ge=2)]
     """Replicas of the job, each of which trains on global_batch_size / replicas samples per step; >= 2."""
-    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
-    """How numbers travel between replicas."""
+    exchange: ExchangeConfig | None = None
+    """How numbers travel between replicas, with error feedback: {bits: 16, 8, 4 or 2}, {top_k: 64} (of each 4096 the so
+    many largest) or both; null: as they are."""
     exchange_timeout_s: Positive = 30.0
     """Seconds that an exchange may take; half of them for others to come."""
     steps: Literal["by_size", "by_speed"] = "by_size"
@@ -48,6 +49,11 @@ class ConsensusConfig:
     same job differ)."""
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     """The rule's own, tau among them."""
+
+    @property
+    def told(self) -> ExchangeConfig:
+        """How numbers travel."""
+        return self.exchange or ExchangeConfig()
 
 
 OWN = tuple(name for name in ConsensusConfig.__dataclass_fields__ if name != "hyperparameters")

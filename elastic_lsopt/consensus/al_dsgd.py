@@ -29,7 +29,6 @@ from elastic_lsopt.consensus.registry import register
 from elastic_lsopt.consensus.replicas import Replicas
 from elastic_lsopt.consensus.rule import Rule, loss_of
 from elastic_lsopt.facts import Facts
-from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.space.geometry import ParameterSpace
@@ -108,9 +107,6 @@ class ALDSGD(Rule):
             right = all(isinstance(v, int | float) and v >= 0 for v in values) and sum(values) <= 1
             require(right, f"{one}, {two}", values, "numbers >= 0 whose sum is <= 1")
 
-    def init(self, space: ParameterSpace) -> State:
-        return {"loss": math.inf}
-
     def after_step(self, space: ParameterSpace, report: StepReport, state: dict[str, Any]) -> None:
         state["loss"] = loss_of(report, "al_dsgd")
 
@@ -121,7 +117,7 @@ class ALDSGD(Rule):
         size, me = len(replicas.members), replicas.place
         now = active(self.graph, size, self.budget, replicas.last)
         degrees = [sum(i in edge for edge in now) for i in range(size)]
-        losses = replicas.numbers(state["loss"])[:, 0].tolist()
+        losses = replicas.numbers(state.get("loss", math.inf))[:, 0].tolist()
         near = sorted({i for edge in now if me in edge for i in edge} - {me})
         if not near:
             return []

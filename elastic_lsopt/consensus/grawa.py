@@ -44,7 +44,7 @@ TINY = torch.finfo(torch.float64).tiny
 class _GRAWA(Rule):
     pull: float = 0.5
     """c2, how far towards the weighted mean; >= 0 and <= 1. The authors: 0.5."""
-    decay: float = 0.9**8
+    decay: float = 0.43046721
     """b, of the running mean of norms; >= 0 and < 1. The authors: 0.9^8 per exchange, 0.85 per step of training."""
     norms: Literal["fresh", "training"] = "fresh"
     """fresh: of a gradient at each exchange, on samples of the coming step; training: of each step's own."""
@@ -106,7 +106,9 @@ class _GRAWA(Rule):
 @register("mgrawa")
 @dataclass(frozen=True, kw_only=True)
 class MGRAWA(_GRAWA):
-    """Cost: a gradient per exchange (`norms: training`: none, and an all-reduce of a number per parameter per step).
+    """MGRAWA: replicas are pulled to a mean in which those with short gradients count more, one weight for the model.
+
+    Cost: a gradient per exchange (`norms: training`: none, and an all-reduce of a number per parameter per step).
     Memory: two Vectors within an exchange. Communication: one reduction of a Vector and a number to all per
     exchange. Raises UserError for a value out of range."""
 
@@ -125,7 +127,9 @@ class MGRAWA(_GRAWA):
 @register("lgrawa")
 @dataclass(frozen=True, kw_only=True)
 class LGRAWA(_GRAWA):
-    """Cost: a gradient per exchange (`norms: training`: none, and an all-reduce of a number per parameter per step).
+    """LGRAWA: replicas are pulled to a mean in which those with short gradients count more, parameter by parameter.
+
+    Cost: a gradient per exchange (`norms: training`: none, and an all-reduce of a number per parameter per step).
     Memory: two Vectors within an exchange. Communication: one reduction of a Vector and a number per
     parameter to all per exchange. Raises UserError for a value out of range."""
 

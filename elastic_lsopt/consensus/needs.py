@@ -35,8 +35,8 @@ def refuse_unmet(
         called = still.get("update", _called(base))
         raise UserError(
             f"rule of consensus {name} needs a base with momentum, and the base is {called}"
-            f"{' with momentum=0' if 'momentum' in still else ''}; give it momentum, as in optim_args: "
-            "{momentum: 0.9, nesterov: true}, or take the rule easgd, which any base suits."
+            f"{' with momentum=0' if 'momentum' in still else ''}; set "
+            "momentum: 0.9, or take the rule easgd, which any base suits."
         )
     if rule.needs_top_k and top_k is None:
         raise UserError(

@@ -11,8 +11,8 @@ of them and they go on as they were, so no replica is ever averaged by halves. `
 on micro-batches that no step has seen yet.
 
 A rule that streams has one fragment of the parameters exchanged at a time, while steps go on (`overlap` of them): its
-`exchange` runs in a thread of its own, and looks at `replicas` and at what `snapshot` gave, which are copies; at no
-weights, no oracle, and nothing that communicates inside the replica.
+`exchange` runs in a thread of its own. There it looks at `replicas`, at what `snapshot` gave, where what steps move is
+copied, and at the space's layout; at no weights, no oracle, and nothing that communicates inside the replica.
 """
 
 from __future__ import annotations

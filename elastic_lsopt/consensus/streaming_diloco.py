@@ -34,7 +34,7 @@ from elastic_lsopt.space.geometry import ParameterSpace
 @register("streaming_diloco")
 @dataclass(frozen=True, kw_only=True)
 class StreamingDiLoCo(DiLoCo):
-    """Cost: none beside the steps, which go on. Memory: two Vectors, 1/N of them per rank; three of a fragment while it
+    """Cost: none beside the steps, which go on. Memory: two Vectors, 1/N of them per rank; four of a fragment while it
     is exchanged. Communication: one reduction of a fragment per exchange. Raises UserError for a value out of range,
     and for fewer layers than fragments."""
 
@@ -50,7 +50,7 @@ class StreamingDiLoCo(DiLoCo):
     """What a replica keeps of its own fragment; >= 0 and <= 1. The paper: 0.5."""
 
     facts: ClassVar[Facts] = Facts(
-        paper="Douillard et al. 2025, arXiv 2501.18512", passes="0", memory="2; 3/P within an exchange",
+        paper="Douillard et al. 2025, arXiv 2501.18512", passes="0", memory="2; 4/P within an exchange",
         communication="a reduction of 1/P per tau/P steps, while steps go on",
     )  # fmt: skip
 
@@ -72,11 +72,12 @@ class StreamingDiLoCo(DiLoCo):
         return space.restricted(fragments_of(space.layout, self.fragments)[number % self.fragments])
 
     def snapshot(self, space: ParameterSpace, state: dict[str, Any], number: int) -> dict[str, Any]:
-        part = self.part(space, number)
-        return {"number": number, "apart": within(part, state["old"]) - part.weights}
+        return {**state, "number": number, "here": self.part(space, number).weights.clone()}
 
     def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Any:
-        return state["number"], replicas.sum(state["apart"], by_samples(replicas)[replicas.place])
+        number, here = state["number"], state["here"]
+        apart = within(self.part(space, number), state["old"]) - here  # a late replica has just been given `old`
+        return number, replicas.sum(apart, by_samples(replicas)[replicas.place])
 
     def settle(self, heard: Any, space: ParameterSpace, state: dict[str, Any]) -> None:
         number, delta = heard

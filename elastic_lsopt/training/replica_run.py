@@ -24,9 +24,7 @@ from elastic_lsopt.api.consensus import Consensus, Exchanged
 from elastic_lsopt.checkpoint.checkpointer import LoadReport
 from elastic_lsopt.checkpoint.folder import checkpoint_path, damage, listing, step_of
 from elastic_lsopt.config.consensus import read_consensus
-from elastic_lsopt.config.settings import SettingError, TrainConfig
-from elastic_lsopt.consensus import registry as rules
-from elastic_lsopt.consensus.rule import Rule
+from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.data.ledger import AHEAD, Ledger
 from elastic_lsopt.data.loader import StepLoader
 from elastic_lsopt.data.rounds import RoundLoader, Rounds, steps_of
@@ -37,6 +35,7 @@ from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.step_report import StepReport
+from elastic_lsopt.training.building.rules import rule_of
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.loop import TrainingRun
@@ -52,18 +51,6 @@ LOOKED_AT = 3
 """Checkpoints whose bytes are checked when a job starts again."""
 STATISTICS_BATCHES = 50
 """Micro-batches over which batch norm's statistics are estimated."""
-
-
-def rule_of(config: TrainConfig) -> Rule:
-    """The rule that the settings describe. Raises SettingError for one that is not known or does not take its
-    values."""
-    assert config.consensus is not None
-    block = read_consensus(config.consensus)
-    try:
-        return rules.build(block.rule, **block.hyperparameters)
-    except UserError as error:
-        key = next((k for k in block.hyperparameters if str(error).startswith(f"{k}=")), "rule")
-        raise SettingError(f"consensus.{key}", f"consensus: {error}") from None
 
 
 def of_replica(config: TrainConfig, number: int) -> TrainConfig:
@@ -84,11 +71,12 @@ class ReplicaRun(TrainingRun):
     ) -> None:  # fmt: skip
         assert config.consensus is not None
         self._block, self._rule = read_consensus(config.consensus), rule_of(config)
+        self._job = config
         self._number, self._last_microbatches, self._row = world.replica, list[MicroBatch](), dict[str, Any]()
         self._counted = self._told = 0
         """Samples that had counted at the last look, and exchanges that the journal knows."""
         super().__init__(of_replica(config, world.replica), method, data, world, console, keep)
-        if world.meetings is not None:
+        if world.meetings is not None and world.plan is None:
             self._refuse_other_data()
 
     # -- making it ---------------------------------------------------------------------------------------------
@@ -114,16 +102,18 @@ class ReplicaRun(TrainingRun):
         self.rounds = Rounds(ledger, world.replica, every, paces, ahead=ahead)
         self.rounds.version = NOBODYS if world.newcomer else 0
         return Consensus(
-            self._rule, world.meetings, replicas=tuple(paces), bits=block.exchange.bits, top_k=block.exchange.top_k,
+            self._rule, world.meetings, replicas=tuple(paces), bits=block.told.bits, top_k=block.told.top_k,
             timeout_s=block.exchange_timeout_s, rounds=self.rounds, by_speed=block.steps == "by_speed",
-            newcomer=world.newcomer,
+            newcomer=world.newcomer, outdated=world.outdated,
         )  # fmt: skip
 
     def _loader(self) -> StepLoader:
         if self.world.meetings is None:
             return super()._loader()
+        plan = self.world.plan
         return RoundLoader(
             self.data.train, self.collate, self.rounds, replicas=self._block.replicas,
+            microbatches=None if plan is None else plan.microbatches_of_rank[self.world.rank],
             global_batch_size=self.config.global_batch_size // self._block.replicas, **self.how_to_load(),
         )  # fmt: skip
 
@@ -208,6 +198,23 @@ class ReplicaRun(TrainingRun):
         self._consensus_of.exchange(engine.oracle(self._last_microbatches) if self._last_microbatches else None)
         self._tell()
 
+    # -- in an elastic job -------------------------------------------------------------------------------------
+
+    @property
+    def newcomer(self) -> bool:
+        """Whether it waits to be given the model."""
+        return self.world.meetings is not None and not self._consensus_of.fit
+
+    def begin_anew(self) -> None:
+        """Others train: the first exchange gives this replica what they have come to."""
+        self.open()
+
+    def members_changed(self, world: World) -> None:
+        """Other replicas have come or gone."""
+        assert world.meetings is not None
+        self.world = world
+        self._consensus_of.members_changed(world.meetings, tuple(r for r, size in enumerate(world.sizes) if size))
+
     # -- a step ------------------------------------------------------------------------------------------------
 
     def _commit(self, report: StepReport) -> None:
@@ -271,6 +278,8 @@ class ReplicaRun(TrainingRun):
         """The model becomes what the rule's paper evaluates; then as ever."""
         if not self.stopped:
             self._become_the_model()
+            if self._consensus_of.leads and self._number:  # the first replica is no more: this one speaks for the job
+                self.config = self._job
         super().finish()
 
     def _become_the_model(self) -> None:
@@ -282,7 +291,7 @@ class ReplicaRun(TrainingRun):
         estimate_anew(
             engine, (self.collate([train[i] for i in rows]) for rows in spread(len(train), size, STATISTICS_BATCHES))
         )
-        if len(self.data.eval) and self.world.replica == 0:
+        if len(self.data.eval) and self._consensus_of.leads:
             held_out = self.evaluated()
             self.eval_loss = held_out.loss
             row = {**self._row, "eval_loss": held_out.loss}

@@ -32,17 +32,22 @@ SAM = ("sam", engines.HYPERPARAMETERS["sam"])
 TOP_K = {"sparseloco": 40}
 """Of the one chunk that the model is."""
 BASES = {"muloco": "muon"}
+FRAGMENTS = [[range(1), range(105, 259)], [range(1, 105), range(259, 317)]]
+"""Of `engines.net`, written out: `tiny` and `second`; `first`, `norm` and `last`."""
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "local_sgd": {"pull": 0.7}, "easgd": {"beta": 0.8}, "dppf": {"pull": 0.3, "push": 0.05},
     "diloco": {"lr": 0.7, "momentum": 0.9}, "lsgd": {"pull": 0.3, "prox": 0.4, "window": 2},
     "mgrawa": {}, "lgrawa": {"pull": 0.6}, "eamsgd": {"beta": 0.8}, "lsam": {"beta": 0.5},
     "al_dsgd": {"graph": "ring", "c1": 0.2, "c2": 0.1, "p1": 0.2, "p2": 0.1}, "parle": {"rho0": 0.5, "rho1": 0.1},
     "muloco": {"lr": 0.9, "momentum": 0.8}, "sparseloco": {"lr": 0.8, "decay": 0.9},
+    "streaming_diloco": {"lr": 0.4, "momentum": 0.9, "fragments": 2, "overlap": 1, "alpha": 0.4},
 }  # fmt: skip
 
 
 def given(rule: str, replicas: int, hyper: dict[str, Any]) -> dict[str, Any]:
     """What the plain loop is told of a rule."""
+    if rule == "streaming_diloco":
+        return {**{k: v for k, v in hyper.items() if k != "overlap"}, "places": FRAGMENTS}
     if rule == "sparseloco":
         return {**hyper, "k": TOP_K["sparseloco"], "chunk": 4096}
     if rule != "al_dsgd":
@@ -73,17 +78,22 @@ def drift(
     method, of_method = METHODS.get(rule, SAM)
     plain = [oracle.Replica(net, theirs(rule, net)) for net in (engines.net((), DTYPES[dtype]) for _ in sizes)]
     owns = [range(2 * sum(sizes[:r]), 2 * sum(sizes[: r + 1])) for r in range(len(sizes))]
-    oracle.drifted(plain, steps, owns, rule, tau, given(rule, len(sizes), hyper), method, of_method)
+    overlap = hyper.get("overlap", 0)
+    oracle.drifted(plain, steps, owns, rule, tau, given(rule, len(sizes), hyper), method, of_method, overlap)
     with away() as fresh:
         store = fresh()
         form_replicas(dist.PrefixStore("groups", store), me, sizes, timedelta(seconds=30), apart=True)
         consensus = Consensus(
-            registry.build(rule, tau=tau, **hyper), dist.PrefixStore("consensus", store),
+            registry.build(rule, tau=tau * hyper.get("fragments", 1), **hyper), dist.PrefixStore("consensus", store),
             replicas=tuple(range(len(sizes))), bits=bits, top_k=TOP_K.get(rule), timeout_s=20.0,
         )  # fmt: skip
         chosen = lso.registry.build(method, **of_method)
         engine = engines.build(kind, engines.net((), DTYPES[dtype]), chosen, base=ours(rule), consensus=consensus)
-        losses = [engine.train_batch(dealt(step, sizes, number, own)) for step in steps]
+        losses, passes = [], set()
+        for step in steps:
+            losses.append(engine.train_batch(dealt(step, sizes, number, own)))
+            assert engine.last_step is not None
+            passes.add(engine.last_step.passes)
         found = weights(engine)
         told = [(e.number, list(e.members), e.well, e.sent_bytes) for e in consensus.exchanges]
         local = sum(p.length for p in engine.space.layout.pieces)
@@ -94,7 +104,7 @@ def drift(
     return {
         "dw": max(float((found[n].double() - wanted[n].detach().double()).abs().max()) for n in found),
         "dloss": max(abs(a - b) for a, b in zip(losses, plain[number].losses, strict=True)),
-        "apart": apart, "exchanges": told, "local": local,
+        "apart": apart, "exchanges": told, "local": local, "passes": sorted(passes),
     }  # fmt: skip
 
 

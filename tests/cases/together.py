@@ -192,6 +192,7 @@ def point(rule: Rule, members: Sequence[Member]) -> list[Tensor]:
 def drifted(
     rule: Rule, steps: Sequence[Sequence[Any]], owns: Sequence[Sequence[int]], *, method: str = "none",
     of_method: Mapping[str, Any] | None = None, base: Any = "momentum", told: Told | None = None, model: Any = None,
+    kind: str = "plain",
 ) -> tuple[list[Member], list[lso.Engine]]:  # fmt: skip
     """Replicas, an engine each, that take these steps on their own micro-batches, and meet before each step of which
     `rule.every` are over; what they hear is settled `rule.overlap` steps later."""
@@ -199,7 +200,7 @@ def drifted(
     for _ in owns:
         net = engines.net((), torch.float64) if model is None else model()
         chosen = lso.registry.build(method, **(of_method or {}))
-        engine = engines.build("plain", net, chosen, base=base, keep=[rule])
+        engine = engines.build(kind, net, chosen, base=base, keep=[rule])
         made.append(engine)
         members.append(Member(engine.space, engine.families[FAMILY].state_dict(), samples=0))
     due: dict[int, list[Any]] = {}

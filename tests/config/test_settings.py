@@ -68,6 +68,7 @@ KEYS = [
     "landscape_space",
     "seed",
     "elastic",
+    "consensus",
     "probes",
     "eval_steps",
     "eval_batches",

@@ -35,7 +35,7 @@ def apart(one: Path, two: Path) -> float:
 
 
 def test_meeting_at_every_step_is_one_job(tmp_path: Path) -> None:
-    """tau = 1 and full pull under plain SGD: synchronous data parallelism, on the same samples and at the same rates."""
+    """tau = 1 and full pull under plain SGD: synchronous data parallelism, on the same samples, at the same rates."""
     steps = 12
     run(command("none", job(tmp_path, "together", max_steps=steps)), tmp_path)
     run(command("none", job(tmp_path, "apart", max_steps=steps, consensus=EVERY)), tmp_path)

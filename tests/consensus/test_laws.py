@@ -267,15 +267,19 @@ def test_grawa_by_parameter_and_by_model() -> None:
     assert found["mgrawa"] == pytest.approx([2.0, 15.0]) and found["lgrawa"] == pytest.approx([1.0, 17.5])
 
 
-def test_grawas_running_mean() -> None:
-    """Of norms n1, n2 it is (b n1 + n2) / (1 + b), corrected for its beginning."""
+@pytest.mark.parametrize("new", [False, True])
+def test_grawas_running_mean(new: bool) -> None:
+    """Of norms n1, n2 it is (b n1 + n2) / (1 + b), corrected for its beginning: of a newcomer it is n2."""
     rule = registry.build("mgrawa", decay=0.5, pull=0.0)
     members = with_gradients(rule, (6.0, 0.0), (1.0, 0.0))
     meet(rule, members, 0)
     for m, x in zip(members, (1.5, 4.0), strict=True):
         shards: Any = m.space.shards
         _, m.oracle = lso.attach(shards.module, lambda model, x: model(x).sum(), [torch.tensor([[x, 0.0]]).double()])
-    one, two = 1 / ((0.5 * 6 + 1.5) / 1.5), 1 / ((0.5 * 1 + 4) / 1.5)
+    one, two = 1 / ((0.5 * 6 + 1.5) / 1.5), 1 / 4 if new else 1 / ((0.5 * 1 + 4) / 1.5)
+    if new:
+        members[1].state.clear()
+        members[1].state.update(rule.init(members[1].space))
     [(_, mean), _] = heard_of(rule, members, 1)
     assert float(mean.tensors[0][0]) == pytest.approx(two / (one + two))
 
@@ -456,17 +460,27 @@ def test_the_model_that_is_evaluated_is_one(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", [r for r in EVERY if registry.get(r).overlap] or ["streaming_diloco"])
 def test_what_overlaps_reads_copies_alone(rule: str) -> None:
-    """It is exchanged in a thread while steps go on: no space, no oracle, and what it tells is of before them."""
+    """It is exchanged in a thread while steps go on: no oracle, and what it tells is of before them."""
     made: Any = registry.build(rule, tau=4, overlap=2, **_one_layer(rule))
     members = at(made, [1.0, 2.0], [3.0, 5.0])
     told = [made.snapshot(m.space, m.state, 0) for m in members]
     for m in members:
         m.x = m.x + 100.0
-        m.state["old"].add_(50.0)
     room = together.Room()
     here: Any = together.Here(room, 0, [0], [1], 0, {})
-    number, delta = made.exchange(here, None, None, told[1])
+    number, delta = made.exchange(here, members[1].space, None, told[1])
     assert number == 0 and torch.cat(delta.tensors).tolist() == [-2.0, -3.0]
+
+
+def test_a_late_fragment_is_told_from_the_point_that_all_have() -> None:
+    """Who missed an exchange is given `old` at the next, after its snapshot: its step is told from there."""
+    rule = registry.build("streaming_diloco", tau=4, overlap=0, **_one_layer("streaming_diloco"))
+    [member] = at(rule, [1.0, 2.0])
+    told = rule.snapshot(member.space, member.state, 0)
+    given = member.space.zeros().add_(member.state["old"]).mul_(5.0)
+    here: Any = together.Here(together.Room(), 0, [0], [1], 0, {})
+    _, delta = rule.exchange(here, member.space, None, {**told, "old": given})
+    assert torch.cat(delta.tensors).tolist() == [4.0, 8.0]
 
 
 def _one_layer(rule: str) -> dict[str, Any]:

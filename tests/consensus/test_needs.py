@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import elastic_lsopt as lso
+from elastic_lsopt.cli.job_file import read_job
+from elastic_lsopt.cli.methods import in_full, known
 from elastic_lsopt.consensus import registry
 from elastic_lsopt.consensus.needs import refuse_unmet
 from tests.cases import engines, updates
+from tests.cli.test_trust import JOB
+from tests.processes.ranks import ROOT
 
 OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [
     *((rule, {"tau": 0}, "tau=0 must be a whole number >= 1") for rule in registry.names() if "streaming" not in rule),
@@ -55,6 +61,8 @@ def base(name: str) -> torch.optim.Optimizer:
     return updates.ours(name)(params) if name in updates.UPDATES else engines.optimizer(name)(params)
 
 
+PAPERS = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
+MLP = "elastic_lsopt.training.classifiers:mlp"
 UNMET: list[tuple[str, str, str, dict[str, Any], str]] = [
     (
         "parle",
@@ -77,7 +85,7 @@ UNMET: list[tuple[str, str, str, dict[str, Any], str]] = [
         "none",
         "sgd",
         {},
-        "eamsgd needs a base with momentum, and the base is SGD with momentum=0; give",
+        "eamsgd needs a base with momentum, and the base is SGD with momentum=0; set",
     ),
     (
         "sparseloco",
@@ -127,3 +135,30 @@ def test_each_needs_is_told_where_costs_are() -> None:
         needs = bool(rule.needs_method or rule.needs_update or rule.needs_momentum or rule.needs_top_k)
         assert needs == bool(rule.facts.needs), name
         assert rule.needs_method in rule.facts.needs and rule.needs_update in rule.facts.needs
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_the_example_of_each_is_a_job_that_has_what_it_needs(name: str, tmp_path: Path) -> None:
+    """What `elastic-lsopt methods NAME` prints."""
+    [one] = [one for one in known() if one.name == name]
+    shown = yaml.safe_load(in_full(one).partition("In a job's YAML:")[2])
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        yaml.safe_dump({**JOB, "global_batch_size": 32, "model": {"import": MLP}, "output_dir": "run", **shown})
+    )
+    read_job(file)
+    rule, exchange = registry.get(name), shown["consensus"].get("exchange", {})
+    assert shown.get("landscape", {}).get("method", "") == rule.needs_method
+    assert not rule.needs_update or shown["optim"] == rule.needs_update
+    assert not rule.needs_momentum or shown["momentum"] > 0
+    assert rule.needs_top_k == ("top_k" in exchange)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", registry.names())
+def test_each_has_its_paper_on_the_page(name: str) -> None:
+    """The entry names the rule, links its file and its paper as the class says it."""
+    rule = registry.get(name)
+    [entry] = [part for part in PAPERS.split("\n## ") if f"`rule: {name}`" in part.partition("\n")[0]]
+    assert rule.facts.paper.rpartition("arXiv ")[2] in entry
+    assert f"(../{rule.__module__.replace('.', '/')}.py)" in entry

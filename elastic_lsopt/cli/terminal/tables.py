@@ -42,7 +42,10 @@ def memory_table(console: Console, config: TrainConfig, ours: Sequence[OnWorld])
     """The device's memory by part: what is kept, what a pass and a step add, and the peak."""
     unit, unit_bytes = unit_of(max(one.memory.peak for one in ours))
     made = table(console, f"Memory per rank, in {unit}", ["ranks", *_ranks(config, ours)])
-    sections = (("kept", "kept"), ("in_pass", "in a pass"), ("in_step", "in the step"), ("in_probe", "in a probe"))
+    sections = (
+        ("kept", "kept"), ("in_pass", "in a pass"), ("in_step", "in the step"), ("in_probe", "in a probe"),
+        ("in_exchange", "in an exchange"),
+    )  # fmt: skip
     for number, (name, said) in enumerate(sections):
         columns = [getattr(one.memory, name) for one in ours]
         _rows(made, columns, unit_bytes)

@@ -62,6 +62,7 @@ JOB: dict[str, str] = {
     "landscape_space": "lora: {r: 16}\nlandscape: {method: flat_lora, sigma: 0.05}\nlandscape_space: merged",
     "seed": "seed: 1",
     "elastic": "elastic: {min_nodes: 2, max_nodes: 8}",
+    "consensus": "consensus: {rule: mgrawa, replicas: 4, tau: 32, pull: 0.5}",
     "probes": "probes: {lambda_max: {every_steps: 100}}",
     "eval_steps": "eval_steps: 100",
     "eval_batches": "eval_batches: 50",
@@ -147,6 +148,14 @@ ELASTIC: dict[str, str] = {
     "max_respawns": "elastic: {max_respawns: 10}",
 }
 
+CONSENSUS: dict[str, str] = {
+    "rule": "consensus: {rule: mgrawa, replicas: 4, tau: 32}",
+    "replicas": "consensus: {rule: local_sgd, replicas: 4, tau: 32}",
+    "exchange": "consensus: {rule: diloco, replicas: 4, exchange: {bits: 4}}",
+    "exchange_timeout_s": "consensus: {rule: local_sgd, replicas: 4, exchange_timeout_s: 120}",
+    "steps": "consensus: {rule: local_sgd, replicas: 4, steps: by_speed}",
+}
+
 PROBE: dict[str, str] = {
     "measure": "probes: {first_layer: {measure: trace, every_steps: 100, parameters: model.layers.0.*}}",
     "every_steps": "probes: {lambda_max: {every_steps: 100}}",
@@ -204,5 +213,13 @@ BESIDE = {
     "bi_lora": ("lora: {r: 16}",),
     "momentum_sam": ("optim: sgd", "momentum: 0.9"),
     "sampa": ("optim: sgd", "momentum: 0.9"),
+    "eamsgd": ("optim: sgd", "momentum: 0.99", "optim_args: {nesterov: true}"),
+    "lsam": ("landscape: {method: sam, rho: 0.05}",),
+    "parle": ("landscape: {method: entropy_sgd, inner_steps: 25}",),
+    "muloco": ("optim: muon",),
 }
 """What an algorithm's own example needs beside it."""
+EXCHANGE: dict[str, dict[str, object]] = {
+    "sparseloco": {"exchange": {"top_k": 64, "bits": 2}}, "streaming_diloco": {"exchange": {"bits": 4}},
+}  # fmt: skip
+"""How the exchanges of a rule of consensus travel, where its paper says so."""

@@ -18,11 +18,12 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from elastic_lsopt.config.compare import CompareConfig
+from elastic_lsopt.config.consensus import ConsensusConfig
 from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.config.lora import LoraConfig
 from elastic_lsopt.config.pages import examples
 from elastic_lsopt.config.pages.schema import allowed, setting
-from elastic_lsopt.config.probes import OWN, ProbeConfig
+from elastic_lsopt.config.probes import ProbeConfig
 from elastic_lsopt.config.schedules import BatchScheduleConfig, LrSchedulerKwargs
 from elastic_lsopt.config.settings import EVALUATE_ELSEWHERE, TrainConfig
 from elastic_lsopt.config.study import Grid, StudyConfig
@@ -53,6 +54,17 @@ OF_PROBES = """\
 
 Beside these keys, a measure's own settings ([measures](measures.md)), such as `k: 3` of `top_eigenvalues`.
 `import: "package.module:function"` in place of `measure` names a probe of your own ([how](authors.md)).
+"""
+OF_CONSENSUS = """\
+## The block `consensus`
+
+Beside these keys, the rule's own hyper-parameters, `tau` among them ([what it does](consensus.md)).
+"""
+OF_RULES = """\
+## Each rule of consensus
+
+`rule: "package.module:Class"` names a class of your own. Papers and the values that they suggest:
+[papers](papers.md).
 """
 OF_METHODS = """\
 ## Each method: fields of `landscape`
@@ -97,6 +109,8 @@ def keys_text() -> str:
         *_settings(LrSchedulerKwargs, examples.RATE, "lr_scheduler_kwargs."),
         "## The block `batch_schedule`\n", *_settings(BatchScheduleConfig, examples.BATCH, "batch_schedule."),
         *_settings(ElasticConfig, examples.ELASTIC, "elastic.", "The block `elastic`: "),
+        OF_CONSENSUS, *_settings(ConsensusConfig, examples.CONSENSUS, "consensus."),
+        OF_RULES, *_algorithms("consensus", lambda name, own: {"consensus": {"rule": name, "replicas": 4, **own}}),
         OF_PROBES, *_settings(ProbeConfig, examples.PROBE, "probes.NAME."),
         OF_METHODS, *_algorithms("optimizers", lambda name, own: {"landscape": {"method": name, **own}}),
         OF_UPDATES, *_algorithms("updates", _as_optim),
@@ -112,8 +126,8 @@ def _settings(kind: type, given: Mapping[str, str], prefix: str = "", block: str
     """A heading where the source has a comment above its fields, and a part for each field."""
     groups, last = _groups(kind), ""
     for f in fields(kind):
-        if kind is ProbeConfig and f.name not in OWN:
-            continue
+        if f.name in ("settings", "hyperparameters"):
+            continue  # what is another's own
         if groups[f.name] != last:
             last = groups[f.name]
             yield f"## {block}{last[0].lower() + last[1:] if block else last}\n"
@@ -138,6 +152,10 @@ def _groups(kind: type) -> dict[str, str]:
         if number in names:
             found[names[number]] = group
     return found
+
+
+HOMES = ("elastic_lsopt.optimizers.", "elastic_lsopt.consensus.")
+"""Where the classes are that others are made of."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +209,9 @@ def _own(body: ast.ClassDef, module: ast.Module) -> Iterator[Own]:
             yield Own(node.target.id, in_words(node.annotation), _default(node.value), meaning)
     for base in body.bases:
         for home in module.body:
-            if not isinstance(home, ast.ImportFrom) or not str(home.module).startswith("elastic_lsopt.optimizers."):
+            if isinstance(home, ast.ClassDef) and home.name == ast.unparse(base):
+                yield from (f for f in _own(home, module) if f.name not in seen)
+            if not isinstance(home, ast.ImportFrom) or not str(home.module).startswith(HOMES):
                 continue
             if any(a.name == ast.unparse(base) for a in home.names):
                 path = PACKAGE.parent / f"{str(home.module).replace('.', '/')}.py"
@@ -222,7 +242,7 @@ def annotated(body: ast.ClassDef) -> Iterator[tuple[Any, str]]:
 
 WORDS = {
     "float": "a number", "int": "an integer", "bool": "true or false", "str": "a string",
-    "Scheduled": "a number or a schedule", "Perturb": "a mapping",
+    "Scheduled": "a number or a schedule", "Perturb": "a mapping", "Graph": "one of ring, exponential, complete",
 }  # fmt: skip
 """Of the types of fields."""
 

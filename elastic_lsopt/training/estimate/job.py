@@ -26,7 +26,8 @@ from elastic_lsopt.training.estimate.offload import on_host
 from elastic_lsopt.training.estimate.placement import Placement
 from elastic_lsopt.training.estimate.probes import probe_vectors
 from elastic_lsopt.training.estimate.rank import RankMemory, memory_of_rank
-from elastic_lsopt.training.estimate.state import average_vectors, mirror_per_rank
+from elastic_lsopt.training.estimate.replicas import one_replica, replicas_of, sent_between, vectors_of_rule
+from elastic_lsopt.training.estimate.state import FP32, average_vectors, mirror_per_rank
 from elastic_lsopt.training.pace import vectors_watched
 
 ACCURACY = 0.1
@@ -97,6 +98,10 @@ def worlds_of(config: TrainConfig, given: Sequence[int]) -> list[int]:
     for world in given:
         if world % config.fsdp_replicas:
             raise SettingError("fsdp_replicas", f"fsdp_replicas={config.fsdp_replicas} must divide --worlds {world}.")
+        if world % replicas_of(config):
+            raise SettingError(
+                "consensus.replicas", f"consensus.replicas={replicas_of(config)} must divide --worlds {world}."
+            )
         if world % step:
             raise SettingError("landscape.halves", f"landscape.halves: --worlds {world} has no halves; give even ones.")
         if not least <= world <= most:
@@ -106,7 +111,7 @@ def worlds_of(config: TrainConfig, given: Sequence[int]) -> list[int]:
 
 def step_of_worlds(config: TrainConfig) -> int:
     """What divides each world that the job may have."""
-    return 2 if in_halves(config) else config.fsdp_replicas
+    return (2 if in_halves(config) else config.fsdp_replicas) * replicas_of(config)
 
 
 def bounds_of(config: TrainConfig) -> tuple[int, int]:
@@ -143,13 +148,34 @@ def batch_on(config: TrainConfig, parts: int, world: int) -> Batch:
 def on_world(
     config: TrainConfig, looked: Looked, world: int, *, parts: int = 1, gpu: bool = False, speed: Speed | None = None
 ) -> OnWorld:
-    """The plan of one world size."""
+    """The plan of one world size; of replicas each has its share of the ranks, and of the batch."""
+    if (replicas := replicas_of(config)) > 1:
+        return _of_replicas(config, looked, world // replicas, replicas, parts=parts, gpu=gpu, speed=speed)
+    return _on_world(config, looked, world, parts=parts, gpu=gpu, speed=speed)
+
+
+def _of_replicas(config: TrainConfig, looked: Looked, ranks: int, replicas: int, **more: Any) -> OnWorld:
+    one = _on_world(one_replica(config), looked, ranks, consensus=vectors_of_rule(config), **more)
+    vector_bytes = FP32 * Placement.of(config, ranks).share(looked.size.parameters)
+    length = one.length
+    if length is not None and length.price is not None:
+        length = replace(length, price=length.price * replicas)
+    return replace(
+        one, world=ranks * replicas, batch=replace(one.batch, samples=one.batch.samples * replicas), length=length,
+        sent={**one.sent, "between replicas": sent_between(config, vector_bytes)},
+    )  # fmt: skip
+
+
+def _on_world(
+    config: TrainConfig, looked: Looked, world: int, *, parts: int = 1, gpu: bool = False, speed: Speed | None = None,
+    consensus: tuple[int, int] = (0, 0),
+) -> OnWorld:  # fmt: skip
     at, batch = Placement.of(config, world), batch_on(config, parts, world)
     method, fields = landscape_fields(config)
     averages, watched = average_vectors(config.averages), vectors_watched(config)
     kept: dict[str, Any] = {"optim": config.optim, "momentum": config.momentum}
     memory = memory_of_rank(
-        looked.size, looked.moments, at, method=method, averages=averages, watched=watched,
+        looked.size, looked.moments, at, method=method, averages=averages, watched=watched, consensus=consensus,
         probes=probe_vectors(config.probes), microbatches=batch.forwards, gpu=gpu and not at.optimizer_on_host, **kept,
     )  # fmt: skip
     device, offloaded = memory.parted(on_host(at))

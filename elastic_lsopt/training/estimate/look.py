@@ -16,6 +16,7 @@ from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.training.building.base_optimizer import base_of
 from elastic_lsopt.training.building.engines import loss_of
 from elastic_lsopt.training.building.models import apply_activation_checkpointing, blocks, build_model
+from elastic_lsopt.training.building.rules import refuse_unmet_rule
 from elastic_lsopt.training.estimate.activations import Pass, Shapes, run_without_storage
 from elastic_lsopt.training.estimate.merged_noise import add_noise
 from elastic_lsopt.training.estimate.repeated import AGAIN, few_of, with_more_blocks
@@ -38,11 +39,15 @@ def look_at_model(config: TrainConfig, method: Method | None = None, *, passes: 
     """Build the job's model without weights and, for `passes`, count a micro-batch's pass.
 
     Neither a GPU nor data nor a process group is needed. Raises SettingError for a model that cannot be built, for a
-    rule of `param_groups` that no parameter takes, and for a base that lacks what the method needs.
+    rule of `param_groups` that no parameter takes, and for a base that lacks what the method or the rule of consensus
+    needs.
     """
     model = build_model(config, vocabulary_size=_rows(config), device="meta")
     if not any(key.startswith(("optim", "param_groups")) for key, _ in import_paths(config)):
-        _refuse_base(method, base_of(config, model)(model.parameters()))
+        base = base_of(config, model)(model.parameters())
+        _refuse_base(method, base)
+        if method is not None and "consensus" not in {key.partition(".")[0] for key, _ in import_paths(config)}:
+            refuse_unmet_rule(config, method, base)
     repeated = blocks(model)
     size = ModelSize.of(model, repeated)
     if not passes:

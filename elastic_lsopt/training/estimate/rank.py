@@ -17,7 +17,7 @@ WHILE_PERTURBED = ("way back of a perturbation", "direction of the method")
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Bytes in one place; the peak is of the pass, the step or a probe, whichever is larger."""
+    """Bytes in one place; the peak is of the pass, the step, a probe or an exchange, whichever is larger."""
 
     kept: dict[str, int]
     """From step to step."""
@@ -27,10 +27,14 @@ class RankMemory:
     """Beside that while the optimizer steps."""
     in_probe: dict[str, int] = field(default_factory=dict)
     """Beside that while the largest probe measures, at least: its vectors, and what a gradient takes."""
+    in_exchange: dict[str, int] = field(default_factory=dict)
+    """Beside that while replicas exchange."""
 
     @property
     def peak(self) -> int:
-        return sum(self.kept.values()) + max(sum(p.values()) for p in (self.in_pass, self.in_step, self.in_probe))
+        return sum(self.kept.values()) + max(
+            sum(p.values()) for p in (self.in_pass, self.in_step, self.in_probe, self.in_exchange)
+        )
 
     def parted(self, names: Container[str]) -> tuple[RankMemory, RankMemory]:
         """All parts but those of these names, and those."""
@@ -56,12 +60,14 @@ def memory_of_rank(
     method: str = "none",
     averages: int = 0,
     watched: int = 0,
+    consensus: tuple[int, int] = (0, 0),
     probes: tuple[int, int] = (0, 0),
     microbatches: int = 1,
     gpu: bool = False,
 ) -> RankMemory:
     """`moments` is a micro-batch's pass on storage-less tensors, None where it cannot be had; `microbatches` those of a
-    rank in a pass; `probes` the vectors that probes keep, and that one holds while it measures."""
+    rank in a pass; `probes` the vectors that probes keep, and that one holds while it measures; `consensus` those that
+    its rule keeps, and while replicas exchange."""
     kept = state_per_rank(
         size.parameters, at, frozen=size.frozen, optim=optim, momentum=momentum, method=method, averages=averages,
         watched=watched, grams=size.grams,
@@ -71,9 +77,13 @@ def memory_of_rank(
     kept |= kept_beside(size, at, microbatches=microbatches)
     vector, (always, measuring) = FP32 * at.share(size.parameters), probes
     kept["probes"] = always * vector
+    if any(consensus):
+        kept["what consensus keeps"] = consensus[0] * vector
+    exchanging = {"an exchange of replicas": consensus[1] * vector} if consensus[1] else {}
     probing = {"probes while they measure": measuring * vector} if measuring else {}
     if moments is not None:
         a_gradient = in_pass(moments, size, at, microbatches=microbatches)
         passing |= a_gradient
         probing |= a_gradient if measuring else {}
-    return RankMemory(kept=kept, in_pass=passing, in_step=in_step(size, at, optim=optim, gpu=gpu), in_probe=probing)
+    stepping = in_step(size, at, optim=optim, gpu=gpu)
+    return RankMemory(kept=kept, in_pass=passing, in_step=stepping, in_probe=probing, in_exchange=exchanging)

@@ -1,0 +1,38 @@
+"""The plan of a job of replicas: each is a job on its share of ranks and batch, and the rule keeps Vectors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from elastic_lsopt.cli.main import main
+from tests.processes.ranks import ROOT
+
+pytestmark = pytest.mark.fast
+FILE = str(ROOT / "configs/quickstart.yaml")
+
+
+def planned(capsys: pytest.CaptureFixture[str], world: int, *overrides: str) -> dict[str, Any]:
+    assert main(["plan", FILE, *overrides, "--json", "--worlds", str(world)]) == 0
+    [found] = json.loads(capsys.readouterr().out)["worlds"]
+    return found
+
+
+def test_a_replica_of_two_ranks_is_a_job_of_two_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    """Four ranks, two replicas, DiLoCo: two Vectors more, 1/2 of 705,664 elements of 4 bytes each."""
+    apart = planned(capsys, 4, "consensus={rule: diloco, replicas: 2, tau: 50}")
+    alone = planned(capsys, 2, "global_batch_size=16")
+    vector = 4 * 705_664 // 2
+    kept = apart["device_bytes"]["kept"]
+    assert kept.pop("what consensus keeps") == 2 * vector
+    assert kept == alone["device_bytes"]["kept"]
+    assert apart["device_bytes"]["in_pass"] == alone["device_bytes"]["in_pass"]
+    assert apart["sent_bytes_per_step"].pop("between replicas") == round(2 * (1 / 2) * vector / 50)
+    assert apart["sent_bytes_per_step"] == alone["sent_bytes_per_step"]
+
+
+def test_worlds_that_replicas_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", FILE, "consensus={rule: diloco, replicas: 4}", "workers=4", "--worlds", "6"]) == 2
+    assert "consensus.replicas=4 must divide --worlds 6" in capsys.readouterr().err
