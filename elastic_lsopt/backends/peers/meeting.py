@@ -38,7 +38,8 @@ import torch.distributed as dist
 from elastic_lsopt.backends.agreement import gather_json
 from elastic_lsopt.errors import PeerFailed
 
-LOOK_EVERY_S = 0.002
+LOOK_EVERY_S, SELDOM_S = 0.002, 0.02
+"""How often a replica that waits asks the store: more seldom the longer it has waited, after each twentieth of that."""
 LEAST_S = 0.05
 """What is left for a phase that begins at the deadline."""
 LOST, OUTDATED = "lost", "outdated"
@@ -139,7 +140,7 @@ class Meetings:
         if version >= 0 and not store.check([f"common/{version}"]):
             store.set(f"common/{version}", json.dumps(common))
         store.set(f"{k}/ready/{self.number}", json.dumps([version, report]))
-        everybody = lambda: all(self._ready(k, r) or self._gone(r) for r in self._expected)  # noqa: E731
+        everybody = _All(sorted(self._expected - {self.number}), lambda r: self._ready(k, r) or self._gone(r))
         self._wait(lambda: store.check([f"{k}/in"]) or everybody(), self._come)
         if not store.check([f"{k}/in"]) and self._decide(k):
             self._forget(k - KEPT)
@@ -160,16 +161,16 @@ class Meetings:
 
     def _end_of(self, met: Met, well: bool) -> str:
         store, k = self._store, met.number
+        if not well:
+            store.set(f"{k}/failed", "1")
         store.set(f"{k}/done/{self.number}", "1" if well else "0")
 
         def said() -> dict[int, bytes]:
             return {r: store.get(key) for r in met.members if store.check([key := f"{k}/done/{r}"])}
 
-        def over() -> bool:
-            votes = said()
-            return b"0" in votes.values() or all(r in votes or self._gone(r) for r in met.members)
-
-        self._wait(over, self._end)
+        others = [r for r in met.members if r != self.number]
+        everybody = _All(others, lambda r: store.check([f"{k}/done/{r}"]) or self._gone(r))
+        self._wait(lambda: not well or store.check([f"{k}/failed"]) or everybody(), self._end)
         votes = said()
         all_well = len(votes) == len(met.members) and b"0" not in votes.values()
         store.compare_set(f"{k}/verdict", "", "all" if all_well else "keep")
@@ -215,15 +216,29 @@ class Meetings:
         return self._store.check([f"{k}/ready/{replica}"])
 
     def _wait(self, over: Callable[[], bool], end: float) -> None:
-        while not over() and time.monotonic() < end:
+        begin = time.monotonic()
+        while not over() and (now := time.monotonic()) < end:
             if self._outdated is not None and self._outdated():
                 raise _Outdated
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(min(max(LOOK_EVERY_S, (now - begin) / 20), SELDOM_S))
 
     def _forget(self, k: int) -> None:
         if k >= 0:
             for r in self._known():
                 for what in ("ready", "done"):
                     self._store.delete_key(f"{k}/{what}/{r}")
-            for key in (f"{k}/in", f"{k}/verdict", f"common/{k}"):
+            for key in (f"{k}/in", f"{k}/failed", f"{k}/verdict", f"common/{k}"):
                 self._store.delete_key(key)
+
+
+class _All:
+    """Whether all of these have come, of what stays true: each look asks for the first that had not, so it costs one
+    question however many they are."""
+
+    def __init__(self, replicas: Iterable[int], come: Callable[[int], bool]) -> None:
+        self._left, self._come = [*replicas][::-1], come
+
+    def __call__(self) -> bool:
+        while self._left and self._come(self._left[-1]):
+            self._left.pop()
+        return not self._left
