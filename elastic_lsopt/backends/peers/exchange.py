@@ -8,7 +8,8 @@ rounding keeps back is added to what is told the next time (error feedback), so 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -43,6 +44,10 @@ class Exchange:
         self._left: Vector | None = None
         self._mean: Vector | None = None
         self._gram: Tensor | None = None
+
+    def watch(self, timeout: timedelta) -> Callable[[], bool]:
+        """From when on a member is gone; of each member's first rank, when it has heard all."""
+        return self._peers.watch(timeout)
 
     @property
     def place(self) -> int:

@@ -4,7 +4,8 @@
     in        who is in: the first of them to see all, or its patience end, writes it (compare-and-set)
     …         collectives into buffers of their own
     done      each member votes inside, because one rank's peers may be there and another's gone, and says how
-    verdict   "all" or "keep" (compare-and-set), by the first to hear of all, or of one that failed, or the deadline
+    verdict   "all" or "keep" (compare-and-set), by the first to hear of all, of one that failed or that its peers miss,
+              or the deadline
     then all commit what they have heard, or none does.
 
 [Note: one deadline] A replica waits for others to come at most half of `timeout_s`, so that an exchange without them
@@ -112,10 +113,16 @@ class Meetings:
         now = time.monotonic()
         self._come, self._end = now + self.timeout_s / 2 + patience_s, now + self.timeout_s + patience_s
 
-    def end(self, met: Met, *, well: bool) -> bool:
-        """Whether the meeting went well on every rank of every member; then, and only then, what was heard counts."""
+    def end(
+        self, met: Met, *, well: bool, watch: Callable[[timedelta], Callable[[], bool]] | None = None
+    ) -> bool:  # fmt: skip
+        """Whether the meeting went well on every rank of every member; then, and only then, what was heard counts.
+
+        `watch` begins to look whether a member is gone, for so long at most, on the first rank of a replica whose ranks
+        all have heard all; what it gives says so.
+        """
         [*votes] = gather_json(self._inside, well)
-        end = lambda: self._end_of(met, all(votes))  # noqa: E731
+        end = lambda: self._end_of(met, all(votes), watch)  # noqa: E731
         [verdict, *_] = gather_json(self._inside, self._asked(end) if self._first else None)
         return verdict == "all"
 
@@ -159,8 +166,9 @@ class Meetings:
         mine = json.dumps([self.number, there, brought])
         return store.compare_set(f"{k}/in", "", mine) == mine.encode()
 
-    def _end_of(self, met: Met, well: bool) -> str:
+    def _end_of(self, met: Met, well: bool, watch: Callable[[timedelta], Callable[[], bool]] | None) -> str:
         store, k = self._store, met.number
+        gone = watch(self.left) if well and watch is not None else lambda: False
         if not well:
             store.set(f"{k}/failed", "1")
         store.set(f"{k}/done/{self.number}", "1" if well else "0")
@@ -170,7 +178,7 @@ class Meetings:
 
         others = [r for r in met.members if r != self.number]
         everybody = _All(others, lambda r: store.check([f"{k}/done/{r}"]) or self._gone(r))
-        self._wait(lambda: not well or store.check([f"{k}/failed"]) or everybody(), self._end)
+        self._wait(lambda: not well or store.check([f"{k}/failed"]) or everybody() or gone(), self._end)
         votes = said()
         all_well = len(votes) == len(met.members) and b"0" not in votes.values()
         store.compare_set(f"{k}/verdict", "", "all" if all_well else "keep")

@@ -14,8 +14,8 @@ members decode the same bytes, so they end with the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -82,6 +82,21 @@ class Peers:
             with told():
                 self._firsts._allgather_base(rows, own.reshape(1, -1), options).wait()
         return rows
+
+    def watch(self, timeout: timedelta) -> Callable[[], bool]:
+        """From when on a member's first rank is gone (of the first ranks, on all that live; nobody waits).
+
+        A gather that ends when all have begun it, and fails when a connection is closed: by a death, or by a member
+        that has dropped its groups.
+        """
+        assert self._firsts is not None
+        options = AllgatherOptions()
+        options.timeout = timeout
+        with suppress(RuntimeError):
+            own = torch.zeros(1, 1)
+            work = self._firsts._allgather_base(own.new_empty(len(self.members), 1), own, options)
+            return lambda: work.is_completed() and _failed(work)
+        return lambda: True
 
     def packed(self, vector: Vector) -> list[Tensor]:
         """What goes into each bundle, one tensor each, on the host."""
@@ -212,6 +227,14 @@ class Peers:
         with told():
             self._groups[number]._allgather_base(out, row.contiguous(), options).wait()
         return out
+
+
+def _failed(work: dist.Work) -> bool:
+    try:
+        work.wait()
+    except RuntimeError:
+        return True
+    return False
 
 
 @contextmanager
