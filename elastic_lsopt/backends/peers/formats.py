@@ -130,7 +130,8 @@ class TopK:
         count = int(received[0, :8].contiguous().view(torch.int64))
         end = 8 + 3 * ((count * self.k + 1) // 2)
         places = _wide(received[:, 8:end])[:, : count * self.k].reshape(-1, self.k)
-        values = self._values.decode(received[:, end:].contiguous(), dtype)[:, : count * self.k]
+        told = received[:, end:].clone(memory_format=torch.contiguous_format)  # from byte 0 on, as its numbers need it
+        values = self._values.decode(told, dtype)[:, : count * self.k]
         out = torch.zeros(len(received) * count, self.step, dtype=dtype)
         return out.scatter_(1, places, values.reshape(-1, self.k)).view(len(received), -1)
 

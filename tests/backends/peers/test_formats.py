@@ -84,10 +84,11 @@ def test_bytes_of_the_largest() -> None:
     assert form.encode(torch.randn(1, 16 * 4096)).shape[1] == 8 + 16 * 64 * 12 // 8 + 16 * 64 // 4 + 4 * 4
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(("k", "chunks"), [(1, 1), (3, 3), (64, 2), (4096, 1)])
-def test_the_largest_are_where_they_were(k: int, chunks: int) -> None:
+def test_the_largest_are_where_they_were(rows: int, k: int, chunks: int) -> None:
     """Of 4,096 numbers the k largest and zeros, in every place, of an odd number of places too."""
-    x = torch.stack([torch.randperm(4096 * chunks, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+    x = torch.stack([torch.randperm(4096 * chunks, generator=torch.Generator().manual_seed(i)) for i in range(rows)])
     x = (x + 1).float()
     found = there_and_back(format_of(32, top_k=k), x)
     each, kept = x.view(-1, 4096), found.view(-1, 4096)
