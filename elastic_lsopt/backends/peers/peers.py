@@ -33,6 +33,9 @@ from elastic_lsopt.errors import PeerFailed
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 
+PIECE = 2**15
+"""Of so many numbers of each replica inner products are taken at a time."""
+
 
 @dataclass(frozen=True)
 class Sum:
@@ -146,11 +149,11 @@ class Peers:
         rows = pad(part, (0, -n % (size * form.step))).view(size, -1)
         told = form.encode(rows)
         everyones = form.decode(self._to_each(number, told), part.dtype)
-        own = everyones.sum(0) if form.exact else everyones.double().sum(0).to(part.dtype)
+        own = everyones.sum(0) if form.exact else everyones.sum(0, dtype=torch.float64).to(part.dtype)
         if shares is not None:
-            points = everyones.double() / torch.tensor(shares, dtype=torch.float64)[:, None]
-            apart = points - points.mean(0)
-            inner += apart @ apart.T / self.bundles[number].copies
+            inner += (
+                products(everyones, torch.tensor(shares, dtype=torch.float64)[:, None]) / self.bundles[number].copies
+            )
         spread = form.encode(own[None])
         whole = form.decode(self._to_all(number, spread), part.dtype).reshape(-1)[:n]
         left: Tensor | None = None
@@ -242,6 +245,19 @@ def _failed(work: dist.Work) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def products(told: Tensor, shares: Tensor | None) -> Tensor:
+    """Inner products of the rows over their shares (of a row, or of each number), less their mean; None: of the rows
+    as they are. In fp64, a piece at a time that the cache holds."""
+    out = told.new_zeros(len(told), len(told), dtype=torch.float64)
+    for begin in range(0, told.shape[1], PIECE):
+        points = told[:, begin : begin + PIECE].double()
+        if shares is not None:
+            points = points / (shares if shares.shape[1] == 1 else shares[:, begin : begin + PIECE])
+            points.sub_(points.mean(0))
+        out += points @ points.T
+    return out
 
 
 @contextmanager
