@@ -43,19 +43,20 @@ from elastic_lsopt.space.vector import Vector
 NEVER = -1
 """The exchange at which a replica was that has been at none."""
 TRIES = 5
-WAIT = timedelta(days=1)
-"""How long ranks wait for their first one, which may wait for other replicas; where it dies they hear at once."""
+INSIDE = timedelta(minutes=30)
+"""How long a replica's ranks wait for each other, as in a step: at the start its first waits for other replicas, whose
+models may take minutes to load."""
 
 
 @dataclass(frozen=True)
 class Standing(Stateful):
-    """Where a replica stands: the newest exchange that it was at, its steps and samples since, those of the job; and
-    what a format keeps, rounding's rest and the reference from which differences are told."""
+    """Where a replica stands: its steps and samples since the last exchange, those of the job; and what a format keeps,
+    rounding's rest and the reference from which differences are told."""
 
     name: str = "consensus_standing"
 
     def init(self, space: ParameterSpace) -> State:
-        return {"newest": NEVER, "since": 0, "samples": 0, "ahead": 0}
+        return {"since": 0, "samples": 0, "ahead": 0}
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class Consensus:
         self._by_speed, self._fit, self._outdated = by_speed, not newcomer, outdated
         self._vacant: tuple[int, ...] = ()
         self._skipped = self._redealt = False
+        self._newest = NEVER  # no state that is saved: a job that starts again counts its meetings anew
         self._there = replicas
         """Who was at the last meeting."""
         self._met_s, self._round_s = time.monotonic(), 0.0
@@ -151,7 +153,7 @@ class Consensus:
         self._step = step
         groups = step.backend.groups
         rank = groups.replica.rank
-        inside = groups.replica.again("consensus", WAIT)
+        inside = groups.replica.again("consensus", INSIDE)
         self._inside = Group(rank, groups.replica.size, inside)
         self._meet_in(self._store, self.replicas)
         self._cut = gather_json(inside, cut_of(step.space.layout))
@@ -239,10 +241,7 @@ class Consensus:
     def exchange(self, oracle: Oracle | None, *, beside: bool = False) -> Exchanged | None:
         """Meet the others now; None where they met without this replica, or where it goes on `beside` steps."""
         self.settled()
-        common, version = (None, -1) if self.rounds is None else (self.rounds.ledger.to_json(), self.rounds.version)
-        met = self._meetings.begin(
-            self._report(), common, version=version, patience_s=self._patience_s, late_s=2 * self._round_s
-        )
+        met = self._begin(final=False)
         self._standing["since"], self._redealt = 0, False
         now = time.monotonic()
         self._round_s, self._met_s = now - self._met_s, now
@@ -270,12 +269,12 @@ class Consensus:
         met, fit = under.met, under.fit
         if well and self.number in fit:
             self._hearing.settle(heard)
-            self._standing["newest"] = met.number
+            self._newest = met.number
         elif well:
             assert heard.point is not None  # all that are there and not fit are given it
             self._step.space.weights.copy_(heard.point)
             self._step.begin_anew()
-            self._fit, self._skipped = True, False
+            self._fit, self._skipped, self._newest = True, False, NEVER
         else:
             self._circles.drop()
         self._step.space.copies.refresh()
@@ -290,22 +289,32 @@ class Consensus:
         """All that is said, and the verdict."""
         begin, sent_bytes, heard, why = time.monotonic(), self._circles.sent_bytes, Heard(), ""
         try:
-            heard = self._hearing.hear(met, fit, oracle, told)
+            if _final(met):  # the others have ended: this replica is late, and hears what they have come to
+                heard = Heard(point=self._hearing.point(met, fit))
+            else:
+                heard = self._hearing.hear(met, fit, oracle, told)
         except (PeerFailed, NonFinite) as error:  # the vote says so
             why = str(error)
         exchange = heard.exchange
         well = self._meetings.end(met, well=not why, watch=None if exchange is None else exchange.watch)
         return heard, well, why, time.monotonic() - begin, self._circles.sent_bytes - sent_bytes
 
-    def _report(self) -> dict[str, Any]:
+    def _begin(self, *, final: bool) -> Met | None:
+        """Say that this replica is there; `final`: for the model at the end."""
+        common, version = (None, -1) if self.rounds is None else (self.rounds.ledger.to_json(), self.rounds.version)
+        return self._meetings.begin(
+            self._report(final), common, version=version, patience_s=self._patience_s, late_s=2 * self._round_s
+        )
+
+    def _report(self, final: bool) -> dict[str, Any]:
         space = self._step.space
         finite = math.isfinite(space.norm(space.weights))
         return {
-            **self._hearing.report(), "cut": self._cut,
-            "samples": self._standing["samples"], "newest": self._standing["newest"],
+            **self._hearing.report(), "cut": self._cut, "final": final,
+            "samples": self._standing["samples"], "newest": self._newest,
             "fit": self._fit and finite and not self._skipped,
             "clock": self._step.clock.samples - self._standing["ahead"], "pace": self._pace,
-            "held": 0 if self.rounds is None else self.rounds.held, "vacant": self._vacant,
+            "held": [] if self.rounds is None else _spans(self.rounds.ledger, self.number), "vacant": self._vacant,
         }  # fmt: skip
 
     @property
@@ -327,7 +336,8 @@ class Consensus:
         keeps = [m for m in met.members if _keeps(met, m)]
         if self.number not in keeps:
             self._redealt, self._fit, self._standing["samples"] = True, False, 0
-        return tuple(m for m in keeps if met.reports[m]["fit"])
+        final = _final(met)
+        return tuple(m for m in keeps if met.reports[m]["fit"] and (met.reports[m]["final"] or not final))
 
     def _count(self, met: Met, fit: tuple[int, ...], before: dict[str, Any], *, well: bool) -> None:
         """Samples, clock and the next round, alike on all members; `before` is how this replica stood at the meeting,
@@ -358,7 +368,7 @@ class Consensus:
         """
         self.settled()
         for _ in range(TRIES):
-            met = self._meetings.begin(self._report())
+            met = self._begin(final=True)
             if met is None:
                 continue
             point: Vector | None = None
@@ -379,4 +389,14 @@ class Consensus:
 
 def _keeps(met: Met, member: int) -> bool:
     """Whether a member still has the samples that it takes for its own."""
-    return met.common is None or Ledger.from_json(met.common).held(member) == met.reports[member]["held"]
+    return met.common is None or _spans(Ledger.from_json(met.common), member) == met.reports[member]["held"]
+
+
+def _final(met: Met) -> bool:
+    """Whether a member has come for the model at the end; then all form it."""
+    return any(report["final"] for report in met.reports.values())
+
+
+def _spans(ledger: Ledger, replica: int) -> list[list[int]]:
+    """What the replica has open, as JSON gives it back."""
+    return [[*span] for span in ledger.open.get(replica, ())]

@@ -97,7 +97,7 @@ class Hearing:
             self._catch_up(heard, met, giver, behind)
         if self._number in fit:
             exchange = heard.exchange = self._exchange(met, fit, heard)
-            if len(fit) > 1 and oracle is not None:
+            if len(fit) > 1:
                 heard.rules = self._rule.exchange(exchange, self._step.space, oracle, {**told, **heard.alike})
             if new:
                 whole = self._exchange(met, fit, heard, whole=True)
@@ -107,10 +107,16 @@ class Hearing:
         return heard
 
     def point(self, met: Met, fit: Sequence[int]) -> Vector:
-        """The model that the rule's paper evaluates, on all members that are fit (collective among them)."""
+        """The model that the rule's paper evaluates, of the members that are fit and on all (collective among them)."""
         if not fit:
             return self._step.space.weights.clone()
-        return self._rule.point(self._exchange(met, fit, Heard(), whole=True), self._step.space, self.state)
+        point: Vector | None = None
+        if self._number in fit:
+            point = self._rule.point(self._exchange(met, fit, Heard(), whole=True), self._step.space, self.state)
+        new = [m for m in met.members if m not in fit]
+        if point is None or (new and self._number == fit[0]):
+            point = self._given(met, fit[0], new, point)
+        return point
 
     def settle(self, heard: Heard) -> None:
         """What a fit replica has heard takes effect. No communication."""

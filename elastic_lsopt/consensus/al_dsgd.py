@@ -111,7 +111,7 @@ class ALDSGD(Rule):
         state["loss"] = loss_of(report, "al_dsgd")
 
     def exchange(
-        self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]
+        self, replicas: Replicas, space: ParameterSpace, oracle: Oracle | None, state: dict[str, Any]
     ) -> list[Vector]:
         """Where this replica goes; nothing where it has no neighbour."""
         size, me = len(replicas.members), replicas.place

@@ -52,7 +52,9 @@ class DiLoCo(Rule):
     def init(self, space: ParameterSpace) -> State:
         return {"old": space.weights.clone(), "v": space.zeros()}
 
-    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Vector:
+    def exchange(
+        self, replicas: Replicas, space: ParameterSpace, oracle: Oracle | None, state: dict[str, Any]
+    ) -> Vector:
         return replicas.sum(state["old"] - space.weights, by_samples(replicas)[replicas.place])
 
     def settle(self, heard: Vector, space: ParameterSpace, state: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ class DPPF(Rule):
         require_pull(self.pull)
         require_number("push", self.push)
 
-    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Any:
+    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle | None, state: dict[str, Any]) -> Any:
         towards = replicas.mean(space.weights, equal(replicas)).add_(space.weights, alpha=-1.0)
         return towards, space.norm(towards)
 

@@ -49,7 +49,7 @@ class EASGD(Rule):
     def init(self, space: ParameterSpace) -> State:
         return {"centre": space.weights.clone()}
 
-    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Any:
+    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle | None, state: dict[str, Any]) -> Any:
         alpha = self.beta / len(replicas.members)
         apart = space.weights - state["centre"]
         return alpha, apart, replicas.sum(apart, alpha)

@@ -72,7 +72,7 @@ class _GRAWA(Rule):
         if self.norms == "training":
             state.update(self._averaged(space, gradient, state))
 
-    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Any:
+    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle | None, state: dict[str, Any]) -> Any:
         new = self._fresh(space, oracle, state) if self.norms == "fresh" else {}
         now = {**state, **(new or {})}
         known = now["k"] > 0 and new is not None
@@ -87,8 +87,10 @@ class _GRAWA(Rule):
         state.update(new)
         space.weights.lerp_(mean, self.pull)
 
-    def _fresh(self, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> dict[str, Any] | None:
-        """The running means with a gradient of now; None where that is not finite."""
+    def _fresh(self, space: ParameterSpace, oracle: Oracle | None, state: dict[str, Any]) -> dict[str, Any] | None:
+        """The running means with a gradient of now (no samples: without); None where that is not finite."""
+        if oracle is None:
+            return {}
         try:
             with oracle.aside():
                 return self._averaged(space, oracle.gradient(), state)

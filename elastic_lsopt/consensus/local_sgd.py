@@ -41,7 +41,9 @@ class LocalSGD(Rule):
         super().__post_init__()
         require_pull(self.pull)
 
-    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Vector:
+    def exchange(
+        self, replicas: Replicas, space: ParameterSpace, oracle: Oracle | None, state: dict[str, Any]
+    ) -> Vector:
         return replicas.mean(space.weights, by_samples(replicas))
 
     def settle(self, heard: Vector, space: ParameterSpace, state: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ class LSGD(Rule):
         if self.prox:
             space.weights.lerp_(state["leader"], self.prox / (self.tau * self.global_every))
 
-    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Any:
+    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle | None, state: dict[str, Any]) -> Any:
         losses = [state[f"loss/{i}"] for i in range(self.window) if f"loss/{i}" in state]
         told = replicas.numbers(math.fsum(losses) / len(losses) if losses else math.inf)[:, 0].tolist()
         everywhere = (replicas.last + 1) % self.global_every == 0

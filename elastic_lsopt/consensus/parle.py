@@ -77,7 +77,9 @@ class Parle(Rule):
     def after_step(self, space: ParameterSpace, report: StepReport, state: dict[str, Any]) -> None:
         state["steps"] += 1
 
-    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Vector:
+    def exchange(
+        self, replicas: Replicas, space: ParameterSpace, oracle: Oracle | None, state: dict[str, Any]
+    ) -> Vector:
         return replicas.mean(space.weights, equal(replicas))
 
     def settle(self, heard: Vector, space: ParameterSpace, state: dict[str, Any]) -> None:

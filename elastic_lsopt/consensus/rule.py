@@ -85,8 +85,11 @@ class Rule(Stateful, ABC):
         return state
 
     @abstractmethod
-    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Any:
-        """Hear of the others what `settle` needs (collective), of what `snapshot` gave. Changes nothing."""
+    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle | None, state: dict[str, Any]) -> Any:
+        """Hear of the others what `settle` needs (collective), of what `snapshot` gave. Changes nothing.
+
+        `oracle` is None where this replica has no samples.
+        """
 
     @abstractmethod
     def settle(self, heard: Any, space: ParameterSpace, state: dict[str, Any]) -> None:

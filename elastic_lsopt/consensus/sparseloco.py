@@ -57,7 +57,9 @@ class SparseLoCo(Rule):
     def init(self, space: ParameterSpace) -> State:
         return {"old": space.weights.clone()}
 
-    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Vector:
+    def exchange(
+        self, replicas: Replicas, space: ParameterSpace, oracle: Oracle | None, state: dict[str, Any]
+    ) -> Vector:
         share = by_samples(replicas)[replicas.place]
         return replicas.sum(state["old"] - space.weights, self.lr * share, keep=self.decay)
 

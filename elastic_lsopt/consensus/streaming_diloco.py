@@ -74,7 +74,7 @@ class StreamingDiLoCo(DiLoCo):
     def snapshot(self, space: ParameterSpace, state: dict[str, Any], number: int) -> dict[str, Any]:
         return {**state, "number": number, "here": self.part(space, number).weights.clone()}
 
-    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle, state: dict[str, Any]) -> Any:
+    def exchange(self, replicas: Replicas, space: ParameterSpace, oracle: Oracle | None, state: dict[str, Any]) -> Any:
         number, here = state["number"], state["here"]
         apart = within(self.part(space, number), state["old"]) - here  # a late replica has just been given `old`
         return number, replicas.sum(apart, by_samples(replicas)[replicas.place])

@@ -109,6 +109,13 @@ class Ledger:
             open=_filled({**self.open, replica: joined(spans)}),
         )  # fmt: skip
 
+    def until(self, total: int) -> Ledger:
+        """The ledger of the same job, which now ends after `total` samples: none beyond is dealt or open any more."""
+        open_ = _filled({r: below(spans, total) for r, spans in self.open.items()})
+        return replace(
+            self, total=total, next=min(self.next, total), returned=below(self.returned, total), open=open_
+        )  # fmt: skip
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` gives an equal ledger back."""
         return {
@@ -164,6 +171,11 @@ def rest(spans: Sequence[Span], samples: int) -> tuple[Span, ...]:
             out.append((begin + max(0, samples), end))
         samples -= end - begin
     return tuple(out)
+
+
+def below(spans: Sequence[Span], position: int) -> tuple[Span, ...]:
+    """The spans without samples at this position and beyond."""
+    return tuple((begin, min(end, position)) for begin, end in spans if begin < position)
 
 
 def joined(spans: Sequence[Span]) -> tuple[Span, ...]:

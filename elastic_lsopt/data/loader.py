@@ -177,7 +177,7 @@ class StepLoader:
                 if self.undone_steps != undone:  # what was read ahead is of the order that was left
                     if ahead is not None:
                         ahead.exception()
-                    position, more, ahead = self.committed, True, None
+                    position, more, ahead = self.committed, self.committed < self.end, None
                 if not more:
                     return
                 if ahead is not None and self.samples_at(position) != expected:

@@ -107,7 +107,7 @@ class InHand:
         """The order, and who trains on what."""
         rounds = self.rounds
         told = {"ledger": rounds.ledger.to_json(), "trained": rounds.trained, "version": rounds.version}
-        return {**self._source.state_dict(committed), **told}
+        return {**self._source.state_dict(committed), **told, "replica": rounds.number}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises UserError where the dataset's size or the seed is not the saved one."""
@@ -142,6 +142,11 @@ class RoundLoader(StepLoader):
         self.source.load_state_dict(state_dict)
         self.rounds.resume(Ledger.from_json(state_dict["ledger"]), state_dict["trained"], state_dict["version"])
         self.begin_at(self.rounds.cursor)
+
+    def take_back(self) -> None:
+        """The step that was given out is not taken, as others train on its samples: what comes next is of what the
+        replica has in hand by now, and not what was read ahead."""
+        self.undone_steps += 1
 
     def _unit(self, index: int, position: int, sizes: Sequence[int], draws: Draws, idle: bool = False) -> MicroBatch:
         made = super()._unit(index, position, sizes, draws, idle)

@@ -25,7 +25,7 @@ from elastic_lsopt.checkpoint.checkpointer import LoadReport
 from elastic_lsopt.checkpoint.folder import checkpoint_path, damage, listing, step_of
 from elastic_lsopt.config.consensus import read_consensus
 from elastic_lsopt.config.settings import TrainConfig
-from elastic_lsopt.data.ledger import AHEAD, Ledger
+from elastic_lsopt.data.ledger import AHEAD, Ledger, below, first, length
 from elastic_lsopt.data.loader import StepLoader
 from elastic_lsopt.data.rounds import RoundLoader, Rounds, steps_of
 from elastic_lsopt.elastic.worker.journal import Journal, Meeting
@@ -131,18 +131,24 @@ class ReplicaRun(TrainingRun):
 
     def _checkpoint_to_resume(self) -> str:
         given = super()._checkpoint_to_resume()
+        if given not in ("auto", "none") and self._number:  # that of replica 0; this one's lies beside it
+            path = Path(given)
+            own = path.parent.parent / f"replica-{self._number}" / CHECKPOINTS / path.name
+            return str(own) if own.exists() else given
         if given != "auto":
             return given
         assert self._checkpoints is not None
         folder = Path(self.config.output_dir) / CHECKPOINTS
         newest = self.world.on_first(lambda: [path for path in listing(folder)[:LOOKED_AT] if damage(path) is None])
-        own = None if newest is None else self._agreed([step_of(path) for path in newest])
-        step = self._consensus_of.agreed(own)
+        named = None if newest is None else self._agreed([step_of(path) for path in newest])
+        step = self._consensus_of.agreed(named)
         if step < 0:
             return "none"
         if step == 0:
             self._consensus_of.newcomer()
-            self.rounds.version = NOBODYS
+            share = self.config.global_batch_size // self._block.replicas
+            nothing = Ledger(self.total_samples, share)  # it trains on nothing before it is let in
+            self.rounds.resume(nothing, trained=0, version=NOBODYS)
             return "none"
         return str(checkpoint_path(folder, step))
 
@@ -174,10 +180,17 @@ class ReplicaRun(TrainingRun):
             self.rounds.resume(ledger.dealt(steps), trained=0)
         else:
             self.loader.source.load_state_dict(saved)
-            ledger = replace(Ledger.from_json(saved["ledger"]), total=self.total_samples, batch=share)
+            if saved["replica"] != self._number:
+                raise UserError(
+                    f"resume_from_checkpoint: {found.path} is of replica {saved['replica']}, and there is none of "
+                    f"replica {self._number} beside it; use auto, where a replica without one is given the model."
+                )
+            before = Ledger.from_json(saved["ledger"])
+            ledger = replace(before, batch=share).until(self.total_samples)
+            trained = length(below(first(before.open.get(self._number, ()), saved["trained"]), self.total_samples))
             for gone in [r for r in ledger.open if r >= len(self.world.sizes) or not self.world.sizes[r]]:
                 ledger = ledger.lost(gone)
-            self.rounds.resume(ledger, trained=saved["trained"])
+            self.rounds.resume(ledger, trained=trained)
         self.loader.begin_at(self.rounds.cursor)
 
     def steps(self) -> Iterator[list[MicroBatch]]:
@@ -220,6 +233,9 @@ class ReplicaRun(TrainingRun):
     def _commit(self, report: StepReport) -> None:
         if report.samples:
             self.loader.commit(report.samples)
+        else:
+            assert isinstance(self.loader, RoundLoader)
+            self.loader.take_back()
 
     @property
     def _ended(self) -> bool:
@@ -294,7 +310,8 @@ class ReplicaRun(TrainingRun):
         if len(self.data.eval) and self._consensus_of.leads:
             held_out = self.evaluated()
             self.eval_loss = held_out.loss
-            row = {**self._row, "eval_loss": held_out.loss}
+            # What the step's row says of samples was an estimate; the last exchange has counted them.
+            row = {**self._row, "samples": engine.clock.samples, "eval_loss": held_out.loss}
             row |= {f"eval_{name}": value for name, value in held_out.metrics.items()}
             if self._folder is not None and self._row:
                 self._folder.write(row)

@@ -44,7 +44,8 @@ class Circles:
         """
         name = "-".join(map(str, members)) + ("" if chosen is None else f" of {min(chosen)}")
         made = {met.reports[m]["circles"].get(name) for m in members}
-        if len(made) > 1 or name not in self._known:
+        number, _ = self._known.get(name, (None, None))
+        if number != met.number and (len(made) > 1 or number is None):
             self._drop(name)
             store = dist.PrefixStore(f"circle/{met.number}/{name}", self._store)
             cuts = cuts_of(met.reports, members, chosen)

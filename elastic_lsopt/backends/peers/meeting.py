@@ -46,6 +46,11 @@ LEAST_S = 0.05
 LOST, OUTDATED = "lost", "outdated"
 KEPT = 2
 """Meetings whose keys stay in the store: a late replica may still read them."""
+SLICE_S = 5.0
+"""How often a replica's other ranks hear from the first that it still waits, however long: their group's time limit is
+for a rank that is silent."""
+NOTHING = "-"
+"""What no key holds."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,10 @@ class Meetings:
         """
         gather_json(self._inside, None)  # all of it is there, or it is not there at all
         self._start(patience_s)
-        begin = lambda: self._begin(report, common, version, late_s)  # noqa: E731
-        [told, *_] = gather_json(self._inside, self._asked(begin) if self._first else None)
+        arrive = partial(self._arrive, report, common, version, patience_s, late_s)
+        k, told = self._asked(arrive) if self._first else 0, None
+        while told is None:
+            [told, *_] = gather_json(self._inside, self._heard_of(k) if self._first else None)
         if patience_s or late_s:
             self._start(0.0)
         if told == OUTDATED or (told == LOST and patience_s):
@@ -139,31 +146,64 @@ class Meetings:
                 raise
             return LOST
 
-    def _begin(self, report: Any, common: Any, version: int, late_s: float) -> list[Any]:
+    def _heard_of(self, k: int | str) -> Any:
+        """What became of the meeting at which this replica has arrived, if it has."""
+        return k if isinstance(k, str) else self._asked(partial(self._told, k))
+
+    def _arrive(self, report: Any, common: Any, version: int, patience_s: float, late_s: float) -> int:
+        """The number of the meeting at which this replica is ready."""
         store = self._store
         k = self._number()
-        if self._last is not None and k > self._last + 1:
-            self._expected, self._come = {*self._known()}, self._come + late_s
+        missed = self._last is not None and k > self._last + 1
+        if missed or patience_s:
+            self._expected |= {*self._known()}
+        self._come += late_s if missed else 0.0
         if version >= 0 and not store.check([f"common/{version}"]):
             store.set(f"common/{version}", json.dumps(common))
         store.set(f"{k}/ready/{self.number}", json.dumps([version, report]))
+<<<<<<< HEAD
         everybody = _All(sorted(self._expected - {self.number}), lambda r: self._ready(k, r) or self._gone(r))
         self._wait(lambda: store.check([f"{k}/in"]) or everybody(), self._come)
         if not store.check([f"{k}/in"]) and self._decide(k):
             self._forget(k - KEPT)
+=======
+        return k
+
+    def _told(self, k: int) -> list[Any] | None:
+        """Number, members, their reports and what they share; no members if it began without this replica, or is long
+        over; None: it has not begun within a slice of time."""
+        store, end = self._store, time.monotonic() + SLICE_S
+        everybody = lambda: all(self._ready(k, r) or self._gone(r) for r in self._expected)  # noqa: E731
+        begun = lambda: store.check([f"{k}/in"]) or self._number() > k  # noqa: E731
+        self._wait(lambda: begun() or everybody(), min(self._come, end))
+        if not begun():
+            if not everybody() and time.monotonic() < self._come:
+                return None
+            if self._decide(k):
+                if self._number() >= k + KEPT:  # this process has slept, and the meeting was forgotten
+                    store.delete_key(f"{k}/in")
+                else:
+                    self._forget(k - KEPT)
+>>>>>>> consensus
         store.compare_set("meetings", str(k) if k else "", str(k + 1))  # by all: who decided may be dead by now
-        _, members, common = json.loads(store.get(f"{k}/in"))
-        if self.number in members:
-            self._last = k
-        return [k, members, [json.loads(store.get(f"{k}/ready/{r}"))[1] for r in members], common]
+        decided = self._read(f"{k}/in")
+        _, members, common = [None, [], None] if decided is None else json.loads(decided)
+        if self.number not in members:
+            return [k, [], [], None]
+        reports = [self._read(f"{k}/ready/{r}") for r in members]
+        if any(told is None for told in reports):
+            return [k, [], [], None]
+        self._last = k
+        return [k, members, [json.loads(told)[1] for told in reports if told is not None], common]
 
     def _decide(self, k: int) -> bool:
         """Write who is in, unless another was first."""
         store = self._store
-        there = sorted(r for r in self._known() if self._ready(k, r))
-        newest = max(json.loads(store.get(f"{k}/ready/{r}"))[0] for r in there)
-        brought = json.loads(store.get(f"common/{newest}")) if newest >= 0 else None
-        mine = json.dumps([self.number, there, brought])
+        told = {r: self._read(f"{k}/ready/{r}") for r in self._known()}
+        there = {r: json.loads(said)[0] for r, said in sorted(told.items()) if said is not None}
+        newest = max(there.values(), default=-1)
+        found = self._read(f"common/{newest}") if newest >= 0 else None
+        mine = json.dumps([self.number, [*there], None if found is None else json.loads(found)])
         return store.compare_set(f"{k}/in", "", mine) == mine.encode()
 
     def _end_of(self, met: Met, well: bool, watch: Callable[[timedelta], Callable[[], bool]] | None) -> str:
@@ -174,15 +214,15 @@ class Meetings:
         store.set(f"{k}/done/{self.number}", "1" if well else "0")
 
         def said() -> dict[int, bytes]:
-            return {r: store.get(key) for r in met.members if store.check([key := f"{k}/done/{r}"])}
+            votes = {r: self._read(f"{k}/done/{r}") for r in met.members}
+            return {r: vote for r, vote in votes.items() if vote is not None}
 
         others = [r for r in met.members if r != self.number]
         everybody = _All(others, lambda r: store.check([f"{k}/done/{r}"]) or self._gone(r))
         self._wait(lambda: not well or store.check([f"{k}/failed"]) or everybody() or gone(), self._end)
         votes = said()
         all_well = len(votes) == len(met.members) and b"0" not in votes.values()
-        store.compare_set(f"{k}/verdict", "", "all" if all_well else "keep")
-        verdict = store.get(f"{k}/verdict").decode()
+        verdict = store.compare_set(f"{k}/verdict", "", "all" if all_well else "keep").decode()
         if verdict == "all":
             self._expected = set(met.members)
         else:  # who is alive says so within a moment: its own collective has failed too
@@ -222,6 +262,12 @@ class Meetings:
 
     def _ready(self, k: int, replica: int) -> bool:
         return self._store.check([f"{k}/ready/{replica}"])
+
+    def _read(self, key: str) -> bytes | None:
+        """What stands there, without waiting for it: `get` waits for a key that is not there, such as one of a meeting
+        that is forgotten."""
+        found = self._store.compare_set(key, NOTHING, NOTHING)
+        return None if found == NOTHING.encode() else found
 
     def _wait(self, over: Callable[[], bool], end: float) -> None:
         begin = time.monotonic()

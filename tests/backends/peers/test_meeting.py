@@ -1,0 +1,106 @@
+"""The protocol of a meeting, replicas as threads: who sleeps through meetings, and who waits for long."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from elastic_lsopt.backends.groups import gloo
+from elastic_lsopt.backends.peers import meeting
+from elastic_lsopt.backends.peers.circles import Circles
+from elastic_lsopt.backends.peers.meeting import Meetings, Met
+
+pytestmark = pytest.mark.fast
+LIMIT_S = 20.0
+
+
+def store() -> dist.Store:
+    made = dist.HashStore()
+    made.set_timeout(timedelta(seconds=2))
+    return made
+
+
+def replica(shared: dist.Store, number: int, among: int = 3, timeout_s: float = 0.4) -> Meetings:
+    made = Meetings(shared, number, range(among), first=True, inside=None, timeout_s=timeout_s)
+    made.join()
+    return made
+
+
+def test_who_sleeps_while_it_waits_for_others_finds_that_they_have_met_without_it() -> None:
+    """It is in the meeting that has begun meanwhile, whose keys are gone when it wakes up."""
+    shared, slept, over = store(), threading.Event(), threading.Event()
+    late = replica(shared, 2)
+    wait = late._wait
+
+    def sleeping(*args: Any) -> None:
+        late._wait = wait  # type: ignore[method-assign]
+        slept.set()
+        assert over.wait(LIMIT_S)
+        wait(*args)
+
+    late._wait = sleeping  # type: ignore[method-assign]
+
+    def others(number: int) -> list[Met | None]:
+        me, out = replica(shared, number), list[Met | None]()
+        assert slept.wait(LIMIT_S)
+        for turn in range(5):
+            met = me.begin({}, {"turn": turn}, version=turn)
+            assert met is not None and me.end(met, well=True) == (turn > 0)
+            out.append(met)
+        return out
+
+    with ThreadPoolExecutor(3) as threads:
+        asleep = threads.submit(lambda: [late.begin({}, {}, version=0), late.begin({}, {"mine": 1}, version=0)])
+        met = [threads.submit(others, number) for number in (0, 1)]
+        try:
+            found = [one.result(LIMIT_S) for one in met]
+        finally:
+            over.set()
+        first, second = asleep.result(LIMIT_S)
+    assert [[m.members for m in each if m is not None] for each in found] == [[(0, 1, 2)] + [(0, 1)] * 4] * 2
+    assert first is None
+    assert second is not None and second.number == 5 and second.members == (2,)
+
+
+def test_ranks_that_hear_of_nothing_for_longer_than_their_group_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica of two ranks whose first has all the patience, and a group that breaks after a second."""
+    monkeypatch.setattr(meeting, "SLICE_S", 0.1)
+    shared, inside = store(), store()
+
+    def rank(number: int) -> Met | None:
+        group = gloo(inside, number, 2, timedelta(seconds=1))
+        me = Meetings(shared, 0, (0, 1), first=number == 0, inside=group, timeout_s=0.4)
+        if number == 0:
+            me.join()
+        return me.begin({}, patience_s=60.0)
+
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(rank, number) for number in range(2)]
+        time.sleep(1.5)
+        other = replica(shared, 1, among=2).begin({})
+        found = [one.result(LIMIT_S) for one in waiting]
+    assert {met and met.members for met in (*found, other)} == {(0, 1)}
+
+
+def test_a_circle_that_one_has_dropped_is_made_anew_once_in_a_meeting() -> None:
+    shared = store()
+    before = [{"0-1": 3}, {}]
+    reports = {r: {"circles": before[r], "cut": [[(0, 0, 4)]]} for r in (0, 1)}
+    earlier = {r: {"circles": {}, "cut": [[(0, 0, 4)]]} for r in (0, 1)}
+
+    def member(number: int) -> list[Any]:
+        circles, left = Circles((number, 0), shared), timedelta(seconds=2)
+        circles.of((0, 1), Met(3, (0, 1), earlier, None), left)
+        if number == 1:
+            circles.drop()
+        return [circles.of((0, 1), Met(7, (0, 1), reports, None), left) for _ in range(3)]
+
+    with ThreadPoolExecutor(2) as threads:
+        for first, *others in threads.map(member, range(2)):
+            assert all(one is first for one in others)
