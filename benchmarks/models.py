@@ -94,7 +94,9 @@ def engine(
     model = llama(size) if model is None else model
     if kind.startswith("zero"):
         config = json.loads((CONFIGS / f"{kind}.json").read_text()) | {"bf16": {"enabled": size.bf16}}
-        return lso.initialize(model=model, config=config, method=method, base=base, loss_fn=LOSS, keep=keep, consensus=consensus)
+        return lso.initialize(
+            model=model, config=config, method=method, base=base, loss_fn=LOSS, keep=keep, consensus=consensus
+        )
     loss = LOSS
     if kind == "fsdp2":
         _shard(model, size)

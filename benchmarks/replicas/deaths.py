@@ -253,7 +253,7 @@ Whole = tuple[list[float], float, int]
 
 
 def _wanted(rule: str, parts: dict[int, Whole], replica: int) -> list[Whole]:
-    """What a replica may have after an exchange of all these: of the mean one thing, of a leader's rule the leader's."""
+    """What a replica may have after an exchange of all these: the mean, or half of the way to the leader."""
     own, square, _ = parts[replica]
     if rule == "local_sgd":
         total = sum(samples for _, _, samples in parts.values())

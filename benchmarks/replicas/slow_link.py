@@ -1,4 +1,4 @@
-"""Four replicas beside synchronous data parallelism, over links of 200 Mbit/s; and what one that hangs costs the others.
+"""Four replicas beside synchronous data parallelism, over links of 200 Mbit/s; and what one that hangs costs.
 
 Four processes of 10.2M parameters, each on a host of its own. `replicas`: local SGD that meets each 16 steps.
 `synchronous`: torch's DistributedDataParallel, which sends gradients while it computes others. Jobs of both take turns
