@@ -161,19 +161,13 @@ class Meetings:
         if version >= 0 and not store.check([f"common/{version}"]):
             store.set(f"common/{version}", json.dumps(common))
         store.set(f"{k}/ready/{self.number}", json.dumps([version, report]))
-<<<<<<< HEAD
-        everybody = _All(sorted(self._expected - {self.number}), lambda r: self._ready(k, r) or self._gone(r))
-        self._wait(lambda: store.check([f"{k}/in"]) or everybody(), self._come)
-        if not store.check([f"{k}/in"]) and self._decide(k):
-            self._forget(k - KEPT)
-=======
         return k
 
     def _told(self, k: int) -> list[Any] | None:
         """Number, members, their reports and what they share; no members if it began without this replica, or is long
         over; None: it has not begun within a slice of time."""
         store, end = self._store, time.monotonic() + SLICE_S
-        everybody = lambda: all(self._ready(k, r) or self._gone(r) for r in self._expected)  # noqa: E731
+        everybody = _All(sorted(self._expected - {self.number}), lambda r: self._ready(k, r) or self._gone(r))
         begun = lambda: store.check([f"{k}/in"]) or self._number() > k  # noqa: E731
         self._wait(lambda: begun() or everybody(), min(self._come, end))
         if not begun():
@@ -184,7 +178,6 @@ class Meetings:
                     store.delete_key(f"{k}/in")
                 else:
                     self._forget(k - KEPT)
->>>>>>> consensus
         store.compare_set("meetings", str(k) if k else "", str(k + 1))  # by all: who decided may be dead by now
         decided = self._read(f"{k}/in")
         _, members, common = [None, [], None] if decided is None else json.loads(decided)
