@@ -129,10 +129,10 @@ def hang(size: Size, *, deadline_s: float = DEADLINE_S, mbit: float = MBIT, roun
     firsts = [[line["steps"][0] for line in lines] for lines in said[:-1]]  # the steps with an exchange before them
     usual = statistics.median(s for f in firsts for s in f[:HANGS_IN_ROUND])
     beyond = [sorted((s - usual for s in f[HANGS_IN_ROUND:]), reverse=True) for f in firsts]
+    cost, again = (max(b[i] for b in beyond) for i in (0, 1))
     return {
-        "hang_cost_s": max(b[0] for b in beyond), "hang_later_s": max(b[1] for b in beyond), "deadline_s": deadline_s,
-        "hang_cost_of_deadline": max(b[0] for b in beyond) / deadline_s, "usual_exchange_step_s": usual,
-        "hang_members": [line["members"] for line in said[0]],
+        "hang_cost_s": cost, "hang_cost_of_deadline": cost / deadline_s, "hang_again_of_deadline": again / deadline_s,
+        "deadline_s": deadline_s, "usual_exchange_step_s": usual, "hang_members": [m["members"] for m in said[0]],
     }  # fmt: skip
 
 

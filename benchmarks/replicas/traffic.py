@@ -49,6 +49,8 @@ CASES: dict[str, Case] = {
     "sparseloco": ("sparseloco", {"bits": 2, "top_k": K}),
 }  # fmt: skip
 IN_SHARDS = ("local_sgd", "lsgd", "diloco_4_bits")
+NAMES = (*CASES, *(f"sharded_{case}" for case in IN_SHARDS))
+"""Of figures, without what they are about."""
 CALLS = ("alltoall_base", "_allgather_base", "allgather", "allreduce", "broadcast", "send", "recv")
 METHODS: dict[str, Callable[[], Any]] = {
     "lsam": lambda: lso.SAM(rho=0.05), "parle": lambda: lso.registry.build("entropy_sgd", inner_steps=1),
