@@ -315,7 +315,8 @@ class Consensus:
                 heard = self._hearing.hear(met, fit, oracle, told)
         except (PeerFailed, NonFinite) as error:  # the vote says so
             why = str(error)
-        well = self._meetings.end(met, well=not why)
+        exchange = heard.exchange
+        well = self._meetings.end(met, well=not why, watch=None if exchange is None else exchange.watch)
         return heard, well, why, time.monotonic() - begin, self._circles.sent_bytes - sent_bytes
 
     def _begin(self, *, final: bool) -> Met | None:

@@ -7,7 +7,8 @@ rounding keeps back is added to what is told the next time (error feedback), so 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -50,6 +51,10 @@ class Exchange:
         self._gaps = gaps
         self.gap: Vector | None = None
         """This replica's difference from the mean of what all have told, up to its sign; None where it is not known."""
+
+    def watch(self, timeout: timedelta) -> Callable[[], bool]:
+        """From when on a member is gone; of each member's first rank, when it has heard all."""
+        return self._peers.watch(timeout)
 
     @property
     def place(self) -> int:

@@ -14,8 +14,9 @@ members decode the same bytes, so they end with the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -31,6 +32,9 @@ from elastic_lsopt.backends.peers.intervals import Bundle, Seat
 from elastic_lsopt.errors import PeerFailed
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
+
+PIECE = 2**15
+"""Of so many numbers of each replica inner products are taken at a time."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,15 @@ class Peers:
             return gloo(dist.PrefixStore(name, store), holders.index(own), len(holders), self._timeout)
 
     def close(self) -> None:
-        """Close the connections, so that whoever waits for this rank in one of the groups hears at once."""
-        self._groups.clear()
-        self._firsts = None
+        """Close the connections, so that whoever waits for this rank in one of the groups hears at once.
+
+        Each in a thread of its own: gloo takes some 20 ms to end a group's threads.
+        """
+        doomed = [*self._groups, self._firsts]
+        self._groups, self._firsts = [], None
+        while doomed:  # whoever lets go of a group last is the one who waits
+            last = [doomed.pop()]
+            threading.Thread(target=last.clear, name="closing").start()
 
     def limit(self, timeout: timedelta) -> None:
         """How long an operation may take from now on."""
@@ -82,6 +92,21 @@ class Peers:
             with told():
                 self._firsts._allgather_base(rows, own.reshape(1, -1), options).wait()
         return rows
+
+    def watch(self, timeout: timedelta) -> Callable[[], bool]:
+        """From when on a member's first rank is gone (of the first ranks, on all that live; nobody waits).
+
+        A gather that ends when all have begun it, and fails when a connection is closed: by a death, or by a member
+        that has dropped its groups.
+        """
+        assert self._firsts is not None
+        options = AllgatherOptions()
+        options.timeout = timeout
+        with suppress(RuntimeError):
+            own = torch.zeros(1, 1)
+            work = self._firsts._allgather_base(own.new_empty(len(self.members), 1), own, options)
+            return lambda: work.is_completed() and _failed(work)
+        return lambda: True
 
     def packed(self, vector: Vector) -> list[Tensor]:
         """What goes into each bundle, one tensor each, on the host."""
@@ -123,12 +148,10 @@ class Peers:
         rows = pad(part, (0, -n % (size * form.step))).view(size, -1)
         told = form.encode(rows)
         everyones = form.decode(self._to_each(number, told), part.dtype)
-        own = everyones.sum(0) if form.exact else everyones.double().sum(0).to(part.dtype)
-        points = everyones.double()
-        if shares is not None:
-            points = points / self._of_elements(number, shares, at * rows.shape[1], rows.shape[1])
-            points = points - points.mean(0)
-        inner += points @ points.T / self.bundles[number].copies
+        own = everyones.sum(0) if form.exact else everyones.sum(0, dtype=torch.float64).to(part.dtype)
+        width = rows.shape[1]
+        of_each = None if shares is None else self._of_elements(number, shares, at * width, width)
+        inner += products(everyones, of_each) / self.bundles[number].copies
         spread = form.encode(own[None])
         whole = form.decode(self._to_all(number, spread), part.dtype).reshape(-1)[:n]
         left: Tensor | None = None
@@ -227,6 +250,27 @@ class Peers:
         with told():
             self._groups[number]._allgather_base(out, row.contiguous(), options).wait()
         return out
+
+
+def _failed(work: dist.Work) -> bool:
+    try:
+        work.wait()
+    except RuntimeError:
+        return True
+    return False
+
+
+def products(told: Tensor, shares: Tensor | None) -> Tensor:
+    """Inner products of the rows over their shares (of a row, or of each number), less their mean; None: of the rows
+    as they are. In fp64, a piece at a time that the cache holds."""
+    out = told.new_zeros(len(told), len(told), dtype=torch.float64)
+    for begin in range(0, told.shape[1], PIECE):
+        points = told[:, begin : begin + PIECE].double()
+        if shares is not None:
+            points = points / (shares if shares.shape[1] == 1 else shares[:, begin : begin + PIECE])
+            points.sub_(points.mean(0))
+        out += points @ points.T
+    return out
 
 
 @contextmanager
