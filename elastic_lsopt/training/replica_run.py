@@ -36,10 +36,10 @@ from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.training.building.rules import rule_of
-from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.loop import TrainingRun
-from elastic_lsopt.training.run_folder import CHECKPOINTS
+from elastic_lsopt.training.reporting.console import Console
+from elastic_lsopt.training.reporting.run_folder import CHECKPOINTS
 from elastic_lsopt.training.statistics import estimate_anew, spread
 from elastic_lsopt.world import World
 
