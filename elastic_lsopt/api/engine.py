@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic_lsopt.api.consensus import Consensus
+from elastic_lsopt.api.replicas.consensus import Consensus
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.detect import backend_for

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from elastic_lsopt.api.consensus import Consensus
-from elastic_lsopt.api.step import refuse_halves
+from elastic_lsopt.api.refusals import refuse_halves
+from elastic_lsopt.api.replicas.consensus import Consensus
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer, LoadReport
 from elastic_lsopt.checkpoint.divergence import Streak, last_words, set_bad_aside
 from elastic_lsopt.checkpoint.folder import listing

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from elastic_lsopt.api.consensus import Consensus, Exchanged
+from elastic_lsopt.api.replicas.consensus import Consensus, Exchanged
 from elastic_lsopt.checkpoint.checkpointer import LoadReport
 from elastic_lsopt.checkpoint.folder import checkpoint_path, damage, listing, step_of
 from elastic_lsopt.config.consensus import read_consensus
@@ -104,7 +104,8 @@ class ReplicaRun(TrainingRun):
         return Consensus(
             self._rule, world.meetings, replicas=tuple(paces), bits=block.told.bits, top_k=block.told.top_k,
             timeout_s=block.exchange_timeout_s, rounds=self.rounds, by_speed=block.steps == "by_speed",
-            newcomer=world.newcomer, outdated=world.outdated, disagreement_span=block.disagreement_span,
+            newcomer=world.newcomer, outdated=world.outdated, lost=world.lost,
+            disagreement_span=block.disagreement_span,
         )  # fmt: skip
 
     def _loader(self) -> StepLoader:
@@ -226,7 +227,8 @@ class ReplicaRun(TrainingRun):
         """Other replicas have come or gone."""
         assert world.meetings is not None
         self.world = world
-        self._consensus_of.members_changed(world.meetings, tuple(r for r, size in enumerate(world.sizes) if size))
+        living = tuple(r for r, size in enumerate(world.sizes) if size)
+        self._consensus_of.members_changed(world.meetings, living, world.lost)
 
     # -- a step ------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from elastic_lsopt.api.step import LandscapeStep, refuse_halves
+from elastic_lsopt.api.refusals import refuse_halves
+from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.api.trainer.logged_counts import not_counted
 from elastic_lsopt.api.trainer.probe_callback import ProbeCallback
 from elastic_lsopt.api.trainer.refusals import (

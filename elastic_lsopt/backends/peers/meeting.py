@@ -72,14 +72,16 @@ class Meetings:
     """One rank's part in the meetings of its replica with the others (every method is collective in the replica).
 
     `inside` is a gloo group of the replica's own ranks (None: it has one). `store` is the job's; its own time limit is
-    that of a replica that has lost the store. `since` is the number of the first meeting there.
+    that of a replica that has lost the store. `since` is the number of the first meeting there. `lost` says of a
+    replica what it cannot say itself: that all its ranks are gone.
     """
 
     def __init__(
         self, store: dist.Store, number: int, expected: Iterable[int], *, first: bool,
-        inside: dist.ProcessGroup | None, timeout_s: float, outdated: Callable[[], bool] | None = None, since: int = 0,
+        inside: dist.ProcessGroup | None, timeout_s: float, outdated: Callable[[], bool] | None = None,
+        lost: Callable[[int], bool] | None = None, since: int = 0,
     ) -> None:  # fmt: skip
-        self._outdated, self._since = outdated, since
+        self._outdated, self.lost, self._since = outdated, lost, since
         self._store, self.number, self._expected = store, number, set(expected)
         self._first, self._inside, self.timeout_s = first, inside, timeout_s
         self._come = self._end = 0.0
@@ -251,7 +253,7 @@ class Meetings:
         return json.loads(self._store.get("replicas"))
 
     def _gone(self, replica: int) -> bool:
-        return self._store.check([f"gone/{replica}"])
+        return (self.lost is not None and self.lost(replica)) or self._store.check([f"gone/{replica}"])
 
     def _ready(self, k: int, replica: int) -> bool:
         return self._store.check([f"{k}/ready/{replica}"])

@@ -93,6 +93,16 @@ class Peers:
                 self._firsts._allgather_base(rows, own.reshape(1, -1), options).wait()
         return rows
 
+    def total(self, own: Tensor) -> Tensor:
+        """The sum of what the first rank of each member says; of another rank zeros."""
+        total = own.clone() if self._firsts is not None else torch.zeros_like(own)
+        if self._firsts is not None:
+            options = dist.AllreduceOptions()
+            options.timeout = self._timeout
+            with told():
+                self._firsts.allreduce([total], options).wait()
+        return total
+
     def watch(self, timeout: timedelta) -> Callable[[], bool]:
         """From when on a member's first rank is gone (of the first ranks, on all that live; nobody waits).
 

@@ -104,3 +104,19 @@ def test_a_circle_that_one_has_dropped_is_made_anew_once_in_a_meeting() -> None:
     with ThreadPoolExecutor(2) as threads:
         for first, *others in threads.map(member, range(2)):
             assert all(one is first for one in others)
+
+
+def test_nobody_waits_for_a_replica_that_is_known_to_be_lost() -> None:
+    """Replica 1 dies whole between two meetings, and says nothing; who watches over it says so while others wait."""
+    shared, gone = store(), threading.Event()
+    both = [replica(shared, number, among=2, timeout_s=20.0) for number in range(2)]
+    both[0].lost = lambda number: number == 1 and gone.is_set()
+    with ThreadPoolExecutor(2) as threads:
+        [*_] = threads.map(lambda me: me.end(me.begin({}), well=True), both)
+        waiting = threads.submit(both[0].begin, {})
+        time.sleep(0.3)
+        assert not waiting.done()
+        gone.set()
+        begin = time.monotonic()
+        met = waiting.result(LIMIT_S)
+    assert met is not None and met.members == (0,) and time.monotonic() - begin < 5.0

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from elastic_lsopt.api.exchanged import Exchanged, Said, UnderWay
-from elastic_lsopt.api.hearing import Heard, Hearing
-from elastic_lsopt.api.reports import final, fit_of, keeps, ledger_of, spans, trained
+from elastic_lsopt.api.replicas.exchanged import Exchanged, Said, UnderWay
+from elastic_lsopt.api.replicas.hearing import Heard, Hearing
+from elastic_lsopt.api.replicas.reports import final, fit_of, keeps, ledger_of, spans, trained
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.agreement import gather_json
 from elastic_lsopt.backends.groups import Group, present
@@ -77,7 +77,8 @@ class Consensus:
     def __init__(
         self, rule: Rule, store: dist.Store, *, replicas: tuple[int, ...], bits: int = 32, top_k: int | None = None,
         timeout_s: float = 30.0, rounds: Rounds | None = None, by_speed: bool = False, newcomer: bool = False,
-        outdated: Callable[[], bool] | None = None, disagreement_span: int = 0,
+        outdated: Callable[[], bool] | None = None, lost: Callable[[int], bool] | None = None,
+        disagreement_span: int = 0,
     ) -> None:  # fmt: skip
         require(bits in BITS, "bits", bits, f"one of {', '.join(map(str, BITS))}")
         if top_k is not None:
@@ -92,7 +93,7 @@ class Consensus:
         self._under_way: UnderWay | None = None
         self.exchanges: list[Exchanged] = []
         """Of this life of the process."""
-        self._by_speed, self._fit, self._outdated = by_speed, not newcomer, outdated
+        self._by_speed, self._fit, self._outdated, self._lost = by_speed, not newcomer, outdated, lost
         self._vacant: tuple[int, ...] = ()
         self._span = DisagreementSpan(disagreement_span) if disagreement_span else None
         self._spanned = NEVER
@@ -134,7 +135,8 @@ class Consensus:
         rank, self._store = self._inside.rank, store
         self._meetings = Meetings(
             store, self.number, replicas, first=rank == 0, inside=self._inside.handle, timeout_s=self.timeout_s,
-            outdated=self._outdated, since=0 if self.rounds is None else max(0, self.rounds.version),
+            outdated=self._outdated, lost=self._lost,
+            since=0 if self.rounds is None else max(0, self.rounds.version),
         )  # fmt: skip
         self._circles = Circles((self.number, rank), store)
         self._hearing = Hearing(
@@ -144,9 +146,12 @@ class Consensus:
         if rank == 0:
             self._meetings.join()
 
-    def members_changed(self, store: dist.Store, living: tuple[int, ...]) -> None:
+    def members_changed(
+        self, store: dist.Store, living: tuple[int, ...], lost: Callable[[int], bool] | None = None
+    ) -> None:
         """Other replicas have come or gone, and the store may be another (collective in the replica, between steps)."""
         self.settled()
+        self._lost = self._meetings.lost = lost
         self._vacant = tuple(r for r in range(max(*self.replicas, *living) + 1) if r not in living)
         self.replicas = living
         if store is not self._store:

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from elastic_lsopt.api.hearing import Heard
+from elastic_lsopt.api.replicas.hearing import Heard
 from elastic_lsopt.backends.peers.meeting import Met
 from elastic_lsopt.probes.noise.disagreement import Disagreement
 
