@@ -175,6 +175,7 @@ def replica(
             met = consensus.exchanges[-1] if len(consensus.exchanges) > before else None
             told |= {"weights": consensus.looked, "met": met and [met.number, met.members, met.well]}
         place.say(**told)
+    consensus.leave()  # who has more turns to come need not wait for this one
 
 
 # -- what is made of it ------------------------------------------------------------------------------------------

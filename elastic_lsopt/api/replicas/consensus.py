@@ -141,7 +141,7 @@ class Consensus:
         self._circles = Circles((self.number, rank), store)
         self._hearing = Hearing(
             self._step, self.rule, format_of(self._bits, self._top_k), self._circles, self._inside, self.number,
-            lambda: self._meetings.left, Standing.name, gaps=self._span is not None,
+            lambda: self._meetings.left, self._meetings.failed, Standing.name, gaps=self._span is not None,
         )  # fmt: skip
         if rank == 0:
             self._meetings.join()

@@ -7,7 +7,7 @@ made; one that they do not all name alike is made anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -36,11 +36,12 @@ class Circles:
         return self._sent_bytes + sum(peers.sent_bytes for _, peers in self._known.values())
 
     def of(
-        self, members: Sequence[int], met: Met, left: timedelta, chosen: Sequence[int] | None = None
+        self, members: Sequence[int], met: Met, left: timedelta, over: Callable[[], bool],
+        chosen: Sequence[int] | None = None,
     ) -> Peers:  # fmt: skip
         """The circle of these members of a meeting, for the parameters of these numbers (None: all) (collective).
 
-        Raises PeerFailed where one is gone.
+        `over` says that the meeting has failed. Raises PeerFailed where one is gone.
         """
         name = "-".join(map(str, members)) + ("" if chosen is None else f" of {min(chosen)}")
         made = {met.reports[m]["circles"].get(name) for m in members}
@@ -51,7 +52,7 @@ class Circles:
             cuts = cuts_of(met.reports, members, chosen)
             self._known[name] = met.number, Peers(self._own, members, bundles(self._own, cuts, members), store, left)
         _, peers = self._known[name]
-        peers.limit(left)
+        peers.limit(left, over)
         return peers
 
     def drop(self) -> None:

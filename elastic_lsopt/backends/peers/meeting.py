@@ -43,6 +43,8 @@ LOOK_EVERY_S, SELDOM_S = 0.002, 0.02
 """How often a replica that waits asks the store: more seldom the longer it has waited, after each twentieth of that."""
 LEAST_S = 0.05
 """What is left for a phase that begins at the deadline."""
+SLOW_S = 0.1
+"""By so much later than others a replica that lives may hear that a meeting has failed, and vote."""
 LOST, OUTDATED = "lost", "outdated"
 KEPT = 2
 """Meetings whose keys stay in the store: a late replica may still read them."""
@@ -87,6 +89,8 @@ class Meetings:
         self._come = self._end = 0.0
         self._last: int | None = None
         """The meeting at which this replica was last."""
+        self._failed: tuple[Met, float] | None = None
+        """That one, if it did not go well, and until when its votes may come."""
 
     @property
     def left(self) -> timedelta:
@@ -121,6 +125,10 @@ class Meetings:
     def _start(self, patience_s: float) -> None:
         now = time.monotonic()
         self._come, self._end = now + self.timeout_s / 2 + patience_s, now + self.timeout_s + patience_s
+
+    def failed(self, met: Met) -> bool:
+        """Whether a member has found that it cannot go well (any rank; one question to the store)."""
+        return self._store.check([f"{met.number}/failed"])
 
     def end(
         self, met: Met, *, well: bool, watch: Callable[[timedelta], Callable[[], bool]] | None = None
@@ -157,6 +165,8 @@ class Meetings:
         store = self._store
         k = self._number()
         missed = self._last is not None and k > self._last + 1
+        if self._failed is not None:
+            self._expected |= self._alive(*self._failed)
         if missed or patience_s:
             self._expected |= {*self._known()}
         self._come += late_s if missed else 0.0
@@ -202,28 +212,38 @@ class Meetings:
         return store.compare_set(f"{k}/in", "", mine) == mine.encode()
 
     def _end_of(self, met: Met, well: bool, watch: Callable[[timedelta], Callable[[], bool]] | None) -> str:
-        store, k = self._store, met.number
+        store, k, self._failed = self._store, met.number, None
         gone = watch(self.left) if well and watch is not None else lambda: False
         if not well:
             store.set(f"{k}/failed", "1")
         store.set(f"{k}/done/{self.number}", "1" if well else "0")
 
-        def said() -> dict[int, bytes]:
-            votes = {r: self._read(f"{k}/done/{r}") for r in met.members}
-            return {r: vote for r, vote in votes.items() if vote is not None}
-
         others = [r for r in met.members if r != self.number]
-        everybody = _All(others, lambda r: store.check([f"{k}/done/{r}"]) or self._gone(r))
+        everybody = _All(others, lambda r: self._voted(k, r) or self._gone(r))
         self._wait(lambda: not well or store.check([f"{k}/failed"]) or everybody() or gone(), self._end)
-        votes = said()
+        votes = self._said(met)
         all_well = len(votes) == len(met.members) and b"0" not in votes.values()
         verdict = store.compare_set(f"{k}/verdict", "", "all" if all_well else "keep").decode()
         if verdict == "all":
             self._expected = set(met.members)
-        else:  # who is alive says so within a moment: its own collective has failed too
-            time.sleep(LEAST_S)
-            self._expected = {*said(), self.number}
+        else:  # who is alive says so within a moment: its own collective has failed too, or this tells it
+            store.set(f"{k}/failed", "1")
+            self._expected, self._failed = set(), (met, time.monotonic() + SLOW_S)
         return verdict
+
+    def _alive(self, failed: Met, end: float) -> set[int]:
+        """Who has voted in that meeting; steps have been taken since, so there is hardly anything to wait for."""
+        everybody = _All(failed.members, lambda r: self._voted(failed.number, r) or self._gone(r))
+        self._wait(everybody, end)
+        return {*self._said(failed)}
+
+    def _voted(self, k: int, replica: int) -> bool:
+        return self._store.check([f"{k}/done/{replica}"])
+
+    def _said(self, met: Met) -> dict[int, bytes]:
+        """The votes that there are."""
+        votes = {r: self._read(f"{met.number}/done/{r}") for r in met.members}
+        return {r: vote for r, vote in votes.items() if vote is not None}
 
     def leave(self) -> None:
         """This replica is broken, and nobody need wait for it (any of its ranks; no communication inside)."""

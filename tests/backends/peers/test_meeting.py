@@ -95,11 +95,11 @@ def test_a_circle_that_one_has_dropped_is_made_anew_once_in_a_meeting() -> None:
     earlier = {r: {"circles": {}, "cut": [[(0, 0, 4)]]} for r in (0, 1)}
 
     def member(number: int) -> list[Any]:
-        circles, left = Circles((number, 0), shared), timedelta(seconds=2)
-        circles.of((0, 1), Met(3, (0, 1), earlier, None), left)
+        circles, left, never = Circles((number, 0), shared), timedelta(seconds=2), lambda: False
+        circles.of((0, 1), Met(3, (0, 1), earlier, None), left, never)
         if number == 1:
             circles.drop()
-        return [circles.of((0, 1), Met(7, (0, 1), reports, None), left) for _ in range(3)]
+        return [circles.of((0, 1), Met(7, (0, 1), reports, None), left, never) for _ in range(3)]
 
     with ThreadPoolExecutor(2) as threads:
         for first, *others in threads.map(member, range(2)):
