@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,22 @@ def test_killed_and_started_again(undisturbed: Path) -> None:
         assert {s: r["loss"] for s, r in one.items()} == {s: r["loss"] for s, r in two.items()}
     losses = [rows(f)[STEPS]["loss"] for f in (folder, folder / "replica-1")]
     assert losses[0] != losses[1], "replicas stay different"
+
+
+@pytest.mark.full
+def test_going_on_from_an_earlier_checkpoint(undisturbed: Path) -> None:
+    """The path is of replica 0; the others take their own of that name, and go on with the same bits."""
+    block = {**EVERY, "rule": "easgd", "tau": 3}
+    file = job(undisturbed, "earlier", consensus=block, momentum=0.9, save_total_limit=None)
+    run(command("none", file), undisturbed)
+    folders = [undisturbed / "earlier", undisturbed / "earlier" / "replica-1"]
+    before = [rows(folder)[STEPS]["loss"] for folder in folders]
+    path = folders[0] / "checkpoints" / "checkpoint-12"
+    assert "resumed from" in run(command("none", file, f"resume_from_checkpoint={path}"), undisturbed)
+    assert [rows(folder)[STEPS]["loss"] for folder in folders] == before
+    shutil.rmtree(folders[1] / "checkpoints")
+    said = run(command("none", file, f"resume_from_checkpoint={path}"), undisturbed, code=2)
+    assert "is of replica 0, and there is none of replica 1 beside it" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
