@@ -24,7 +24,7 @@ NAMES = {
     "elastic_layer": "elastic.layer",
     "membership_simulation": "elastic.membership_simulation", "updates": "step.updates", "adapters": "step.adapters",
     "loading": "loading", "large_model": "large_model", "trainer": "step.trainer_steps", "plan_memory": "plan_memory",
-    "device": "device", "sampa_halves": "step.sampa_halves",
+    "device": "device", "sampa_halves": "step.sampa_halves", "replica_simulation": "replicas.simulation",
 }  # fmt: skip
 """Benchmarks, as results call them, and their modules."""
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -9,10 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elastic_lsopt import averages, elastic, probes, updates
+    from elastic_lsopt import averages, consensus, elastic, probes, updates
     from elastic_lsopt.api.attach import attach
     from elastic_lsopt.api.engine import Engine
     from elastic_lsopt.api.initialize import initialize
+    from elastic_lsopt.api.join_replicas import join_replicas
     from elastic_lsopt.api.landscape_optimizer import LandscapeOptimizer
     from elastic_lsopt.api.lightning_strategy import LandscapeDeepSpeedStrategy
     from elastic_lsopt.api.trainer.probe_callback import ProbeCallback
@@ -127,8 +128,10 @@ __all__ = [
     "UserError",
     "attach",
     "averages",
+    "consensus",
     "elastic",
     "initialize",
+    "join_replicas",
     "load",
     "probes",
     "registry",
@@ -193,11 +196,13 @@ _HOMES = {
     "UserError": "errors",
     "attach": "api.attach",
     "initialize": "api.initialize",
+    "join_replicas": "api.join_replicas",
     "load": "checkpoint.save",
     "save": "checkpoint.save",
 }
 _MODULES = {
     "averages": "averages",
+    "consensus": "consensus",
     "elastic": "elastic",
     "probes": "probes",
     "registry": "optimizers.registry",

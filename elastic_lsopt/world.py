@@ -39,11 +39,14 @@ class World:
     replica: int = 0
     """Where replicas go their own way (`consensus`) this one's number; rank and size are then this replica's."""
     sizes: tuple[int, ...] = ()
-    """Ranks of each replica, 0 of one that is vacant."""
+    """Ranks of each replica, 0 of one that is vacant; () where there is one."""
     meetings: dist.Store | None = None
-    """Through which replicas meet; None where there is one."""
+    """Through which replicas meet; None where there is one. In an elastic job another object is another store, and
+    empty: its host has changed."""
     newcomer: bool = False
     """This replica has no state, and others train: it is given the model by them."""
+    outdated: Callable[[], bool] | None = None
+    """In an elastic job: whether this replica's members are about to change, so that waiting for others must end."""
 
     @property
     def is_first(self) -> bool:

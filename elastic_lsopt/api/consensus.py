@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from elastic_lsopt.api.hearing import Heard, Hearing
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.agreement import gather_json
-from elastic_lsopt.backends.groups import Group
+from elastic_lsopt.backends.groups import Group, present
 from elastic_lsopt.backends.peers.circles import Circles
 from elastic_lsopt.backends.peers.formats import BITS, format_of
 from elastic_lsopt.backends.peers.intervals import cut_of
@@ -42,9 +43,8 @@ from elastic_lsopt.space.vector import Vector
 NEVER = -1
 """The exchange at which a replica was that has been at none."""
 TRIES = 5
-INSIDE = timedelta(minutes=30)
-"""How long a replica's ranks wait for each other, as in a step: at the start its first waits for other replicas, whose
-models may take minutes to load."""
+WAIT = timedelta(days=1)
+"""How long ranks wait for their first one, which may wait for other replicas; where it dies they hear at once."""
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,22 @@ class Consensus:
     def __init__(
         self, rule: Rule, store: dist.Store, *, replicas: tuple[int, ...], bits: int = 32, top_k: int | None = None,
         timeout_s: float = 30.0, rounds: Rounds | None = None, by_speed: bool = False, newcomer: bool = False,
+        outdated: Callable[[], bool] | None = None,
     ) -> None:  # fmt: skip
         require(bits in BITS, "bits", bits, f"one of {', '.join(map(str, BITS))}")
         if top_k is not None:
             require_count("top_k", top_k)
         require_number("exchange_timeout_s", timeout_s, positive=True)
-        self.rule, self._store, self._replicas = rule, store, replicas
+        self.rule, self._store, self.replicas = rule, store, replicas
+        self.number = present().number
+        """This replica's own."""
         self._bits, self._top_k, self.timeout_s, self.rounds = bits, top_k, timeout_s, rounds
         self._thread: ThreadPoolExecutor | None = None
         self._under_way: _UnderWay | None = None
         self.exchanges: list[Exchanged] = []
         """Of this life of the process."""
-        self._by_speed, self._fit = by_speed, not newcomer
+        self._by_speed, self._fit, self._outdated = by_speed, not newcomer, outdated
+        self._vacant: tuple[int, ...] = ()
         self._skipped = self._redealt = False
         self._newest = NEVER  # no state that is saved: a job that starts again counts its meetings anew
         self._there = replicas
@@ -147,21 +151,37 @@ class Consensus:
             )
         self._step = step
         groups = step.backend.groups
-        self.number, rank = groups.number, groups.replica.rank
-        inside = groups.replica.again("consensus", INSIDE)
+        rank = groups.replica.rank
+        inside = groups.replica.again("consensus", WAIT)
         self._inside = Group(rank, groups.replica.size, inside)
-        self._meetings = Meetings(
-            self._store, self.number, self._replicas, first=rank == 0, inside=inside, timeout_s=self.timeout_s
-        )
-        self._circles = Circles((self.number, rank), self._store)
+        self._meet_in(self._store, self.replicas)
         self._cut = gather_json(inside, cut_of(step.space.layout))
+        step.of_job = self._of_job
+
+    def _meet_in(self, store: dist.Store, replicas: tuple[int, ...]) -> None:
+        """From now on through this store, of which the first rank says that its replica may be met."""
+        rank, self._store = self._inside.rank, store
+        self._meetings = Meetings(
+            store, self.number, replicas, first=rank == 0, inside=self._inside.handle, timeout_s=self.timeout_s,
+            outdated=self._outdated, since=0 if self.rounds is None else max(0, self.rounds.version),
+        )  # fmt: skip
+        self._circles = Circles((self.number, rank), store)
         self._hearing = Hearing(
-            step, self.rule, format_of(self._bits, self._top_k), self._circles, self._inside, self.number,
+            self._step, self.rule, format_of(self._bits, self._top_k), self._circles, self._inside, self.number,
             lambda: self._meetings.left, Standing.name,
         )  # fmt: skip
-        step.of_job = self._of_job
         if rank == 0:
             self._meetings.join()
+
+    def members_changed(self, store: dist.Store, living: tuple[int, ...]) -> None:
+        """Other replicas have come or gone, and the store may be another (collective in the replica, between steps)."""
+        self.settled()
+        self._vacant = tuple(r for r in range(max(*self.replicas, *living) + 1) if r not in living)
+        self.replicas = living
+        if store is not self._store:
+            self._meet_in(store, living)
+        if self._inside.rank == 0:
+            self._meetings.vacate(self._vacant)
 
     # -- around a step -----------------------------------------------------------------------------------------
 
@@ -192,9 +212,19 @@ class Consensus:
         """Of this replica from one exchange to the next."""
         return self.rule.every if self.rounds is None else self.rounds.steps
 
+    @property
+    def fit(self) -> bool:
+        """Whether this replica has what the job has come to; else it waits to be given the model."""
+        return self._fit
+
     def newcomer(self) -> None:
         """This replica has nothing of what the job has come to, and is given the model at its first meeting."""
         self._fit = False
+
+    @property
+    def leads(self) -> bool:
+        """Whether this replica is the first of those that were at the last meeting."""
+        return self.number == min(self._there)
 
     def agreed(self, value: Any) -> Any:
         """What the first rank of this replica says, on all of them (JSON; collective in the replica)."""
@@ -282,7 +312,7 @@ class Consensus:
             "samples": self._standing["samples"], "newest": self._newest,
             "fit": self._fit and finite and not self._skipped,
             "clock": self._step.clock.samples - self._standing["ahead"], "pace": self._pace,
-            "held": [] if self.rounds is None else _spans(self.rounds.ledger, self.number),
+            "held": [] if self.rounds is None else _spans(self.rounds.ledger, self.number), "vacant": self._vacant,
         }  # fmt: skip
 
     @property
@@ -316,7 +346,8 @@ class Consensus:
             undone = {m: n for m, n in samples.items() if m not in fit} if well else {}
             paces = {m: report["pace"] for m, report in met.reports.items()}
             ledger = Ledger.from_json(met.common)
-            for member in (m for m in met.members if not _keeps(met, m)):
+            vacant = set.intersection(*({*report["vacant"]} for report in met.reports.values()))
+            for member in [*(m for m in met.members if not _keeps(met, m)), *sorted(vacant)]:
                 ledger = ledger.lost(member)
             self.rounds.version = met.number + 1
             since, beyond = self._standing["samples"] - before["samples"], {} if well else samples
@@ -342,6 +373,7 @@ class Consensus:
             with suppress(PeerFailed):
                 point = self._hearing.point(met, self._fit_of(met))
             if self._meetings.end(met, well=point is not None) and point is not None:
+                self._there = met.members
                 return point
             self._circles.drop()
         raise PeerFailed(f"the replicas could not form their final model in {TRIES} meetings")

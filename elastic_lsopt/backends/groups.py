@@ -121,11 +121,17 @@ def form_replicas(
         backend, store=dist.PrefixStore(f"replica/{number}", store), rank=own, world_size=size, timeout=timeout
     )
     if apart:
-        _formed = Groups(Group.default(), Group.default(), number, len(sizes), apart=True)
-        return _formed
+        return formed_apart(number, len(sizes))
     through = dist.PrefixStore("job", store)
     job = gloo(dist.PrefixStore("steps", through), rank, sum(sizes), timeout)
     _formed = Groups(Group(rank, sum(sizes), job, through), Group.default(), number, len(sizes))
+    return _formed
+
+
+def formed_apart(number: int, replicas: int) -> Groups:
+    """Torch's default group is replica `number` of `replicas`, each of which is the whole job to itself."""
+    global _formed  # noqa: PLW0603
+    _formed = Groups(Group.default(), Group.default(), number, replicas, apart=True)
     return _formed
 
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from elastic_lsopt import __version__
 from elastic_lsopt.cli.probe import arguments_of
+from elastic_lsopt.cli.simulate import refuse_without_simulate, simulate, simulation_options
 from elastic_lsopt.errors import UserError
 
 FROM_A_RUN = "run the code that names the model, also where the file is a run's own settings"
@@ -64,6 +65,9 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
 
             return validate(arguments.file, arguments.overrides, trust=arguments.trust)
         case "plan":
+            if arguments.simulate:
+                return simulate(arguments.file, arguments.overrides, arguments)
+            refuse_without_simulate(arguments)
             from elastic_lsopt.cli.plan_job import Asked, plan_job
 
             asked = Asked(
@@ -188,6 +192,7 @@ def _plan_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--price-per-hour", type=float, metavar="N", help="of one rank; gives the job's price")
     command.add_argument("--json", action="store_true", help="print one JSON object")
+    simulation_options(command)
 
 
 if __name__ == "__main__":

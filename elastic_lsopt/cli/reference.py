@@ -25,7 +25,10 @@ EXAMPLES = {
     "train": ("elastic-lsopt train configs/quickstart.yaml landscape.rho=0.1",),
     "agent": ("elastic-lsopt agent configs/elastic-quickstart.yaml elastic.endpoint=node-1:29400",),
     "validate": ("elastic-lsopt validate configs/quickstart.yaml",),
-    "plan": ("elastic-lsopt plan configs/quickstart.yaml --worlds 2,8,64 --gpu-memory 80GiB",),
+    "plan": (
+        "elastic-lsopt plan configs/quickstart.yaml --worlds 2,8,64 --gpu-memory 80GiB",
+        "elastic-lsopt plan configs/quickstart.yaml --simulate --replicas 8,1000,100000 --gpus 8",
+    ),
     "compare": ("elastic-lsopt compare configs/compare-digits.yaml workers=8 'seeds=[0, 1, 2]'",),
     "study": ("elastic-lsopt study configs/study-digits.yaml workers=8 'grid.seed=[0, 1, 2]'",),
     "methods": ("elastic-lsopt methods", "elastic-lsopt methods sam"),

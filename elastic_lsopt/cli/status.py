@@ -118,22 +118,33 @@ def table(told: Status, changes: list[dict[str, Any]]) -> Any:
     if generation is None:
         return f"no generation yet; waiting for nodes at {told['host_address']}"
     members = Table(title=f"generation {generation['number']} · host {generation['host']} · {_speed(told)}")
-    for column in ("node", "host", "pid", "state", "rank", "step", "samples", "loss", "s per step"):
+    places, place_of = _places(generation)
+    for column in ("node", "host", "pid", "state", *places, "step", "samples", "loss", "s per step"):
         members.add_column(column, justify="left" if column in ("node", "host", "state") else "right", overflow="fold")
     ranks = [(member["name"], worker) for member in generation["members"] for worker in member["workers"]]
     spares = [
         (node, worker) for node, report in sorted(told["reports"].items()) for worker in report["workers"]
         if (node, worker) not in ranks
     ]  # fmt: skip
-    for rank, (node, worker) in enumerate([*ranks, *spares]):
+    for node, worker in [*ranks, *spares]:
         report = told["reports"].get(node, {"workers": {}, "draining": False, "host": ""})
         said = report["workers"].get(worker, {})
         members.add_row(
             node, report["host"], str(said.get("pid", "")), "leaving" if report["draining"] else said.get("state", ""),
-            str(rank) if rank < len(ranks) else "", str(said.get("step", "")), str(said.get("samples", "")),
+            *place_of.get(worker, [""] * len(places)), str(said.get("step", "")), str(said.get("samples", "")),
             _short(said.get("loss")), _short(said.get("seconds")),
         )  # fmt: skip
     return Group(members, last_changes(changes))
+
+
+def _places(generation: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """The columns that say where a worker is, and what stands there by worker: its rank, in its replica where a job has
+    several."""
+    if replicas := generation.get("replicas"):
+        seats = {w: [str(k), str(rank)] for k, r in enumerate(replicas) for rank, w in enumerate(r["workers"])}
+        return ["replica", "rank"], seats
+    workers = [worker for member in generation["members"] for worker in member["workers"]]
+    return ["rank"], {worker: [str(rank)] for rank, worker in enumerate(workers)}
 
 
 def last_changes(changes: list[dict[str, Any]]) -> Any:

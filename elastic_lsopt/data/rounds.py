@@ -33,9 +33,10 @@ class Rounds:
         """From one exchange to the next."""
         self._take(ledger)
 
-    def resume(self, ledger: Ledger, trained: int) -> None:
+    def resume(self, ledger: Ledger, trained: int, version: int = 0) -> None:
         """Go on from a ledger, of what it has open for this replica so much trained."""
         self.trained = self.cursor = trained
+        self.version = version
         self._take(ledger)
 
     @property
@@ -104,13 +105,9 @@ class InHand:
 
     def state_dict(self, committed: int) -> dict[str, Any]:
         """The order, and who trains on what."""
-        ledger, trained = self.rounds.ledger.to_json(), self.rounds.trained
-        return {
-            **self._source.state_dict(committed),
-            "ledger": ledger,
-            "trained": trained,
-            "replica": self.rounds.number,
-        }
+        rounds = self.rounds
+        told = {"ledger": rounds.ledger.to_json(), "trained": rounds.trained, "version": rounds.version}
+        return {**self._source.state_dict(committed), **told, "replica": rounds.number}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises UserError where the dataset's size or the seed is not the saved one."""
@@ -139,6 +136,12 @@ class RoundLoader(StepLoader):
 
     def place(self, cursor: int) -> int:
         return self.rounds.spans(cursor, 1)[0][0]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on in the same job, whose ledger and meetings go on too."""
+        self.source.load_state_dict(state_dict)
+        self.rounds.resume(Ledger.from_json(state_dict["ledger"]), state_dict["trained"], state_dict["version"])
+        self.begin_at(self.rounds.cursor)
 
     def take_back(self) -> None:
         """The step that was given out is not taken, as others train on its samples: what comes next is of what the

@@ -15,7 +15,8 @@ from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.plan import Policy
 from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import build_data
-from elastic_lsopt.training.loop import TrainingRun
+from elastic_lsopt.training.estimate.replicas import one_replica, replicas_of
+from elastic_lsopt.training.loop import TrainingRun, run_of
 from elastic_lsopt.training.pace import gain_monitor
 from elastic_lsopt.world import World, on_gpu
 
@@ -36,11 +37,11 @@ def run_worker(config: TrainConfig, method: Method) -> NoReturn:
     assert config.elastic is not None
     data, console = build_data(config), Console()  # once a process: a change of members reads no corpus again
 
-    policy = Policy.of(config, parts=method.parts)
+    policy = Policy.of(one_replica(config), parts=method.parts)
     keep = [gain_monitor(config)] if policy.rule == "adascale" else []
 
     def build(world: World) -> TrainingRun:
-        return TrainingRun(rehearsed(config) if world.rehearsal else config, method, data, world, console, keep)
+        return run_of(config)(rehearsed(config) if world.rehearsal else config, method, data, world, console, keep)
 
     work(build, config.elastic, policy, Journal(Path(config.output_dir), console.say))
 
@@ -63,5 +64,5 @@ def run_agent(config: TrainConfig, arguments: Sequence[str]) -> NoReturn:
         config.elastic, Path(config.output_dir), workers=config.workers,
         command=[sys.executable, "-m", "elastic_lsopt.train", *arguments],
         fingerprint=fingerprint_of({k: v for k, v in told.items() if k not in PER_NODE}),
-        exit_code_when_stopped=config.exit_code_when_stopped,
+        exit_code_when_stopped=config.exit_code_when_stopped, replicas=replicas_of(config),
     )  # fmt: skip

@@ -354,6 +354,17 @@ class TrainingRun:
         own = self.config.elastic is not None and listing(Path(self.config.output_dir) / CHECKPOINTS)
         return "auto" if own else given
 
+    @property
+    def newcomer(self) -> bool:
+        """See `Run`: a job of one replica has none."""
+        return False
+
+    def begin_anew(self) -> None:
+        raise NotImplementedError("a job of one replica has no newcomers.")
+
+    def members_changed(self, world: World) -> None:
+        raise NotImplementedError("a job of one replica has no others.")
+
     def open(self) -> None:
         """Attend to the console, open the run folder, make the checkpoints' group: before the first step."""
         self._open()

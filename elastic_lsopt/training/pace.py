@@ -72,7 +72,8 @@ class Pace:
         given = {} if own is None or config.lr_scheduler_type == "autodrop" else own.given()
         shape = "constant" if config.lr_scheduler_type == "autodrop" else config.lr_scheduler_type
         self._rate = LearningRate(peak=config.learning_rate, shape=shape, warmup=config.warmup_ratio, **given)
-        self._fixed = config.global_batch_size if plan is None else plan.global_batch_size
+        own = plan is None or config.consensus is not None  # whose plan is of one replica
+        self._fixed = config.global_batch_size if own or plan is None else plan.global_batch_size
         self._peaks = [group["lr"] for group in engine.param_groups]
         self._rates: Rates | None = None
         self._at: BatchAt | None = None

@@ -71,11 +71,12 @@ class ReplicaRun(TrainingRun):
     ) -> None:  # fmt: skip
         assert config.consensus is not None
         self._block, self._rule = read_consensus(config.consensus), rule_of(config)
+        self._job = config
         self._number, self._last_microbatches, self._row = world.replica, list[MicroBatch](), dict[str, Any]()
         self._counted = self._told = 0
         """Samples that had counted at the last look, and exchanges that the journal knows."""
         super().__init__(of_replica(config, world.replica), method, data, world, console, keep)
-        if world.meetings is not None:
+        if world.meetings is not None and world.plan is None:
             self._refuse_other_data()
 
     # -- making it ---------------------------------------------------------------------------------------------
@@ -103,14 +104,16 @@ class ReplicaRun(TrainingRun):
         return Consensus(
             self._rule, world.meetings, replicas=tuple(paces), bits=block.told.bits, top_k=block.told.top_k,
             timeout_s=block.exchange_timeout_s, rounds=self.rounds, by_speed=block.steps == "by_speed",
-            newcomer=world.newcomer,
+            newcomer=world.newcomer, outdated=world.outdated,
         )  # fmt: skip
 
     def _loader(self) -> StepLoader:
         if self.world.meetings is None:
             return super()._loader()
+        plan = self.world.plan
         return RoundLoader(
             self.data.train, self.collate, self.rounds, replicas=self._block.replicas,
+            microbatches=None if plan is None else plan.microbatches_of_rank[self.world.rank],
             global_batch_size=self.config.global_batch_size // self._block.replicas, **self.how_to_load(),
         )  # fmt: skip
 
@@ -143,9 +146,8 @@ class ReplicaRun(TrainingRun):
             return "none"
         if step == 0:
             self._consensus_of.newcomer()
-            self.rounds.version = NOBODYS
-            share = self.config.global_batch_size // self._block.replicas
-            self.rounds.resume(Ledger(self.total_samples, share), trained=0)  # it trains on nothing before it is let in
+            nothing = Ledger(self.total_samples, self.config.global_batch_size // self._block.replicas)
+            self.rounds.resume(nothing, trained=0, version=NOBODYS)  # it trains on nothing before it is let in
             return "none"
         return str(checkpoint_path(folder, step))
 
@@ -207,6 +209,23 @@ class ReplicaRun(TrainingRun):
         engine = self.engine
         self._consensus_of.exchange(engine.oracle(self._last_microbatches) if self._last_microbatches else None)
         self._tell()
+
+    # -- in an elastic job -------------------------------------------------------------------------------------
+
+    @property
+    def newcomer(self) -> bool:
+        """Whether it waits to be given the model."""
+        return self.world.meetings is not None and not self._consensus_of.fit
+
+    def begin_anew(self) -> None:
+        """Others train: the first exchange gives this replica what they have come to."""
+        self.open()
+
+    def members_changed(self, world: World) -> None:
+        """Other replicas have come or gone."""
+        assert world.meetings is not None
+        self.world = world
+        self._consensus_of.members_changed(world.meetings, tuple(r for r, size in enumerate(world.sizes) if size))
 
     # -- a step ------------------------------------------------------------------------------------------------
 
@@ -274,6 +293,8 @@ class ReplicaRun(TrainingRun):
         """The model becomes what the rule's paper evaluates; then as ever."""
         if not self.stopped:
             self._become_the_model()
+            if self._consensus_of.leads and self._number:  # the first replica is no more: this one speaks for the job
+                self.config = self._job
         super().finish()
 
     def _become_the_model(self) -> None:
@@ -285,7 +306,7 @@ class ReplicaRun(TrainingRun):
         estimate_anew(
             engine, (self.collate([train[i] for i in rows]) for rows in spread(len(train), size, STATISTICS_BATCHES))
         )
-        if len(self.data.eval) and self.world.replica == 0:
+        if len(self.data.eval) and self._consensus_of.leads:
             held_out = self.evaluated()
             self.eval_loss = held_out.loss
             row = {**self._row, "eval_loss": held_out.loss}

@@ -16,9 +16,11 @@ from benchmarks.curvature import products as curvature
 from benchmarks.curvature import spectra as curvature_spectra
 from benchmarks.elastic import membership_simulation
 from benchmarks.models import TOY
+from benchmarks.replicas import simulation
 from benchmarks.step.rules import BACKENDS, RULES
 from benchmarks.targets import Target, rows
 from benchmarks.timing import ratio_of
+from tests.processes import warm
 from tests.processes.ranks import ROOT, Ranks, rank_environment
 from tests.processes.warm import run as run_command
 
@@ -153,6 +155,16 @@ def test_a_change_of_members_costs_the_same_at_any_size() -> None:
         small, large = (figures[f"{change}_1_an_agent_{n}_messages_per_agent"] for n in (20, 40))
         assert large == pytest.approx(small, rel=0.25)  # type: ignore[arg-type]
         assert figures[f"{change}_1_an_agent_40_rounds"] <= 4  # type: ignore[operator]
+
+
+@pytest.mark.long
+@pytest.mark.full  # the laws of tests/simulation run each day
+def test_the_simulation_of_replicas_beside_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = {"TAU": 5, "TIMEOUT_S": 1.0, "AWAY_S": 0.1, "BETWEEN_KILLS_S": 0.8, "Popen": warm.Popen}
+    for name, value in toy.items():
+        monkeypatch.setattr(simulation, name, value)
+    told = simulation.beside(2, seed=1, seconds=3.0, step_s=0.02)
+    assert told["kills"] >= 1 and told["steps"] > 10 and told["simulated_seconds_off"] < 0.5, told
 
 
 @fast

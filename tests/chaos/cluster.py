@@ -27,14 +27,16 @@ class Cluster:
     """Nodes of one job of tests/chaos/job.py; a context manager that ends all that it has started."""
 
     def __init__(
-        self, folder: Path, *, backend: str, steps: int, slow_s: float, workers: int = 1, **elastic: Any
-    ) -> None:
+        self, folder: Path, *, backend: str, steps: int, slow_s: float, workers: int = 1, replicas: int = 1,
+        **elastic: Any,
+    ) -> None:  # fmt: skip
         self.folder, self.steps = folder, steps
         folder.mkdir(parents=True)
         self._endpoint = f"127.0.0.1:{free_port()}"
         settings = {
             "folder": str(folder), "backend": backend, "width": 16, "steps": steps, "slow_s": slow_s,
-            "workers": workers, "save_steps": 20, "elastic": {"endpoint": self._endpoint, **elastic},
+            "workers": workers, "replicas": replicas, "save_steps": 20,
+            "elastic": {"endpoint": self._endpoint, **elastic},
         }  # fmt: skip
         self._settings = folder / "settings.json"
         self._settings.write_text(json.dumps(settings))

@@ -16,6 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,17 @@ def engine_of(backend: str, width: int, total_samples: int) -> lso.Engine:
     )
 
 
+def heard(world: World, row: dict[str, Any]) -> int | None:
+    """In a job of two replicas: the step that the other one has said last where replicas meet."""
+    if world.meetings is None:
+        return None
+    with suppress(RuntimeError):  # the host is dead, and nobody knows yet
+        world.meetings.set(f"at/{world.replica}", str(row["step"]))
+        if world.meetings.check([other := f"at/{1 - world.replica}"]):
+            return int(world.meetings.get(other))
+    return None
+
+
 def weights(backend: str, engine: lso.Engine) -> int | None:
     """A checksum of this rank's weights where each rank holds all of them, so that all ranks must say the same."""
     if backend in ("fsdp2", "zero3"):
@@ -124,18 +136,26 @@ def main(path: Path) -> None:
         def on_step(job: Job, row: dict[str, Any]) -> None:
             if not (folder / "hurry").exists():
                 time.sleep(settings["slow_s"])
-            line = {"rank": world.rank, "ids": taken, "weights": weights(settings["backend"], job.engine), **row}
+            line = {
+                "rank": world.rank, "ids": taken, "weights": weights(settings["backend"], job.engine),
+                "replica": world.replica, "sizes": job.world.sizes, "at": time.time(),
+                "heard": None if (folder / "quiet").exists() else heard(job.world, row), **row,
+            }  # fmt: skip
             with (folder / f"steps-{os.getpid()}.jsonl").open("a") as out:
                 out.write(json.dumps(line) + "\n")
+            if (cut := folder / f"cut-{world.replica}").exists() and world.is_first:
+                cut.unlink()
+                job.engine.backend.transport.sever()  # its connections break, and nobody has died
 
+        own = folder / f"replica-{world.replica}" if world.replica else folder
         return Job(
             world=world, engine=engine, dataset=Rows(), collate=collate, seed=1, on_step=on_step,
-            checkpoints=folder / "checkpoints", save_steps=settings.get("save_steps"),
+            checkpoints=own / "checkpoints", save_steps=settings.get("save_steps"),
         )  # fmt: skip
 
     run(
         build, settings["elastic"], reference=Hyperparameters(global_batch_size=BATCH, learning_rate=LR, momentum=0.9),
-        microbatch_size=UNIT, output_dir=folder, workers=settings["workers"],
+        microbatch_size=UNIT, output_dir=folder, workers=settings["workers"], replicas=settings.get("replicas", 1),
     )  # fmt: skip
 
 

@@ -65,6 +65,18 @@ def test_a_node_that_leaves(tmp_path: Path) -> None:
     assert "leaving" in line and "training" not in line
 
 
+def test_where_a_worker_is_in_a_job_of_several_replicas() -> None:
+    members = [
+        {"name": "m", "address": "h:1", "workers": ["m/1", "m/2"]},
+        {"name": "n", "address": "h:2", "workers": ["n/1"]},
+    ]
+    replicas = [{"workers": ["m/1"], "since": 2}, {"workers": ["m/2", "n/1"], "since": 5}]
+    generation = {"number": 5, "host": "n", "members": members, "replicas": replicas}
+    reports = {"n": {"workers": {"n/1": {"pid": 77, "step": 8}, "n/2": {"pid": 78}}, "draining": False, "host": "h"}}
+    lines = [x.replace("│", " ").split() for x in said({"generation": generation, "reports": reports}).splitlines()]
+    assert ["n", "h", "77", "1", "1", "8"] in lines and ["n", "h", "78"] in lines, lines
+
+
 def test_a_busy_machine_makes_no_status_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it costs to say the status is the agent's own time, not that in which others had the core."""
     agent = Agent(node(tmp_path, "n1", 1))

@@ -83,7 +83,7 @@ def test_a_pages_python_runs(page: str, tmp_path: Path) -> None:
         ("yaml", "grid: {widht: [1]}\n", "width"),
         ("yaml", "a: [1\n", "x.md:7"),
         ("bash", "elastic-lsopt trian job.yaml\n", "trian"),
-        ("bash", "elastic-lsopt plan job.yaml --gpus 8\n", "--gpus"),
+        ("bash", "elastic-lsopt plan job.yaml --cards 8\n", "--cards"),
         ("bash", "A=1 elastic-lsopt train configs/no.yaml\n", "configs/no.yaml does not exist"),
         ("bash", "ls && elastic-lsopt train job.yaml learning_rte=1\n", "ls"),
         ("bash", "elastic-lsopt train job.yaml learning_rte=1 # words\n", "learning_rate"),

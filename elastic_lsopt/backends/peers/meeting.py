@@ -17,6 +17,10 @@ that are over.
 may come at any time and are taken in, but nobody waits for them: so a replica that hangs costs the deadline once. But
 a replica that has missed a meeting waits for all, at most `late_s` longer: it is out of step with them, and if it went
 on alone it would be so for ever. One that has lost a rank says so (`leave`) by any of the others, and costs nothing.
+
+[Note: a store that dies] In an elastic job the store's host may die, and another takes its place (`outdated` is given
+then). A meeting that loses it is over, as if it had not been: nobody waits, and who may have heard the verdict is known
+by the ledger, which then says that the others' samples are not theirs any more.
 """
 
 from __future__ import annotations
@@ -26,15 +30,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
 from elastic_lsopt.backends.agreement import gather_json
+from elastic_lsopt.errors import PeerFailed
 
 LOOK_EVERY_S = 0.002
 LEAST_S = 0.05
 """What is left for a phase that begins at the deadline."""
+LOST, OUTDATED = "lost", "outdated"
 KEPT = 2
 """Meetings whose keys stay in the store: a late replica may still read them."""
 SLICE_S = 5.0
@@ -55,17 +62,22 @@ class Met:
     common: Any
 
 
+class _Outdated(Exception):
+    """This replica's members are about to change, so that waiting for others must end."""
+
+
 class Meetings:
     """One rank's part in the meetings of its replica with the others (every method is collective in the replica).
 
     `inside` is a gloo group of the replica's own ranks (None: it has one). `store` is the job's; its own time limit is
-    that of a replica that has lost the store.
+    that of a replica that has lost the store. `since` is the number of the first meeting there.
     """
 
     def __init__(
         self, store: dist.Store, number: int, expected: Iterable[int], *, first: bool,
-        inside: dist.ProcessGroup | None, timeout_s: float,
+        inside: dist.ProcessGroup | None, timeout_s: float, outdated: Callable[[], bool] | None = None, since: int = 0,
     ) -> None:  # fmt: skip
+        self._outdated, self._since = outdated, since
         self._store, self.number, self._expected = store, number, set(expected)
         self._first, self._inside, self.timeout_s = first, inside, timeout_s
         self._come = self._end = 0.0
@@ -87,12 +99,18 @@ class Meetings:
         """
         gather_json(self._inside, None)  # all of it is there, or it is not there at all
         self._start(patience_s)
-        k, told = self._arrive(report, common, version, patience_s, late_s) if self._first else 0, None
+        arrive = lambda: self._arrive(report, common, version, patience_s, late_s)  # noqa: E731
+        k, told = self._asked(arrive) if self._first else 0, None
         while told is None:
-            [told, *_] = gather_json(self._inside, self._told(k) if self._first else None)
-        number, members, reports, common = told
+            ask = lambda: k if isinstance(k, str) else self._told(k)  # noqa: E731
+            [told, *_] = gather_json(self._inside, self._asked(ask) if self._first else None)
         if patience_s or late_s:
             self._start(0.0)
+        if told == OUTDATED or (told == LOST and patience_s):
+            raise PeerFailed("the members of this replica are about to change, or the host of the meetings is lost")
+        if told == LOST:
+            return None
+        number, members, reports, common = told
         if self.number not in members:
             return None
         return Met(number, tuple(members), dict(zip(members, reports, strict=True)), common)
@@ -104,10 +122,22 @@ class Meetings:
     def end(self, met: Met, *, well: bool) -> bool:
         """Whether the meeting went well on every rank of every member; then, and only then, what was heard counts."""
         [*votes] = gather_json(self._inside, well)
-        [verdict, *_] = gather_json(self._inside, self._end_of(met, all(votes)) if self._first else None)
+        end = lambda: self._end_of(met, all(votes))  # noqa: E731
+        [verdict, *_] = gather_json(self._inside, self._asked(end) if self._first else None)
         return verdict == "all"
 
     # -- the replica's first rank ------------------------------------------------------------------------------
+
+    def _asked(self, ask: Callable[[], Any]) -> Any:
+        """What the store says; in an elastic job LOST where it says nothing any more, OUTDATED where it need not."""
+        try:
+            return ask()
+        except _Outdated:
+            return OUTDATED
+        except (RuntimeError, OSError):
+            if self._outdated is None:
+                raise
+            return LOST
 
     def _arrive(self, report: Any, common: Any, version: int, patience_s: float, late_s: float) -> int:
         """The number of the meeting at which this replica is ready."""
@@ -183,10 +213,17 @@ class Meetings:
 
     def leave(self) -> None:
         """This replica is broken, and nobody need wait for it (any of its ranks; no communication inside)."""
-        self._store.set(f"gone/{self.number}", "1")
+        self._asked(lambda: self._store.set(f"gone/{self.number}", "1"))
+
+    def vacate(self, replicas: Iterable[int]) -> None:
+        """These have no members any more (the first rank alone)."""
+        for replica in replicas:
+            self._asked(partial(self._store.set, f"gone/{replica}", "1"))
 
     def join(self) -> None:
         """From now on this replica may be taken in, and is known by its number (its first rank alone)."""
+        while (number := self._number()) < self._since:  # numbers go on where those of the store before ended
+            self._store.compare_set("meetings", str(number) if number else "", str(self._since))
         self._store.delete_key(f"gone/{self.number}")
         while True:
             before = self._store.get("replicas") if self._store.check(["replicas"]) else b""
@@ -215,6 +252,8 @@ class Meetings:
 
     def _wait(self, over: Callable[[], bool], end: float) -> None:
         while not over() and time.monotonic() < end:
+            if self._outdated is not None and self._outdated():
+                raise _Outdated
             time.sleep(LOOK_EVERY_S)
 
     def _forget(self, k: int) -> None:

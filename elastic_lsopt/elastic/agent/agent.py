@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from elastic_lsopt.elastic.membership import record
 from elastic_lsopt.elastic.membership.event_log import Entry
 from elastic_lsopt.elastic.membership.generation import FINISHED, Generation
 from elastic_lsopt.elastic.worker import manifest
+from elastic_lsopt.elastic.worker.link import NOWHERE
 
 log = logging.getLogger("elastic_lsopt")
 TICK_S = 0.05
@@ -73,8 +75,8 @@ class Agent:
         """How the job has ended for this node's workers: told to stop, with its state saved, or after its last step."""
         self._forced = 0
         """The newest generation that was formed because somebody was lost."""
-        self._broken: dict[int, tuple[float, str]] = {}
-        """Generations in which a collective broke here -> when that must be explained, and the error."""
+        self._broken: dict[tuple[int, int], tuple[float, str]] = {}
+        """(generation, replica) in which a collective broke here -> when that must be explained, and the error."""
         self._exit_code: int | None = None
         witness = node.settings.witness
         self._witness = None if witness is None else Witness(witness, node.rules.job, node.secret)
@@ -170,7 +172,8 @@ class Agent:
             # Whoever vanished in the generations that this agent has missed may be dead: nobody must wait for him.
             gone += tuple(w for _, w in before.ranks if w not in gone and all(w != here for _, here in ranks))
         self._generation = generation
-        self.mailbox.store.expect(generation.number, len(ranks))
+        groups = [f"{r.since}/replica/{k}" for k, r in enumerate(generation.replicas) if r.workers]
+        self.mailbox.store.expect(generation.number, len(ranks), groups)
         if gone:
             self._forced = generation.number
         for worker in self._workers.values():
@@ -179,8 +182,22 @@ class Agent:
                 worker.tell(
                     "enter", number=generation.number, workers=[w for _, w in ranks], nodes=[n for n, _ in ranks],
                     store=self._host_address(), gone=gone, why=generation.why, running=generation.running,
-                    node=self.node.name, secret=derived(self.node.secret, "workers", str(generation.number)).hex(),
+                    node=self.node.name, **self._told_of_replicas(generation, worker),
                 )  # fmt: skip
+
+    def _told_of_replicas(self, generation: Generation, worker: WorkerProcess) -> dict[str, Any]:
+        """The secret of the group that forms, and in a job of several replicas which group that is."""
+        secret = self.node.secret
+        if not generation.replicas:
+            return {"secret": derived(secret, "workers", str(generation.number)).hex()}
+        own = next((k for k, r in enumerate(generation.replicas) if worker.name in r.workers), NOWHERE)
+        since = generation.number if own == NOWHERE else generation.replicas[own].since
+        hosted = generation.store_since
+        return {
+            "secret": derived(secret, "workers", str(since), str(own)).hex(), "replica": own,
+            "replicas": [asdict(r) for r in generation.replicas], "place": worker.place, "store_since": hosted,
+            "meetings": derived(secret, "meetings", str(hosted)).hex(),
+        }  # fmt: skip
 
     def _fence(self, why: str) -> None:
         """End the workers that take part in a generation. One that never did is in nobody's way, and warm: it is kept
@@ -234,9 +251,9 @@ class Agent:
             case "broken":
                 # A death, which explains it, is known within a moment; only what stays unexplained asks for more.
                 due = time.monotonic() + self.node.settings.lease_s
-                self._broken.setdefault(line["generation"], (due, line["error"]))
+                self._broken.setdefault((line["generation"], line["replica"]), (due, line["error"]))
             case "may_commit":
-                self._grant(worker, line["generation"], line["step"])
+                self._grant(worker, line["generation"], line["step"], line["replica"])
             case "finished":
                 worker.finished = True
                 stopped = line.get("stopped", False)
@@ -324,7 +341,7 @@ class Agent:
         paused = self._generation is not None and not self._generation.running
         if self._draining and not self._stopping and (paused or membership.view(self._state, lease_now()).dissolving):
             self._stop_job()
-        if self._draining and not self._workers and membership.view(self._state, lease_now()).dissolving:
+        if self._draining and not self._workers and self._state.leads and self._state.dissolves:
             self._leave("drained")
         notice = self.node.settings.preemption_notice_file
         if notice is not None and not self._draining and Path(notice).exists():
@@ -332,17 +349,24 @@ class Agent:
         if now > self._leave_by and self._exit_code is None:
             log.warning("%s: workers did not leave within %g s.", self.node.name, self.node.settings.drain_timeout_s)
             self._exit_code = 1
-        for number in [n for n, (due, _) in self._broken.items() if now >= due]:
-            _, error = self._broken.pop(number)
-            if number == self._state.number:
+        for number, replica in [which for which, (due, _) in self._broken.items() if now >= due]:
+            _, error = self._broken.pop((number, replica))
+            if self._is_unexplained(number, replica):
                 log.warning("%s: generation %d broke, and no death explains it: %s", self.node.name, number, error)
-            self._advance(record.Broken(number))
+            self._advance(record.Broken(number, replica))
         self._advance(record.Tick())
         self._offer()
         if now >= self._status_due:
             before_s = time.thread_time()  # time in which other processes had the core is no cost of this one
             self._say_status()
             self._status_due = now + max(STATUS_S, (time.thread_time() - before_s) / STATUS_SHARE)
+
+    def _is_unexplained(self, number: int, replica: int) -> bool:
+        """Whether no newer generation has taken the place of the group that broke."""
+        present = self._state.generation
+        if present is None or not present.replicas:
+            return number == self._state.number
+        return present.replicas[replica].since == number
 
     def _ask_witness(self, asked: record.AskWitness) -> None:
         """In a thread of its own: etcd may be slow or away, which counts as no answer."""
@@ -357,16 +381,18 @@ class Agent:
     def _start_worker(self) -> None:
         self._spawned += 1
         name = f"{self.node.name}/{self._life}-{self._spawned}"
+        taken = {worker.place for worker in self._workers.values()}
+        place = next(place for place in range(len(taken) + 1) if place not in taken)
         self._workers[name] = WorkerProcess(
-            name, self.node.command, self.node.environment,
+            name, place, self.node.command, self.node.environment,
             lambda worker, line: self._events.put(lambda: self._worker_said(worker, line)),
         )  # fmt: skip
 
-    def _grant(self, worker: WorkerProcess, generation: int, step: int) -> None:
+    def _grant(self, worker: WorkerProcess, generation: int, step: int, replica: int) -> None:
         """Whether a checkpoint of this generation may get its name: by compare-and-set at the host, under a lease."""
 
         def ask() -> None:
-            claimed = manifest.claim(self._host_address(), self.node.secret, generation, step)
+            claimed = manifest.claim(self._host_address(), self.node.secret, generation, step, replica)
             worker.tell("granted", step=step, granted=claimed)
 
         # A planned change waits until its group ends; one by force means that another group may go on from here.

@@ -65,13 +65,18 @@ def work(build: Build, settings: ElasticConfig, policy: Policy, journal: Journal
 
 def serve(
     settings: ElasticConfig, run_folder: Path, *, workers: int, command: Sequence[str], fingerprint: Mapping[str, str],
-    exit_code_when_stopped: int = 0,
+    exit_code_when_stopped: int = 0, replicas: int = 1,
 ) -> NoReturn:  # fmt: skip
     """The life of this node's agent; ends the process with its exit code.
 
-    Raises UserError for a wrong address or secret.
+    Raises UserError for a wrong address or secret, and for more replicas than there can be workers.
     """
     _log_to_stderr()
+    if replicas > settings.max_nodes * workers:
+        raise UserError(
+            f"replicas={replicas} need a worker each, but max_nodes={settings.max_nodes} nodes of workers={workers} "
+            f"have {settings.max_nodes * workers}; raise one of them, or take fewer replicas."
+        )
     if wrong := too_few(settings.max_nodes * workers, make_room()):
         log.warning("elastic.max_nodes=%d of %d workers: %s", settings.max_nodes, workers, wrong)
     endpoint = settings.endpoint or _endpoint_of_launcher()
@@ -80,7 +85,7 @@ def serve(
     rules = Rules(
         min_nodes=settings.min_nodes, max_nodes=settings.max_nodes, lease_s=settings.lease_s,
         join_debounce_s=settings.join_debounce_s, witness=settings.witness, job=_job(run_folder),
-        fingerprint=dict(fingerprint),
+        fingerprint={**fingerprint, "replicas": str(replicas)}, replicas=replicas,
     )  # fmt: skip
     node = Node(
         folder=folder, rules=rules, settings=settings, secret=job_secret(settings.secret_file, run_folder),
@@ -154,15 +159,17 @@ def _environment(workers: int) -> dict[str, str]:
 
 def run(
     build: Build, config: ElasticConfig | Mapping[str, Any], *, reference: Hyperparameters, microbatch_size: int,
-    output_dir: str | Path, workers: int = 1,
+    output_dir: str | Path, workers: int = 1, replicas: int = 1,
 ) -> NoReturn:  # fmt: skip
     """Run `build`'s training elastically, and end the process (0: done, or this node has left as it was asked to).
 
     The same program is this node's agent and, started again by it, each of the node's workers; what stands before this
     call runs in all of them. `build(world)` makes engine and data for one generation and returns a `Job`. `reference`
     says the global batch and the peak rate (under scale_batch also Adam's betas) that the job was tuned for;
-    `microbatch_size` is the number of samples in a micro-batch. `workers` are this node's. Raises ValueError for
-    settings that contradict each other.
+    `microbatch_size` is the number of samples in a micro-batch. `workers` are this node's. With `replicas` the job's
+    workers are dealt into so many groups, each of which is a world of its own (`world.replica` says which), goes on
+    whatever becomes of the others, and takes `reference` for itself; the job ends when all have ended. Raises
+    ValueError for settings that contradict each other.
     """
     settings = config if isinstance(config, ElasticConfig) else ElasticConfig(**config)
     policy, folder = _policy(settings, reference, microbatch_size), Path(output_dir)
@@ -171,7 +178,7 @@ def run(
     try:
         serve(
             settings, folder, workers=workers, command=[sys.executable, *sys.orig_argv[1:]],
-            fingerprint=fingerprint_of({"policy": asdict(policy)}),
+            fingerprint=fingerprint_of({"policy": asdict(policy)}), replicas=replicas,
         )  # fmt: skip
     except UserError as error:
         sys.exit(f"elastic-lsopt: {' '.join(str(error).split())}")

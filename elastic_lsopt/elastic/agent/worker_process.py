@@ -21,12 +21,13 @@ Event = Callable[["WorkerProcess", dict[str, Any]], None]
 
 class WorkerProcess:
     """A running worker. `event(worker, line)` gets every line that it says, and `{"kind": "exited", "code": …}` at its
-    end, from threads of this object; nothing after that."""
+    end, from threads of this object; nothing after that. No other of its node has its `place` while it lives."""
 
     def __init__(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str], event: Event, log: Any = None
-    ) -> None:
-        self.name = name
+        self, name: str, place: int, command: Sequence[str], environment: Mapping[str, str], event: Event,
+        log: Any = None,
+    ) -> None:  # fmt: skip
+        self.name, self.place = name, place
         self.ready = self.entered = self.finished = False
         self.last_beat = time.monotonic()
         self.told: dict[str, Any] = {}

@@ -18,7 +18,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
@@ -35,7 +35,7 @@ GROUPS = 8
 """Of a generation: the default one, the engine's, the mirror's, the checkpoint's."""
 LOOK_S = 0.05
 WAIT = timedelta(hours=1)
-_GENERATION = re.compile(r"/?generation/(\d+)/")
+_GENERATION = re.compile(r"/?generation/((\d+)(?:/replica/\d+)?)/")
 
 
 class BoundedStore:
@@ -49,16 +49,18 @@ class BoundedStore:
         self._lock = threading.Lock()
         self._room = 0
         self._oldest = self._forgotten = 0
+        self._kept: frozenset[str] = frozenset()
         self._closed = threading.Event()
         self.made_anew = 0
         """How often a store was thrown away."""
         self._store: dist.TCPStore | None = self._made()
         threading.Thread(target=self._watch, daemon=True, name="store").start()
 
-    def expect(self, generation: int, ranks: int) -> None:
-        """A generation of so many ranks forms here: room for its groups; the generations before the last may go."""
+    def expect(self, generation: int, ranks: int, groups: Collection[str] = ()) -> None:
+        """A generation of so many ranks forms here: room for its groups; the generations before the last may go, but
+        for these groups (GENERATION/replica/NUMBER), which live on."""
         self._room = 2 * GROUPS * ranks * (RANK_BYTES + ranks * PAIR_BYTES)  # the last one's may still be there
-        self._oldest = generation - 1
+        self._kept, self._oldest = frozenset(groups), generation - 1
 
     def set(self, key: str, value: bytes) -> None:
         self._use(lambda store: store.set(key, value))  # type: ignore[arg-type]
@@ -109,7 +111,7 @@ class BoundedStore:
     def _forget(self, oldest: int) -> None:
         with suppress(RuntimeError):
             for key in self._use(lambda store: store.list_keys()):
-                if (found := _GENERATION.match(key)) and int(found[1]) < oldest:
+                if (found := _GENERATION.match(key)) and int(found[2]) < oldest and found[1] not in self._kept:
                     self._use(lambda store, key=key: store.delete_key(key))
                     time.sleep(0)  # an agent's own words come between
 

@@ -80,17 +80,19 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
         return None  # Who is silent may be alive and hold a lease: [Note: leases].
 
     finished = [name for name, peer in state.peers if peer.record.finished] + [state.name] * own.finished
-    if not (evicted or rehost or finished or len(state.restless) or differs(generation, own)):
+    evens_out = now >= state.even_out_at_s and generation.running
+    if not (evicted or rehost or finished or len(state.restless) or evens_out or differs(generation, own)):
         return None  # as nearly always; what follows is dearer
 
     records = [own, *(peers[name].record for name, _ in state.restless if name in peers)]
     members = [r for r in records if r.name in generation.member and r.name not in evicted]
-    left = tuple(r.name for r in members if r.departing or _disowned(generation, r))
+    departing = {r.name for r in members if r.departing} if rules.replicas == 1 or now >= state.let_go_at_s else set()
+    left = tuple(r.name for r in members if r.name in departing or _disowned(generation, r))
     gone, drained, joined = [], [], []
     for r in members:
         before = generation.member[r.name].workers
         gone += [w for w in before if w not in r.workers]
-        drained += [w for w in before if w in r.workers and (w in r.leaving or r.departing)]
+        drained += [w for w in before if w in r.workers and (w in r.leaving or r.name in departing)]
         if r.name not in left and (new := tuple(w for w in r.workers if w not in before and w not in r.leaving)):
             joined.append(Member(r.name, r.address, new))
     if gone or any(generation.member[name].workers for name in evicted):
@@ -109,7 +111,9 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
     growing = {m.name for m in joined}
     working = sum(m.name in growing or any(w not in lost for w in m.workers) for m in staying)
     working += sum(m.name not in generation.member for m in joined)
-    running = working >= rules.min_nodes
+    goes_on = any(w not in lost for m in staying for w in m.workers)
+    # Who begins, or begins again, fills each replica, so that all of them begin alike.
+    running = working >= rules.min_nodes and (goes_on or sum(len(m.workers) for m in joined) >= rules.replicas)
     if any(name in generation.member and generation.member[name].workers for name in finished):
         # Its workers have passed the job's last barrier, and so have all; a newcomer since then has nothing to do.
         return Change(FINISHED, state.name, campaign.ballot.round, running=False)
@@ -118,11 +122,12 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
         host = next((m.name for m in staying), "")
     full = len(staying) + sum(m.name not in generation.member for m in joined) >= rules.max_nodes
     joins = joined and (running or generation.running) and (joins_due(state, now) or full)
-    broken = any(r.broken == generation.number for r in members)
-    if not host or not (evicted or left or gone or drained or rehost or joins or broken):
+    broke = [r for r in members if r.broken == generation.number]
+    if not host or not (evicted or left or gone or drained or rehost or joins or broke or evens_out):
         return None
+    otherwise = "a collective broke" if broke else "workers move to smaller replicas"
     return Change(
-        why=_why(evicted, left, gone, drained, rehost, joined) or "a collective broke",
+        why=_why(evicted, left, gone, drained, rehost, joined) or otherwise,
         host=host,
         term=campaign.ballot.round,
         running=running,
@@ -131,6 +136,7 @@ def next_change(state: State, own: Record, now: float) -> Change | None:
         gone=tuple(gone),
         drained=tuple(drained),
         joined=tuple(joined),
+        broken=tuple(sorted({replica for r in broke for replica in r.broken_in})),
     )
 
 

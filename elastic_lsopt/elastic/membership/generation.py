@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Self
 
-from pydantic import TypeAdapter
+from pydantic import SerializerFunctionWrapHandler, TypeAdapter, model_serializer
+
+from elastic_lsopt.elastic.membership import placement
+from elastic_lsopt.elastic.membership.placement import Replica
 
 FINISHED = "finished"
 """The `why` of the last generation of a job that ended well."""
@@ -58,7 +61,8 @@ class Change(AsJSON):
     """What generation g+1 differs in from g: the value that one vote decides, as small as what changed.
 
     `evicted` members are silent, so their workers are lost; `left` members asked to go. `gone` workers are dead, the
-    drained ones handed their state over. `joined` are new members, or further workers of a present member.
+    drained ones handed their state over. `joined` are new members, or further workers of a present member. `broken`
+    replicas form anew as they are.
     """
 
     why: str
@@ -70,6 +74,7 @@ class Change(AsJSON):
     gone: tuple[str, ...] = ()
     drained: tuple[str, ...] = ()
     joined: tuple[Member, ...] = ()
+    broken: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class Generation(AsJSON):
     `host` is the member whose store is the job's; `term` the round of the vote that first proposed this generation.
     `gone` names workers of the generation before that died or were evicted, so that what they held is lost.
     `running` is False while fewer than min_nodes members have workers: members then wait and keep their state.
+    `replicas` maps its workers to the replicas of a job of several, and `store_since` is the generation from which on
+    they have met in the same store: its host became it then, or the job began. () and 0 in a job of one replica.
     """
 
     number: int
@@ -88,6 +95,16 @@ class Generation(AsJSON):
     why: str
     gone: tuple[str, ...]
     running: bool
+    replicas: tuple[Replica, ...] = ()
+    store_since: int = 0
+
+    @model_serializer(mode="wrap")
+    def _told(self, told: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A job of one replica says nothing of replicas."""
+        whole = told(self)
+        if not self.replicas:
+            del whole["replicas"], whole["store_since"]
+        return whole
 
     @cached_property
     def member(self) -> dict[str, Member]:
@@ -115,15 +132,32 @@ class Generation(AsJSON):
             if m.name not in removed
         ]
         evicted = tuple(w for name in change.evicted for w in self.member[name].workers if w not in change.gone)
+        number = self.number + 1
+        everyone = (*members, *joined.values())
         return Generation(
-            number=self.number + 1,
+            number=number,
             term=change.term,
             host=change.host,
-            members=(*members, *joined.values()),
+            members=everyone,
             why=change.why,
             gone=change.gone + evicted,
             running=change.running,
+            replicas=self._replicas_after(change, [m.workers for m in everyone]) if self.replicas else (),
+            store_since=self._store_since_after(change, everyone) if self.replicas else 0,
         )
+
+    def _store_since_after(self, change: Change, members: tuple[Member, ...]) -> int:
+        """Where nobody has lived through, what was said in the store is of a job that is over."""
+        before = {w for _, w in self.ranks}
+        same = change.host == self.host and any(w in before for m in members for w in m.workers)
+        return self.store_since if same else self.number + 1
+
+    def _replicas_after(self, change: Change, nodes: list[tuple[str, ...]]) -> tuple[Replica, ...]:
+        """A replica rides through a change that leaves its workers as they are; nobody does through a pause."""
+        still = self.running and change.running
+        anew = change.broken if still else range(len(self.replicas))
+        move = not (change.gone or change.evicted)
+        return placement.after(self.replicas, nodes, self.number + 1, move=move, anew=anew)
 
 
 def _workers(member: Member | None) -> tuple[str, ...]:

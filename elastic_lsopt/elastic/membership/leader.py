@@ -8,6 +8,7 @@ from math import inf
 from elastic_lsopt.elastic.membership.change import differs, next_change, urgent
 from elastic_lsopt.elastic.membership.generation import FINISHED, Change, Generation
 from elastic_lsopt.elastic.membership.outbox import Outbox
+from elastic_lsopt.elastic.membership.placement import uneven
 from elastic_lsopt.elastic.membership.quorum import Accepted, Ask, Ballot, Vote, decides, quorum_time
 from elastic_lsopt.elastic.membership.record import AskWitness, Enter, KillWorkers, Leave, Note, Record, WitnessSaid
 from elastic_lsopt.elastic.membership.shared_map import Table
@@ -54,9 +55,9 @@ class Leader(Outbox):
             if record.name in s.restless:
                 self._set(restless=s.restless.without(record.name))
             return
-        news = before is None or (before.workers, before.leaving, before.departing, before.broken) != (
-            record.workers, record.leaving, record.departing, record.broken
-        )  # fmt: skip
+        news = before is None or (
+            before.workers, before.leaving, before.departing, before.broken, before.broken_in
+        ) != (record.workers, record.leaving, record.departing, record.broken, record.broken_in)  # fmt: skip
         self._set(restless=s.restless.put(record.name, None))
         if urgent(s.generation, record):
             if news:
@@ -100,6 +101,7 @@ class Leader(Outbox):
         self._set(
             campaign=replace(c, leader_since_s=self.now, adopted=best.change if best else None),
             restless=Table.of(restless),
+            even_out_at_s=self._even_out_at_s(s.generation),
         )
         self._renew()
         self._decide()
@@ -112,7 +114,10 @@ class Leader(Outbox):
         if c.adopted:
             change = None if c.adopted.evicted and self.now < c.leader_since_s + s.rules.evict_s else c.adopted
         else:
-            change = next_change(s, self._record("", answer=True), self.now)
+            own = self._record("", answer=True)
+            if s.rules.replicas > 1 and s.let_go_at_s == inf and self._somebody_departs(own):
+                self._set(let_go_at_s=self.now + s.rules.join_debounce_s)
+            change = next_change(self.s, own, self.now)
         if change:
             assert s.generation is not None
             vote = Vote(c.ballot, Accepted(c.ballot, change))
@@ -185,6 +190,7 @@ class Leader(Outbox):
         since_s = before.leader_since_s if before else self.now
         peers = {n: replace(p, fresh_s=-inf) for n, p in s.peers}
         ballot = Ballot(0, new.host)
+        still_broken = self._still_broken(new)
         self._set(
             generation=new,
             last=change,
@@ -194,6 +200,10 @@ class Leader(Outbox):
             peers=Table.of(peers),
             restless=Table.of({n: None for n, p in peers.items() if differs(new, p.record)}) if leads else Table(),
             joins_s=None,
+            broken=new.number if still_broken else s.broken,
+            broken_in=still_broken,
+            even_out_at_s=self._even_out_at_s(new) if leads else inf,
+            let_go_at_s=inf,
             campaign=Campaign(ballot, since_s, quorum_s=before.quorum_s if before else -inf) if leads else None,
         )
         if mine or (s.vote is not None and s.departing):
@@ -212,6 +222,20 @@ class Leader(Outbox):
                 self._joins()
             self._renew()
             self._decide()
+
+    def _still_broken(self, new: Generation) -> tuple[int, ...]:
+        """The replicas that broke on my node and that `new`, which others have asked for, does not form anew."""
+        s = self.s
+        if s.generation is None or s.broken != s.number:
+            return ()
+        return tuple(k for k in s.broken_in if new.replicas[k].since == s.generation.replicas[k].since)
+
+    def _somebody_departs(self, own: Record) -> bool:
+        restless = (self.s.peers.get(name) for name, _ in self.s.restless)
+        return own.departing or any(peer is not None and peer.record.departing for peer in restless)
+
+    def _even_out_at_s(self, generation: Generation) -> float:
+        return self.now + self.s.rules.even_out_s if uneven(generation.replicas) else inf
 
     def _leave_if_done(self) -> None:
         """A leaver goes once its own workers have ended, and a leader once all others know why."""

@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from math import inf
 
 from elastic_lsopt.elastic.membership.generation import Generation, Member
+from elastic_lsopt.elastic.membership.placement import vacant
 from elastic_lsopt.elastic.membership.quorum import Ballot, Vote
 from elastic_lsopt.elastic.membership.record import Effect, Event, Remembered, Rules
 from elastic_lsopt.elastic.membership.state import Campaign, State
@@ -60,12 +61,15 @@ class View:
     waiting: tuple[str, ...]
     """Newcomers that the leader knows and has not admitted."""
     dissolving: bool
-    """I lead, and every member is leaving: there is nobody to hand the state over to."""
+    """Every member is leaving: there is nobody to hand the state over to. In a job of one replica only the leader says
+    so, whose workers stop all others in their next step."""
 
 
 def found(name: str, address: str, rules: Rules) -> State:
     """The first agent of a job: generation 0, alone and not running, until enough others are ready."""
-    first = Generation(0, 0, name, (Member(name, address, ()),), "founded", (), running=False)
+    first = Generation(
+        0, 0, name, (Member(name, address, ()),), "founded", (), running=False, replicas=vacant(rules.replicas)
+    )  # fmt: skip
     vote = Vote(Ballot(0, name))
     return State(
         rules, name, address, generation=first, vote=vote, campaign=Campaign(vote.promised, leader_since_s=-inf)
@@ -112,13 +116,13 @@ def view(state: State, now: float) -> View:
         leads=state.leads,
         lease_left_s=max(0.0, state.lease_until_s - now),
         waiting=tuple(name for name, _ in state.peers if name not in known),
-        dissolving=state.leads and all(_departs(state, name) for name in known),
+        dissolving=state.dissolves if state.leads else _is_told_to_dissolve(state),
     )
 
 
-def _departs(state: State, name: str) -> bool:
-    peer = state.peers.get(name)
-    return state.departing if name == state.name else peer is not None and peer.record.departing
+def _is_told_to_dissolve(state: State) -> bool:
+    host = state.peers.get(state.generation.host) if state.generation else None
+    return host is not None and host.record.dissolving
 
 
 def advance(state: State, event: Event, now: float, *, may_vote: bool = True) -> tuple[State, tuple[Effect, ...]]:

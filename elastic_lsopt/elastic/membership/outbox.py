@@ -114,6 +114,8 @@ class Outbox:
             leaving=s.draining,
             departing=s.departing,
             broken=s.broken,
+            broken_in=s.broken_in,
+            dissolving=s.departing and s.rules.replicas > 1 and s.leads and s.dissolves,
             finished=s.finished,
             lost=self._suspects,
             echo=peer.record.heartbeat if peer else None,

@@ -23,12 +23,18 @@ class Rules:
     lease_s: float = 2.0
     join_debounce_s: float = 0.3
     witness: str | None = None
+    replicas: int = 1
+    """Into how many the workers are dealt."""
+    even_out_s: float = 60.0
+    """How long replicas stay of uneven size after a death, before workers are moved: others may come until then."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_nodes <= self.max_nodes:
             raise UserError(f"min_nodes={self.min_nodes} must be between 1 and max_nodes={self.max_nodes}.")
         if self.lease_s <= 0 or self.join_debounce_s < 0:
             raise UserError(f"lease_s={self.lease_s} must be > 0 and join_debounce_s={self.join_debounce_s} >= 0.")
+        if self.replicas < 1:
+            raise UserError(f"replicas={self.replicas} must be >= 1.")
 
     @property
     def heartbeat_s(self) -> float:
@@ -76,6 +82,10 @@ class Record(AsJSON):
     departing: bool = False
     broken: int = -1
     """The generation in which a collective broke on the writer's node; -1 for none."""
+    broken_in: tuple[int, ...] = ()
+    """The replicas in which it broke, in a job of several."""
+    dissolving: bool = False
+    """In a job of several replicas, a leader's word: every member is leaving, so each replica must stop."""
     finished: bool = False
     lost: bool = False
     """Whether the writer suspects its leader."""
@@ -148,9 +158,13 @@ class DrainWorker:
 
 @dataclass(frozen=True)
 class Broken:
-    """A collective of generation `number` broke on this node, and nobody has died: its workers must form anew."""
+    """A collective of generation `number` broke on this node, and nobody has died: its workers must form anew.
+
+    In a job of several replicas it was one of `replica`, which generation `number` formed.
+    """
 
     number: int
+    replica: int = 0
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ class State:
     departing: bool = False
     broken: int = -1
     """The generation in which a collective broke on my node; -1 for none."""
+    broken_in: tuple[int, ...] = ()
+    """The replicas in which it broke, in a job of several."""
     finished: bool = False
     unreachable: frozenset[str] = frozenset()
     peers: Table[Peer] = EMPTY
@@ -81,6 +83,10 @@ class State:
     joins_s: tuple[float, float] | None = None
     """When the first and the newest of the waiting joins came."""
     campaign: Campaign | None = None
+    even_out_at_s: float = inf
+    """When a leader of uneven replicas may move workers."""
+    let_go_at_s: float = inf
+    """When a leader of several replicas lets those go who are leaving: all may be, and then each replica must stop."""
     leave_at_s: float = inf
     leave_why: str = ""
     ended: bool = False
@@ -95,3 +101,11 @@ class State:
     def leads(self) -> bool:
         """Whether I am the leader of the present instance."""
         return self.campaign is not None and self.campaign.leader_since_s is not None
+
+    @property
+    def dissolves(self) -> bool:
+        """Whether I am leaving, and every other member too."""
+        return self.departing and all(
+            m.name == self.name or ((peer := self.peers.get(m.name)) is not None and peer.record.departing)
+            for m in (self.generation.members if self.generation else ())
+        )

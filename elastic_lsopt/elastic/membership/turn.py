@@ -72,6 +72,11 @@ class Turn(Leader):
                 )
             case DrainWorker(worker) if worker in s.workers and worker not in s.draining:
                 self._set(draining=(*s.draining, worker))
+            case Broken(number, replica) if s.generation and s.generation.replicas:
+                if s.generation.replicas[replica].since != number:
+                    return  # it has formed anew since
+                known = s.broken_in if s.broken == s.number else ()
+                self._set(broken=s.number, broken_in=tuple(sorted({*known, replica})))
             case Broken(number) if number == s.number:
                 self._set(broken=number)
             case Drain() if not s.departing:
@@ -206,6 +211,7 @@ class Turn(Leader):
             and record.leaving == before.leaving
             and record.departing == before.departing
             and record.broken == before.broken
+            and record.broken_in == before.broken_in
             and record.finished == before.finished
             and record.name not in s.restless
             and record.name not in s.unreachable

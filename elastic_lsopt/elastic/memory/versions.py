@@ -259,6 +259,11 @@ class HostVersions:
         self._recycle(lambda v: v.generation < number)
         self._mirrored_peers = [v for v in self._mirrored_peers if v.generation >= number]
 
+    def forget(self) -> None:
+        """Forget all: this process goes to another replica, whose state is another."""
+        self._recycle(lambda v: True)
+        self._mirrored_peers.clear()
+
     def _recycle(self, past: Callable[[Version], bool]) -> None:
         for version in [v for v in self._own if past(v)]:
             self._own.remove(version)

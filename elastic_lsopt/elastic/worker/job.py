@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,12 +32,31 @@ class Run(Protocol):
     stopped: bool
     """Some rank asked to stop, and the state is saved: the runtime ends the job."""
 
+    @property
+    def newcomer(self) -> bool:
+        """In a job of several replicas: what this one has does not count yet, because others train already and it was
+        not given their model. `world.newcomer` says so at first; a state that the runtime keeps remembers it."""
+        ...
+
     def resume(self) -> None:
         """Open, and start from the newest checkpoint or from the beginning: no living worker holds a state."""
         ...
 
     def open(self) -> None:
         """Make what a step needs beside the engine, files and process groups: the state comes from memory."""
+        ...
+
+    def begin_anew(self) -> None:
+        """Open, as a newcomer among replicas that train already: not from a checkpoint."""
+        ...
+
+    def members_changed(self, world: World) -> None:
+        """Other replicas have changed, and this one has not: between two steps, on all its ranks after the same one.
+        `world` is the same but for `generation`, `sizes` and `meetings`."""
+        ...
+
+    def steps(self) -> Iterator[list[MicroBatch]]:
+        """This rank's micro-batches of each step that is left."""
         ...
 
     def step(self, microbatches: list[MicroBatch]) -> dict[str, Any]:
@@ -88,6 +107,7 @@ class Job:
     save_total_limit: int | None = 2
     max_skipped_steps: int = 10
     stopped: bool = field(default=False, init=False)
+    newcomer: bool = field(default=False, init=False)
     loader: StepLoader = field(init=False)
     _checkpointer: Checkpointer | None = field(default=None, init=False)
     _owner: Ownership | None = field(default=None, init=False)
@@ -132,6 +152,15 @@ class Job:
             found = self._checkpointer.resume(self.engine, hyperparameters=False)
             if found is not None:
                 self.loader.load_state_dict(found.extra["loader"])
+
+    def begin_anew(self) -> None:
+        self.open()
+
+    def members_changed(self, world: World) -> None:
+        self.world = world
+
+    def steps(self) -> Iterator[list[MicroBatch]]:
+        return iter(self.loader)
 
     def step(self, microbatches: list[MicroBatch]) -> dict[str, Any]:
         start = time.monotonic()

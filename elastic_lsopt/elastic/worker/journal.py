@@ -27,7 +27,7 @@ class Change:
     """Committed samples when the new generation began: what the clock says."""
     step: int
     source: str
-    """memory, checkpoint or start: where the state came from."""
+    """memory, checkpoint or start: where the state came from; newcomer: it has none, and other replicas train."""
     redone_steps: int
     """Steps that survivors had finished beyond the state that went on, done again on the same samples."""
     bytes_moved: int
@@ -40,6 +40,8 @@ class Change:
     after: Mapping[str, Any]
     survives_node_loss: bool
     """Whether each shard has a mirror on another node."""
+    replica: int | None = None
+    """Which one of several; None, and not written, in a job of one."""
     time: float = field(default_factory=time.time)
 
     def of_all(
@@ -62,10 +64,11 @@ class Change:
     def line(self) -> str:
         """What a person is told of it."""
         workers = "1 worker goes on" if len(self.workers) == 1 else f"{len(self.workers)} workers go on"
-        source = " from its checkpoint" if self.source == "checkpoint" else ""
+        source = {"checkpoint": " from its checkpoint", "newcomer": " as a newcomer"}.get(self.source, "")
+        whose = "" if self.replica is None else f"replica {self.replica} of "
         redone = f"; steps done again: {self.redone_steps}" if self.redone_steps else ""
         return (
-            f"generation {self.generation}: {self.why}; {workers} at step {self.step + 1}{source} after "
+            f"{whose}generation {self.generation}: {self.why}; {workers} at step {self.step + 1}{source} after "
             f"{sum(self.seconds.values()):.1f} s{redone}; batch {self.after['global_batch_size']}, "
             f"rate {self.after['learning_rate']:.1e}"
         )
@@ -151,7 +154,10 @@ class Journal:
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(asdict(change)) + "\n")
+                told = asdict(change)
+                if told.get("replica", 0) is None:
+                    del told["replica"]
+                out.write(json.dumps(told) + "\n")
 
 
 def read_journal(run_folder: Path) -> list[dict[str, Any]]:

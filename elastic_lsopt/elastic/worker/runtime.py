@@ -15,6 +15,15 @@ milliseconds. From there on device state means nothing; only host versions count
 [Note: a planned change] Members that join or leave are no error. The agent tells its worker of the committed
 generation; the worker raises a flag that rides on the next step's all-reduce, so all see it after the same step. They
 mirror that step to the end, hand over what only leavers hold, and only then take the group down.
+
+[Note: riding through] In a job of several replicas each is a group of its own, named by its number and the generation
+that formed it (`Entered.epoch`). A generation under which that name stays changes nothing for its workers: nobody is
+severed for another replica's dead, and the link tells the agent by itself that such a generation is followed, so a
+worker that waits long for another replica does not count as one that hangs. Ranks are told of it at different times.
+The first that knows raises the flag of a planned change, all see it after the same step, and tell each other what they
+know: if the name is another one, they wait until all know that and leave together as ever; if it stays and all know of
+the same generation, they note it and tell the run, all between the same two steps; if some do not know of it yet, they
+go on and ask again after the next step. So nobody waits for news.
 """
 
 from __future__ import annotations
@@ -22,6 +31,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -32,6 +42,7 @@ import torch.distributed as dist
 from elastic_lsopt.backends.fabric import Gloo
 from elastic_lsopt.backends.rebuild import form_group, tear_down
 from elastic_lsopt.config.elastic import ElasticConfig
+from elastic_lsopt.elastic.mail.mailbox import cut_off
 from elastic_lsopt.elastic.membership.generation import FINISHED
 from elastic_lsopt.elastic.worker.fault import is_peers, one_line
 from elastic_lsopt.elastic.worker.journal import Journal, Phases
@@ -62,7 +73,12 @@ class Runtime:
         """Whether a generation has had this worker."""
         self._ties = Ties()
         """Of the generation that lives now."""
-        link.broken = self._sever
+        self._living: Entered | None = None
+        self._tried: tuple[tuple[int, int], int] | None = None
+        """The group that this worker took part in last, and the host in whose store it was to form."""
+        self._spent: tuple[int, int] | None = None
+        """The newest group that has formed here: it will not form again."""
+        link.comes = self._comes
         signal.signal(signal.SIGTERM, lambda *_: link.request_drain())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the agent's to answer
 
@@ -75,6 +91,7 @@ class Runtime:
             phases.end("wait")
             generation = LiveGeneration(self._life, entered)
             ties = self._ties = generation.ties
+            self._living, self._link.epoch = entered, entered.epoch
             try:
                 if generation.live(phases):
                     return
@@ -87,9 +104,13 @@ class Runtime:
                 said = ties.library_error()
                 ties.sever()
                 whole = f"{one_line(error)} ({said})" if said else one_line(error)
-                self._link.tell("broken", generation=self._number, error=whole)
+                self._link.tell("broken", generation=entered.epoch[1], replica=entered.replica, error=whole)
             phases = Phases(_since=ties.broken_since or time.monotonic())
             phases.end("detect")
+            self._living = self._link.epoch = None
+            self._tried = entered.epoch, entered.store_since
+            if generation.met:
+                self._spent = entered.epoch
             generation.drop()
             self._ties = Ties()
             phases.end("take_down")
@@ -112,12 +133,29 @@ class Runtime:
                     return None
                 continue  # not admitted yet: this generation was decided before anyone knew of this worker
             self._member = True
-            if entered.running:
+            again = entered.epoch == self._spent or (entered.epoch, entered.store_since) == self._tried
+            if entered.running and not again:
                 return entered
 
-    def _sever(self, entered: Entered) -> None:
-        """The generation that lives now ends by force. From the link's thread."""
-        self._ties.sever()
+    def _comes(self, entered: Entered) -> None:
+        """Where somebody of this worker's group is gone, the generation that lives now ends by force. From the link's
+        thread, before the main thread can know of `entered`."""
+        if not entered.apart:
+            if entered.gone:
+                self._ties.sever()
+            return
+        living = self._living
+        if living is not None and not {*entered.gone}.isdisjoint(living.together):
+            self._ties.sever()
+        if self._link.newest and self._link.present.store_since != entered.store_since:
+            # Nothing comes any more from a store that was left; a network that only loses packets would not say so.
+            left = self._link.present.store
+            if entered.gone:
+                cut_off(left)
+            else:  # its host hands over, and some may still talk there
+                later = threading.Timer(2 * self._life.settings.lease_s, cut_off, [left])
+                later.daemon = True
+                later.start()
 
     def _warm_up(self) -> None:
         """Form a group of one and build once, so that imports, compilers and caches are behind this worker when it

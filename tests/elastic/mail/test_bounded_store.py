@@ -107,3 +107,17 @@ def test_older_generations_are_forgotten(bounded: tuple[BoundedStore, str]) -> N
     assert sorted(key.strip("/") for key in client.list_keys()) == [
         "generation/4/a", "generation/5/a", "manifest/3", "status",
     ]  # fmt: skip
+
+
+def test_groups_that_live_on_are_not_forgotten(bounded: tuple[BoundedStore, str]) -> None:
+    """In a job of several replicas: one of which may be of generation 2 while others have changed three times."""
+    store, address = bounded
+    client = connect(address)
+    keys = ("generation/2/replica/0/a", "generation/2/replica/1/a", "generation/3/replica/1/a", "roll/1/job")
+    for key in keys:
+        client.set(key, "x")
+    store.expect(5, ranks=2, groups=["2/replica/0", "5/replica/1"])
+    end = time.monotonic() + 5
+    while client.check(["generation/3/replica/1/a"]) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert sorted(key.strip("/") for key in client.list_keys()) == [keys[0], keys[3]]

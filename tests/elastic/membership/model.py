@@ -200,7 +200,20 @@ class World:
         alive = set().union(*(p.alive for p in self.places))
         if still := alive.intersection(generation.gone):
             raise Violation(f"{still} are alive though generation {generation.number} counts them as lost")
+        self._check_replicas(generation)
         return replace(self, decided=tuple(sorted((*self.decided, generation), key=lambda g: g.number)))
+
+    def _check_replicas(self, generation: Generation) -> None:
+        """Every worker is in one replica, and a group of workers has a name that no other has ever had."""
+        if len(generation.replicas) != (self.rules.replicas if self.rules.replicas > 1 else 0):
+            raise Violation(f"{len(generation.replicas)} replicas in {generation}")
+        placed = sorted(w for r in generation.replicas for w in r.workers)
+        if generation.replicas and placed != sorted(w for _, w in generation.ranks):
+            raise Violation(f"{placed} are placed of {generation}")
+        for other in self.decided:
+            for ours, theirs in zip(generation.replicas, other.replicas, strict=True):
+                if ours.since == theirs.since and ours != theirs:
+                    raise Violation(f"two groups of one name: {ours} and {theirs}")
 
     def settled(self) -> bool:
         """Whether exactly the living agents with their living workers are the agreed world, and all know it."""
@@ -258,7 +271,7 @@ def form(value: Any, now: float, floor: float) -> Hashable:
     if isinstance(value, float):
         return value if isinf(value) else max(floor, value - now)
     if isinstance(value, Generation):
-        return value.number, value.host, value.members, value.running
+        return value.number, value.host, value.members, value.running, value.replicas, value.store_since
     if is_dataclass(value):
         return tuple(form(getattr(value, name), now, floor) for name in _names(type(value)))
     if isinstance(value, tuple):

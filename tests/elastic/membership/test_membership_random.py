@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from elastic_lsopt.elastic.membership import machine as membership
 from elastic_lsopt.elastic.membership.record import Broken, DrainWorker, Rules, Unreachable
 from tests.elastic.membership.commit_rule import Job
-from tests.elastic.membership.model import World, begin
+from tests.elastic.membership.model import Place, World, begin
 
 pytestmark = pytest.mark.fast
 
@@ -30,6 +30,16 @@ acts = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 2**16)), min_
 
 def rules(**more: Any) -> Rules:
     return Rules(**{"min_nodes": 1, "max_nodes": 6, "job": "j", "fingerprint": {}, "lease_s": LEASE_S, **more})
+
+
+def broken_at(place: Place, chance: int) -> Broken:
+    """A collective broke there: in a job of several replicas one of the groups that the agent knows."""
+    assert place.state is not None
+    generation = place.state.generation
+    if generation is None or not generation.replicas:
+        return Broken(place.state.number)
+    replica = chance // 3 % len(generation.replicas)
+    return Broken(generation.replicas[replica].since, replica)
 
 
 def follow(job: Job, world: World) -> Job:
@@ -93,7 +103,7 @@ def play(world: World, history: list[tuple[str, int]], rates: list[float]) -> tu
         elif action == "refused" and place.state:
             world = world.give(name, Unreachable(names[chance // 7 % len(names)]))
         elif action == "broken" and place.state:
-            world = world.give(name, Broken(place.state.number))
+            world = world.give(name, broken_at(place, chance))
         elif action == "fill":  # one node's disk, every node's, or none's any more
             world = world.fill(*(names if chance % 5 == 0 else [name] if chance % 5 < 3 else []))
         elif action == "cut":
@@ -111,17 +121,19 @@ def play(world: World, history: list[tuple[str, int]], rates: list[float]) -> tu
     count=st.integers(1, 5),
     spares=st.integers(0, 1),
     witness=st.booleans(),
+    replicas=st.sampled_from((1, 1, 2)),
     history=acts,
     rates=st.lists(st.floats(0.9, 1.1), min_size=6, max_size=6),
 )
 def test_safe_always_and_settled_when_healed(
-    count: int, spares: int, witness: bool, history: list[tuple[str, int]], rates: list[float]
+    count: int, spares: int, witness: bool, replicas: int, history: list[tuple[str, int]], rates: list[float]
 ) -> None:
     """One generation a number, entered in order; nobody lost is alive (World._decide); the commit rule holds (Job).
 
     Healed, with every agent of the newest generation back, the living ones are the agreed world within 10 leases.
     """
-    start = begin(count, rules(witness="etcd" if witness else None), spares=spares)
+    replicas = min(replicas, count)
+    start = begin(count, rules(witness="etcd" if witness else None, replicas=replicas), spares=spares)
     for name in [p.name for p in start.places][count:]:
         start = start.spawn(name)
     world, job = play(start, history, rates)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from elastic_lsopt.elastic.membership import leader
+from elastic_lsopt.elastic.membership import leader, placement
 from elastic_lsopt.elastic.membership import machine as membership
 from elastic_lsopt.elastic.membership.record import Effect, Event, Persist, Rules, WorkerExited
 from elastic_lsopt.elastic.membership.state import State
@@ -26,6 +26,7 @@ from tests.elastic.membership.model import Advance, Violation, World, begin
 from tests.elastic.membership.search import Left, Steps, each_read, each_round, search
 
 RULES = Rules(min_nodes=1, max_nodes=4, job="j", fingerprint={}, lease_s=2.0, join_debounce_s=0.0)
+OF_TWO = replace(RULES, replicas=2, even_out_s=3.0)
 
 
 def formed(agents: int, rules: Rules = RULES) -> World:
@@ -40,9 +41,9 @@ def host_lost(agents: int) -> World:
     return world.tick(RULES.suspect_s).tick(RULES.suspect_s / 2)
 
 
-def proposed(agents: int) -> World:
+def proposed(agents: int, rules: Rules = RULES) -> World:
     """A worker died, and the host's proposal is under way."""
-    world = formed(agents)
+    world = formed(agents, rules)
     place = world.place("a")
     world = replace(world, places=(replace(place, alive=frozenset()), *world.places[1:]))
     return world.give("a", WorkerExited("a0"))
@@ -80,6 +81,33 @@ full = pytest.mark.full
 )
 @pytest.mark.timeout(3600)
 def test_no_violation_is_found(start: Callable[[int], World], agents: int, steps: Steps, left: Left) -> None:
+    visited = search(start(agents), left, steps)
+    print(f"{start.__name__}, {agents} agents, {steps.__name__}, {left}: {visited} states")
+    assert visited > 50
+
+
+def of_two(agents: int) -> World:
+    return formed(agents, OF_TWO)
+
+
+def of_two_proposed(agents: int) -> World:
+    return proposed(agents, OF_TWO)
+
+
+@pytest.mark.parametrize(
+    ("start", "agents", "steps", "left"),
+    [
+        (of_two_proposed, 3, each_read, Left(depth=5, failures=1, ticks=1)),
+        (of_two, 2, each_round, Left(depth=6, failures=2)),
+        (of_two, 3, each_round, Left(depth=6, failures=1)),
+        pytest.param(of_two, 3, each_round, Left(depth=4, failures=2, losses=1), marks=full),
+        pytest.param(of_two, 4, each_round, Left(depth=6, failures=2), marks=full),
+        pytest.param(of_two_proposed, 4, each_read, Left(depth=5, failures=1, ticks=1), marks=full),
+    ],
+)
+@pytest.mark.timeout(3600)
+def test_none_is_found_with_two_replicas(start: Callable[[int], World], agents: int, steps: Steps, left: Left) -> None:
+    """Also of what World._check_replicas asks; uneven replicas are evened out within these depths."""
     visited = search(start(agents), left, steps)
     print(f"{start.__name__}, {agents} agents, {steps.__name__}, {left}: {visited} states")
     assert visited > 50
@@ -129,6 +157,12 @@ def test_a_leader_that_does_not_adopt_the_accepted_change_is_caught(monkeypatch:
     monkeypatch.setattr(leader, "replace", forget)
     with pytest.raises(Violation, match="two generations"):
         search(world, Left(depth=8, failures=1), each_round)
+
+
+def test_a_group_that_keeps_its_name_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "replace", lambda old, workers, since: replace(old, workers=workers))
+    with pytest.raises(Violation, match="two groups of one name"):
+        search(of_two_proposed(3), Left(depth=5), each_read)
 
 
 def formed_by(rules: Rules) -> World:

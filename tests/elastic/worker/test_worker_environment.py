@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.agent import roles
+from elastic_lsopt.errors import UserError
 
 pytestmark = pytest.mark.fast
 
@@ -26,3 +30,8 @@ def test_a_launchers_place_is_not_the_workers(monkeypatch: pytest.MonkeyPatch) -
     worker = roles._environment(2)
     assert {"RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMIX_RANK"}.isdisjoint(worker)
     assert (worker["MINE"], worker["LOCAL_WORLD_SIZE"]) == ("3", "2")
+
+
+def test_each_replica_needs_a_worker(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="replicas=5 need a worker each, but max_nodes=2 nodes of workers=2 have 4"):
+        roles.serve(ElasticConfig(max_nodes=2), tmp_path, workers=2, command=[], fingerprint={}, replicas=5)

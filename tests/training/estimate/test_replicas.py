@@ -1,4 +1,4 @@
-"""The plan of a job of replicas: each is a job of its own on its share of ranks and batch, and the rule keeps Vectors."""
+"""The plan of a job of replicas: each is a job on its share of ranks and batch, and the rule keeps Vectors."""
 
 from __future__ import annotations
 
