@@ -88,12 +88,15 @@ def engine(
     base: Any = momentum,
     keep: Sequence[Any] = (),
     model: nn.Module | None = None,
+    consensus: Any = None,
 ) -> lso.Engine:
     """An engine of that kind: plain, ddp, fsdp2 (a group a block), zero1, zero2 or zero3 (the ready configs)."""
     model = llama(size) if model is None else model
     if kind.startswith("zero"):
         config = json.loads((CONFIGS / f"{kind}.json").read_text()) | {"bf16": {"enabled": size.bf16}}
-        return lso.initialize(model=model, config=config, method=method, base=base, loss_fn=LOSS, keep=keep)
+        return lso.initialize(
+            model=model, config=config, method=method, base=base, loss_fn=LOSS, keep=keep, consensus=consensus
+        )
     loss = LOSS
     if kind == "fsdp2":
         _shard(model, size)
@@ -102,8 +105,9 @@ def engine(
         if kind == "ddp":
             model = nn.parallel.DistributedDataParallel(model)
     return lso.Engine(
-        backend_for(model, base([p for p in model.parameters() if p.requires_grad])), method, loss_fn=loss, keep=keep
-    )
+        backend_for(model, base([p for p in model.parameters() if p.requires_grad])), method, loss_fn=loss, keep=keep,
+        consensus=consensus,
+    )  # fmt: skip
 
 
 def beside(other: lso.Engine, method: Any, **more: Any) -> lso.Engine:

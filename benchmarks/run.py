@@ -25,6 +25,9 @@ NAMES = {
     "membership_simulation": "elastic.membership_simulation", "updates": "step.updates", "adapters": "step.adapters",
     "loading": "loading", "large_model": "large_model", "trainer": "step.trainer_steps", "plan_memory": "plan_memory",
     "device": "device", "sampa_halves": "step.sampa_halves", "replica_simulation": "replicas.simulation",
+    "replica_deaths": "replicas.deaths", "replica_traffic": "replicas.traffic", "replica_steps": "replicas.plain_steps",
+    "replica_streaming": "replicas.streaming", "replica_slow_link": "replicas.slow_link",
+    "replica_few_bits": "replicas.few_bits",
 }  # fmt: skip
 """Benchmarks, as results call them, and their modules."""
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.imports import COMMANDS
 from benchmarks.plan_memory import SETTINGS as PLANNED
+from benchmarks.replicas import deaths, plain_steps, traffic
 from benchmarks.step.rules import BACKENDS, RULES
 
 
@@ -103,6 +104,27 @@ TARGETS = (
     *(Target("replica_simulation", f"{n}_replicas_simulated_seconds_off", at_most=0.1) for n in (2, 3, 4)),
     *(Target("replica_simulation", f"goodput_consensus_100000_replicas_of_{n}_gpus", at_least=0.88) for n in (1, 12)),
     Target("replica_simulation", "simulating_100000_replicas_of_1_gpus_s", at_most=10),
+    *(Target("replica_deaths", f"{name}_cost_s", at_most=limit) for name, limit in deaths.limits()),
+    Target("replica_deaths", "worst_again_s", at_most=deaths.AT_ONCE_S),
+    Target("replica_deaths", "kills", at_least=100),
+    Target("replica_deaths", "averaged_by_halves", at_most=0),
+    *(Target("replica_traffic", f"{name}_wire_of_paper", at_most=1.1) for name in traffic.NAMES),
+    *(
+        Target("replica_traffic", f"{name}_collectives", at_most=1)
+        for name in traffic.NAMES
+        if name != "al_dsgd"  # a message to each neighbour
+    ),
+    *(
+        Target("replica_steps", f"{rule}_{kind}_of_plain_step", at_most=1.02)
+        for kind in plain_steps.KINDS
+        for rule in plain_steps.RULES
+    ),
+    Target("replica_streaming", "hidden_share", at_least=0.8),
+    Target("replica_slow_link", "8_samples_throughput_of_synchronous", at_least=1.5),
+    Target("replica_slow_link", "hang_cost_of_deadline", at_most=1.0),
+    Target("replica_slow_link", "hang_again_of_deadline", at_most=0.1),
+    *(Target("replica_few_bits", f"{task}_2_bits_bytes_of_synchronous", at_most=0.01) for task in ("digits", "lm")),
+    *(Target("replica_few_bits", f"{task}_2_bits_loss_beyond_interval", at_most=0.0) for task in ("digits", "lm")),
     Target("imports", "import_beyond_torch_s", at_most=0.3),
     *(Target("imports", f"help{c and '_' + c}_beyond_python_s", at_most=0.3) for c in COMMANDS),
     Target("noise", "cpu_fill_speed_of_randn", at_least=0.5),

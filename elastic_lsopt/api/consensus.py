@@ -28,6 +28,7 @@ from elastic_lsopt.backends.peers.formats import BITS, format_of
 from elastic_lsopt.backends.peers.intervals import cut_of
 from elastic_lsopt.backends.peers.meeting import Meetings, Met
 from elastic_lsopt.by_name import require, require_count, require_number
+from elastic_lsopt.consensus.fragments import within
 from elastic_lsopt.consensus.needs import refuse_unmet
 from elastic_lsopt.consensus.rule import Rule
 from elastic_lsopt.data.ledger import Ledger
@@ -37,14 +38,17 @@ from elastic_lsopt.optimizers.registry import methods
 from elastic_lsopt.oracle.family import Kept, Stateful
 from elastic_lsopt.oracle.method import State
 from elastic_lsopt.oracle.oracle import Oracle
+from elastic_lsopt.probes.noise.disagreement import FAMILY, Disagreement, DisagreementSpan
+from elastic_lsopt.space.basis import Basis
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 
 NEVER = -1
 """The exchange at which a replica was that has been at none."""
 TRIES = 5
-WAIT = timedelta(days=1)
-"""How long ranks wait for their first one, which may wait for other replicas; where it dies they hear at once."""
+INSIDE = timedelta(minutes=30)
+"""How long a replica's ranks wait for each other, as in a step: at the start its first waits for other replicas, whose
+models may take minutes to load."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,13 @@ class Exchanged:
     seconds: float
     sent_bytes: int
     """By this rank."""
-    apart: float | None = None
-    """Root mean square distance of the fit members from their mean, before it; None where no reduction tells it."""
+    disagreement: Disagreement | None = None
+    """How far apart the fit members were before it; None where no reduction tells it."""
+
+    @property
+    def consensus_distance(self) -> float | None:
+        """Root mean square distance of the fit members from their mean, before it."""
+        return None if self.disagreement is None else self.disagreement.consensus_distance
 
     @property
     def extraordinary(self) -> bool:
@@ -104,18 +113,21 @@ class Consensus:
     `store` is the job's, which no group has used; `replicas` are those to wait for at first. `timeout_s` is what a
     meeting may take in all, half of it for others to come. `rounds` deals the job's samples (None: the user does, and
     all replicas take tau steps). `newcomer`: this replica has nothing yet, and is to be given the model (`enter`).
-    Raises UserError for a value out of range.
+    `disagreement_span`: of so many exchanges the difference from the mean is kept, a Vector each, and one more within
+    an exchange; a rule that forms no mean takes one more reduction then (see probes/noise/disagreement.py). Raises
+    UserError for a value out of range.
     """
 
     def __init__(
         self, rule: Rule, store: dist.Store, *, replicas: tuple[int, ...], bits: int = 32, top_k: int | None = None,
         timeout_s: float = 30.0, rounds: Rounds | None = None, by_speed: bool = False, newcomer: bool = False,
-        outdated: Callable[[], bool] | None = None,
+        outdated: Callable[[], bool] | None = None, disagreement_span: int = 0,
     ) -> None:  # fmt: skip
         require(bits in BITS, "bits", bits, f"one of {', '.join(map(str, BITS))}")
         if top_k is not None:
             require_count("top_k", top_k)
         require_number("exchange_timeout_s", timeout_s, positive=True)
+        require_count("disagreement_span", disagreement_span, least=0)
         self.rule, self._store, self.replicas = rule, store, replicas
         self.number = present().number
         """This replica's own."""
@@ -126,6 +138,9 @@ class Consensus:
         """Of this life of the process."""
         self._by_speed, self._fit, self._outdated = by_speed, not newcomer, outdated
         self._vacant: tuple[int, ...] = ()
+        self._span = DisagreementSpan(disagreement_span) if disagreement_span else None
+        self._spanned = NEVER
+        """The newest exchange that the span is of, in this life of the process."""
         self._skipped = self._redealt = False
         self._newest = NEVER  # no state that is saved: a job that starts again counts its meetings anew
         self._there = replicas
@@ -135,7 +150,7 @@ class Consensus:
     @property
     def keep(self) -> tuple[Stateful, ...]:
         """The families of state that the engine keeps for it."""
-        return (self.rule, Standing())
+        return (self.rule, Standing(), *([] if self._span is None else [self._span]))
 
     def bind(self, step: LandscapeStep) -> None:
         """The engine's step is there: say what this rank holds, and that this replica may be met.
@@ -152,7 +167,7 @@ class Consensus:
         self._step = step
         groups = step.backend.groups
         rank = groups.replica.rank
-        inside = groups.replica.again("consensus", WAIT)
+        inside = groups.replica.again("consensus", INSIDE)
         self._inside = Group(rank, groups.replica.size, inside)
         self._meet_in(self._store, self.replicas)
         self._cut = gather_json(inside, cut_of(step.space.layout))
@@ -168,7 +183,7 @@ class Consensus:
         self._circles = Circles((self.number, rank), store)
         self._hearing = Hearing(
             self._step, self.rule, format_of(self._bits, self._top_k), self._circles, self._inside, self.number,
-            lambda: self._meetings.left, Standing.name,
+            lambda: self._meetings.left, Standing.name, gaps=self._span is not None,
         )  # fmt: skip
         if rank == 0:
             self._meetings.join()
@@ -269,6 +284,9 @@ class Consensus:
         if well and self.number in fit:
             self._hearing.settle(heard)
             self._newest = met.number
+            if self._span is not None and heard.exchange is not None and (gap := heard.exchange.gap) is not None:
+                self._span.keep(self._kept(FAMILY), gap, partial(within, heard.exchange.space))
+                self._spanned = met.number
         elif well:
             assert heard.point is not None  # all that are there and not fit are given it
             self._step.space.weights.copy_(heard.point)
@@ -278,10 +296,13 @@ class Consensus:
             self._circles.drop()
         self._step.space.copies.refresh()
         self._count(met, fit, under.before, well=well)
-        apart = heard.exchange.apart if well and heard.exchange is not None else None
+        gram = heard.exchange.known_gram if well and heard.exchange is not None else None
+        disagreement = None if gram is None else Disagreement(gram)
         missing = tuple(sorted({*self._there} - {*met.members}))
         self._there = met.members
-        self.exchanges.append(Exchanged(met.number, met.members, fit, missing, well, why, seconds, sent_bytes, apart))
+        self.exchanges.append(
+            Exchanged(met.number, met.members, fit, missing, well, why, seconds, sent_bytes, disagreement)
+        )
         return self.exchanges[-1]
 
     def _hear(self, met: Met, fit: tuple[int, ...], oracle: Oracle | None, told: dict[str, Any]) -> _Said:
@@ -294,7 +315,8 @@ class Consensus:
                 heard = self._hearing.hear(met, fit, oracle, told)
         except (PeerFailed, NonFinite) as error:  # the vote says so
             why = str(error)
-        well = self._meetings.end(met, well=not why)
+        exchange = heard.exchange
+        well = self._meetings.end(met, well=not why, watch=None if exchange is None else exchange.watch)
         return heard, well, why, time.monotonic() - begin, self._circles.sent_bytes - sent_bytes
 
     def _begin(self, *, final: bool) -> Met | None:
@@ -378,9 +400,30 @@ class Consensus:
             self._circles.drop()
         raise PeerFailed(f"the replicas could not form their final model in {TRIES} meetings")
 
+    # -- what it tells -----------------------------------------------------------------------------------------
+
+    @property
+    def keeps_span(self) -> bool:
+        """Whether differences from the mean are kept."""
+        return self._span is not None
+
+    @property
+    def in_the_span(self) -> dict[str, Any]:
+        """What of the newest step's gradient lies in the span of the differences that are kept, for its row."""
+        if self._span is None or not self.exchanges or self.exchanges[-1].number != self._spanned:
+            return {}
+        return self._span.told(self._step.space, self._kept(FAMILY))
+
+    def beside(self, eigenvectors: Basis) -> dict[str, Any]:
+        """That span beside orthonormal eigenvectors; nothing where none is kept (collective in the replica)."""
+        return {} if self._span is None else self._span.beside(self._step.space, self._kept(FAMILY), eigenvectors)
+
     @property
     def _standing(self) -> dict[str, Any]:
-        family = self._step.families[Standing.name]
+        return self._kept(Standing.name)
+
+    def _kept(self, name: str) -> dict[str, Any]:
+        family = self._step.families[name]
         assert isinstance(family, Kept)
         return family.state
 

@@ -51,14 +51,15 @@ class Heard:
 
 class Hearing:
     """One rank's part in what is said; `inside` are its replica's ranks, `left` tells what is left of the meeting's
-    time, `standing` is what is kept of the format."""
+    time, `standing` is what is kept of the format; `gaps`: differences from the mean are wanted."""
 
     def __init__(
         self, step: LandscapeStep, rule: Rule, form: Format, circles: Circles, inside: Group, number: int,
-        left: Callable[[], timedelta], standing: str,
+        left: Callable[[], timedelta], standing: str, *, gaps: bool = False,
     ) -> None:  # fmt: skip
         self._step, self._rule, self._format, self._circles, self._number = step, rule, form, circles, number
         self._inside, self._together, self._left, self._standing_name = inside, Unison(inside), left, standing
+        self._gaps = gaps
 
     @property
     def state(self) -> dict[str, Any]:
@@ -99,6 +100,8 @@ class Hearing:
             exchange = heard.exchange = self._exchange(met, fit, heard)
             if len(fit) > 1:
                 heard.rules = self._rule.exchange(exchange, self._step.space, oracle, {**told, **heard.alike})
+                if self._gaps and not self._rule.overlap:  # beside steps the weights are not still
+                    exchange.differ(exchange.space.weights)
             if new:
                 whole = self._exchange(met, fit, heard, whole=True)
                 heard.point = self._rule.point(whole, self._step.space, {**self.state, **heard.alike})
@@ -145,6 +148,7 @@ class Hearing:
         return Exchange(
             part, self._circle(fit, met, part), self._format, number=self._number, last=met.number,
             samples=tuple(met.reports[m]["samples"] for m in fit), kept=self._known(part, heard), inside=self._inside,
+            gaps=self._gaps and not whole,
         )  # fmt: skip
 
     def _known(self, part: ParameterSpace, heard: Heard) -> State:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic_lsopt.elastic.worker.journal import JOURNAL, read_journal
+from elastic_lsopt.elastic.worker.journal import JOURNAL, read_journal, read_meetings
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.report.run import COMPARISON, PROBES, STUDY, Run, answers_of
 from elastic_lsopt.report.write import write_report
-from elastic_lsopt.training.run_folder import METRICS, read_metrics
+from elastic_lsopt.training.run_folder import METRICS, read_metrics, replica_folders
 
 
 def report(run_folder: str | Path) -> int:
@@ -27,7 +28,10 @@ def report(run_folder: str | Path) -> int:
             f"{folder} is no run folder: it holds none of {METRICS}, {PROBES}, {STUDY}, {COMPARISON}; give the "
             "output_dir of a job."
         )
-    for path in write_report(folder, Run.of(folder, _rows(folder / METRICS), _changes(folder))):
+    others = replica_folders(folder)
+    replicas = {number: rows for number, other in others.items() if (rows := _rows(other / METRICS))}
+    run = Run.of(folder, _rows(folder / METRICS), _changes(folder), replicas, _meetings([folder, *others.values()]))
+    for path in write_report(folder, run):
         print(path)
     return 0
 
@@ -49,6 +53,13 @@ def _changes(folder: Path) -> list[dict[str, Any]]:
         return [change for change in read_journal(folder) if isinstance(change, dict)]
     except (OSError, UnicodeDecodeError) as error:
         raise _damaged(folder / JOURNAL, error) from error
+
+
+def _meetings(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    try:
+        return read_meetings(*folders)
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(folders[0] / JOURNAL, error) from error
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

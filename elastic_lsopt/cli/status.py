@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from elastic_lsopt.checkpoint.ownership import owner_of
 from elastic_lsopt.elastic.agent.node_folder import addresses
 from elastic_lsopt.elastic.agent.status import status_at
 from elastic_lsopt.elastic.mail.signing import Refused, job_secret
-from elastic_lsopt.elastic.worker.journal import read_journal, read_rewinds
+from elastic_lsopt.elastic.worker.journal import line_of, read_journal, read_meetings, read_rewinds
 from elastic_lsopt.errors import UserError
+from elastic_lsopt.training.run_folder import replica_folders
 from elastic_lsopt.training.run_state import read_state
 
 CHANGES = 5
@@ -38,7 +40,7 @@ def status(run_folder: str | Path, *, endpoint: str | None, secret_file: str | N
     console = Console()
     changes, state = read_journal(folder), state_line(folder)
     if state is not None and not (folder / "elastic").is_dir():  # a job of fixed size has no agent
-        console.print(state)
+        console.print(state, *replica_lines(folder), *last_meetings(folder), sep="\n")
         return 0
     secret = job_secret(secret_file, folder)
     try:
@@ -46,16 +48,17 @@ def status(run_folder: str | Path, *, endpoint: str | None, secret_file: str | N
     except UserError as error:
         if not changes and state is None:
             raise
-        console.print(*([last_changes(changes)] if changes else []), state or str(error))
+        parts = [*([last_changes(changes)] if changes else []), state or str(error), *last_meetings(folder)]
+        console.print(*parts, sep="\n")
         return 0
     if once or not console.is_terminal:
-        console.print(table(found, changes))
+        console.print(table(found, changes, last_meetings(folder)))
         return 0
-    with Live(table(found, changes), console=console) as live, suppress(KeyboardInterrupt):
+    with Live(table(found, changes, last_meetings(folder)), console=console) as live, suppress(KeyboardInterrupt):
         while True:
             time.sleep(EVERY_S)
             try:
-                live.update(table(ask(folder, endpoint, secret), read_journal(folder)))
+                live.update(table(ask(folder, endpoint, secret), read_journal(folder), last_meetings(folder)))
             except UserError:
                 print("the job has ended.", file=sys.stderr)
                 return 0
@@ -78,6 +81,20 @@ def state_line(folder: Path) -> str | None:
             line += f", said at {_clock(told['time'])} by process {owner[0]['process']}"
     rewinds = len(read_rewinds(folder))
     return line + (f"; rewound {rewinds} times" if rewinds else "") + (f": {told['why']}" if told["why"] else "")
+
+
+def replica_lines(folder: Path) -> list[str]:
+    """A line for each other replica of the job."""
+    others = replica_folders(folder)
+    return [f"replica {number}: {line}" for number, other in others.items() if (line := state_line(other))]
+
+
+def last_meetings(folder: Path) -> list[Any]:
+    """The last exchanges of replicas that were out of the ordinary, a line each, as something that rich can print."""
+    from rich.text import Text
+
+    meetings = read_meetings(folder, *replica_folders(folder).values())[-CHANGES:]
+    return [Text(f"{_clock(meeting.get('time', 0.0))} {line_of(meeting)}") for meeting in meetings]
 
 
 def _clock(seconds: float) -> str:
@@ -109,8 +126,8 @@ def _number(told: Status) -> int:
     return told["generation"]["number"] if told["generation"] else -1
 
 
-def table(told: Status, changes: list[dict[str, Any]]) -> Any:
-    """The status as something that rich can print."""
+def table(told: Status, changes: list[dict[str, Any]], meetings: Sequence[Any] = ()) -> Any:
+    """The status as something that rich can print; `meetings` are lines below it."""
     from rich.console import Group
     from rich.table import Table
 
@@ -134,7 +151,7 @@ def table(told: Status, changes: list[dict[str, Any]]) -> Any:
             *place_of.get(worker, [""] * len(places)), str(said.get("step", "")), str(said.get("samples", "")),
             _short(said.get("loss")), _short(said.get("seconds")),
         )  # fmt: skip
-    return Group(members, last_changes(changes))
+    return Group(members, last_changes(changes), *meetings)
 
 
 def _places(generation: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:

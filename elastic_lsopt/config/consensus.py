@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from elastic_lsopt.config.ranges import BLOCK, Count, Name, Positive, SettingError
+from elastic_lsopt.config.ranges import BLOCK, Count, CountOrZero, Name, Positive, SettingError
 
 if TYPE_CHECKING:
     from elastic_lsopt.config.settings import TrainConfig
@@ -47,6 +47,9 @@ class ConsensusConfig:
     steps: Literal["by_size", "by_speed"] = "by_size"
     """What makes a replica's share of the steps: its ranks, or its measured samples per second (then two runs of the
     same job differ)."""
+    disagreement_span: CountOrZero = 0
+    """Of so many of the last exchanges each replica keeps its difference from the mean, a Vector each, to see which
+    share of its gradient lies in their span; 0: none."""
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     """The rule's own, tau among them."""
 

@@ -115,6 +115,8 @@ def _summary(run: Run) -> str:
         ):  # fmt: skip
             if not math.isnan(value := number(last.get(key))):
                 said.append(text.format(value))
+    if run.replicas:
+        said.append(f"{1 + len(run.replicas)} replicas")
     if run.finished is not None:
         said.append(f"probes of the finished model {run.finished.get('model') or ''}".rstrip())
     if run.answers:

@@ -2,6 +2,8 @@
 
 config.yaml    {probes: {name: {measure: the measure's name, where it is not the probe's}}}
 metrics.jsonl  {"step", "samples", "loss", "lr", "batch", "world", …, "probes": {name: {field: number or list}}} a line
+               "exchange": {"number", "fit", "consensus_distance", …} where replicas met before the step
+replica-1/metrics.jsonl                        the same, of another replica of the job
 probes.json    {"probes": {name: {…}}, "model": where the model lies, "step", "when", "failed": {name: reason}}
 probes/probe-2/probes.json                     the same: an answer of `elastic-lsopt probe` about this run
 study.json     {"measures": {name: {"tau", "interval", "models"}}, "models": [{setting: …, "gap", measure: …}]}
@@ -64,17 +66,25 @@ class Run:
     """What `elastic-lsopt probe` has found of it, newest first: each is seen as a run without steps."""
     measures: Mapping[str, str] = field(default_factory=dict)
     """Probe -> what it measures, of those that are not named by their measure."""
+    replicas: Mapping[int, Sequence[dict[str, Any]]] = field(default_factory=dict)
+    """The steps of the job's other replicas, by number."""
+    meetings: Sequence[dict[str, Any]] = ()
+    """Exchanges of replicas that were out of the ordinary."""
     only: str | None = None
     """The one probe that is seen, under its measure's name; None: all that are named by their measure."""
 
     @classmethod
-    def of(cls, folder: Path, rows: Sequence[dict[str, Any]], changes: Sequence[dict[str, Any]]) -> Run:
-        """With the steps of metrics.jsonl and the changes of journal.jsonl; the other files are read here."""
+    def of(
+        cls, folder: Path, rows: Sequence[dict[str, Any]], changes: Sequence[dict[str, Any]],
+        replicas: Mapping[int, Sequence[dict[str, Any]]] | None = None, meetings: Sequence[dict[str, Any]] = (),
+    ) -> Run:  # fmt: skip
+        """With the steps of metrics.jsonl, of other replicas' too, and the changes and meetings of journal.jsonl; the
+        other files are read here."""
         return cls(
             folder.resolve().name, rows, changes, _object(folder / PROBES, "probes"),
             _object(folder / STUDY, "measures"), _object(folder / COMPARISON, "settings"),
             [cls.of(place, (), ()) for place in answers_of(folder)],
-            _renamed(folder / CONFIG),
+            _renamed(folder / CONFIG), replicas or {}, meetings,
         )  # fmt: skip
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_lsopt.report.pictures.draw_comparison import draw_comparison
+from elastic_lsopt.report.pictures.draw_disagreement import draw_disagreement
 from elastic_lsopt.report.pictures.draw_loss_curve import draw_loss
 from elastic_lsopt.report.pictures.draw_members import draw_members
 from elastic_lsopt.report.pictures.draw_over_training import draw_measures, draw_noise, draw_spent
@@ -72,6 +73,15 @@ SECTIONS = (
         "The loss on training batches (faint; bold: smoothed) and on held-out data. The distance between the two is "
         "the generalisation gap.",
         _loss, "rows",
+    ),
+    Section(
+        "disagreement", "Disagreement of the replicas",
+        "How far the replicas have come apart when they meet: the root mean square of their distances from their mean "
+        "(consensus distance), and the mean (valley width). Both grow with the learning rate and with the steps from "
+        "one exchange to the next: compare them at the same ones. By one account (Dimlioglu, Topollai, Choromanska "
+        "2026, arXiv 2605.27739) replicas come apart most where the loss is sharp: the squares say how far that is so "
+        "here, where top eigenvalues were measured.",
+        draw_disagreement, "rows",
     ),
     Section(
         "spectral_density", "Spectral density",

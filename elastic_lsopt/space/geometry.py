@@ -19,8 +19,12 @@ from elastic_lsopt.space.direction import Direction, Noise
 from elastic_lsopt.space.layout import Layout, Shards, row_spans
 from elastic_lsopt.space.merged import MergedNoise
 from elastic_lsopt.space.perturbation import FidelityWatch, Perturbation
+from elastic_lsopt.space.precision import full_precision
 from elastic_lsopt.space.restricted import RestrictedShards
 from elastic_lsopt.space.vector import BorrowedGradient, Scales, Vector
+
+SPAN = 65_536
+"""Elements whose products are summed in the vectors' own precision; the sums of the spans are added in fp64."""
 
 
 def local_square(tensors: Sequence[Tensor]) -> Tensor:
@@ -139,6 +143,24 @@ class ParameterSpace:
             for piece, product in zip(self.layout.pieces, (a * b).tensors, strict=True):
                 own[piece.parameter] += product.sum(dtype=torch.float64)
         return self._sum(total)
+
+    @full_precision()
+    def products(self, left: Sequence[Vector], right: Sequence[Vector]) -> Tensor:
+        """The inner products `<l_i, r_j>`, fp64 (left, right) on the host, the same on all ranks; one all-reduce.
+
+        Memory: SPAN numbers a vector while it runs.
+        """
+        total = torch.zeros(len(left), len(right), dtype=torch.float64, device=self.shards.device)
+        mine, others = ([v.tensors for v in vectors] for vectors in (left, right))
+
+        def rows(tensors: list[list[Tensor]], piece: int, begin: int) -> Tensor:
+            spans = [t[piece][begin : begin + SPAN] for t in tensors]
+            return torch.stack([span.to(total.device, self.dtype) for span in spans])
+
+        for i, piece in enumerate(self.layout.pieces if total.numel() else ()):
+            for begin in range(0, piece.length, SPAN):
+                total += (rows(mine, i, begin) @ rows(others, i, begin).T).double()
+        return self._sum(total).cpu()
 
     def norm_per_row(self, a: Vector) -> Scales:
         """The global L2 norm of each row (a 1-D parameter is one row); one all-reduce of one number a row."""

@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class ReplicaRun(TrainingRun):
         return Consensus(
             self._rule, world.meetings, replicas=tuple(paces), bits=block.told.bits, top_k=block.told.top_k,
             timeout_s=block.exchange_timeout_s, rounds=self.rounds, by_speed=block.steps == "by_speed",
-            newcomer=world.newcomer, outdated=world.outdated,
+            newcomer=world.newcomer, outdated=world.outdated, disagreement_span=block.disagreement_span,
         )  # fmt: skip
 
     def _loader(self) -> StepLoader:
@@ -146,8 +146,9 @@ class ReplicaRun(TrainingRun):
             return "none"
         if step == 0:
             self._consensus_of.newcomer()
-            nothing = Ledger(self.total_samples, self.config.global_batch_size // self._block.replicas)
-            self.rounds.resume(nothing, trained=0, version=NOBODYS)  # it trains on nothing before it is let in
+            share = self.config.global_batch_size // self._block.replicas
+            nothing = Ledger(self.total_samples, share)  # it trains on nothing before it is let in
+            self.rounds.resume(nothing, trained=0, version=NOBODYS)
             return "none"
         return str(checkpoint_path(folder, step))
 
@@ -241,14 +242,16 @@ class ReplicaRun(TrainingRun):
         return False  # which only an exchange can say
 
     def _exchanged(self) -> dict[str, Any]:
-        """Of the exchange before the step: members, seconds, bytes, how far apart."""
+        """Of the exchange before the step: members, seconds, bytes, how far apart; see probes/noise/disagreement.py."""
         told = self._tell()
         if told is None:
             return {}
         return {
             "exchange": {
                 "number": told.number, "members": list(told.members), "fit": list(told.fit), "well": told.well,
-                "seconds": told.seconds, "sent_bytes": told.sent_bytes, "apart": told.apart,
+                "seconds": told.seconds, "sent_bytes": told.sent_bytes,
+                **(told.disagreement.to_json() if told.disagreement is not None else {}),
+                **self._consensus_of.in_the_span,
             }
         }  # fmt: skip
 
@@ -259,9 +262,13 @@ class ReplicaRun(TrainingRun):
             return None
         self._told, told = len(exchanges), exchanges[-1]
         if told.extraordinary and self._folder is not None:
-            Journal(self._folder.path, self.console.say).write(
-                Meeting(generation=self.world.generation, samples=self.engine.clock.samples, **asdict(told))
-            )
+            meeting = Meeting(
+                generation=self.world.generation, number=told.number, members=told.members, fit=told.fit,
+                missing=told.missing, well=told.well, why=told.why, seconds=told.seconds,
+                samples=self.engine.clock.samples, sent_bytes=told.sent_bytes,
+                consensus_distance=told.consensus_distance,
+            )  # fmt: skip
+            Journal(self._folder.path, self.console.say).write(meeting)
         return told
 
     def _save_or_diverge(self, step: int, last: bool, eval_loss: float | None) -> None:
@@ -309,7 +316,8 @@ class ReplicaRun(TrainingRun):
         if len(self.data.eval) and self._consensus_of.leads:
             held_out = self.evaluated()
             self.eval_loss = held_out.loss
-            row = {**self._row, "eval_loss": held_out.loss}
+            # What the step's row says of samples was an estimate; the last exchange has counted them.
+            row = {**self._row, "samples": engine.clock.samples, "eval_loss": held_out.loss}
             row |= {f"eval_{name}": value for name, value in held_out.metrics.items()}
             if self._folder is not None and self._row:
                 self._folder.write(row)

@@ -10,6 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from elastic_lsopt.config.load import dump_config
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.worker.journal import JOURNAL
@@ -118,6 +120,16 @@ def _scalars(row: dict[str, Any], path: str = "") -> Iterator[tuple[str, float]]
             yield from _scalars(value, f"{path}{key}/")
         elif isinstance(value, int | float):
             yield f"{path}{key}", value
+
+
+def replica_folders(run: Path) -> dict[int, Path]:
+    """The run folders of a job's other replicas, by number; none where its settings name none, or cannot be read."""
+    try:
+        replicas = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))["consensus"]["replicas"]
+        folders = {number: run / f"replica-{number}" for number in range(1, replicas)}
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return {}
+    return {number: folder for number, folder in folders.items() if folder.is_dir()}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -32,7 +32,9 @@ def of_replica(started: Started, run: Path, number: int) -> list[int]:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("killed", [1, 2], ids=["one worker of two", "the whole replica"])
+@pytest.mark.parametrize(
+    "killed", [pytest.param(1, marks=pytest.mark.full), 2], ids=["one worker of two", "the whole replica"]
+)
 def test_a_replica_loses_workers(tmp_path: Path, killed: int) -> None:
     run = tmp_path / "run"
     started = Started(command("none", write_job(tmp_path / "run.yaml", **SHAPE)), tmp_path)

@@ -49,16 +49,22 @@ def test_meeting_at_every_step_is_one_job(tmp_path: Path) -> None:
     assert two[steps]["eval_loss"] == pytest.approx(one[steps]["eval_loss"], abs=1e-6)
 
 
+DRIFTING: dict[str, Any] = {
+    "consensus": {**EVERY, "rule": "easgd", "tau": 3, "disagreement_span": 2}, "momentum": 0.9,
+    "report_to": ["tensorboard"], "probes": {"lambda_max": {"every_steps": 12, "budget": 1.0}},
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drift")
-    run(command("none", job(folder, "whole", consensus={**EVERY, "rule": "easgd", "tau": 3}, momentum=0.9)), folder)
+    run(command("none", job(folder, "whole", **DRIFTING)), folder)
     return folder
 
 
 def test_killed_and_started_again(undisturbed: Path) -> None:
     """Each replica goes on from its own weights, momentum and centre: the same bits as without the kill."""
-    file = job(undisturbed, "killed", consensus={**EVERY, "rule": "easgd", "tau": 3}, momentum=0.9)
+    file = job(undisturbed, "killed", **DRIFTING)
     started = Started(command("none", file), undisturbed)
     folder = undisturbed / "killed"
     started.until(lambda: all((f / "checkpoints" / "checkpoint-12").exists() for f in (folder, folder / "replica-1")))
@@ -70,8 +76,39 @@ def test_killed_and_started_again(undisturbed: Path) -> None:
     for here, there in ((whole, folder), (whole / "replica-1", folder / "replica-1")):
         one, two = rows(here), rows(there)
         assert {s: r["loss"] for s, r in one.items()} == {s: r["loss"] for s, r in two.items()}
+        assert disagreement(here) == disagreement(there), "the span goes on"
     losses = [rows(f)[STEPS]["loss"] for f in (folder, folder / "replica-1")]
     assert losses[0] != losses[1], "replicas stay different"
+
+
+def disagreement(folder: Path) -> dict[int, dict[str, Any]]:
+    """What each exchange has told of it, by the step that follows."""
+    told = {step: row["exchange"] for step, row in rows(folder).items() if "exchange" in row}
+    apart = ("number", "seconds", "sent_bytes")
+    return {step: {k: v for k, v in exchange.items() if k not in apart} for step, exchange in told.items()}
+
+
+def test_what_exchanges_tell_of_disagreement(undisturbed: Path) -> None:
+    """Both replicas tell the same distances, each the share of its own gradient; TensorBoard has them too."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    whole, other = undisturbed / "whole", undisturbed / "whole" / "replica-1"
+    one, two = disagreement(whole), disagreement(other)
+    assert [*one] == [*two] == [4, 7, 10, 13, 16, 19, 22]
+    for i, step in enumerate(one):
+        mine, theirs = one[step], two[step]
+        for key in ("consensus_distance", "valley_width", "distances", "shares", "effective_rank"):
+            assert mine[key] == theirs[key]
+        assert mine["distances"][0] == pytest.approx(mine["distances"][1]) == pytest.approx(mine["valley_width"])
+        assert mine["shares"] == [1.0] and mine["valley_width"] > 0
+        assert mine["consensus_distance"] == pytest.approx(mine["valley_width"])
+        assert 0 < mine["gradient_share"] <= 1 and mine["gradient_share"] != theirs["gradient_share"]
+        assert mine["span"] == min(i + 1, 2)
+    beside = rows(whole)[12]["probes"]["lambda_max"]["disagreement"]
+    assert beside["span"] == 2 and beside["eigenvector_shares"] == pytest.approx([2 * beside["span_share"]])
+    board = EventAccumulator(str(whole / "tensorboard")).Reload()
+    told = {event.step: event.value for event in board.Scalars("exchange/consensus_distance")}
+    assert told == pytest.approx({step: exchange["consensus_distance"] for step, exchange in one.items()})
 
 
 @pytest.mark.full

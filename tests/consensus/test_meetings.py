@@ -23,12 +23,15 @@ LIMIT_S, SLACK_S = 60.0, 3.0
 """`SLACK_S`: what a busy machine may add to a step."""
 
 
-def lives(sizes: list[int], victim: int, turns: int = 6, kind: str = "fsdp2", **order: Any) -> list[dict[str, Any]]:
+def lives(
+    sizes: list[int], victim: int, turns: int = 6, kind: str = "fsdp2", timeout_s: float = DEADLINE_S,
+    **order: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Each rank's exit code, log and what it said of its turns; a victim that is stopped goes on after the deadline."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
     processes = []
     for rank in range(sum(sizes)):
-        own = {"rank": rank, "sizes": sizes, "port": store.port, "kind": kind, "turns": turns, "timeout_s": DEADLINE_S}
+        own = {"rank": rank, "sizes": sizes, "port": store.port, "kind": kind, "turns": turns, "timeout_s": timeout_s}
         own |= order if rank == victim else {}
         processes.append(
             Popen(
@@ -81,6 +84,16 @@ def test_a_death_costs_the_others_once(point: str) -> None:
         )
     assert out[0]["turns"][-1]["at"] == out[1]["turns"][-1]["at"], "a replica is one"
     assert max(t["took_s"] for t in out[0]["turns"]) < DEADLINE_S + SLACK_S, logs(out)
+
+
+@pytest.mark.parametrize("point", [*(pytest.param(p, marks=pytest.mark.full) for p in ("decided", "inside")), "voting"])
+def test_a_whole_replica_that_dies_inside_is_missed_at_once(point: str) -> None:
+    """Of one rank, so that nobody says that it is gone: its connections do, also while the others wait for its vote."""
+    out = lives([1, 1, 1], victim=1, kind="ddp", point=point, at=3, how="kill", timeout_s=60.0)
+    for r in (out[0], out[2]):
+        mets = [t["met"] for t in r["turns"] if t["met"]]
+        assert r["code"] == 0 and [m for m in mets if not m[2]] == [[2, [0, 1, 2], False]], logs(out)
+        assert max(t["took_s"] for t in r["turns"]) < SLACK_S, logs(out)
 
 
 def test_a_silence_costs_the_deadline_once() -> None:

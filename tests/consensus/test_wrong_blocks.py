@@ -34,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"pul": 0.5}, {}, r"'local_sgd' has no hyper-parameter 'pul'; did you mean 'pull'"),
         ({"exchange": {"bits": 3}}, {}, r"consensus\.exchange\.bits=3 must be 32, 16, 8, 4 or 2"),
         ({"exchange_timeout_s": 0}, {}, r"consensus\.exchange_timeout_s=0 must be greater than 0"),
+        ({"disagreement_span": -1}, {}, r"consensus\.disagreement_span=-1 must be greater than or equal to 0"),
         ({"rule": "parle", "tau": 1}, {}, r"parle needs the method entropy_sgd, and the method is sam"),
         ({"rule": "muloco"}, {}, r"muloco needs the update muon, and the base is SGD"),
         ({"rule": "eamsgd"}, {"momentum": 0.0}, r"eamsgd needs a base with momentum"),

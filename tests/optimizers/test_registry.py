@@ -179,7 +179,7 @@ def test_the_public_surface() -> None:
             "LandscapeTrainerMixin", "Loss", "MicroBatch", "Muon", "NonFinite", "PeerFailed", "ProbeCallback", "SASSHA",
             "SOAP", "Scales", "ScheduleFree", "SophiaG", "SophiaH", "StaleGeneration", "StaleGradient", "StaleWeights",
             "StepLoader", "StepReport", "Unsupported", "Update", "UpdateOptimizer", "UserError", "attach", "averages",
-            "elastic", "initialize", "load", "probes", "registry", "save", "updates",
+            "consensus", "elastic", "initialize", "join_replicas", "load", "probes", "registry", "save", "updates",
         ]
     )  # fmt: skip
     assert all(hasattr(lso, name) for name in lso.__all__)

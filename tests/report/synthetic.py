@@ -117,6 +117,27 @@ def steps(count: int = 400, every: int = 20, parameters: list[str] | None = None
     return rows
 
 
+def exchanged(rows: list[dict[str, Any]], every: int = 10, seed: int = 0) -> list[dict[str, Any]]:
+    """The same rows of replica `seed` of four, which meet every so many steps; all tell the same of a meeting."""
+    out = [dict(row) for row in rows]
+    for row in out:
+        number, rest = divmod(row["step"], every)
+        if rest:
+            continue
+        draw, own = np.random.default_rng(number), np.random.default_rng([number, seed])
+        apart = (draw.uniform(0.8, 1.2, 4) / number**0.5).tolist()
+        row["exchange"] = {
+            "number": number, "members": [0, 1, 2, 3], "fit": [0, 1, 2, 3], "well": True, "seconds": 0.01,
+            "sent_bytes": 4000, "consensus_distance": float(np.sqrt(np.mean(np.square(apart)))),
+            "valley_width": float(np.mean(apart)), "distances": apart, "shares": [0.6, 0.3, 0.1], "effective_rank": 2.7,
+            "span": 4, "gradient_share": float(own.uniform(0.1, 0.4)), "gradient_share_by_chance": 4 / SIZE,
+        }  # fmt: skip
+        if eigenvalues := row.get("probes", {}).get("top_eigenvalues"):
+            beside = {"span": 4, "span_share": 0.3, "span_share_by_chance": 3 / SIZE, "energy_share": 0.25}
+            row["probes"] = row["probes"] | {"top_eigenvalues": eigenvalues | {"disagreement": beside}}
+    return out
+
+
 CHANGES = [
     {"generation": 0, "samples": 0, "gone": [], "workers": ["a", "b"]},
     {"generation": 1, "samples": 6400, "gone": ["b"], "workers": ["a"]},

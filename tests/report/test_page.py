@@ -19,7 +19,7 @@ from elastic_lsopt.report.run import Run
 from elastic_lsopt.report.sections import CAVEAT, SECTIONS
 from elastic_lsopt.report.write import write_report
 from elastic_lsopt.training.run_folder import read_metrics
-from tests.report.synthetic import CHANGES, OUTLIERS, plane, spectrum, steps, study, write_run
+from tests.report.synthetic import CHANGES, OUTLIERS, exchanged, plane, spectrum, steps, study, write_run
 
 OF_A_FOLDER = [section for section in SECTIONS if section.key != "comparison"]
 """A comparison has a folder of its own."""
@@ -79,7 +79,7 @@ def report(folder: Path) -> Page:
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
-    folder = write_run(tmp_path_factory.mktemp("full") / "run", rows=steps(), changes=CHANGES, told=study())
+    folder = write_run(tmp_path_factory.mktemp("full") / "run", rows=exchanged(steps()), changes=CHANGES, told=study())
     return folder, report(folder)
 
 
@@ -136,6 +136,9 @@ def test_numbers_are_those_of_the_files(full: tuple[Path, Page]) -> None:
         assert line[4:6] == ["at step 400", "30 products"]
         assert _starts(line[6], 1.0)
     assert lines["gradient norm"][2] == "–"
+    met = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["exchange"]
+    for title, field in (("consensus distance", "consensus_distance"), ("valley width", "valley_width")):
+        assert _starts(lines[title][1], met[field]) and lines[title][4] == "at step 400"
     assert _starts(lines["largest Ritz value"][1], max(OUTLIERS))
     assert _starts(lines["edge-of-stability ratio: threshold"][1], last["edge_of_stability"]["threshold"])
     told = json.loads((folder / "study.json").read_text())["measures"]
@@ -216,7 +219,7 @@ def _spoiled(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
 def test_values_that_are_none_break_nothing(tmp_path: Path, turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each field of every probe is null, NaN or of a wrong kind, at the first reading or at the last."""
     monkeypatch.setattr("elastic_lsopt.report.pictures.style.DPI", 20)  # what is drawn counts here, not how fine
-    rows = steps(4, 2, parameters=["a", "b"])
+    rows = exchanged(steps(4, 2, parameters=["a", "b"]), every=1)
     ways = [*_spoiled(rows[-1]["probes"])]
     assert len(ways) > 80
     for i, way in enumerate(ways):
@@ -229,6 +232,10 @@ def test_values_that_are_none_break_nothing(tmp_path: Path, turn: int, monkeypat
     for row in rows[:2]:
         row["lr"] = wrong
         row["loss"] = None
+    for i, way in enumerate(_spoiled(rows[-1]["exchange"])):
+        if len(way) == 1:
+            rows[2 + i % 2]["exchange"][way[0]] = WRONG[(i + turn) % len(WRONG)]
+    rows[0]["exchange"] = wrong
     told = study(4)
     told["measures"]["lpf"] = wrong
     told["measures"]["trace"] = {"tau": wrong, "interval": wrong, "models": wrong}
@@ -244,10 +251,10 @@ def test_every_number_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             return {k: nulls(v) for k, v in value.items()}
         return [nulls(v) for v in value] if isinstance(value, list) else None
 
-    rows = steps(4, 2, parameters=["a"])
+    rows = exchanged(steps(4, 2, parameters=["a"]), every=2)
     for row in rows:
-        if "probes" in row:
-            row["probes"] = nulls(row["probes"])
+        for key in {"probes", "exchange"} & row.keys():
+            row[key] = nulls(row[key])
     page = report(write_run(tmp_path / "run", rows=rows))
     assert "nan" not in page.text.lower().split()
 

@@ -4,7 +4,7 @@
     bits 8, 4   q = round(x / s), |q| <= 127 or 7, s = max |x| of its block over 127 or 7
     bits 2      q in {-3, -1, 1, 3} / 2 by the sizes |x| <> rms, s = <x, q> / <q, q>
 
-    top-k       of each chunk of numbers the k largest, by place (2 bytes) and in one of the above
+    top-k       of each chunk of numbers the k largest, by place (12 bits) and in one of the above
 
 A block of 256 elements has one scale, in fp32: 8, 4 and 2 bits are 8.125, 4.125 and 2.125 an element. Every format
 makes an error no longer than the numbers themselves (of two bits because its scale is the projection of x on q, where
@@ -23,6 +23,8 @@ from torch.nn.functional import pad
 BLOCK = 256
 """Elements with one scale."""
 BITS = (32, 16, 8, 4, 2)
+PLACE_BITS = 12
+"""Of a place in a chunk, as the authors of SparseLoCo pack it."""
 
 
 class Format(Protocol):
@@ -113,6 +115,7 @@ class TopK:
     sparse: ClassVar[bool] = True
 
     def __init__(self, k: int, chunk: int, values: Format) -> None:
+        assert chunk <= 2**PLACE_BITS
         self.k, self.step, self._values = k, chunk, values
 
     def encode(self, rows: Tensor) -> Tensor:
@@ -121,16 +124,29 @@ class TopK:
         kept = chunks.gather(1, places).view(rows.shape[0], -1)
         values = self._values.encode(pad(kept, (0, -kept.shape[1] % self._values.step)))
         count = torch.tensor([[chunks.shape[0] // rows.shape[0]]]).expand(rows.shape[0], 1).contiguous()
-        narrow = places.to(torch.int16).view(rows.shape[0], -1)
-        return torch.cat([count.view(torch.uint8), narrow.view(torch.uint8), values], dim=1)
+        return torch.cat([count.view(torch.uint8), _narrow(places.view(rows.shape[0], -1)), values], dim=1)
 
     def decode(self, received: Tensor, dtype: torch.dtype) -> Tensor:
         count = int(received[0, :8].contiguous().view(torch.int64))
-        end = 8 + 2 * count * self.k
-        places = received[:, 8:end].contiguous().view(torch.int16).long().view(-1, self.k)
-        values = self._values.decode(received[:, end:].contiguous(), dtype)[:, : count * self.k]
+        end = 8 + 3 * ((count * self.k + 1) // 2)
+        places = _wide(received[:, 8:end])[:, : count * self.k].reshape(-1, self.k)
+        told = received[:, end:].clone(memory_format=torch.contiguous_format)  # from byte 0 on, as its numbers need it
+        values = self._values.decode(told, dtype)[:, : count * self.k]
         out = torch.zeros(len(received) * count, self.step, dtype=dtype)
         return out.scatter_(1, places, values.reshape(-1, self.k)).view(len(received), -1)
+
+
+def _narrow(places: Tensor) -> Tensor:
+    """Two places in three bytes."""
+    first, second = pad(places, (0, places.shape[1] % 2)).view(places.shape[0], -1, 2).unbind(2)
+    parts = (first & 255, first >> 8 | (second & 15) << 4, second >> 4)
+    return torch.stack(parts, dim=2).to(torch.uint8).view(places.shape[0], -1)
+
+
+def _wide(narrow: Tensor) -> Tensor:
+    """What `_narrow` has put together."""
+    low, middle, high = narrow.reshape(narrow.shape[0], -1, 3).long().unbind(2)
+    return torch.stack([low | (middle & 15) << 8, middle >> 4 | high << 4], dim=2).view(narrow.shape[0], -1)
 
 
 def format_of(bits: int, top_k: int | None = None, chunk: int = 4096) -> Format:

@@ -4,7 +4,8 @@
     in        who is in: the first of them to see all, or its patience end, writes it (compare-and-set)
     …         collectives into buffers of their own
     done      each member votes inside, because one rank's peers may be there and another's gone, and says how
-    verdict   "all" or "keep" (compare-and-set), by the first to hear of all, or of one that failed, or the deadline
+    verdict   "all" or "keep" (compare-and-set), by the first to hear of all, of one that failed or that its peers miss,
+              or the deadline
     then all commit what they have heard, or none does.
 
 [Note: one deadline] A replica waits for others to come at most half of `timeout_s`, so that an exchange without them
@@ -38,7 +39,8 @@ import torch.distributed as dist
 from elastic_lsopt.backends.agreement import gather_json
 from elastic_lsopt.errors import PeerFailed
 
-LOOK_EVERY_S = 0.002
+LOOK_EVERY_S, SELDOM_S = 0.002, 0.02
+"""How often a replica that waits asks the store: more seldom the longer it has waited, after each twentieth of that."""
 LEAST_S = 0.05
 """What is left for a phase that begins at the deadline."""
 LOST, OUTDATED = "lost", "outdated"
@@ -99,11 +101,10 @@ class Meetings:
         """
         gather_json(self._inside, None)  # all of it is there, or it is not there at all
         self._start(patience_s)
-        arrive = lambda: self._arrive(report, common, version, patience_s, late_s)  # noqa: E731
+        arrive = partial(self._arrive, report, common, version, patience_s, late_s)
         k, told = self._asked(arrive) if self._first else 0, None
         while told is None:
-            ask = lambda: k if isinstance(k, str) else self._told(k)  # noqa: E731
-            [told, *_] = gather_json(self._inside, self._asked(ask) if self._first else None)
+            [told, *_] = gather_json(self._inside, self._heard_of(k) if self._first else None)
         if patience_s or late_s:
             self._start(0.0)
         if told == OUTDATED or (told == LOST and patience_s):
@@ -119,10 +120,16 @@ class Meetings:
         now = time.monotonic()
         self._come, self._end = now + self.timeout_s / 2 + patience_s, now + self.timeout_s + patience_s
 
-    def end(self, met: Met, *, well: bool) -> bool:
-        """Whether the meeting went well on every rank of every member; then, and only then, what was heard counts."""
+    def end(
+        self, met: Met, *, well: bool, watch: Callable[[timedelta], Callable[[], bool]] | None = None
+    ) -> bool:  # fmt: skip
+        """Whether the meeting went well on every rank of every member; then, and only then, what was heard counts.
+
+        `watch` begins to look whether a member is gone, for so long at most, on the first rank of a replica whose ranks
+        all have heard all; what it gives says so.
+        """
         [*votes] = gather_json(self._inside, well)
-        end = lambda: self._end_of(met, all(votes))  # noqa: E731
+        end = lambda: self._end_of(met, all(votes), watch)  # noqa: E731
         [verdict, *_] = gather_json(self._inside, self._asked(end) if self._first else None)
         return verdict == "all"
 
@@ -138,6 +145,10 @@ class Meetings:
             if self._outdated is None:
                 raise
             return LOST
+
+    def _heard_of(self, k: int | str) -> Any:
+        """What became of the meeting at which this replica has arrived, if it has."""
+        return k if isinstance(k, str) else self._asked(partial(self._told, k))
 
     def _arrive(self, report: Any, common: Any, version: int, patience_s: float, late_s: float) -> int:
         """The number of the meeting at which this replica is ready."""
@@ -156,7 +167,7 @@ class Meetings:
         """Number, members, their reports and what they share; no members if it began without this replica, or is long
         over; None: it has not begun within a slice of time."""
         store, end = self._store, time.monotonic() + SLICE_S
-        everybody = lambda: all(self._ready(k, r) or self._gone(r) for r in self._expected)  # noqa: E731
+        everybody = _All(sorted(self._expected - {self.number}), lambda r: self._ready(k, r) or self._gone(r))
         begun = lambda: store.check([f"{k}/in"]) or self._number() > k  # noqa: E731
         self._wait(lambda: begun() or everybody(), min(self._come, end))
         if not begun():
@@ -188,19 +199,20 @@ class Meetings:
         mine = json.dumps([self.number, [*there], None if found is None else json.loads(found)])
         return store.compare_set(f"{k}/in", "", mine) == mine.encode()
 
-    def _end_of(self, met: Met, well: bool) -> str:
+    def _end_of(self, met: Met, well: bool, watch: Callable[[timedelta], Callable[[], bool]] | None) -> str:
         store, k = self._store, met.number
+        gone = watch(self.left) if well and watch is not None else lambda: False
+        if not well:
+            store.set(f"{k}/failed", "1")
         store.set(f"{k}/done/{self.number}", "1" if well else "0")
 
         def said() -> dict[int, bytes]:
             votes = {r: self._read(f"{k}/done/{r}") for r in met.members}
             return {r: vote for r, vote in votes.items() if vote is not None}
 
-        def over() -> bool:
-            votes = said()
-            return b"0" in votes.values() or all(r in votes or self._gone(r) for r in met.members)
-
-        self._wait(over, self._end)
+        others = [r for r in met.members if r != self.number]
+        everybody = _All(others, lambda r: store.check([f"{k}/done/{r}"]) or self._gone(r))
+        self._wait(lambda: not well or store.check([f"{k}/failed"]) or everybody() or gone(), self._end)
         votes = said()
         all_well = len(votes) == len(met.members) and b"0" not in votes.values()
         verdict = store.compare_set(f"{k}/verdict", "", "all" if all_well else "keep").decode()
@@ -251,15 +263,29 @@ class Meetings:
         return None if found == NOTHING.encode() else found
 
     def _wait(self, over: Callable[[], bool], end: float) -> None:
-        while not over() and time.monotonic() < end:
+        begin = time.monotonic()
+        while not over() and (now := time.monotonic()) < end:
             if self._outdated is not None and self._outdated():
                 raise _Outdated
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(min(max(LOOK_EVERY_S, (now - begin) / 20), SELDOM_S))
 
     def _forget(self, k: int) -> None:
         if k >= 0:
             for r in self._known():
                 for what in ("ready", "done"):
                     self._store.delete_key(f"{k}/{what}/{r}")
-            for key in (f"{k}/in", f"{k}/verdict", f"common/{k}"):
+            for key in (f"{k}/in", f"{k}/failed", f"{k}/verdict", f"common/{k}"):
                 self._store.delete_key(key)
+
+
+class _All:
+    """Whether all of these have come, of what stays true: each look asks for the first that had not, so it costs one
+    question however many they are."""
+
+    def __init__(self, replicas: Iterable[int], come: Callable[[int], bool]) -> None:
+        self._left, self._come = [*replicas][::-1], come
+
+    def __call__(self) -> bool:
+        while self._left and self._come(self._left[-1]):
+            self._left.pop()
+        return not self._left

@@ -14,8 +14,9 @@ members decode the same bytes, so they end with the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -31,6 +32,9 @@ from elastic_lsopt.backends.peers.intervals import Bundle, Seat
 from elastic_lsopt.errors import PeerFailed
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
+
+PIECE = 2**15
+"""Of so many numbers of each replica inner products are taken at a time."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,15 @@ class Peers:
             return gloo(dist.PrefixStore(name, store), holders.index(own), len(holders), self._timeout)
 
     def close(self) -> None:
-        """Close the connections, so that whoever waits for this rank in one of the groups hears at once."""
-        self._groups.clear()
-        self._firsts = None
+        """Close the connections, so that whoever waits for this rank in one of the groups hears at once.
+
+        Each in a thread of its own: gloo takes some 20 ms to end a group's threads.
+        """
+        doomed = [*self._groups, self._firsts]
+        self._groups, self._firsts = [], None
+        while doomed:  # whoever lets go of a group last is the one who waits
+            last = [doomed.pop()]
+            threading.Thread(target=last.clear, name="closing").start()
 
     def limit(self, timeout: timedelta) -> None:
         """How long an operation may take from now on."""
@@ -82,6 +92,21 @@ class Peers:
             with told():
                 self._firsts._allgather_base(rows, own.reshape(1, -1), options).wait()
         return rows
+
+    def watch(self, timeout: timedelta) -> Callable[[], bool]:
+        """From when on a member's first rank is gone (of the first ranks, on all that live; nobody waits).
+
+        A gather that ends when all have begun it, and fails when a connection is closed: by a death, or by a member
+        that has dropped its groups.
+        """
+        assert self._firsts is not None
+        options = AllgatherOptions()
+        options.timeout = timeout
+        with suppress(RuntimeError):
+            own = torch.zeros(1, 1)
+            work = self._firsts._allgather_base(own.new_empty(len(self.members), 1), own, options)
+            return lambda: work.is_completed() and _failed(work)
+        return lambda: True
 
     def packed(self, vector: Vector) -> list[Tensor]:
         """What goes into each bundle, one tensor each, on the host."""
@@ -102,13 +127,12 @@ class Peers:
 
     # -- collectives -------------------------------------------------------------------------------------------
 
-    def sums(
-        self, parts: Sequence[Tensor], form: Format, *, shares: Sequence[float] | None = None
-    ) -> tuple[list[Sum], Tensor]:
+    def sums(self, parts: Sequence[Tensor], form: Format, *, shares: Tensor | None = None) -> tuple[list[Sum], Tensor]:
         """The sum over the peers of each part, and this rank's share of the inner products between replicas.
 
-        Inner products are of the peers' parts, over `shares`, less their mean (None: they are not wanted, and zero).
-        Raises PeerFailed where a peer is gone.
+        Inner products are of the peers' parts over their `shares`, less their mean: a number for each member, (M, 1),
+        or for each of its pieces, (M, pieces). None: of the parts as they are told (zero in a sparse format). Raises
+        PeerFailed where a peer is gone.
         """
         out = []
         inner = torch.zeros(len(self.members), len(self.members), dtype=torch.float64)
@@ -116,7 +140,7 @@ class Peers:
             out.append(self._sum(number, part, form, shares, inner))
         return out, inner
 
-    def _sum(self, number: int, part: Tensor, form: Format, shares: Sequence[float] | None, inner: Tensor) -> Sum:
+    def _sum(self, number: int, part: Tensor, form: Format, shares: Tensor | None, inner: Tensor) -> Sum:
         size, n = len(self.bundles[number].holders), part.numel()
         at = self._places[number]
         if form.sparse:
@@ -124,11 +148,10 @@ class Peers:
         rows = pad(part, (0, -n % (size * form.step))).view(size, -1)
         told = form.encode(rows)
         everyones = form.decode(self._to_each(number, told), part.dtype)
-        own = everyones.sum(0) if form.exact else everyones.double().sum(0).to(part.dtype)
-        if shares is not None:
-            points = everyones.double() / torch.tensor(shares, dtype=torch.float64)[:, None]
-            apart = points - points.mean(0)
-            inner += apart @ apart.T / self.bundles[number].copies
+        own = everyones.sum(0) if form.exact else everyones.sum(0, dtype=torch.float64).to(part.dtype)
+        width = rows.shape[1]
+        of_each = None if shares is None else self._of_elements(number, shares, at * width, width)
+        inner += products(everyones, of_each) / self.bundles[number].copies
         spread = form.encode(own[None])
         whole = form.decode(self._to_all(number, spread), part.dtype).reshape(-1)[:n]
         left: Tensor | None = None
@@ -137,6 +160,21 @@ class Peers:
             lost[at] += own - form.decode(spread, part.dtype)[0]
             left = lost.view(-1)[:n]
         return Sum(whole, left)
+
+    def _of_elements(self, number: int, shares: Tensor, begin: int, count: int) -> Tensor:
+        """Of so many elements of a bundle, each member's share; behind the bundle's end, where all tell zeros, 1."""
+        if shares.shape[1] == 1:
+            return shares
+        stretches, at = self.bundles[number].stretches, -begin
+        lengths = []
+        for s in stretches:
+            end = at + s.end - s.begin
+            lengths.append(max(0, min(end, count) - max(at, 0)))
+            at = end
+        columns = torch.cat(
+            [shares[:, [s.piece for s in stretches]], torch.ones(len(shares), 1, dtype=shares.dtype)], 1
+        )
+        return columns.repeat_interleave(torch.tensor([*lengths, count - sum(lengths)]), dim=1)
 
     def _sparse_sum(self, number: int, part: Tensor, form: Format) -> Sum:
         """Everybody's numbers to all, who add them up in the same order."""
@@ -212,6 +250,27 @@ class Peers:
         with told():
             self._groups[number]._allgather_base(out, row.contiguous(), options).wait()
         return out
+
+
+def _failed(work: dist.Work) -> bool:
+    try:
+        work.wait()
+    except RuntimeError:
+        return True
+    return False
+
+
+def products(told: Tensor, shares: Tensor | None) -> Tensor:
+    """Inner products of the rows over their shares (of a row, or of each number), less their mean; None: of the rows
+    as they are. In fp64, a piece at a time that the cache holds."""
+    out = told.new_zeros(len(told), len(told), dtype=torch.float64)
+    for begin in range(0, told.shape[1], PIECE):
+        points = told[:, begin : begin + PIECE].double()
+        if shares is not None:
+            points = points / (shares if shares.shape[1] == 1 else shares[:, begin : begin + PIECE])
+            points.sub_(points.mean(0))
+        out += points @ points.T
+    return out
 
 
 @contextmanager

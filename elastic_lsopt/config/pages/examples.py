@@ -154,6 +154,7 @@ CONSENSUS: dict[str, str] = {
     "exchange": "consensus: {rule: diloco, replicas: 4, exchange: {bits: 4}}",
     "exchange_timeout_s": "consensus: {rule: local_sgd, replicas: 4, exchange_timeout_s: 120}",
     "steps": "consensus: {rule: local_sgd, replicas: 4, steps: by_speed}",
+    "disagreement_span": "consensus: {rule: local_sgd, replicas: 4, disagreement_span: 8}",
 }
 
 PROBE: dict[str, str] = {

@@ -6,11 +6,13 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 JOURNAL = "journal.jsonl"
+SAME_S = 600.0
+"""Within which several replicas tell of one exchange."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,8 @@ class Meeting:
     seconds: float
     samples: int
     sent_bytes: int
-    apart: float | None
+    consensus_distance: float | None
+    """Root mean square distance of the fit members from their mean, before it; None where it is not known."""
     event: str = "exchange"
     time: float = field(default_factory=time.time)
 
@@ -170,9 +173,27 @@ def read_rewinds(run_folder: Path) -> list[dict[str, Any]]:
     return [row for row in _rows(run_folder) if _event(row) == "rewind"]
 
 
-def read_meetings(run_folder: Path) -> list[dict[str, Any]]:
-    """The exchanges of replicas that were out of the ordinary, in order."""
-    return [row for row in _rows(run_folder) if _event(row) == "exchange"]
+def read_meetings(*run_folders: Path) -> list[dict[str, Any]]:
+    """The exchanges of replicas that were out of the ordinary, in order, each once, whichever of them tell of it."""
+    rows = [row for folder in run_folders for row in _rows(folder) if _event(row) == "exchange" and "number" in row]
+    out: list[dict[str, Any]] = []
+    for row in sorted(rows, key=_time):
+        told = [o for o in out if _time(row) - _time(o) < SAME_S]  # the number comes again in a later life of the job
+        if not any(all(row.get(key) == o.get(key) for key in ("number", "members", "fit", "well")) for o in told):
+            out.append(row)
+    return out
+
+
+def _time(row: Mapping[str, Any]) -> float:
+    at = row.get("time")
+    return float(at) if isinstance(at, int | float) else 0.0
+
+
+def line_of(meeting: Mapping[str, Any]) -> str:
+    """What a person is told of such an exchange, as the journal has it."""
+    blank = {"generation": 0, "members": (), "fit": (), "missing": (), "well": True, "why": "", "seconds": 0.0}
+    blank |= {"samples": 0, "sent_bytes": 0, "consensus_distance": None}
+    return Meeting(**{**blank, **{f.name: meeting[f.name] for f in fields(Meeting) if f.name in meeting}}).line()
 
 
 def _event(row: Any) -> Any:

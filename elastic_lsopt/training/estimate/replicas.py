@@ -28,13 +28,14 @@ def one_replica(config: TrainConfig) -> TrainConfig:
 
 
 def vectors_of_rule(config: TrainConfig) -> tuple[int, int]:
-    """Vectors that the rule of consensus keeps, and how many more it takes while it exchanges."""
+    """Vectors that the rule of consensus and the span of the disagreement keep, and how many more an exchange takes."""
     if config.consensus is None:
         return 0, 0
-    told = read_consensus(config.consensus).told
+    block = read_consensus(config.consensus)
+    told, span = block.told, block.disagreement_span
     few = WITH_FEW_BITS if told.bits < 32 or told.top_k is not None else 0
     kept, _, within = rule_of(config).facts.memory.partition(";")
-    return int(kept) + few, sum(map(int, re.findall(r"\d+", within)))
+    return int(kept) + few + span, sum(map(int, re.findall(r"\d+", within))) + (span > 0)
 
 
 def sent_between(config: TrainConfig, vector_bytes: int) -> int:

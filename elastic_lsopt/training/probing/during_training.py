@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -22,9 +22,10 @@ from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.losses.loss import Loss, Unsplit
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
-from elastic_lsopt.probes.catalogue import MEASURES, ProbeContext, measure
+from elastic_lsopt.probes.catalogue import MEASURES, ProbeContext, as_json, measure
 from elastic_lsopt.probes.measurement import Measurement
 from elastic_lsopt.probes.spectrum.lanczos import lanczos
+from elastic_lsopt.probes.spectrum.operator import Matrix
 from elastic_lsopt.probes.trajectory.trajectory import Motion, Trajectory
 from elastic_lsopt.training.building.engines import as_weights_are
 from elastic_lsopt.training.datasets.samples import Data
@@ -126,9 +127,20 @@ class Probing:
         try:
             if self._trajectory is not None and probe.measure == TRAJECTORY:
                 return self._aligned(self._trajectory, context, probe.settings["align"])
-            return measure(probe.measure or name, probe.settings).ask(context, **probe.settings)
+            return self._of_measure(probe.measure or name, probe.settings, context)
         finally:
             self._measuring.done_with(context.oracle, name)
+
+    def _of_measure(self, name: str, settings: Mapping[str, Any], context: ProbeContext) -> Any:
+        """What the measure says; of eigenvectors of the loss also how the replicas' disagreement lies to them."""
+        found, consensus = measure(name, settings), self._engine.consensus
+        all_settings = {**found.settings, **settings}
+        of_the_loss = "vectors" in all_settings and all_settings.get("of") in get_args(Matrix)
+        if consensus is None or not consensus.keeps_span or not of_the_loss:
+            return found.ask(context, **settings)
+        told = found.ask(context, **{**settings, "vectors": True})
+        beside = consensus.beside(told.vectors)
+        return {**as_json(told), "disagreement": beside} if beside else told
 
     def _aligned(self, trajectory: Trajectory, context: ProbeContext, k: int) -> Motion:
         """The motion since the last time, beside the sharpest directions where the weights are now."""

@@ -79,6 +79,17 @@ def test_bytes(name: str, per_element: float) -> None:
 
 
 def test_bytes_of_the_largest() -> None:
-    """64 of 4,096: two bytes for the place, two bits for the value, and a scale for 256 of them."""
+    """64 of 4,096: 12 bits for the place, two bits for the value, and a scale for 256 of them."""
     form = FEW["top 64 in 2 bits"]
-    assert form.encode(torch.randn(1, 16 * 4096)).shape[1] == 8 + 16 * 64 * 2 + 16 * 64 // 4 + 4 * 4
+    assert form.encode(torch.randn(1, 16 * 4096)).shape[1] == 8 + 16 * 64 * 12 // 8 + 16 * 64 // 4 + 4 * 4
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("k", "chunks"), [(1, 1), (3, 3), (64, 2), (4096, 1)])
+def test_the_largest_are_where_they_were(rows: int, k: int, chunks: int) -> None:
+    """Of 4,096 numbers the k largest and zeros, in every place, of an odd number of places too."""
+    x = torch.stack([torch.randperm(4096 * chunks, generator=torch.Generator().manual_seed(i)) for i in range(rows)])
+    x = (x + 1).float()
+    found = there_and_back(format_of(32, top_k=k), x)
+    each, kept = x.view(-1, 4096), found.view(-1, 4096)
+    assert torch.equal(kept, torch.where(each >= each.topk(k).values[:, -1:], each, 0.0))

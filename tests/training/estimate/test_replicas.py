@@ -33,6 +33,11 @@ def test_a_replica_of_two_ranks_is_a_job_of_two_ranks(capsys: pytest.CaptureFixt
     assert apart["sent_bytes_per_step"] == alone["sent_bytes_per_step"]
 
 
+def test_a_span_of_the_disagreement_is_a_vector_for_each_exchange(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = planned(capsys, 4, "consensus={rule: diloco, replicas: 2, tau: 50, disagreement_span: 8}")
+    assert kept["device_bytes"]["kept"]["what consensus keeps"] == (2 + 8) * 4 * 705_664 // 2
+
+
 def test_worlds_that_replicas_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", FILE, "consensus={rule: diloco, replicas: 4}", "workers=4", "--worlds", "6"]) == 2
     assert "consensus.replicas=4 must divide --worlds 6" in capsys.readouterr().err
