@@ -48,7 +48,7 @@ def train(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = Fals
     if job.config.elastic is not None:
         _elastic(job, arguments)
     if not launched() and job.config.workers > 1:
-        return start_workers(job.config.workers, arguments)
+        return start_workers(job.config.workers, arguments, replicas=_replicas(job))
     return _one_rank(job)
 
 
@@ -90,9 +90,8 @@ def _one_rank(job: Job) -> int:
     from elastic_lsopt.training.loop import train as run
     from elastic_lsopt.training.processes import join
 
-    block = job.config.consensus
     try:
-        world = join(1 if block is None else read_consensus(block).replicas)
+        world = join(_replicas(job))
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"elastic-lsopt: {error}", file=sys.stderr)
@@ -106,6 +105,11 @@ def _one_rank(job: Job) -> int:
     except Exception as error:
         code = say_failure(error, world)
     return leave(code, world.size)
+
+
+def _replicas(job: Job) -> int:
+    block = job.config.consensus
+    return 1 if block is None else read_consensus(block).replicas
 
 
 def say_failure(error: Exception, world: World) -> int:
