@@ -146,6 +146,10 @@ class Consensus:
         self._there = replicas
         """Who was at the last meeting."""
         self._met_s, self._round_s = time.monotonic(), 0.0
+        self.told_to_stop = False
+        """This rank is, which ends waiting for others; safe in a signal handler."""
+        self.hopeless = False
+        """Whether no weights at the newest meeting were finite."""
 
     @property
     def keep(self) -> tuple[Stateful, ...]:
@@ -179,6 +183,7 @@ class Consensus:
         self._meetings = Meetings(
             store, self.number, replicas, first=rank == 0, inside=self._inside.handle, timeout_s=self.timeout_s,
             outdated=self._outdated, since=0 if self.rounds is None else max(0, self.rounds.version),
+            told_to_stop=self._to_stop,
         )  # fmt: skip
         self._circles = Circles((self.number, rank), store)
         self._hearing = Hearing(
@@ -208,7 +213,7 @@ class Consensus:
         if self._standing["since"] < self.steps and not out_of_samples:
             return True
         self.exchange(oracle, beside=self.rule.overlap > 0)
-        return not self._redealt
+        return not (self._redealt or self.over)
 
     def after_step(self, samples: int, *, skipped: bool) -> None:
         """A step has ended, on so many samples."""
@@ -217,6 +222,8 @@ class Consensus:
         self._skipped = skipped
         if self.rounds is not None:
             self.rounds.advance(samples)
+        if self._inside.rank == 0:
+            self._meetings.beat()
 
     def _of_job(self, samples: int) -> int:
         """What all replicas together have trained on meanwhile, as far as this one can tell."""
@@ -236,6 +243,19 @@ class Consensus:
         """This replica has nothing of what the job has come to, and is given the model at its first meeting."""
         self._fit = False
 
+    def _to_stop(self) -> bool:
+        return self.told_to_stop
+
+    @property
+    def stops(self) -> bool:
+        """Whether a rank of this replica had been told to stop when it last met others, or tried to."""
+        return self._meetings.stops
+
+    @property
+    def over(self) -> bool:
+        """Whether the others have ended the job without this replica."""
+        return self._meetings.over
+
     @property
     def leads(self) -> bool:
         """Whether this replica is the first of those that were at the last meeting."""
@@ -246,9 +266,13 @@ class Consensus:
         return gather_json(self._inside.handle, value)[0]
 
     def leave(self) -> None:
-        """This rank raised: its replica is no more, and the others need not wait for it."""
+        """This rank raised, or its replica stops: it is no more, and the others need not wait for it."""
         self._circles.drop()
         self._meetings.leave()
+
+    def conclude(self) -> None:
+        """This replica has the model of the end: who comes later is too late."""
+        self._meetings.conclude()
 
     # -- a meeting ---------------------------------------------------------------------------------------------
 
@@ -261,6 +285,7 @@ class Consensus:
         self._round_s, self._met_s = now - self._met_s, now
         if met is None:
             return None
+        self.hopeless = not any(report["finite"] for report in met.reports.values())
         fit = self._fit_of(met)
         told = self.rule.snapshot(self._step.space, self._hearing.state, met.number) if self.number in fit else {}
         act = partial(self._hear, met, fit, oracle, told)
@@ -332,7 +357,7 @@ class Consensus:
         return {
             **self._hearing.report(), "cut": self._cut, "final": final,
             "samples": self._standing["samples"], "newest": self._newest,
-            "fit": self._fit and finite and not self._skipped,
+            "fit": self._fit and finite and not self._skipped, "finite": finite,
             "clock": self._step.clock.samples - self._standing["ahead"], "pace": self._pace,
             "held": [] if self.rounds is None else _spans(self.rounds.ledger, self.number), "vacant": self._vacant,
         }  # fmt: skip
@@ -387,8 +412,11 @@ class Consensus:
         Raises PeerFailed where it is not formed in TRIES meetings.
         """
         self.settled()
+        self.told_to_stop = False  # so near the end
         for _ in range(TRIES):
             met = self._begin(final=True)
+            if self.over:
+                raise PeerFailed("the other replicas have formed their final model without this one")
             if met is None:
                 continue
             point: Vector | None = None
