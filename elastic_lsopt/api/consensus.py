@@ -206,14 +206,15 @@ class Consensus:
     # -- around a step -----------------------------------------------------------------------------------------
 
     def before_step(self, oracle: Oracle) -> bool:
-        """A step begins: meet the others if it is time. False where others train on its samples by now."""
+        """A step begins: meet the others if it is time. False where it is not to be taken: others train on its samples
+        by now, or have ended the job, or this replica has been told to stop while it waited."""
         if self._under_way is not None and self._standing["since"] >= self.rule.overlap:
             self.settled()
         out_of_samples = self.rounds is not None and not self.rounds.in_hand
         if self._standing["since"] < self.steps and not out_of_samples:
             return True
         self.exchange(oracle, beside=self.rule.overlap > 0)
-        return not (self._redealt or self.over)
+        return not (self._redealt or self.over or (self.stops and self._standing["since"]))
 
     def after_step(self, samples: int, *, skipped: bool) -> None:
         """A step has ended, on so many samples."""
@@ -279,8 +280,10 @@ class Consensus:
     def exchange(self, oracle: Oracle | None, *, beside: bool = False) -> Exchanged | None:
         """Meet the others now; None where they met without this replica, or where it goes on `beside` steps."""
         self.settled()
-        met = self._begin(final=False)
-        self._standing["since"], self._redealt = 0, False
+        met, self._redealt = self._begin(final=False), False
+        if met is None and (self.stops or self.over):
+            return None
+        self._standing["since"] = 0
         now = time.monotonic()
         self._round_s, self._met_s = now - self._met_s, now
         if met is None:

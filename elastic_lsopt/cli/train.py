@@ -121,9 +121,13 @@ def say_failure(error: Exception, world: World) -> int:
 
 def _say(error: Exception, world: World) -> int:
     if isinstance(error, UserError):
-        mine = f"{USAGE}{world.rank}"
-        if world.first_failure(mine) == mine:
-            print(f"elastic-lsopt: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        mine = f"{USAGE}{world.replica}.{world.rank} {line}"
+        first = world.first_failure(mine)
+        # Another replica's is another mistake, if it reads otherwise.
+        other = world.is_first and not first.startswith(f"{USAGE}{world.replica}.") and not first.endswith(line)
+        if first == mine or other:
+            print(f"elastic-lsopt: {line}", file=sys.stderr)
         return 2
     if world.first_failure(f"rank {world.rank}").startswith(USAGE):
         return 2

@@ -175,6 +175,8 @@ class TrainingRun:
             "batch": batch, "world": self.world.size, "seconds": time.monotonic() - start, **_told(report),
             **self._exchanged(),
         }  # fmt: skip
+        if not report.samples:  # of several replicas: it was not taken
+            return row
         if len(self.data.eval) and (last or _due(step, config.eval_steps)):
             held_out = self.evaluated()
             row["eval_loss"] = self.eval_loss = held_out.loss

@@ -61,7 +61,7 @@ STATISTICS_BATCHES = 50
 def _of_the_exchange(checkpoint: Path) -> tuple[str, list[int]]:
     """Which ledger of samples it goes on from, by its digest, and the members of that exchange: the same in every
     replica's checkpoint of one exchange, and in no other's."""
-    extra = read_json(checkpoint / CONTENTS)["extra"]
+    extra = read_json(checkpoint / CONTENTS)["facts"]["extra"]
     ledger = json.dumps(extra.get("loader", {}).get("ledger"), sort_keys=True)
     return hashlib.blake2b(ledger.encode(), digest_size=8).hexdigest(), extra.get("members", [])
 
@@ -184,6 +184,8 @@ class ReplicaRun(TrainingRun):
         store.set(f"saved/{self._number}", json.dumps(own))
         end = time.monotonic() + START_S
         while not store.check([f"saved/{r}" for r in numbers]):
+            if gone := [r for r in numbers if store.check([f"gone/{r}"])]:
+                raise UserError(f"replica {gone[0]} has failed before the first step, and says why.")
             if time.monotonic() > end:
                 raise UserError(
                     f"not all of the {len(numbers)} replicas have come within {START_S:g} s; start them all."
@@ -231,19 +233,22 @@ class ReplicaRun(TrainingRun):
             for microbatches in self.loader:
                 self._last_microbatches = microbatches
                 yield microbatches
-                if self._consensus_of.over:
+                if self._is_to_end():
                     return
             if self.stopped:
                 return
             self._meet()
-            if self._consensus_of.over:
-                return
             if self.rounds.ledger.ended:
                 self._save()
-            elif self._consensus_of.stops:
-                self.stopped = True
-                self._save_the_stop()
+            elif self._is_to_end():
                 return
+
+    def _is_to_end(self) -> bool:
+        """Whether the others have ended the job, or this replica has been told to stop while it waited for them."""
+        if self._consensus_of.stops and not self._consensus_of.over:
+            self.stopped = True
+            self._save_the_stop()
+        return self.stopped or self._consensus_of.over
 
     def _meet(self) -> None:
         """An exchange beside a step: before the first one, or after the last one."""
@@ -421,5 +426,6 @@ class ReplicaRun(TrainingRun):
                 self._folder.write(row)
 
     def step(self, microbatches: list[MicroBatch]) -> dict[str, Any]:
-        self._row = super().step(microbatches)
-        return self._row
+        row = super().step(microbatches)
+        self._row = row if self.engine.last_step is not None and self.engine.last_step.samples else self._row
+        return row

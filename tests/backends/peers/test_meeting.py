@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from elastic_lsopt.backends.groups import gloo
 from elastic_lsopt.backends.peers import meeting
-from elastic_lsopt.backends.peers.circles import Circles
+from elastic_lsopt.backends.peers.circles import IDLE, Circles
 from elastic_lsopt.backends.peers.meeting import Meetings, Met
 from elastic_lsopt.errors import UserError
 
@@ -124,7 +124,7 @@ def test_a_newcomer_whose_others_have_all_died_does_not_wait_for_ever(monkeypatc
         assert not waiting.done()
         with pytest.raises(UserError, match=r"^replica 1 waits to be given the model, and no other has taken a step"):
             waiting.result(LIMIT_S)
-    assert 2.0 < time.monotonic() - begin < 8.0
+    assert 1.9 < time.monotonic() - begin < 8.0
 
 
 def test_who_is_told_to_stop_while_it_waits_takes_its_word_back() -> None:
@@ -154,7 +154,7 @@ def test_who_comes_when_the_job_has_ended_hears_of_it() -> None:
 
 
 def test_groups_do_not_pile_up() -> None:
-    """Sixteen members come and go: each lets go of the groups of those that are no more, and of what is idle."""
+    """Four members come and go: each lets go of the groups of those that are no more, and of what is idle."""
     shared = store()
     circles = {number: Circles((number, 0), shared) for number in range(4)}
 
@@ -172,5 +172,9 @@ def test_groups_do_not_pile_up() -> None:
     subsets = [(0, 1), (0, 1, 2), (0, 1, 3), (0, 1, 2, 3), (0, 1)]
     for number, members in enumerate(subsets):
         meet(number, members)
-    assert len(circles[0].told) == len(circles[1].told) == 1
-    assert circles[2].told == circles[3].told and len(circles[2].told) <= 2
+    assert [*circles[0].told] == [*circles[1].told] == ["0-1"]
+    meet(5, (0, 1, 2, 3))
+    assert {len(one.told) for one in circles.values()} <= {2, 3}
+    for number in range(6, 6 + IDLE + 2):
+        meet(number, (0, 1, 2, 3))
+    assert [[*one.told] for one in circles.values()] == [["0-1-2-3"]] * 4
