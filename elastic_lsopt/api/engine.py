@@ -163,6 +163,8 @@ class Engine:
     def request_stop(self) -> None:
         """Ask all ranks to stop: `last_step.stop` is true on all after the same step. Safe in a signal handler."""
         self._stop_requested = True
+        if self.consensus is not None:
+            self.consensus.told_to_stop = True
 
     def oracle(self, microbatches: Sequence[Any]) -> MicroBatchOracle:
         """The loss on these micro-batches of all ranks, as something one can ask."""

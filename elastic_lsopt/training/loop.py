@@ -136,6 +136,8 @@ class TrainingRun:
             "batch": batch, "world": self.world.size, "seconds": time.monotonic() - start, **_told(report),
             **self._exchanged(),
         }  # fmt: skip
+        if not report.samples:  # of several replicas: it was not taken
+            return row
         if len(self.data.eval) and (last or _due(step, config.eval_steps)):
             held_out = self.evaluated()
             row["eval_loss"] = self.eval_loss = held_out.loss
@@ -258,13 +260,19 @@ class TrainingRun:
             self._folder.close()
         if self.stopped:
             step, there = f"{self.engine.clock.steps} of {self._last_step}", "there"
-            if self._streak.length:
-                there = f"{next(iter(listing(self._checkpoints.folder)), 'the beginning')}: {self._streak.reason}"
+            if not self._goes_on_from_here:
+                why = f": {self._streak.reason}" if self._streak.length else ""
+                there = f"{next(iter(listing(self._checkpoints.folder)), 'the beginning')}{why}"
             self.console.say(f"stopped after step {step}; the same command goes on from {there}.")
         else:
             finish(self.config, self.engine, self.data, self.console, is_first=self.world.is_first)
         say_unsaved(saved, self._checkpoints.folder, self.console)
         self._end("stopped" if self.stopped else "finished")
+
+    @property
+    def _goes_on_from_here(self) -> bool:
+        """Whether a job that was told to stop has saved where it is."""
+        return not self._streak.length
 
     def fail(self, error: BaseException) -> None:
         """The job ends by this error: say so in the run folder, which is free from now on. No communication."""

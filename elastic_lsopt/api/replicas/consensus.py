@@ -103,6 +103,10 @@ class Consensus:
         self._there = replicas
         """Who was at the last meeting."""
         self._met_s, self._round_s = time.monotonic(), 0.0
+        self.told_to_stop = False
+        """This rank is, which ends waiting for others; safe in a signal handler."""
+        self.hopeless = False
+        """Whether no weights at the newest meeting were finite."""
 
     @property
     def keep(self) -> tuple[Stateful, ...]:
@@ -135,7 +139,7 @@ class Consensus:
         rank, self._store = self._inside.rank, store
         self._meetings = Meetings(
             store, self.number, replicas, first=rank == 0, inside=self._inside.handle, timeout_s=self.timeout_s,
-            outdated=self._outdated, lost=self._lost,
+            outdated=self._outdated, lost=self._lost, told_to_stop=self._to_stop,
             since=0 if self.rounds is None else max(0, self.rounds.version),
         )  # fmt: skip
         self._circles = Circles((self.number, rank), store)
@@ -162,14 +166,15 @@ class Consensus:
     # -- around a step -----------------------------------------------------------------------------------------
 
     def before_step(self, oracle: Oracle) -> bool:
-        """A step begins: meet the others if it is time. False where others train on its samples by now."""
+        """A step begins: meet the others if it is time. False where it is not to be taken: others train on its samples
+        by now, or have ended the job, or this replica has been told to stop while it waited."""
         if self._under_way is not None and self._standing["since"] >= self.rule.overlap:
             self.settled()
         out_of_samples = self.rounds is not None and not self.rounds.in_hand
         if self._standing["since"] < self.steps and not out_of_samples:
             return True
         self.exchange(oracle, beside=self.rule.overlap > 0)
-        return not self._redealt
+        return not (self._redealt or self.over or (self.stops and self._standing["since"]))
 
     def after_step(self, samples: int, *, skipped: bool) -> None:
         """A step has ended, on so many samples."""
@@ -178,6 +183,8 @@ class Consensus:
         self._skipped = skipped
         if self.rounds is not None:
             self.rounds.advance(samples)
+        if self._inside.rank == 0:
+            self._meetings.beat()
 
     def _of_job(self, samples: int) -> int:
         """What all replicas together have trained on meanwhile, as far as this one can tell."""
@@ -197,6 +204,19 @@ class Consensus:
         """This replica has nothing of what the job has come to, and is given the model at its first meeting."""
         self._fit = False
 
+    def _to_stop(self) -> bool:
+        return self.told_to_stop
+
+    @property
+    def stops(self) -> bool:
+        """Whether a rank of this replica had been told to stop when it last met others, or tried to."""
+        return self._meetings.stops
+
+    @property
+    def over(self) -> bool:
+        """Whether the others have ended the job without this replica."""
+        return self._meetings.over
+
     @property
     def leads(self) -> bool:
         """Whether this replica is the first of those that were at the last meeting."""
@@ -207,21 +227,28 @@ class Consensus:
         return gather_json(self._inside.handle, value)[0]
 
     def leave(self) -> None:
-        """This rank raised: its replica is no more, and the others need not wait for it."""
+        """This rank raised, or its replica stops: it is no more, and the others need not wait for it."""
         self._circles.drop()
         self._meetings.leave()
+
+    def conclude(self) -> None:
+        """This replica has the model of the end: who comes later is too late."""
+        self._meetings.conclude()
 
     # -- a meeting ---------------------------------------------------------------------------------------------
 
     def exchange(self, oracle: Oracle | None, *, beside: bool = False) -> Exchanged | None:
         """Meet the others now; None where they met without this replica, or where it goes on `beside` steps."""
         self.settled()
-        met = self._begin(last=False)
-        self._standing["since"], self._redealt = 0, False
+        met, self._redealt = self._begin(last=False), False
+        if met is None and (self.stops or self.over):
+            return None
+        self._standing["since"] = 0
         now = time.monotonic()
         self._round_s, self._met_s = now - self._met_s, now
         if met is None:
             return None
+        self.hopeless = not any(report["finite"] for report in met.reports.values())
         fit = self._fit_of(met)
         told = self.rule.snapshot(self._step.space, self._hearing.state, met.number) if self.number in fit else {}
         act = partial(self._hear, met, fit, oracle, told)
@@ -293,7 +320,7 @@ class Consensus:
         return {
             **self._hearing.report(), "cut": self._cut, "final": last,
             "samples": self._standing["samples"], "newest": self._newest,
-            "fit": self._fit and finite and not self._skipped,
+            "fit": self._fit and finite and not self._skipped, "finite": finite,
             "clock": self._step.clock.samples - self._standing["ahead"], "pace": self._pace,
             "held": [] if self.rounds is None else spans(self.rounds.ledger, self.number), "vacant": self._vacant,
         }  # fmt: skip
@@ -344,8 +371,11 @@ class Consensus:
         Raises PeerFailed where it is not formed in TRIES meetings.
         """
         self.settled()
+        self.told_to_stop = False  # so near the end
         for _ in range(TRIES):
             met = self._begin(last=True)
+            if self.over:
+                raise PeerFailed("the other replicas have formed their final model without this one")
             if met is None:
                 continue
             point: Vector | None = None

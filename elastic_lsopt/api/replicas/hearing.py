@@ -91,6 +91,7 @@ class Hearing:
         Raises PeerFailed where one is gone, NonFinite where a rule's own gradient is none.
         """
         heard = Heard()
+        self._circles.only(met)
         if len(fit) < 2 and len(met.members) == len(fit):
             return heard  # alone
         if not fit:
