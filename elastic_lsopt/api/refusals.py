@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
 from elastic_lsopt.errors import StaleWeights, UserError
 from elastic_lsopt.optimizers.registry import methods
 from elastic_lsopt.oracle.family import Family
@@ -18,6 +23,17 @@ def refuse_while_moved(space: ParameterSpace, what: str) -> None:
         raise StaleWeights(
             f"{what} where the weights are moved (averaged, perturbed, at), as the block's end would take it back; do "
             "so when the block has ended."
+        )
+
+
+def refuse_unstepped(parameters: Mapping[str, Tensor], base: torch.optim.Optimizer) -> None:
+    """Raise UserError for a parameter that is to be trained and is not the base optimizer's: a method would move it and
+    count its gradient, and nobody would step it."""
+    held = {id(p) for group in base.param_groups for p in group["params"]}
+    if strange := [name for name, p in parameters.items() if p.requires_grad and id(p) not in held]:
+        raise UserError(
+            f"{strange[0]} is to be trained (requires_grad) and is in no param group of {type(base).__name__}, as are "
+            f"{len(strange)} parameters in all; give it to the optimizer, or set its requires_grad to False."
         )
 
 

@@ -396,10 +396,3 @@ def test_bf16_parameters_step_near_fp32s(update: str) -> None:
             engine.train_batch([(x, y.argmax(1))])
         ends.append(flat(model) - start)
     assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 0.4
-
-
-def test_a_parameter_that_no_group_has_is_refused() -> None:
-    model = net()
-    some = lso.UpdateOptimizer([p for p in model.parameters() if p.ndim == 2], "muon", lr=0.1)
-    with pytest.raises(lso.UserError, match=r"0\.bias is to be trained and is in no param group .* 2 parameters"):
-        engine_of(model, some)
