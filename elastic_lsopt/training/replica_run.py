@@ -299,13 +299,17 @@ class ReplicaRun(TrainingRun):
     def finish(self) -> None:
         """The model becomes what the rule's paper evaluates; then as ever."""
         if not self.stopped:
-            self._become_the_model()
+            self.become_the_model()
+            self._evaluate_the_model()
             if self._consensus_of.leads and self._number:  # the first replica is no more: this one speaks for the job
                 self.config = self._job
         super().finish()
 
-    def _become_the_model(self) -> None:
-        """Its batch norm's statistics are estimated anew: those of a replica are of its own weights."""
+    def become_the_model(self) -> None:
+        """Take the weights that the rule's paper evaluates (collective among the replicas).
+
+        Batch norm's statistics are estimated anew for them: those of a replica are of its own weights.
+        """
         engine = self.engine
         engine.space.weights.copy_(self._consensus_of.point())
         engine.space.copies.refresh()
@@ -313,6 +317,9 @@ class ReplicaRun(TrainingRun):
         estimate_anew(
             engine, (self.collate([train[i] for i in rows]) for rows in spread(len(train), size, STATISTICS_BATCHES))
         )
+
+    def _evaluate_the_model(self) -> None:
+        engine = self.engine
         if len(self.data.eval) and self._consensus_of.leads:
             held_out = self.evaluated()
             self.eval_loss = held_out.loss
