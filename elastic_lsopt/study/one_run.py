@@ -1,4 +1,4 @@
-"""One run of a comparison: trained by the product's own engine and loop, on one process or one per replica, then measured.
+"""One run of a comparison: trained by the product's own engine and loop, on one process or one per replica, measured.
 
 A pure function of the task: settings in, numbers out. It writes nothing.
 """
@@ -151,12 +151,8 @@ def _trained(task: Task, config: TrainConfig, method: Method, data: Data, world:
         }),
     }  # fmt: skip
     result = {key: value if isfinite(nan if value is None else value) else None for key, value in result.items()}
-    why = NOT_TRAINED if result["eval_loss"] is None else None
-    if together is not None and together.sick:
-        why = f"in {together.sick} exchanges a replica's weights were not finite: it has diverged"
-    elif together is None and skipped >= config.max_skipped_steps:
-        why = why or f"{skipped} steps in a row were skipped: it has diverged"
-    if why is not None:
+    if result["eval_loss"] is None or (together is None and skipped >= config.max_skipped_steps):
+        why = NOT_TRAINED if result["eval_loss"] is None else f"{skipped} steps in a row were skipped: it has diverged"
         return result | {"measures": dict.fromkeys(task.measures), "reasons": {}, "reason": why}
     return result | {"reason": None} | _measured(task, config, data, world, run, initial)
 

@@ -1,4 +1,4 @@
-"""One replica of a comparison's run: as `elastic-lsopt train` has it, but without a folder; and what all of them come to.
+"""One replica of a comparison's run: as `elastic-lsopt train` has it, but without a folder; and what all come to.
 
 The processes of a run share, beside what the job exchanges, a group of their own, by which each learns how far apart
 all were at the end and what all have sent. Nothing of it is counted in the bytes.
@@ -12,10 +12,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from elastic_lsopt.backends.groups import Group, gloo
+from elastic_lsopt.backends.groups import beside
 from elastic_lsopt.errors import Diverged
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.training.replica_run import ReplicaRun
@@ -31,41 +30,42 @@ class Together:
     sent_bytes: int
     """By all in all exchanges."""
     consensus_distance: float
-    """Root mean square distance from the replicas to their mean, after their last steps and before the last exchange."""
-    sick: int
-    """Exchanges in which a replica was given the model by the others, because its own was not finite."""
+    """Root mean square distance of the replicas from their mean, after their last steps, before the last exchange."""
 
 
 class ReplicaOfCell(ReplicaRun):
     """A replica of one process."""
 
     _apart: float | None = None
-    _skipped = 0
-
-    @property
-    def speaks(self) -> bool:
-        """Whether the run's numbers are this process's to tell."""
-        return self.world.speaks
+    _skipped = _seen = 0
 
     def advance(self, microbatches: Any) -> tuple[float, StepReport]:
-        """As ever. Raises Diverged where it skips steps, and the others do not help it."""
+        """As ever. Raises Diverged where a replica has, RuntimeError where an exchange was without one that was well:
+        the run would be of fewer replicas then, by the machine's fault and not the method's."""
         lr, report = super().advance(microbatches)
         self._skipped = self._skipped + 1 if report.skipped else 0
         if self._skipped >= max(self.config.max_skipped_steps, 3 * self._consensus_of.steps):
             raise Diverged(f"{self._skipped} steps in a row were skipped: replica {self.world.replica} has diverged")
+        self._refuse_less_than_all()
         return lr, report
 
     def together(self) -> Together:
-        """After the last step (collective among the replicas). Raises RuntimeError where an exchange was without one
-        that was well: the run is of fewer replicas then, by the machine's fault and not the method's."""
+        """After the last step (collective among the replicas). Raises as `advance` does."""
+        self._refuse_less_than_all()
         assert self._apart is not None
-        everyone, exchanges = set(range(self._block.replicas)), self._consensus_of.exchanges
-        lost = next((told for told in exchanges if not told.well or {*told.members} != everyone), None)
-        if lost is not None:
-            raise RuntimeError(f"exchange {lost.number} was without a replica: {lost.why or f'only {lost.members} came'}")
-        told = torch.tensor([float(sum(each.sent_bytes for each in exchanges))], dtype=torch.float64)
-        self._sum_(told)
-        return Together(round(told.item()), self._apart, sum(each.fit != each.members for each in exchanges))
+        told = torch.tensor([sum(each.sent_bytes for each in self._consensus_of.exchanges)], dtype=torch.float64)
+        return Together(round(self._sum_(told).item()), self._apart)
+
+    def _refuse_less_than_all(self) -> None:
+        new = self._consensus_of.exchanges[self._seen :]
+        self._seen += len(new)
+        for told in new:
+            if not told.well or len(told.members) < self._block.replicas:
+                why = told.why or f"of {self._block.replicas} replicas only {[*told.members]} were there"
+                raise RuntimeError(f"exchange {told.number} was not of all replicas: {why}")
+            if told.fit != told.members:
+                sick = ", ".join(str(member) for member in told.members if member not in told.fit)
+                raise Diverged(f"the weights of replica {sick} were not finite, or its last step was skipped")
 
     def _meet(self) -> None:
         """The last exchange: all have trained on what they were dealt."""
@@ -81,9 +81,8 @@ class ReplicaOfCell(ReplicaRun):
 
     def _sum_(self, values: Tensor) -> Tensor:
         if not hasattr(self, "_group"):
-            rank, size = self.world.replica, self._block.replicas
-            store = dist.PrefixStore("comparison", self.world.store)
-            self._group = Group(rank, size, gloo(store, rank, size, TOGETHER), store)
+            world = self.world
+            self._group = beside("comparison", world.store, world.replica, len(world.sizes), TOGETHER)
         return self._group.sum_(values)
 
     def _save(self) -> None:
