@@ -51,7 +51,7 @@ JOB: dict[str, Any] = {
     "global_batch_size": 64, "per_device_train_batch_size": 16, "max_steps": 896, "optim": "sgd", "momentum": 0.9,
     "optim_args": {"nesterov": True}, "lr_scheduler_type": "cosine", "max_grad_norm": 0, "weight_decay": 5e-4,
 }  # fmt: skip
-TIMEOUT_S, LOOK_EVERY_S, LIMIT_S = 4.0, 0.02, 600.0
+TIMEOUT_S, LOOK_EVERY_S, LIMIT_S, LATE_S = 4.0, 0.02, 600.0, 10.0
 INSIDE = timedelta(minutes=5)
 
 
@@ -117,7 +117,9 @@ def replica(job: dict[str, Any], number: int, life: int, dies_at: int | None, pl
     run.become_the_model()
     if run._consensus_of.leads:
         found = run.evaluated()
-        Path(out).write_text(json.dumps({"eval_loss": found.loss, "eval_accuracy": found.metrics["accuracy"]}))
+        new = Path(f"{out}.new")
+        new.write_text(json.dumps({"eval_loss": found.loss, "eval_accuracy": found.metrics["accuracy"]}))
+        new.rename(out)
 
 
 def one_run(job: dict[str, Any], leaves: list[Leave]) -> dict[str, Any]:
@@ -139,7 +141,7 @@ def one_run(job: dict[str, Any], leaves: list[Leave]) -> dict[str, Any]:
             return process
 
         running, away = {r: start(r) for r in range(REPLICAS)}, dict[int, int]()
-        while not Path(out).exists() or any(process.is_alive() for process in running.values()):
+        while not Path(out).exists():
             if time.monotonic() - begin > LIMIT_S:
                 raise RuntimeError(f"the run has not ended in {LIMIT_S:g} s: {job}, {leaves}")
             for number, process in [*running.items()]:
@@ -150,10 +152,14 @@ def one_run(job: dict[str, Any], leaves: list[Leave]) -> dict[str, Any]:
                     raise RuntimeError(f"replica {number} ended with {process.exitcode}: {job}, {leaves}")
             told = exchanges(store)
             now = max((each["samples"] for each in told), default=0) // job["global_batch_size"]
-            for number in [number for number, back in away.items() if now >= back and not Path(out).exists()]:
+            for number in [number for number, back in away.items() if now >= back]:
                 del away[number]
                 running[number] = start(number)
             time.sleep(LOOK_EVERY_S)
+        for process in running.values():  # one that has come too late would wait for others for ever
+            process.join(LATE_S)
+            process.kill()
+            process.join()
         numbers = json.loads(Path(out).read_text())
     well = [each for each in told if each["well"]]
     return numbers | {
