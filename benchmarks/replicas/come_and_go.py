@@ -48,7 +48,7 @@ RULES: dict[str, dict[str, Any]] = {
 JOB: dict[str, Any] = {
     "task": "classification", "dataset": "digits", "eval_fraction": 0.5,
     "model": {"import": "elastic_lsopt.training.classifiers:mlp", "args": {"inputs": 64, "hidden": 128, "classes": 10}},
-    "global_batch_size": 64, "per_device_train_batch_size": 16, "max_steps": 896, "optim": "sgd", "momentum": 0.9,
+    "global_batch_size": 64, "per_device_train_batch_size": 16, "max_steps": 512, "optim": "sgd", "momentum": 0.9,
     "optim_args": {"nesterov": True}, "lr_scheduler_type": "cosine", "max_grad_norm": 0, "weight_decay": 5e-4,
 }  # fmt: skip
 TIMEOUT_S, LOOK_EVERY_S, LIMIT_S, LATE_S = 4.0, 0.02, 600.0, 10.0
@@ -65,12 +65,12 @@ class Leave:
 
 
 def schedule(seed: int, steps: int) -> list[Leave]:
-    """One in each of the parts: in its first half; back after a tenth of it to all of its second half."""
+    """One in each of the parts: in its first half; back after a quarter to a half of it."""
     draw, part = random.Random(seed), steps // EVENTS
     leaves = []
     for k in range(EVENTS):
         step = k * part + draw.randint(1, part // 2)
-        leaves.append(Leave(draw.randrange(REPLICAS), step, step + draw.randint(part // 10, part // 2)))
+        leaves.append(Leave(draw.randrange(REPLICAS), step, step + draw.randint(part // 4, part // 2)))
     return leaves
 
 
@@ -150,8 +150,7 @@ def one_run(job: dict[str, Any], leaves: list[Leave]) -> dict[str, Any]:
                     del running[number]
                 elif process.exitcode:
                     raise RuntimeError(f"replica {number} ended with {process.exitcode}: {job}, {leaves}")
-            told = exchanges(store)
-            now = max((each["samples"] for each in told), default=0) // job["global_batch_size"]
+            now = max((each["samples"] for each in exchanges(store)), default=0) // job["global_batch_size"]
             for number in [number for number, back in away.items() if now >= back]:
                 del away[number]
                 running[number] = start(number)
@@ -160,7 +159,7 @@ def one_run(job: dict[str, Any], leaves: list[Leave]) -> dict[str, Any]:
             process.join(LATE_S)
             process.kill()
             process.join()
-        numbers = json.loads(Path(out).read_text())
+        numbers, told = json.loads(Path(out).read_text()), exchanges(store)
     well = [each for each in told if each["well"]]
     return numbers | {
         "killed": sum(lives.values()) - REPLICAS + len(away), "given_the_model": sum(
