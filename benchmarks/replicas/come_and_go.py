@@ -42,16 +42,14 @@ from elastic_lsopt.world import World
 
 REPLICAS, TAU, EVENTS = 4, 16, 8
 SEEDS = range(5)
-RULES: dict[str, dict[str, Any]] = {
-    "mgrawa": {"learning_rate": 0.1}, "easgd": {"learning_rate": 0.1}, "diloco": {"learning_rate": 0.1},
-}  # fmt: skip
+RULES: dict[str, dict[str, Any]] = {"mgrawa": {"learning_rate": 0.1}, "easgd": {"learning_rate": 0.1}}
 JOB: dict[str, Any] = {
     "task": "classification", "dataset": "digits", "eval_fraction": 0.5,
     "model": {"import": "elastic_lsopt.training.classifiers:mlp", "args": {"inputs": 64, "hidden": 128, "classes": 10}},
     "global_batch_size": 64, "per_device_train_batch_size": 16, "max_steps": 512, "optim": "sgd", "momentum": 0.9,
     "optim_args": {"nesterov": True}, "lr_scheduler_type": "cosine", "max_grad_norm": 0, "weight_decay": 5e-4,
 }  # fmt: skip
-TIMEOUT_S, LOOK_EVERY_S, LIMIT_S, LATE_S = 4.0, 0.02, 600.0, 10.0
+TIMEOUT_S, LOOK_EVERY_S, LIMIT_S, LATE_S = 8.0, 0.02, 600.0, 10.0
 INSIDE = timedelta(minutes=5)
 
 
