@@ -23,6 +23,7 @@ from elastic_lsopt.training.reporting.quiet import silence_libraries
 SHOWN = (
     ("eval_loss", "held out"), ("eval_accuracy", "accuracy"), ("train_loss", "train loss"), ("steps", "steps"),
     ("gradient_evaluations", "gradients"), ("steps_to_target", "to target"), ("samples_to_target", "samples"),
+    ("sent_bytes", "bytes"), ("consensus_distance", "apart"),
 )  # fmt: skip
 """Numbers of a run in the order of the table's columns, and their names there."""
 

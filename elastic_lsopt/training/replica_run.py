@@ -383,7 +383,8 @@ class ReplicaRun(TrainingRun):
         consensus = self._consensus_of
         if not self.stopped and not consensus.over:
             try:
-                self._become_the_model()
+                self.become_the_model()
+                self._evaluate_the_model()
             except PeerFailed:
                 if not consensus.over:
                     raise
@@ -409,8 +410,11 @@ class ReplicaRun(TrainingRun):
     def _goes_on_from_here(self) -> bool:
         return self._stop_is_saved
 
-    def _become_the_model(self) -> None:
-        """Its batch norm's statistics are estimated anew: those of a replica are of its own weights."""
+    def become_the_model(self) -> None:
+        """Take the weights that the rule's paper evaluates (collective among the replicas).
+
+        Batch norm's statistics are estimated anew for them: those of a replica are of its own weights.
+        """
         engine = self.engine
         engine.space.weights.copy_(self._consensus_of.point())
         engine.space.copies.refresh()
@@ -418,6 +422,9 @@ class ReplicaRun(TrainingRun):
         estimate_anew(
             engine, (self.collate([train[i] for i in rows]) for rows in spread(len(train), size, STATISTICS_BATCHES))
         )
+
+    def _evaluate_the_model(self) -> None:
+        engine = self.engine
         if len(self.data.eval) and self._consensus_of.leads:
             held_out = self.evaluated()
             self.eval_loss = held_out.loss
