@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,4 +112,57 @@ def at_the_end() -> dict[str, Any]:
         if rank:
             consensus.exchange(None)
         out["late"] = flat(engine.space.weights if rank else consensus.point())
+    return out
+
+
+def other_terms() -> list[tuple[str, list[str]]]:
+    """What each replica hears where the second has another rule, hyper-parameter, format, or a frozen parameter."""
+    rank, out = dist.get_rank(), list[tuple[str, list[str]]]()
+    with replicas_of_one() as (store, made):
+        made("group", "local_sgd")  # whose engine the end takes down
+        for kind in ("rule", "hyper-parameter", "format", "frozen"):
+            other = kind if rank else ""
+            rule = registry.build(
+                "easgd" if other == "rule" else "local_sgd",
+                tau=1000, **({} if other == "rule" else {"pull": 0.9 if other == "hyper-parameter" else 0.5}),
+            )  # fmt: skip
+            consensus = Consensus(
+                rule, dist.PrefixStore(kind, store), replicas=(0, 1), timeout_s=WAIT_S,
+                bits=8 if other == "format" else 32,
+            )  # fmt: skip
+            model = engines.net((), DTYPES["fp64"])
+            if other == "frozen":
+                model.tiny.requires_grad_(False)
+            engine = engines.build("ddp", model, lso.Plain(), consensus=consensus)
+            try:
+                consensus.exchange(None)
+                out.append((kind, ["nothing"]))
+            except Exception as error:
+                out.append((kind, [type(error).__name__, str(error)]))
+            engines.close(engine)
+    return out
+
+
+def other_beginnings() -> list[list[str]]:
+    """What is said at the first exchange where both have begun alike, and where they have not."""
+    rank, out = dist.get_rank(), list[list[str]]()
+    with replicas_of_one() as (store, made):
+        made("group", "local_sgd")
+        for kind in ("alike", "apart"):
+            consensus = Consensus(
+                registry.build("local_sgd", tau=1000), dist.PrefixStore(kind, store), replicas=(0, 1), timeout_s=WAIT_S
+            )
+            model = engines.net((), DTYPES["fp64"])
+            with torch.no_grad():
+                model.first.weight.mul_(1.0 + rank * (kind == "apart"))
+            engine = engines.build("ddp", model, lso.Plain(), consensus=consensus)
+            moved(engine, 0.1 * rank)  # steps of its own
+            lines = list[str]()
+            handler = logging.Handler()
+            handler.emit = lambda record, lines=lines: lines.append(record.getMessage())  # type: ignore[method-assign]
+            logging.getLogger("elastic_lsopt").addHandler(handler)
+            consensus.exchange(None)
+            logging.getLogger("elastic_lsopt").removeHandler(handler)
+            out.append(lines)
+            engines.close(engine)
     return out

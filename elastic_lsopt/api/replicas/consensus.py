@@ -33,6 +33,7 @@ from elastic_lsopt.by_name import require, require_count, require_number
 from elastic_lsopt.consensus.fragments import within
 from elastic_lsopt.consensus.needs import refuse_unmet
 from elastic_lsopt.consensus.rule import Rule
+from elastic_lsopt.consensus.terms import refuse_other_terms, terms_of, warn_of_other_beginnings
 from elastic_lsopt.data.rounds import Rounds
 from elastic_lsopt.errors import NonFinite, PeerFailed, UserError
 from elastic_lsopt.optimizers.registry import methods
@@ -132,6 +133,8 @@ class Consensus:
         self._inside = Group(rank, groups.replica.size, inside)
         self._meet_in(self._store, self.replicas)
         self._cut = gather_json(inside, cut_of(step.space.layout))
+        self._begins = step.space.norm(step.space.weights)
+        self._terms = terms_of(self.rule, step.space, bits=self._bits, top_k=self._top_k)
         step.of_job = self._of_job
 
     def _meet_in(self, store: dist.Store, replicas: tuple[int, ...]) -> None:
@@ -310,15 +313,20 @@ class Consensus:
     def _begin(self, *, last: bool) -> Met | None:
         """Say that this replica is there; `last`: for the model at the end."""
         common, version = (None, -1) if self.rounds is None else (self.rounds.ledger.to_json(), self.rounds.version)
-        return self._meetings.begin(
+        met = self._meetings.begin(
             self._report(last), common, version=version, patience_s=self._patience_s, late_s=2 * self._round_s
         )
+        if met is not None:
+            refuse_other_terms({m: report["terms"] for m, report in met.reports.items()})
+            if not self.exchanges and self.rounds is None and not last:
+                warn_of_other_beginnings({m: report["begins"] for m, report in met.reports.items()})
+        return met
 
     def _report(self, last: bool) -> dict[str, Any]:
         space = self._step.space
         finite = math.isfinite(space.norm(space.weights))
         return {
-            **self._hearing.report(), "cut": self._cut, "final": last,
+            **self._hearing.report(), "cut": self._cut, "final": last, "terms": self._terms, "begins": self._begins,
             "samples": self._standing["samples"], "newest": self._newest,
             "fit": self._fit and finite and not self._skipped, "finite": finite,
             "clock": self._step.clock.samples - self._standing["ahead"], "pace": self._pace,

@@ -33,6 +33,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -206,7 +207,11 @@ class Meetings:
         everybody = _All(sorted(self._expected - {self.number}), lambda r: self._ready(k, r) or self._gone(r))
         begun = lambda: store.check([f"{k}/in"]) or self._number() > k  # noqa: E731
         stops = lambda: self.stops or self._told_to_stop()  # noqa: E731
-        self._wait(lambda: begun() or everybody() or stops(), min(self._come, end))
+        try:
+            self._wait(lambda: begun() or everybody() or stops(), min(self._come, end))
+        except _Outdated:
+            if self._taken_back(k) is not None:
+                raise  # else this replica is in, and the others wait for it: its members may change after that
         if store.check(["over"]):
             return OVER
         if not begun():
@@ -254,7 +259,7 @@ class Meetings:
         """Write who is in, unless another was first."""
         store = self._store
         told = {r: self._read(f"{k}/ready/{r}") for r in self._known()}
-        there = {r: json.loads(said)[0] for r, said in sorted(told.items()) if said is not None}
+        there = {r: json.loads(said)[0] for r, said in sorted(told.items()) if said is not None and not self._gone(r)}
         newest = max(there.values(), default=-1)
         found = self._read(f"common/{newest}") if newest >= 0 else None
         mine = json.dumps([self.number, [*there], None if found is None else json.loads(found)])
@@ -269,7 +274,8 @@ class Meetings:
 
         others = [r for r in met.members if r != self.number]
         everybody = _All(others, lambda r: self._voted(k, r) or self._gone(r))
-        self._wait(lambda: not well or store.check([f"{k}/failed"]) or everybody() or gone(), self._end)
+        with suppress(_Outdated):  # then the verdict is at once, and the same for all
+            self._wait(lambda: not well or store.check([f"{k}/failed"]) or everybody() or gone(), self._end)
         votes = self._said(met)
         all_well = len(votes) == len(met.members) and b"0" not in votes.values()
         verdict = store.compare_set(f"{k}/verdict", "", "all" if all_well else "keep").decode()
@@ -306,7 +312,13 @@ class Meetings:
 
     def leave(self) -> None:
         """This replica is broken, and nobody need wait for it (any of its ranks; no communication inside)."""
-        self._asked(lambda: self._store.set(f"gone/{self.number}", "1"))
+
+        def say() -> None:
+            self._store.set(f"gone/{self.number}", "1")
+            if newest := self._number():  # in which it may be: then that fails, unless there is a verdict
+                self._store.set(f"{newest - 1}/failed", "1")
+
+        self._asked(say)
 
     def vacate(self, replicas: Iterable[int]) -> None:
         """These have no members any more (the first rank alone)."""
@@ -317,6 +329,7 @@ class Meetings:
         """From now on this replica may be taken in, and is known by its number (its first rank alone)."""
         while (number := self._number()) < self._since:  # numbers go on where those of the store before ended
             self._store.compare_set("meetings", str(number) if number else "", str(self._since))
+        self._store.delete_key(f"{self._number()}/ready/{self.number}")  # the word of a life that has ended
         self._store.delete_key(f"gone/{self.number}")
         while True:
             before = self._store.get("replicas") if self._store.check(["replicas"]) else b""

@@ -92,7 +92,9 @@ class Training:
     def _heard(self) -> bool:
         """Commit what every mirror has acknowledged (C); whether a change of members is due after this step."""
         report = self._run.engine.last_step
-        assert report is not None and report.piggyback is not None
+        assert report is not None
+        if report.piggyback is None:  # a step that was not taken, because others have trained on its samples: no word
+            return False
         self._trail.heard(report.piggyback.trailing)
         if self._life.link.stop_requested:
             self._run.engine.request_stop()
