@@ -16,7 +16,7 @@ from elastic_lsopt.backends.groups import gloo
 from elastic_lsopt.backends.peers import meeting
 from elastic_lsopt.backends.peers.circles import IDLE, Circles
 from elastic_lsopt.backends.peers.meeting import Meetings, Met
-from elastic_lsopt.errors import UserError
+from elastic_lsopt.errors import PeerFailed, UserError
 
 pytestmark = pytest.mark.fast
 LIMIT_S = 20.0
@@ -157,6 +157,55 @@ def test_who_is_told_to_stop_while_it_waits_takes_its_word_back() -> None:
         assert waiting.result(2.0) is None and stops.stops
     met = other.begin({})
     assert met is not None and met.members == (1,)
+
+
+def test_whose_members_are_about_to_change_takes_its_word_back() -> None:
+    """The others would wait for it: its ranks form another group meanwhile."""
+    shared, changes = store(), threading.Event()
+    leaves = Meetings(shared, 0, range(2), first=True, inside=None, timeout_s=60.0, outdated=changes.is_set)
+    leaves.join()
+    other = replica(shared, 1, among=2)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(lambda: leaves.begin({}))
+        time.sleep(0.2)
+        changes.set()
+        with pytest.raises(PeerFailed, match="are about to change"):
+            waiting.result(5.0)
+    met = other.begin({})
+    assert met is not None and met.members == (1,)
+
+
+def test_who_has_come_and_died_is_not_in() -> None:
+    """One of its ranks says that it is gone, and it is known again in its next life."""
+    shared = store()
+    died, other = replica(shared, 0, among=2, timeout_s=60.0), replica(shared, 1, among=2)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(lambda: died.begin({}))
+        time.sleep(0.2)
+        died.leave()
+        met = other.begin({})
+        assert met is not None and met.members == (1,) and other.end(met, well=True)
+        assert waiting.result(5.0) is None
+    met = replica(shared, 0, among=2).begin({})
+    assert met is not None and met.members == (0,)
+
+
+def test_a_death_fails_the_meeting_that_is_under_way() -> None:
+    """Also where its groups are not made yet, which no connection tells of."""
+    shared, reports = store(), {r: {"circles": {}, "cut": [[(0, 0, 4)]]} for r in (0, 1)}
+    both = [replica(shared, number, among=2, timeout_s=60.0) for number in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        met, _ = threads.map(lambda me: me.begin({}), both)
+        assert met is not None
+        there = Met(met.number, met.members, reports, None)
+        circles, failed = Circles((0, 0), shared), lambda: both[0].failed(there)
+        making = threads.submit(circles.of, (0, 1), there, timedelta(seconds=60), failed)
+        time.sleep(0.3)
+        assert not making.done()
+        both[1].leave()
+        with pytest.raises(PeerFailed, match="has not made its groups"):
+            making.result(5.0)
+        assert not both[0].end(met, well=False)
 
 
 def test_who_comes_when_the_job_has_ended_hears_of_it() -> None:
