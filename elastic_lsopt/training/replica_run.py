@@ -13,12 +13,9 @@ had dealt to replicas that are no more goes to those that are. Checkpoints of on
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
-import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +23,7 @@ from typing import Any
 
 from elastic_lsopt.api.replicas.consensus import Consensus, Exchanged
 from elastic_lsopt.checkpoint.checkpointer import LoadReport
-from elastic_lsopt.checkpoint.folder import CONTENTS, checkpoint_path, damage, listing, read_json, step_of
+from elastic_lsopt.checkpoint.folder import CONTENTS, checkpoint_path, damage, listing, step_of
 from elastic_lsopt.config.consensus import read_consensus
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.data.ledger import AHEAD, Ledger, below, first, length
@@ -40,6 +37,7 @@ from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.training.building.rules import rule_of
+from elastic_lsopt.training.common_checkpoint import agreed, of_the_exchange
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.loop import TrainingRun
 from elastic_lsopt.training.reporting.console import Console
@@ -47,23 +45,12 @@ from elastic_lsopt.training.reporting.run_folder import CHECKPOINTS
 from elastic_lsopt.training.statistics import estimate_anew, spread
 from elastic_lsopt.world import World
 
-START_S = 600.0
-"""How long replicas wait for each other's word at the start: a model may take minutes to load."""
-LOOK_EVERY_S = 0.02
 NOBODYS = -1
 LOOKED_AT = 3
 """Checkpoints whose bytes are checked when a job starts again."""
 HOPELESS = "no replica that is there has finite weights"
 STATISTICS_BATCHES = 50
 """Micro-batches over which batch norm's statistics are estimated."""
-
-
-def _of_the_exchange(checkpoint: Path) -> tuple[str, list[int]]:
-    """Which ledger of samples it goes on from, by its digest, and the members of that exchange: the same in every
-    replica's checkpoint of one exchange, and in no other's."""
-    extra = read_json(checkpoint / CONTENTS)["facts"]["extra"]
-    ledger = json.dumps(extra.get("loader", {}).get("ledger"), sort_keys=True)
-    return hashlib.blake2b(ledger.encode(), digest_size=8).hexdigest(), extra.get("members", [])
 
 
 def of_replica(config: TrainConfig, number: int) -> TrainConfig:
@@ -151,7 +138,7 @@ class ReplicaRun(TrainingRun):
         if given not in ("auto", "none") and self._number:  # that of replica 0; this one's lies beside it
             path = Path(given)
             own = path.parent.parent / f"replica-{self._number}" / CHECKPOINTS / path.name
-            if (own / CONTENTS).exists() and _of_the_exchange(own)[0] != _of_the_exchange(path)[0]:
+            if (own / CONTENTS).exists() and of_the_exchange(own)[0] != of_the_exchange(path)[0]:
                 raise UserError(
                     f"resume_from_checkpoint: {own} is of another exchange than {path}; use auto, where a replica "
                     "without one is given the model."
@@ -162,7 +149,10 @@ class ReplicaRun(TrainingRun):
         assert self._checkpoints is not None
         folder = Path(self.config.output_dir) / CHECKPOINTS
         newest = self.world.on_first(lambda: [path for path in listing(folder)[:LOOKED_AT] if damage(path) is None])
-        named = None if newest is None else self._agreed({step_of(path): _of_the_exchange(path) for path in newest})
+        named, store = None, self.world.meetings
+        if newest is not None and store is not None:
+            numbers = [r for r, size in enumerate(self.world.sizes) if size]
+            named = agreed(store, self._number, numbers, {step_of(path): of_the_exchange(path) for path in newest})
         step = self._consensus_of.agreed(named)
         if step < 0:
             return "none"
@@ -173,37 +163,6 @@ class ReplicaRun(TrainingRun):
             self.rounds.resume(nothing, trained=0, version=NOBODYS)
             return "none"
         return str(checkpoint_path(folder, step))
-
-    def _agreed(self, own: dict[int, tuple[str, list[int]]]) -> int:
-        """The name that this replica goes on from; -1: none has any; 0: others have one, this one has not.
-
-        It is the newest of those that all have who were at its exchange and are here, else the newest that most of them
-        have: where only some had saved when the job was killed, the one before is everybody's.
-        """
-        store, numbers = self.world.meetings, [r for r, size in enumerate(self.world.sizes) if size]
-        assert store is not None
-        store.set(f"saved/{self._number}", json.dumps(own))
-        end = time.monotonic() + START_S
-        while not store.check([f"saved/{r}" for r in numbers]):
-            if gone := [r for r in numbers if store.check([f"gone/{r}"])]:
-                raise UserError(f"replica {gone[0]} has failed before the first step, and says why.")
-            if time.monotonic() > end:
-                raise UserError(
-                    f"not all of the {len(numbers)} replicas have come within {START_S:g} s; start them all."
-                )
-            time.sleep(LOOK_EVERY_S)
-        everyones = [json.loads(store.get(f"saved/{r}")) for r in numbers]
-        held = Counter((int(name), ledger) for theirs in everyones for name, (ledger, _) in theirs.items())
-        if not held:
-            return -1
-        members = {(int(name), ledger): m for theirs in everyones for name, (ledger, m) in theirs.items()}
-
-        def rank(saved: tuple[int, str]) -> tuple[float, int, str]:
-            here = sum(m in numbers for m in members[saved])
-            return min(1.0, held[saved] / max(1, here)), *saved
-
-        name, ledger = max(held, key=rank)
-        return name if name in own and own[name][0] == ledger else 0
 
     def _go_on_from(self, found: LoadReport) -> None:
         self._saved_at[found.step] = self.engine.clock.steps

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from elastic_lsopt.api.replicas.exchanged import Exchanged, Said, UnderWay
 from elastic_lsopt.api.replicas.hearing import Heard, Hearing
 from elastic_lsopt.api.replicas.reports import final, fit_of, keeps, ledger_of, spans, trained
+from elastic_lsopt.api.replicas.standing import Span, Standing, state_of
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.agreement import gather_json
 from elastic_lsopt.backends.groups import Group, present
@@ -30,19 +31,16 @@ from elastic_lsopt.backends.peers.formats import BITS, format_of
 from elastic_lsopt.backends.peers.intervals import cut_of
 from elastic_lsopt.backends.peers.meeting import Meetings, Met
 from elastic_lsopt.by_name import require, require_count, require_number
-from elastic_lsopt.consensus.fragments import within
 from elastic_lsopt.consensus.needs import refuse_unmet
 from elastic_lsopt.consensus.rule import Rule
 from elastic_lsopt.consensus.terms import refuse_other_terms, terms_of, warn_of_other_beginnings
 from elastic_lsopt.data.rounds import Rounds
 from elastic_lsopt.errors import NonFinite, PeerFailed, UserError
 from elastic_lsopt.optimizers.registry import methods
-from elastic_lsopt.oracle.family import Kept, Stateful
-from elastic_lsopt.oracle.method import State
+from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.oracle import Oracle
-from elastic_lsopt.probes.noise.disagreement import FAMILY, Disagreement, DisagreementSpan
+from elastic_lsopt.probes.noise.disagreement import Disagreement
 from elastic_lsopt.space.basis import Basis
-from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 
 NEVER = -1
@@ -51,17 +49,6 @@ TRIES = 5
 INSIDE = timedelta(minutes=30)
 """How long a replica's ranks wait for each other, as in a step: at the start its first waits for other replicas, whose
 models may take minutes to load."""
-
-
-@dataclass(frozen=True)
-class Standing(Stateful):
-    """Where a replica stands: its steps and samples since the last exchange, those of the job; and what a format keeps,
-    rounding's rest and the reference from which differences are told."""
-
-    name: str = "consensus_standing"
-
-    def init(self, space: ParameterSpace) -> State:
-        return {"since": 0, "samples": 0, "ahead": 0}
 
 
 class Consensus:
@@ -96,9 +83,7 @@ class Consensus:
         """Of this life of the process."""
         self._by_speed, self._fit, self._outdated, self._lost = by_speed, not newcomer, outdated, lost
         self._vacant: tuple[int, ...] = ()
-        self._span = DisagreementSpan(disagreement_span) if disagreement_span else None
-        self._spanned = NEVER
-        """The newest exchange that the span is of, in this life of the process."""
+        self._span = Span(disagreement_span)
         self._skipped = self._redealt = False
         self._newest = NEVER  # no state that is saved: a job that starts again counts its meetings anew
         self._there = replicas
@@ -112,7 +97,7 @@ class Consensus:
     @property
     def keep(self) -> tuple[Stateful, ...]:
         """The families of state that the engine keeps for it."""
-        return (self.rule, Standing(), *([] if self._span is None else [self._span]))
+        return (self.rule, Standing(), *([] if self._span.kept is None else [self._span.kept]))
 
     def bind(self, step: LandscapeStep) -> None:
         """The engine's step is there: say what this rank holds, and that this replica may be met.
@@ -148,7 +133,7 @@ class Consensus:
         self._circles = Circles((self.number, rank), store)
         self._hearing = Hearing(
             self._step, self.rule, format_of(self._bits, self._top_k), self._circles, self._inside, self.number,
-            lambda: self._meetings.left, self._meetings.failed, Standing.name, gaps=self._span is not None,
+            lambda: self._meetings.left, self._meetings.failed, Standing.name, gaps=self.keeps_span,
         )  # fmt: skip
         if rank == 0:
             self._meetings.join()
@@ -275,9 +260,7 @@ class Consensus:
         if well and self.number in fit:
             self._hearing.settle(heard)
             self._newest = met.number
-            if self._span is not None and heard.exchange is not None and (gap := heard.exchange.gap) is not None:
-                self._span.keep(self._kept(FAMILY), gap, partial(within, heard.exchange.space))
-                self._spanned = met.number
+            self._span.keep(self._step.families, heard.exchange, met.number)
         elif well:
             assert heard.point is not None  # all that are there and not fit are given it
             self._step.space.weights.copy_(heard.point)
@@ -400,24 +383,18 @@ class Consensus:
     @property
     def keeps_span(self) -> bool:
         """Whether differences from the mean are kept."""
-        return self._span is not None
+        return self._span.kept is not None
 
     @property
     def in_the_span(self) -> dict[str, Any]:
         """What of the newest step's gradient lies in the span of the differences that are kept, for its row."""
-        if self._span is None or not self.exchanges or self.exchanges[-1].number != self._spanned:
-            return {}
-        return self._span.told(self._step.space, self._kept(FAMILY))
+        newest = self.exchanges[-1].number if self.exchanges else None
+        return self._span.told(self._step.families, self._step.space, newest)
 
     def beside(self, eigenvectors: Basis) -> dict[str, Any]:
         """That span beside orthonormal eigenvectors; nothing where none is kept (collective in the replica)."""
-        return {} if self._span is None else self._span.beside(self._step.space, self._kept(FAMILY), eigenvectors)
+        return self._span.beside(self._step.families, self._step.space, eigenvectors)
 
     @property
     def _standing(self) -> dict[str, Any]:
-        return self._kept(Standing.name)
-
-    def _kept(self, name: str) -> dict[str, Any]:
-        family = self._step.families[name]
-        assert isinstance(family, Kept)
-        return family.state
+        return state_of(self._step.families, Standing.name)
