@@ -204,6 +204,11 @@ class ReplicaRun(TrainingRun):
         name, ledger = max(held, key=rank)
         return name if name in own and own[name][0] == ledger else 0
 
+    def _begin(self) -> None:
+        super()._begin()
+        if self._number and self.world.is_first:  # what happens to it from here on happens to no other
+            self.console.warns_as = f"replica {self._number}: "
+
     def _go_on_from(self, found: LoadReport) -> None:
         self._saved_at[found.step] = self.engine.clock.steps
         saved, share = found.extra.get("loader", {}), self.config.global_batch_size // self._block.replicas

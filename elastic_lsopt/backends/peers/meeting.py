@@ -196,7 +196,7 @@ class Meetings:
         begun = lambda: store.check([f"{k}/in"]) or self._number() > k  # noqa: E731
         stops = lambda: self.stops or self._told_to_stop()  # noqa: E731
         self._wait(lambda: begun() or everybody() or stops(), min(self._come, end))
-        if store.check(["over"]):
+        if self._said("over"):
             return OVER
         if not begun():
             if math.isinf(self._come) and self._silent():
@@ -311,7 +311,11 @@ class Meetings:
         return json.loads(self._store.get("replicas"))
 
     def _gone(self, replica: int) -> bool:
-        return self._store.check([f"gone/{replica}"])
+        return self._said(f"gone/{replica}")
+
+    def _said(self, key: str) -> bool:
+        """Whether a replica has said so: a signed store raises for a stranger's word, but only where it is read."""
+        return self._store.check([key]) and self._read(key) is not None
 
     def _ready(self, k: int, replica: int) -> bool:
         return self._store.check([f"{k}/ready/{replica}"])
