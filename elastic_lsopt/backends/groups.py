@@ -135,6 +135,12 @@ def formed_apart(number: int, replicas: int) -> Groups:
     return _formed
 
 
+def beside(name: str, store: dist.Store, rank: int, size: int, timeout: timedelta) -> Group:
+    """One more group, on gloo and unknown to torch, of ranks that share a store (collective)."""
+    own = dist.PrefixStore(name, store)
+    return Group(rank, size, gloo(own, rank, size, timeout), own)
+
+
 def gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
     """A gloo group that torch's registry does not know (collective)."""
     group = dist.ProcessGroup(store, rank, size)

@@ -18,11 +18,12 @@ from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.study.compare import run_comparison
 from elastic_lsopt.study.measures import check
-from elastic_lsopt.training.quiet import silence_libraries
+from elastic_lsopt.training.reporting.quiet import silence_libraries
 
 SHOWN = (
     ("eval_loss", "held out"), ("eval_accuracy", "accuracy"), ("train_loss", "train loss"), ("steps", "steps"),
     ("gradient_evaluations", "gradients"), ("steps_to_target", "to target"), ("samples_to_target", "samples"),
+    ("sent_bytes", "bytes"), ("consensus_distance", "apart"),
 )  # fmt: skip
 """Numbers of a run in the order of the table's columns, and their names there."""
 

@@ -64,7 +64,7 @@ def agent(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = Fals
 def _elastic(job: Job, arguments: Sequence[str]) -> NoReturn:
     """This process is its node's agent, or a worker that the agent has started with the same arguments."""
     from elastic_lsopt.elastic.worker.link import is_worker
-    from elastic_lsopt.training.quiet import silence_libraries
+    from elastic_lsopt.training.reporting.quiet import silence_libraries
 
     silence_libraries()
     from elastic_lsopt.training.elastic_job import run_agent, run_worker
@@ -86,11 +86,11 @@ def _elastic(job: Job, arguments: Sequence[str]) -> NoReturn:
 
 
 def _one_rank(job: Job) -> int:
-    from elastic_lsopt.training.quiet import silence_libraries
+    from elastic_lsopt.training.reporting.quiet import silence_libraries
 
     silence_libraries()
-    from elastic_lsopt.training.loop import train as run
     from elastic_lsopt.training.processes import join
+    from elastic_lsopt.training.train import train as run
 
     try:
         world = join(_replicas(job))

@@ -30,7 +30,7 @@ OF_METHOD = ("grid", "scale_learning_rate", "at")
 """Keys of a method that are none of the job."""
 RULES = ("none", "linear", "sqrt", "adascale")
 OURS = ("output_dir", "seed", "backend", "workers", "elastic", "probes", "deepspeed", "report_to")
-"""Keys of a job that a comparison sets itself: a run is one process, on the replicated backend."""
+"""Keys of a job that a comparison sets itself: a run is one process, or one per replica, on the replicated backend."""
 BOTH = ("per_device_train_batch_size",)
 """Keys that axes and methods may set: the method's holds. It says how a batch is cut, not what it is."""
 
@@ -65,7 +65,7 @@ class CompareConfig:
     confidence: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.95
     """Of the intervals, in (0, 1)."""
     workers: Count = 2
-    """Runs at a time, each a process with one thread."""
+    """Runs at a time, each a process with one thread, or one per replica."""
     timeout_s: Positive = 600.0
     """Seconds after which a run is given up, and recorded as failed."""
 
@@ -161,7 +161,10 @@ class CompareConfig:
         rule = own.get("scale_learning_rate", "none")
         if rule != "none":
             batch = self._scaled(f"methods.{label}", rule, keys, batch)
-        keys["per_device_train_batch_size"] = min(keys.get("per_device_train_batch_size", 8), batch)
+        block = keys.get("consensus")
+        replicas = block.get("replicas") if isinstance(block, dict) else None
+        share = max(1, batch // replicas) if isinstance(replicas, int) and replicas > 1 else batch
+        keys["per_device_train_batch_size"] = min(keys.get("per_device_train_batch_size", 8), share)
         return keys
 
     def _lay_axes(self, keys: Keys, point: Mapping[str, Any], *, dotted: bool = False) -> None:

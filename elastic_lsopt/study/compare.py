@@ -26,7 +26,7 @@ from elastic_lsopt.optimizers import registry
 from elastic_lsopt.study.cells_file import Line, Record
 from elastic_lsopt.study.critical_batch import critical_batches
 from elastic_lsopt.study.interval import interval
-from elastic_lsopt.study.one_run import IMPORTED_LATE, Task, rank_of, train_and_measure
+from elastic_lsopt.study.one_run import IMPORTED_LATE, Task, processes_of, rank_of, train_and_measure
 from elastic_lsopt.study.pool import run
 from elastic_lsopt.study.study import Progress, csv_of, replace_file
 from elastic_lsopt.updates.registry import updates
@@ -39,7 +39,7 @@ NO_PART = ("output_dir", "save_steps", "save_total_limit", "export", "resume_fro
 """Settings of a job that a run's numbers do not depend on."""
 SUMMARIZED = (
     "eval_loss", "eval_accuracy", "eval_macro_f1", "train_loss", "train_accuracy", "steps", "samples",
-    "gradient_evaluations", "steps_to_target", "samples_to_target",
+    "gradient_evaluations", "steps_to_target", "samples_to_target", "sent_bytes", "consensus_distance",
 )  # fmt: skip
 JobOf = Callable[[str, Keys], TrainConfig]
 
@@ -69,6 +69,11 @@ def task_of(config: CompareConfig, one: Contender, chosen: Keys, seed: int, job_
     job = job_of(one.label, config.job_of(one.label, one.point, chosen) | {"seed": seed})
     if config.target_loss is not None and job.eval_steps is None:
         raise SettingError("target_loss", f"target_loss is looked for at evaluations: {one.label} needs eval_steps.")
+    if config.target_loss is not None and job.consensus is not None:
+        raise SettingError(
+            "target_loss", f"target_loss is looked for while a run trains, and {one.label} has replicas, whose model "
+            "is formed at the end; remove one of them.",
+        )  # fmt: skip
     noise = float(one.point.get(NOISE, 0.0))
     equal = "epochs" if _takes_one_gradient(job) else one.equal  # then it is the same run
     kept = {key: value for key, value in asdict(job).items() if key not in NO_PART}
@@ -159,8 +164,9 @@ class _Done:
             missing = [Task(**{**vars(task), "measures": ()}) for task in missing]
         self._said(len(tasks) - len(missing), 0)
         outcomes = run(
-            missing, train_and_measure, workers=config.workers, timeout_s=config.timeout_s, preload=IMPORTED_LATE
-        )
+            missing, train_and_measure, workers=config.workers, timeout_s=config.timeout_s, preload=IMPORTED_LATE,
+            processes=processes_of,
+        )  # fmt: skip
         for outcome in outcomes:
             task, result = outcome.task, outcome.result
             self._record.add(

@@ -1,4 +1,4 @@
-"""One run of a comparison: trained by the product's own engine and loop, on one process, then measured.
+"""One run of a comparison: trained by the product's own engine and loop, on one process or one per replica, measured.
 
 A pure function of the task: settings in, numbers out. It writes nothing.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from elastic_lsopt.config.consensus import read_consensus
 from elastic_lsopt.config.settings import TrainConfig, landscape_fields
 from elastic_lsopt.optimizers import registry
 from elastic_lsopt.oracle.method import Method
@@ -20,13 +21,14 @@ from elastic_lsopt.probes.catalogue import ProbeContext, measure
 from elastic_lsopt.probes.measurement import Measurement
 from elastic_lsopt.study.label_noise import wrong_labels
 from elastic_lsopt.study.measures import asked
+from elastic_lsopt.study.replica_cell import ReplicaOfCell, Together
 from elastic_lsopt.training.building.engines import plain_loss_of
-from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data, build_data
 from elastic_lsopt.training.evaluation import evaluate
 from elastic_lsopt.training.loop import TrainingRun, steps_of
 from elastic_lsopt.training.probing.during_training import fixed_microbatches
 from elastic_lsopt.training.processes import join
+from elastic_lsopt.training.reporting.console import Console
 from elastic_lsopt.world import World
 
 COUNTED = 20
@@ -55,10 +57,18 @@ class Task:
     `eval_batches` and `units` count micro-batches."""
 
 
+def processes_of(task: Task) -> int:
+    """One, or one per replica."""
+    return 1 if task.config.consensus is None else read_consensus(task.config.consensus).replicas
+
+
 def train_and_measure(task: Task) -> dict[str, Any]:
-    """The run's losses, counts and measures; `reason` where it has diverged. Raises what training raises."""
+    """The run's losses, counts and measures; `reason` where it has diverged. Raises what training raises.
+
+    Collective in the task's processes; the first returns the numbers, the others nothing.
+    """
     logging.getLogger("elastic_lsopt").setLevel(logging.ERROR)  # of skipped steps: enough of them end the run
-    began, config, data, world = time.process_time(), task.config, _data(task), join()
+    began, config, data, world = time.process_time(), task.config, _data(task), join(processes_of(task))
     name, fields = landscape_fields(config)
     method = registry.build(name, **fields)
     if task.equal == "gradient_evaluations":
@@ -79,11 +89,17 @@ def _data(task: Task) -> Data:
 
 
 def _run(config: TrainConfig, method: Method, data: Data, world: World) -> TrainingRun:
-    return TrainingRun(config, method, data, world, Console())
+    if config.consensus is None:
+        return TrainingRun(config, method, data, world, Console())
+    return ReplicaOfCell(config, method, data, world, Console())
 
 
 def _passes(config: TrainConfig, method: Method, data: Data, world: World, steps: int) -> float:
-    """Gradients of the batch that a step of the method takes, counted over the first steps of a trial."""
+    """Gradients of the batch that a step of the method takes, counted over the first steps of a trial: of one process,
+    as each replica counts for itself."""
+    if config.consensus is not None:
+        share = config.global_batch_size // read_consensus(config.consensus).replicas
+        config = replace(config, consensus=None, global_batch_size=share)
     run, counted = _run(config, method, data, world), 0
     for _, microbatches in zip(range(steps), run.loader, strict=False):
         counted += run.advance(microbatches)[1].passes
@@ -99,16 +115,22 @@ def _trained(task: Task, config: TrainConfig, method: Method, data: Data, world:
     )
     size = task.evaluated_by
     gradients, skipped, held_out = 0.0, 0, None
-    for microbatches in run.loader:
+    for microbatches in run.steps():
         report = run.advance(microbatches)[1]
         gradients, skipped = gradients + report.passes, skipped + 1 if report.skipped else 0
-        if skipped >= config.max_skipped_steps:
+        if skipped >= config.max_skipped_steps and config.consensus is None:
             break
         if task.target_loss is not None and config.eval_steps and run.engine.clock.steps % config.eval_steps == 0:
             held_out = run.evaluated(size)
             if held_out.loss <= task.target_loss:
                 break
             held_out = None
+    together: Together | None = None
+    if isinstance(run, ReplicaOfCell):
+        together = run.together()
+        run.become_the_model()
+        if not world.speaks:
+            return {}
     held_out = held_out or run.evaluated(size)
     part, clock = replace(data, eval=data.train), run.engine.clock
     with run.where_it_is_evaluated():
@@ -118,6 +140,9 @@ def _trained(task: Task, config: TrainConfig, method: Method, data: Data, world:
     result: dict[str, Any] = {
         "eval_loss": held_out.loss, "train_loss": train.loss, "steps": clock.steps, "samples": clock.samples,
         "gradient_evaluations": gradients,
+        **({} if together is None else {
+            "sent_bytes": together.sent_bytes, "consensus_distance": together.consensus_distance,
+        }),
         **{f"eval_{name}": value for name, value in held_out.metrics.items()},
         **({"train_accuracy": train.metrics["accuracy"]} if "accuracy" in train.metrics else {}),
         **({} if task.target_loss is None else {
@@ -126,7 +151,7 @@ def _trained(task: Task, config: TrainConfig, method: Method, data: Data, world:
         }),
     }  # fmt: skip
     result = {key: value if isfinite(nan if value is None else value) else None for key, value in result.items()}
-    if result["eval_loss"] is None or skipped >= config.max_skipped_steps:
+    if result["eval_loss"] is None or (together is None and skipped >= config.max_skipped_steps):
         why = NOT_TRAINED if result["eval_loss"] is None else f"{skipped} steps in a row were skipped: it has diverged"
         return result | {"measures": dict.fromkeys(task.measures), "reasons": {}, "reason": why}
     return result | {"reason": None} | _measured(task, config, data, world, run, initial)

@@ -6,6 +6,9 @@
 Each task gets a fresh process with one thread, forked from a server that has imported this package once (some 20 ms).
 A process ends with its parent, also when that is killed. A task's time is its own: it runs from the moment at which its
 process has imported what it needs, which on a busy machine with a slow disk may take longer than the task.
+
+A task of several `processes` has as many, each with the environment in which a launcher starts a rank. The result is
+what the first returns; where one fails, the task does.
 """
 
 from __future__ import annotations
@@ -39,13 +42,48 @@ class Outcome(Generic[Task, Result]):
 
 
 @dataclass
-class _Running(Generic[Task]):
-    task: Task
+class _Process:
     process: BaseProcess
     reader: Connection
-    since: float
-    """When it was started; when the task began, once it has."""
     begun: bool = False
+    answer: tuple[Any, str | None] | None = None
+    """The result, or None and what went wrong; None: it runs still."""
+
+    def listen(self) -> bool:
+        """Take in what it has said; whether that was that its task begins."""
+        if self.answer is not None or not self.reader.poll():
+            return False
+        try:
+            said = self.reader.recv()
+        except EOFError:
+            self.process.join()
+            code = self.process.exitcode or 0
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            said = None, f"its process {how}"
+        if said == BEGINS:
+            self.begun = True
+            return True
+        self.answer = said
+        return False
+
+
+@dataclass
+class _Running(Generic[Task]):
+    task: Task
+    processes: list[_Process]
+    store: Any
+    """Of several processes, through which they meet."""
+    since: float
+    """When it was started; when the task began, once it has on all processes."""
+
+    @property
+    def begun(self) -> bool:
+        return all(one.begun for one in self.processes)
+
+    @property
+    def readers(self) -> list[Connection]:
+        """Those from which something may come."""
+        return [one.reader for one in self.processes if one.answer is None]
 
     def limit_s(self, timeout_s: float) -> float:
         return timeout_s if self.begun else START_S
@@ -58,6 +96,7 @@ def run(
     workers: int,
     timeout_s: float,
     preload: Sequence[str] = (),
+    processes: Callable[[Task], int] = lambda _: 1,
 ) -> Iterator[Outcome[Task, Result]]:
     """Outcomes in the order in which tasks end. `function` must be importable, its argument and result picklable.
 
@@ -65,65 +104,72 @@ def run(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, function.__module__, *preload])
-    waiting, running = iter(tasks), dict[int, _Running[Task]]()
+    waiting, running = iter(tasks), list[_Running[Task]]()
     try:
         while True:
             while len(running) < workers and (task := next(waiting, None)) is not None:
-                started = _start(context, task, function)
-                running[started.reader.fileno()] = started
+                running.append(_start(context, task, function, processes(task)))
             if not running:
                 return
-            first = min(r.since + r.limit_s(timeout_s) for r in running.values())
-            wait([r.reader for r in running.values()], max(0.0, first - time.monotonic()))
-            for key, one in [*running.items()]:
+            first = min(r.since + r.limit_s(timeout_s) for r in running)
+            wait([reader for r in running for reader in r.readers], max(0.0, first - time.monotonic()))
+            for one in [*running]:
                 outcome = _outcome(one, timeout_s)
                 if outcome is not None:
-                    del running[key]
+                    running.remove(one)
                     yield outcome
     finally:
-        for one in running.values():
+        for one in running:
             _end(one)
 
 
-def _start(context: Any, task: Task, function: Callable[[Task], Result]) -> _Running[Task]:
-    reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(writer, function, task), daemon=True)
-    process.start()
-    writer.close()  # the child holds the only end: where it dies, the reader sees the end of the file
-    return _Running(task, process, reader, time.monotonic())
+def _start(context: Any, task: Task, function: Callable[[Task], Result], count: int) -> _Running[Task]:
+    store, environment = None, dict[str, str]()
+    if count > 1:
+        from elastic_lsopt.training.processes import host
+
+        store, environment = host(count)
+    started = []
+    for rank in range(count):
+        reader, writer = context.Pipe(duplex=False)
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+        process = context.Process(target=_work, args=(writer, function, task, own), daemon=True)
+        process.start()
+        writer.close()  # the child holds the only end: where it dies, the reader sees the end of the file
+        started.append(_Process(process, reader))
+    return _Running(task, started, store, time.monotonic())
 
 
 def _outcome(one: _Running[Task], timeout_s: float) -> Outcome[Task, Any] | None:
     """None: it runs still."""
-    result, failure = None, None
-    seconds = time.monotonic() - one.since
-    if one.reader.poll():
-        try:
-            said = one.reader.recv()
-            if said == BEGINS:
-                one.since, one.begun = time.monotonic(), True
-                return None
-            result, failure = said
-        except EOFError:
-            one.process.join()
-            code = one.process.exitcode or 0
-            name = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-            failure = f"its process was {name}" if code < 0 else f"its process {name}"
-    elif seconds > one.limit_s(timeout_s):
+    if any([process.listen() for process in one.processes]) and one.begun:  # of each: no `or`
+        one.since = time.monotonic()
+    seconds, answers = time.monotonic() - one.since, [process.answer for process in one.processes]
+    result, failure = answers[0] or (None, None)
+    lost = [(rank, answer[1]) for rank, answer in enumerate(answers) if answer is not None and answer[1] is not None]
+    if lost:
+        rank, why = lost[0]
+        result, failure = None, why if len(answers) == 1 else f"{why} (process {rank} of {len(answers)})"
+    elif None in answers:
+        if seconds <= one.limit_s(timeout_s):
+            return None
+        result = None
         failure = f"it took longer than timeout_s={timeout_s:g}" if one.begun else f"it did not begin in {START_S:g} s"
-    else:
-        return None
     _end(one)
     return Outcome(one.task, result, failure, seconds)
 
 
 def _end(one: _Running[Any]) -> None:
-    one.process.kill()  # what it had to say is said
-    one.process.join()
-    one.reader.close()
+    for each in one.processes:
+        each.process.kill()  # what it had to say is said
+    for each in one.processes:
+        each.process.join()
+        each.reader.close()
+    one.store = None
 
 
-def _work(writer: Connection, function: Callable[[Any], Any], task: Any) -> None:
+def _work(writer: Connection, function: Callable[[Any], Any], task: Any, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch

@@ -93,6 +93,21 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def host(count: int) -> tuple[dist.TCPStore, dict[str, str]]:
+    """The store of `count` ranks on this machine, which lasts as long as it is held, and their environment but for RANK
+    and LOCAL_RANK."""
+    # Held here, on the loopback address alone: no port to guess, and it outlives a failing worker.
+    with socket.create_server((HOST, 0)) as listener:
+        port = listener.getsockname()[1]
+        store = dist.TCPStore(
+            HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+        )
+    return store, {
+        SECRET_VARIABLE: secrets.token_hex(32), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": HOST, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+
+
 def start_workers(
     count: int, arguments: Sequence[str], *, module: str = "elastic_lsopt.train", replicas: int = 1
 ) -> int:  # fmt: skip
@@ -102,16 +117,9 @@ def start_workers(
     process is killed. When a worker fails, the others get LEAVE_S to end by themselves; of several `replicas` that go
     their own ways only its own, unless it was a user's mistake. Workers share the cores.
     """
-    # Held here, on the loopback address alone: no port to guess, and it outlives a failing worker.
-    with socket.create_server((HOST, 0)) as listener:
-        port = listener.getsockname()[1]
-        store = dist.TCPStore(
-            HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
-        )
+    store, meeting = host(count)
     environment = {
-        SECRET_VARIABLE: secrets.token_hex(32), **os.environ,
-        CHILD: "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": HOST, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        **os.environ, **meeting, CHILD: "1", SECRET_VARIABLE: os.environ.get(SECRET_VARIABLE, meeting[SECRET_VARIABLE]),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
     }  # fmt: skip
     workers: list[subprocess.Popen[bytes]] = []

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from elastic_lsopt.api.consensus import Consensus, Exchanged
+from elastic_lsopt.api.replicas.consensus import Consensus, Exchanged
 from elastic_lsopt.checkpoint.checkpointer import LoadReport
 from elastic_lsopt.checkpoint.folder import CONTENTS, checkpoint_path, damage, listing, read_json, step_of
 from elastic_lsopt.config.consensus import read_consensus
@@ -40,10 +40,10 @@ from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.training.building.rules import rule_of
-from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.loop import TrainingRun
-from elastic_lsopt.training.run_folder import CHECKPOINTS
+from elastic_lsopt.training.reporting.console import Console
+from elastic_lsopt.training.reporting.run_folder import CHECKPOINTS
 from elastic_lsopt.training.statistics import estimate_anew, spread
 from elastic_lsopt.world import World
 
@@ -120,7 +120,8 @@ class ReplicaRun(TrainingRun):
         return Consensus(
             self._rule, world.meetings, replicas=tuple(paces), bits=block.told.bits, top_k=block.told.top_k,
             timeout_s=block.exchange_timeout_s, rounds=self.rounds, by_speed=block.steps == "by_speed",
-            newcomer=world.newcomer, outdated=world.outdated, disagreement_span=block.disagreement_span,
+            newcomer=world.newcomer, outdated=world.outdated, lost=world.lost,
+            disagreement_span=block.disagreement_span,
         )  # fmt: skip
 
     def _loader(self) -> StepLoader:
@@ -278,7 +279,8 @@ class ReplicaRun(TrainingRun):
         """Other replicas have come or gone."""
         assert world.meetings is not None
         self.world = world
-        self._consensus_of.members_changed(world.meetings, tuple(r for r, size in enumerate(world.sizes) if size))
+        living = tuple(r for r, size in enumerate(world.sizes) if size)
+        self._consensus_of.members_changed(world.meetings, living, world.lost)
 
     # -- a step ------------------------------------------------------------------------------------------------
 
@@ -386,7 +388,8 @@ class ReplicaRun(TrainingRun):
         consensus = self._consensus_of
         if not self.stopped and not consensus.over:
             try:
-                self._become_the_model()
+                self.become_the_model()
+                self._evaluate_the_model()
             except PeerFailed:
                 if not consensus.over:
                     raise
@@ -412,8 +415,11 @@ class ReplicaRun(TrainingRun):
     def _goes_on_from_here(self) -> bool:
         return self._stop_is_saved
 
-    def _become_the_model(self) -> None:
-        """Its batch norm's statistics are estimated anew: those of a replica are of its own weights."""
+    def become_the_model(self) -> None:
+        """Take the weights that the rule's paper evaluates (collective among the replicas).
+
+        Batch norm's statistics are estimated anew for them: those of a replica are of its own weights.
+        """
         engine = self.engine
         engine.space.weights.copy_(self._consensus_of.point())
         engine.space.copies.refresh()
@@ -421,6 +427,9 @@ class ReplicaRun(TrainingRun):
         estimate_anew(
             engine, (self.collate([train[i] for i in rows]) for rows in spread(len(train), size, STATISTICS_BATCHES))
         )
+
+    def _evaluate_the_model(self) -> None:
+        engine = self.engine
         if len(self.data.eval) and self._consensus_of.leads:
             held_out = self.evaluated()
             self.eval_loss = held_out.loss

@@ -28,3 +28,13 @@ def say_and_wait(target: str) -> None:
     """Write this process's id, then wait."""
     Path(target).write_text(str(os.getpid()))
     time.sleep(60)
+
+
+def as_rank(task: str) -> tuple[str, str]:
+    """A task of several processes, of which the one that it names fails."""
+    rank = os.environ["RANK"]
+    if task == rank:
+        raise ValueError("no such luck")
+    if task in "0123" and task:
+        time.sleep(600)
+    return rank, os.environ["WORLD_SIZE"]

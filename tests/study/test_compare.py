@@ -23,7 +23,7 @@ from elastic_lsopt.cli.main import main
 from elastic_lsopt.config.compare import read_comparison
 from elastic_lsopt.study.compare import contenders, task_of
 from elastic_lsopt.study.label_noise import wrong_labels
-from elastic_lsopt.study.one_run import rank_of
+from elastic_lsopt.study.one_run import processes_of, rank_of
 from elastic_lsopt.training.classifiers import small_cnn
 from tests.processes.ranks import ROOT, rank_environment
 from tests.processes.warm import BIN, Popen, run
@@ -106,6 +106,59 @@ def test_all_are_judged_by_the_same_samples(tmp_path: Path) -> None:
         assert parts[name]["mean"] == pytest.approx(whole[name]["mean"], rel=1e-4), name
 
 
+REPLICAS: dict[str, Any] = {"rule": "local_sgd", "replicas": 2, "pull": 1.0}
+PADDED = 1024
+"""Of the 610 parameters: numbers travel in multiples of 1024."""
+
+
+def test_replicas_that_meet_at_every_step_are_one_job(tmp_path: Path) -> None:
+    """Plain SGD: the same model as of one process on the same samples; and what two replicas send, by hand."""
+    axes = {"tau": {"every step": {}, 1: {"consensus.tau": 1}, 4: {"consensus.tau": 4}}}
+    methods = {
+        "together": {"at": {"tau": ["every step"]}},
+        "apart": {"at": {"tau": [1, 4]}, "consensus": REPLICAS},
+        "apart, SAM": {"at": {"tau": [1]}, "consensus": REPLICAS, "landscape": {"method": "sam"}},
+    }
+    more = {"seeds": [0], "equal": ["gradient_evaluations"], "measures": ["lambda_max"]}
+    path, out = write(tmp_path, job=NO_MOMENTUM | {"learning_rate": 0.1}, methods=methods, axes=axes, **more)
+    assert main(["compare", str(path)]) == 0
+    rows = {(r["method"], r["tau"]): r["numbers"] for r in json.loads((out / "compare.json").read_text())["rows"]}
+    one, each = rows["together", "every step"], rows["apart", 1]
+    for name in ("eval_loss", "train_loss", "eval_accuracy", "lambda_max"):
+        assert each[name]["mean"] == pytest.approx(one[name]["mean"], rel=1e-4), name
+    assert {r["samples"]["mean"] for r in rows.values()} == {6 * 64, 3 * 64}, "SAM takes half of the steps"
+    assert one.get("sent_bytes") is None
+    assert each["gradient_evaluations"]["mean"] == rows["apart, SAM", 1]["gradient_evaluations"]["mean"] == 6
+    for tau, exchanges in ((1, 6), (4, 2)):
+        sent = rows["apart", tau]["sent_bytes"]["mean"] / exchanges
+        assert sent == 2 * 4 * PADDED, "each sends a half of its own, and its half of the sum"
+    assert 0 < each["consensus_distance"]["mean"] < rows["apart", 4]["consensus_distance"]["mean"]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(240)
+def test_a_run_of_replicas_is_the_job_that_train_runs(tmp_path: Path) -> None:
+    keys = SETTINGS["job"] | {"max_steps": 24, "learning_rate": 0.1, "per_device_train_batch_size": 32}
+    keys |= {"consensus": {"rule": "easgd", "replicas": 2, "tau": 4}}
+    path, out = write(tmp_path, job=keys, methods={"a": {}}, seeds=[3], equal=["epochs"], measures=[])
+    assert main(["compare", str(path)]) == 0
+    [found] = [line["result"] for line in lines(out)]
+    job, folder = tmp_path / "job.yaml", tmp_path / "job"
+    own = {"output_dir": str(folder), "seed": 3, "workers": 2, "backend": "replicated", "export": False}
+    job.write_text(yaml.safe_dump(keys | own))
+    ended = run([str(BIN / "elastic-lsopt"), "train", str(job)], env=rank_environment(), timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    told = [
+        [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        for place in (folder, folder / "replica-1")
+    ]
+    assert found["eval_loss"] == pytest.approx(told[0][-1]["eval_loss"], rel=1e-6)
+    exchanges = [row["exchange"] for row in told[0] if "exchange" in row]
+    sent = sum(row["exchange"]["sent_bytes"] for rows in told for row in rows if "exchange" in row)
+    assert found["sent_bytes"] == pytest.approx(sent * (len(exchanges) + 1) / len(exchanges), rel=1e-3), "the last too"
+    assert 0.2 < found["consensus_distance"] / exchanges[-1]["consensus_distance"] < 5
+
+
 @pytest.mark.full
 def test_a_run_that_fails_harms_no_other_and_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """One that diverges, one whose code raises; a target that one method reaches."""
@@ -141,6 +194,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"axes": {"label_noise": [1.5]}}, "1.5 must be a number >= 0 and < 1"),
     ({"axes": {"momentum": 0.9}}, "axes.momentum=0.9 must be a list"),
     ({"target_loss": 0.5}, "needs eval_steps"),
+    (
+        {"target_loss": 0.5, "job": SETTINGS["job"] | {"eval_steps": 2, "per_device_train_batch_size": 16},
+         "methods": {"a": {"consensus": {"rule": "easgd", "replicas": 2}}}},
+        "target_loss is looked for while a run trains, and a has replicas",
+    ),
+    ({"methods": {"a": {"consensus": {"rule": "esgd", "replicas": 2}}}}, "did you mean 'easgd'?"),
+    ({"methods": {"a": {"consensus": {"rule": "easgd", "replicas": 3}}}}, "must divide global_batch_size=64"),
     ({"axes": {"learning_rate": [0.1, 1.0]}}, "learning_rate is set by axis learning_rate too; remove it"),
     (
         {"axes": {"momentum": [0.5]}, "methods": {"a": {"grid": {"momentum": [0.5, 0.9]}}}},
@@ -209,6 +269,17 @@ def test_an_axis_reaches_into_a_methods_block_and_a_method_may_stay_out(tmp_path
     read = read_comparison(path)
     made = [(one.label, task_of(read.config, one, {}, 5, _jobs(read)).config) for one in contenders(read.config)]
     assert sorted((label, job.landscape["rho"]) for label, job in made) == [("far", 5.0), ("sam", 0.01), ("sam", 5.0)]
+
+
+@pytest.mark.fast
+def test_replicas_share_the_batch(tmp_path: Path) -> None:
+    """Micro-batches are no larger than a replica's share, and all runs are judged by the job's own."""
+    axes = {"tau": {4: {"consensus.tau": 4}, "every step": {}}}
+    path, _ = write(tmp_path, axes=axes, methods={"a": {"consensus": REPLICAS, "at": {"tau": [4]}}}, equal=["epochs"])
+    read = read_comparison(path)
+    [task] = [task_of(read.config, one, {}, 5, _jobs(read)) for one in contenders(read.config)]
+    assert (task.config.per_device_train_batch_size, task.evaluated_by, processes_of(task)) == (32, 64, 2)
+    assert task.config.consensus == {**REPLICAS, "tau": 4}
 
 
 @pytest.mark.fast

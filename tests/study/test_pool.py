@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from elastic_lsopt.study.pool import run
-from tests.study.pool_tasks import behave
+from tests.study.pool_tasks import as_rank, behave
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +43,16 @@ def test_failures_are_told_and_harm_no_other():
     }  # fmt: skip
     assert found["good"].result[0] == "good"
     assert 10 <= found["hang"].seconds < 50
+
+
+def test_a_task_of_several_processes_is_the_firsts_and_fails_with_any():
+    began = time.monotonic()
+    found = {o.task: o for o in run(["all", "0", "2"], as_rank, workers=3, timeout_s=60.0, processes=lambda _: 3)}
+    assert found["all"].result == ("0", "3") and found["all"].failure is None
+    assert {task: found[task].failure for task in "02"} == {
+        rank: f"ValueError: no such luck (process {rank} of 3)" for rank in "02"
+    }
+    assert time.monotonic() - began < 50, "those that wait for it are ended"
 
 
 def test_a_tasks_time_is_its_own():

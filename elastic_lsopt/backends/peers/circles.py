@@ -8,14 +8,16 @@ not there, and of those that were of no use for IDLE meetings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from elastic_lsopt.backends.peers.intervals import Seat, bundles
-from elastic_lsopt.backends.peers.meeting import Met
-from elastic_lsopt.backends.peers.peers import Peers
+from elastic_lsopt.backends.peers.meeting import LOOK_EVERY_S, Met
+from elastic_lsopt.backends.peers.peers import Peers, told
+from elastic_lsopt.errors import PeerFailed
 
 IDLE = 64
 """Meetings after which a group that none has used ends."""
@@ -48,11 +50,12 @@ class Circles:
                 self._drop(name)
 
     def of(
-        self, members: Sequence[int], met: Met, left: timedelta, chosen: Sequence[int] | None = None
+        self, members: Sequence[int], met: Met, left: timedelta, over: Callable[[], bool],
+        chosen: Sequence[int] | None = None,
     ) -> Peers:  # fmt: skip
         """The circle of these members of a meeting, for the parameters of these numbers (None: all) (collective).
 
-        Raises PeerFailed where one is gone.
+        `over` says that the meeting has failed. Raises PeerFailed where one is gone.
         """
         name = "-".join(map(str, members)) + ("" if chosen is None else f" of {min(chosen)}")
         made = {met.reports[m]["circles"].get(name) for m in members}
@@ -61,11 +64,23 @@ class Circles:
             self._drop(name)
             store = dist.PrefixStore(f"circle/{met.number}/{name}", self._store)
             cuts = cuts_of(met.reports, members, chosen)
-            self._known[name] = met.number, Peers(self._own, members, bundles(self._own, cuts, members), store, left)
+            made_of = bundles(self._own, cuts, members)
+            self._meet(store, {seat for bundle in made_of for seat in bundle.holders}, left, over)
+            self._known[name] = met.number, Peers(self._own, members, made_of, store, left)
         self._used[name] = met.number
         _, peers = self._known[name]
-        peers.limit(left)
+        peers.limit(left, over)
         return peers
+
+    def _meet(self, store: dist.Store, seats: Iterable[Seat], left: timedelta, over: Callable[[], bool]) -> None:
+        """Wait until all these make their groups: gloo would wait for one that does not come, whatever others know."""
+        keys, end = [f"here/{replica}.{rank}" for replica, rank in seats], time.monotonic() + left.total_seconds()
+        with told():
+            store.set("here/{}.{}".format(*self._own), "1")
+            while not store.check(keys):
+                if over() or time.monotonic() > end:
+                    raise PeerFailed("a replica that had come has not made its groups")
+                time.sleep(LOOK_EVERY_S)
 
     def drop(self) -> None:
         """An exchange has failed: none of them is used again."""

@@ -33,6 +33,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -47,6 +48,8 @@ LOOK_EVERY_S, SELDOM_S = 0.002, 0.02
 """How often a replica that waits asks the store: more seldom the longer it has waited, after each twentieth of that."""
 LEAST_S = 0.05
 """What is left for a phase that begins at the deadline."""
+SLOW_S = 0.1
+"""By so much later than others a replica that lives may hear that a meeting has failed, and vote."""
 LOST, OUTDATED, OVER, SILENT = "lost", "outdated", "over", "silent"
 BEAT_S, SILENT_S = 5.0, 600.0
 """How often a replica that takes steps gives a sign of life, and how long one that waits for its model may miss all of
@@ -79,15 +82,16 @@ class Meetings:
     """One rank's part in the meetings of its replica with the others (every method is collective in the replica).
 
     `inside` is a gloo group of the replica's own ranks (None: it has one). `store` is the job's; its own time limit is
-    that of a replica that has lost the store. `since` is the number of the first meeting there.
+    that of a replica that has lost the store. `since` is the number of the first meeting there. `lost` says of a
+    replica what it cannot say itself: that all its ranks are gone.
     """
 
     def __init__(
         self, store: dist.Store, number: int, expected: Iterable[int], *, first: bool,
-        inside: dist.ProcessGroup | None, timeout_s: float, outdated: Callable[[], bool] | None = None, since: int = 0,
-        told_to_stop: Callable[[], bool] = lambda: False,
+        inside: dist.ProcessGroup | None, timeout_s: float, outdated: Callable[[], bool] | None = None,
+        lost: Callable[[int], bool] | None = None, told_to_stop: Callable[[], bool] = lambda: False, since: int = 0,
     ) -> None:  # fmt: skip
-        self._outdated, self._since, self._told_to_stop = outdated, since, told_to_stop
+        self._outdated, self.lost, self._since, self._told_to_stop = outdated, lost, since, told_to_stop
         self.stops = False
         """Whether a rank of this replica had been told to stop when the last meeting began (alike on all of them)."""
         self._store, self.number, self._expected = store, number, set(expected)
@@ -100,6 +104,8 @@ class Meetings:
         """The others have ended the job while this replica was away (alike on all its ranks)."""
         self._last: int | None = None
         """The meeting at which this replica was last."""
+        self._failed: tuple[Met, float] | None = None
+        """That one, if it did not go well, and until when its votes may come."""
 
     @property
     def left(self) -> timedelta:
@@ -145,6 +151,10 @@ class Meetings:
         now = time.monotonic()
         self._come, self._end = now + self.timeout_s / 2 + patience_s, now + self.timeout_s + patience_s
 
+    def failed(self, met: Met) -> bool:
+        """Whether a member has found that it cannot go well (any rank; one question to the store)."""
+        return self._store.check([f"{met.number}/failed"])
+
     def end(
         self, met: Met, *, well: bool, watch: Callable[[timedelta], Callable[[], bool]] | None = None
     ) -> bool:  # fmt: skip
@@ -180,6 +190,8 @@ class Meetings:
         store = self._store
         k = self._number()
         missed = self._last is not None and k > self._last + 1
+        if self._failed is not None:
+            self._expected |= self._alive(*self._failed)
         if missed or patience_s:
             self._expected |= {*self._known()}
         self._come += late_s if missed else 0.0
@@ -195,7 +207,11 @@ class Meetings:
         everybody = _All(sorted(self._expected - {self.number}), lambda r: self._ready(k, r) or self._gone(r))
         begun = lambda: store.check([f"{k}/in"]) or self._number() > k  # noqa: E731
         stops = lambda: self.stops or self._told_to_stop()  # noqa: E731
-        self._wait(lambda: begun() or everybody() or stops(), min(self._come, end))
+        try:
+            self._wait(lambda: begun() or everybody() or stops(), min(self._come, end))
+        except _Outdated:
+            if self._taken_back(k) is not None:
+                raise  # else this replica is in, and the others wait for it: its members may change after that
         if self._said("over"):
             return OVER
         if not begun():
@@ -243,35 +259,46 @@ class Meetings:
         """Write who is in, unless another was first."""
         store = self._store
         told = {r: self._read(f"{k}/ready/{r}") for r in self._known()}
-        there = {r: json.loads(said)[0] for r, said in sorted(told.items()) if said is not None}
+        there = {r: json.loads(said)[0] for r, said in sorted(told.items()) if said is not None and not self._gone(r)}
         newest = max(there.values(), default=-1)
         found = self._read(f"common/{newest}") if newest >= 0 else None
         mine = json.dumps([self.number, [*there], None if found is None else json.loads(found)])
         return store.compare_set(f"{k}/in", "", mine) == mine.encode()
 
     def _end_of(self, met: Met, well: bool, watch: Callable[[timedelta], Callable[[], bool]] | None) -> str:
-        store, k = self._store, met.number
+        store, k, self._failed = self._store, met.number, None
         gone = watch(self.left) if well and watch is not None else lambda: False
         if not well:
             store.set(f"{k}/failed", "1")
         store.set(f"{k}/done/{self.number}", "1" if well else "0")
 
-        def said() -> dict[int, bytes]:
-            votes = {r: self._read(f"{k}/done/{r}") for r in met.members}
-            return {r: vote for r, vote in votes.items() if vote is not None}
-
         others = [r for r in met.members if r != self.number]
-        everybody = _All(others, lambda r: store.check([f"{k}/done/{r}"]) or self._gone(r))
-        self._wait(lambda: not well or store.check([f"{k}/failed"]) or everybody() or gone(), self._end)
-        votes = said()
+        everybody = _All(others, lambda r: self._voted(k, r) or self._gone(r))
+        with suppress(_Outdated):  # then the verdict is at once, and the same for all
+            self._wait(lambda: not well or store.check([f"{k}/failed"]) or everybody() or gone(), self._end)
+        votes = self._said(met)
         all_well = len(votes) == len(met.members) and b"0" not in votes.values()
         verdict = store.compare_set(f"{k}/verdict", "", "all" if all_well else "keep").decode()
         if verdict == "all":
             self._expected = set(met.members)
-        else:  # who is alive says so within a moment: its own collective has failed too
-            time.sleep(LEAST_S)
-            self._expected = {*said(), self.number}
+        else:  # who is alive says so within a moment: its own collective has failed too, or this tells it
+            store.set(f"{k}/failed", "1")
+            self._expected, self._failed = set(), (met, time.monotonic() + SLOW_S)
         return verdict
+
+    def _alive(self, failed: Met, end: float) -> set[int]:
+        """Who has voted in that meeting; steps have been taken since, so there is hardly anything to wait for."""
+        everybody = _All(failed.members, lambda r: self._voted(failed.number, r) or self._gone(r))
+        self._wait(everybody, end)
+        return {*self._said(failed)}
+
+    def _voted(self, k: int, replica: int) -> bool:
+        return self._store.check([f"{k}/done/{replica}"])
+
+    def _said(self, met: Met) -> dict[int, bytes]:
+        """The votes that there are."""
+        votes = {r: self._read(f"{met.number}/done/{r}") for r in met.members}
+        return {r: vote for r, vote in votes.items() if vote is not None}
 
     def beat(self) -> None:
         """This replica takes steps (its first rank alone)."""
@@ -285,7 +312,13 @@ class Meetings:
 
     def leave(self) -> None:
         """This replica is broken, and nobody need wait for it (any of its ranks; no communication inside)."""
-        self._asked(lambda: self._store.set(f"gone/{self.number}", "1"))
+
+        def say() -> None:
+            self._store.set(f"gone/{self.number}", "1")
+            if newest := self._number():  # in which it may be: then that fails, unless there is a verdict
+                self._store.set(f"{newest - 1}/failed", "1")
+
+        self._asked(say)
 
     def vacate(self, replicas: Iterable[int]) -> None:
         """These have no members any more (the first rank alone)."""
@@ -296,6 +329,7 @@ class Meetings:
         """From now on this replica may be taken in, and is known by its number (its first rank alone)."""
         while (number := self._number()) < self._since:  # numbers go on where those of the store before ended
             self._store.compare_set("meetings", str(number) if number else "", str(self._since))
+        self._store.delete_key(f"{self._number()}/ready/{self.number}")  # the word of a life that has ended
         self._store.delete_key(f"gone/{self.number}")
         while True:
             before = self._store.get("replicas") if self._store.check(["replicas"]) else b""
@@ -311,7 +345,7 @@ class Meetings:
         return json.loads(self._store.get("replicas"))
 
     def _gone(self, replica: int) -> bool:
-        return self._said(f"gone/{replica}")
+        return (self.lost is not None and self.lost(replica)) or self._said(f"gone/{replica}")
 
     def _said(self, key: str) -> bool:
         """Whether a replica has said so: a signed store raises for a stranger's word, but only where it is read."""

@@ -16,7 +16,7 @@ from elastic_lsopt.backends.groups import gloo
 from elastic_lsopt.backends.peers import meeting
 from elastic_lsopt.backends.peers.circles import IDLE, Circles
 from elastic_lsopt.backends.peers.meeting import Meetings, Met
-from elastic_lsopt.errors import UserError
+from elastic_lsopt.errors import PeerFailed, UserError
 
 pytestmark = pytest.mark.fast
 LIMIT_S = 20.0
@@ -97,15 +97,31 @@ def test_a_circle_that_one_has_dropped_is_made_anew_once_in_a_meeting() -> None:
     earlier = {r: {"circles": {}, "cut": [[(0, 0, 4)]]} for r in (0, 1)}
 
     def member(number: int) -> list[Any]:
-        circles, left = Circles((number, 0), shared), timedelta(seconds=2)
-        circles.of((0, 1), Met(3, (0, 1), earlier, None), left)
+        circles, left, never = Circles((number, 0), shared), timedelta(seconds=2), lambda: False
+        circles.of((0, 1), Met(3, (0, 1), earlier, None), left, never)
         if number == 1:
             circles.drop()
-        return [circles.of((0, 1), Met(7, (0, 1), reports, None), left) for _ in range(3)]
+        return [circles.of((0, 1), Met(7, (0, 1), reports, None), left, never) for _ in range(3)]
 
     with ThreadPoolExecutor(2) as threads:
         for first, *others in threads.map(member, range(2)):
             assert all(one is first for one in others)
+
+
+def test_nobody_waits_for_a_replica_that_is_known_to_be_lost() -> None:
+    """Replica 1 dies whole between two meetings, and says nothing; who watches over it says so while others wait."""
+    shared, gone = store(), threading.Event()
+    both = [replica(shared, number, among=2, timeout_s=20.0) for number in range(2)]
+    both[0].lost = lambda number: number == 1 and gone.is_set()
+    with ThreadPoolExecutor(2) as threads:
+        [*_] = threads.map(lambda me: me.end(me.begin({}), well=True), both)
+        waiting = threads.submit(both[0].begin, {})
+        time.sleep(0.3)
+        assert not waiting.done()
+        gone.set()
+        begin = time.monotonic()
+        met = waiting.result(LIMIT_S)
+    assert met is not None and met.members == (0,) and time.monotonic() - begin < 5.0
 
 
 def test_a_newcomer_whose_others_have_all_died_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +159,55 @@ def test_who_is_told_to_stop_while_it_waits_takes_its_word_back() -> None:
     assert met is not None and met.members == (1,)
 
 
+def test_whose_members_are_about_to_change_takes_its_word_back() -> None:
+    """The others would wait for it: its ranks form another group meanwhile."""
+    shared, changes = store(), threading.Event()
+    leaves = Meetings(shared, 0, range(2), first=True, inside=None, timeout_s=60.0, outdated=changes.is_set)
+    leaves.join()
+    other = replica(shared, 1, among=2)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(lambda: leaves.begin({}))
+        time.sleep(0.2)
+        changes.set()
+        with pytest.raises(PeerFailed, match="are about to change"):
+            waiting.result(5.0)
+    met = other.begin({})
+    assert met is not None and met.members == (1,)
+
+
+def test_who_has_come_and_died_is_not_in() -> None:
+    """One of its ranks says that it is gone, and it is known again in its next life."""
+    shared = store()
+    died, other = replica(shared, 0, among=2, timeout_s=60.0), replica(shared, 1, among=2)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(lambda: died.begin({}))
+        time.sleep(0.2)
+        died.leave()
+        met = other.begin({})
+        assert met is not None and met.members == (1,) and other.end(met, well=True)
+        assert waiting.result(5.0) is None
+    met = replica(shared, 0, among=2).begin({})
+    assert met is not None and met.members == (0,)
+
+
+def test_a_death_fails_the_meeting_that_is_under_way() -> None:
+    """Also where its groups are not made yet, which no connection tells of."""
+    shared, reports = store(), {r: {"circles": {}, "cut": [[(0, 0, 4)]]} for r in (0, 1)}
+    both = [replica(shared, number, among=2, timeout_s=60.0) for number in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        met, _ = threads.map(lambda me: me.begin({}), both)
+        assert met is not None
+        there = Met(met.number, met.members, reports, None)
+        circles, failed = Circles((0, 0), shared), lambda: both[0].failed(there)
+        making = threads.submit(circles.of, (0, 1), there, timedelta(seconds=60), failed)
+        time.sleep(0.3)
+        assert not making.done()
+        both[1].leave()
+        with pytest.raises(PeerFailed, match="has not made its groups"):
+            making.result(5.0)
+        assert not both[0].end(met, well=False)
+
+
 def test_who_comes_when_the_job_has_ended_hears_of_it() -> None:
     shared = store()
     first, late = replica(shared, 0, among=2), replica(shared, 1, among=2)
@@ -164,7 +229,7 @@ def test_groups_do_not_pile_up() -> None:
 
         def one(m: int) -> None:
             circles[m].only(met)
-            circles[m].of(members, met, timedelta(seconds=LIMIT_S))
+            circles[m].of(members, met, timedelta(seconds=LIMIT_S), lambda: False)
 
         with ThreadPoolExecutor(4) as threads:
             assert [*threads.map(one, members)] == [None] * len(members)

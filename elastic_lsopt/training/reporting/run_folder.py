@@ -17,8 +17,8 @@ from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.worker.journal import JOURNAL
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.report.run import ANSWERS
-from elastic_lsopt.training.reporters import Reporters
-from elastic_lsopt.training.run_state import STATE, RunState
+from elastic_lsopt.training.reporting.reporters import Reporters
+from elastic_lsopt.training.reporting.run_state import STATE, RunState
 
 CONFIG, METRICS, EVENTS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"
 MODEL = "model"

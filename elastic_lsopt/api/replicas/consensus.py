@@ -19,7 +19,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from elastic_lsopt.api.hearing import Heard, Hearing
+from elastic_lsopt.api.replicas.exchanged import Exchanged, Said, UnderWay
+from elastic_lsopt.api.replicas.hearing import Heard, Hearing
+from elastic_lsopt.api.replicas.reports import final, fit_of, keeps, ledger_of, spans, trained
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.agreement import gather_json
 from elastic_lsopt.backends.groups import Group, present
@@ -32,7 +34,6 @@ from elastic_lsopt.consensus.fragments import within
 from elastic_lsopt.consensus.needs import refuse_unmet
 from elastic_lsopt.consensus.rule import Rule
 from elastic_lsopt.consensus.terms import refuse_other_terms, terms_of, warn_of_other_beginnings
-from elastic_lsopt.data.ledger import Ledger
 from elastic_lsopt.data.rounds import Rounds
 from elastic_lsopt.errors import NonFinite, PeerFailed, UserError
 from elastic_lsopt.optimizers.registry import methods
@@ -63,51 +64,6 @@ class Standing(Stateful):
         return {"since": 0, "samples": 0, "ahead": 0}
 
 
-@dataclass(frozen=True)
-class Exchanged:
-    """One meeting, as the journal tells it."""
-
-    number: int
-    members: tuple[int, ...]
-    fit: tuple[int, ...]
-    """The members that exchanged; the others were given the model."""
-    missing: tuple[int, ...]
-    """Who was at the exchange before, and not at this one."""
-    well: bool
-    """It went well on all; else none of them has changed anything."""
-    why: str
-    """What failed on this rank; empty where nothing did."""
-    seconds: float
-    sent_bytes: int
-    """By this rank."""
-    disagreement: Disagreement | None = None
-    """How far apart the fit members were before it; None where no reduction tells it."""
-
-    @property
-    def consensus_distance(self) -> float | None:
-        """Root mean square distance of the fit members from their mean, before it."""
-        return None if self.disagreement is None else self.disagreement.consensus_distance
-
-    @property
-    def extraordinary(self) -> bool:
-        """Whether somebody was left out, let in or missing, or it failed."""
-        return not self.well or self.fit != self.members or bool(self.missing)
-
-
-_Said = tuple[Heard, bool, str, float, int]
-"""What was heard, whether it went well, why not, seconds, and bytes sent."""
-
-
-@dataclass(frozen=True)
-class _UnderWay:
-    """A meeting whose end has not taken effect."""
-
-    met: Met
-    fit: tuple[int, ...]
-    said: _Said | Future[_Said]
-    before: dict[str, Any]
-
-
 class Consensus:
     """How an engine's replica and the others pull on each other (collective in the replica to make and to use).
 
@@ -122,7 +78,8 @@ class Consensus:
     def __init__(
         self, rule: Rule, store: dist.Store, *, replicas: tuple[int, ...], bits: int = 32, top_k: int | None = None,
         timeout_s: float = 30.0, rounds: Rounds | None = None, by_speed: bool = False, newcomer: bool = False,
-        outdated: Callable[[], bool] | None = None, disagreement_span: int = 0,
+        outdated: Callable[[], bool] | None = None, lost: Callable[[int], bool] | None = None,
+        disagreement_span: int = 0,
     ) -> None:  # fmt: skip
         require(bits in BITS, "bits", bits, f"one of {', '.join(map(str, BITS))}")
         if top_k is not None:
@@ -134,10 +91,10 @@ class Consensus:
         """This replica's own."""
         self._bits, self._top_k, self.timeout_s, self.rounds = bits, top_k, timeout_s, rounds
         self._thread: ThreadPoolExecutor | None = None
-        self._under_way: _UnderWay | None = None
+        self._under_way: UnderWay | None = None
         self.exchanges: list[Exchanged] = []
         """Of this life of the process."""
-        self._by_speed, self._fit, self._outdated = by_speed, not newcomer, outdated
+        self._by_speed, self._fit, self._outdated, self._lost = by_speed, not newcomer, outdated, lost
         self._vacant: tuple[int, ...] = ()
         self._span = DisagreementSpan(disagreement_span) if disagreement_span else None
         self._spanned = NEVER
@@ -185,20 +142,23 @@ class Consensus:
         rank, self._store = self._inside.rank, store
         self._meetings = Meetings(
             store, self.number, replicas, first=rank == 0, inside=self._inside.handle, timeout_s=self.timeout_s,
-            outdated=self._outdated, since=0 if self.rounds is None else max(0, self.rounds.version),
-            told_to_stop=self._to_stop,
+            outdated=self._outdated, lost=self._lost, told_to_stop=self._to_stop,
+            since=0 if self.rounds is None else max(0, self.rounds.version),
         )  # fmt: skip
         self._circles = Circles((self.number, rank), store)
         self._hearing = Hearing(
             self._step, self.rule, format_of(self._bits, self._top_k), self._circles, self._inside, self.number,
-            lambda: self._meetings.left, Standing.name, gaps=self._span is not None,
+            lambda: self._meetings.left, self._meetings.failed, Standing.name, gaps=self._span is not None,
         )  # fmt: skip
         if rank == 0:
             self._meetings.join()
 
-    def members_changed(self, store: dist.Store, living: tuple[int, ...]) -> None:
+    def members_changed(
+        self, store: dist.Store, living: tuple[int, ...], lost: Callable[[int], bool] | None = None
+    ) -> None:
         """Other replicas have come or gone, and the store may be another (collective in the replica, between steps)."""
         self.settled()
+        self._lost = self._meetings.lost = lost
         self._vacant = tuple(r for r in range(max(*self.replicas, *living) + 1) if r not in living)
         self.replicas = living
         if store is not self._store:
@@ -283,7 +243,7 @@ class Consensus:
     def exchange(self, oracle: Oracle | None, *, beside: bool = False) -> Exchanged | None:
         """Meet the others now; None where they met without this replica, or where it goes on `beside` steps."""
         self.settled()
-        met, self._redealt = self._begin(final=False), False
+        met, self._redealt = self._begin(last=False), False
         if met is None and (self.stops or self.over):
             return None
         self._standing["since"] = 0
@@ -295,12 +255,12 @@ class Consensus:
         fit = self._fit_of(met)
         told = self.rule.snapshot(self._step.space, self._hearing.state, met.number) if self.number in fit else {}
         act = partial(self._hear, met, fit, oracle, told)
-        trained = dict(self._standing)
-        if not beside or not _keeps(met, self.number):
-            self._under_way = _UnderWay(met, fit, act(), trained)
+        before = dict(self._standing)
+        if not beside or not keeps(met, self.number):
+            self._under_way = UnderWay(met, fit, act(), before)
             return self.settled()
         self._thread = self._thread or ThreadPoolExecutor(1, "consensus")
-        self._under_way = _UnderWay(met, fit, self._thread.submit(act), trained)
+        self._under_way = UnderWay(met, fit, self._thread.submit(act), before)
         return None
 
     def settled(self) -> Exchanged | None:
@@ -336,11 +296,11 @@ class Consensus:
         )
         return self.exchanges[-1]
 
-    def _hear(self, met: Met, fit: tuple[int, ...], oracle: Oracle | None, told: dict[str, Any]) -> _Said:
+    def _hear(self, met: Met, fit: tuple[int, ...], oracle: Oracle | None, told: dict[str, Any]) -> Said:
         """All that is said, and the verdict."""
         begin, sent_bytes, heard, why = time.monotonic(), self._circles.sent_bytes, Heard(), ""
         try:
-            if _final(met):  # the others have ended: this replica is late, and hears what they have come to
+            if final(met):  # the others have ended: this replica is late, and hears what they have come to
                 heard = Heard(point=self._hearing.point(met, fit))
             else:
                 heard = self._hearing.hear(met, fit, oracle, told)
@@ -350,27 +310,27 @@ class Consensus:
         well = self._meetings.end(met, well=not why, watch=None if exchange is None else exchange.watch)
         return heard, well, why, time.monotonic() - begin, self._circles.sent_bytes - sent_bytes
 
-    def _begin(self, *, final: bool) -> Met | None:
-        """Say that this replica is there; `final`: for the model at the end."""
+    def _begin(self, *, last: bool) -> Met | None:
+        """Say that this replica is there; `last`: for the model at the end."""
         common, version = (None, -1) if self.rounds is None else (self.rounds.ledger.to_json(), self.rounds.version)
         met = self._meetings.begin(
-            self._report(final), common, version=version, patience_s=self._patience_s, late_s=2 * self._round_s
+            self._report(last), common, version=version, patience_s=self._patience_s, late_s=2 * self._round_s
         )
         if met is not None:
             refuse_other_terms({m: report["terms"] for m, report in met.reports.items()})
-            if not self.exchanges and self.rounds is None and not final:
+            if not self.exchanges and self.rounds is None and not last:
                 warn_of_other_beginnings({m: report["begins"] for m, report in met.reports.items()})
         return met
 
-    def _report(self, final: bool) -> dict[str, Any]:
+    def _report(self, last: bool) -> dict[str, Any]:
         space = self._step.space
         finite = math.isfinite(space.norm(space.weights))
         return {
-            **self._hearing.report(), "cut": self._cut, "final": final, "terms": self._terms, "begins": self._begins,
+            **self._hearing.report(), "cut": self._cut, "final": last, "terms": self._terms, "begins": self._begins,
             "samples": self._standing["samples"], "newest": self._newest,
             "fit": self._fit and finite and not self._skipped, "finite": finite,
             "clock": self._step.clock.samples - self._standing["ahead"], "pace": self._pace,
-            "held": [] if self.rounds is None else _spans(self.rounds.ledger, self.number), "vacant": self._vacant,
+            "held": [] if self.rounds is None else spans(self.rounds.ledger, self.number), "vacant": self._vacant,
         }  # fmt: skip
 
     @property
@@ -389,27 +349,23 @@ class Consensus:
 
     def _fit_of(self, met: Met) -> tuple[int, ...]:
         """Alike on all members, as is all that follows from it."""
-        keeps = [m for m in met.members if _keeps(met, m)]
-        if self.number not in keeps:
+        if not keeps(met, self.number):
             self._redealt, self._fit, self._standing["samples"] = True, False, 0
-        final = _final(met)
-        return tuple(m for m in keeps if met.reports[m]["fit"] and (met.reports[m]["final"] or not final))
+        return fit_of(met)
 
     def _count(self, met: Met, fit: tuple[int, ...], before: dict[str, Any], *, well: bool) -> None:
         """Samples, clock and the next round, alike on all members; `before` is how this replica stood at the meeting,
         and what it has trained on since counts the next time."""
-        samples = {m: report["samples"] if _keeps(met, m) else 0 for m, report in met.reports.items()}
+        samples = trained(met)
         counted = {m: samples[m] for m in fit} if well else {}
         if self.rounds is not None:
             undone = {m: n for m, n in samples.items() if m not in fit} if well else {}
             paces = {m: report["pace"] for m, report in met.reports.items()}
-            ledger = Ledger.from_json(met.common)
-            vacant = set.intersection(*({*report["vacant"]} for report in met.reports.values()))
-            for member in [*(m for m in met.members if not _keeps(met, m)), *sorted(vacant)]:
-                ledger = ledger.lost(member)
             self.rounds.version = met.number + 1
             since, beyond = self._standing["samples"] - before["samples"], {} if well else samples
-            self.rounds.settle(ledger, counted=counted, beyond=beyond, undone=undone, paces=paces, since=max(0, since))
+            self.rounds.settle(
+                ledger_of(met), counted=counted, beyond=beyond, undone=undone, paces=paces, since=max(0, since)
+            )
         if well:
             standing = self._standing
             clock = max(report["clock"] for report in met.reports.values()) + sum(counted.values())
@@ -425,7 +381,7 @@ class Consensus:
         self.settled()
         self.told_to_stop = False  # so near the end
         for _ in range(TRIES):
-            met = self._begin(final=True)
+            met = self._begin(last=True)
             if self.over:
                 raise PeerFailed("the other replicas have formed their final model without this one")
             if met is None:
@@ -465,18 +421,3 @@ class Consensus:
         family = self._step.families[name]
         assert isinstance(family, Kept)
         return family.state
-
-
-def _keeps(met: Met, member: int) -> bool:
-    """Whether a member still has the samples that it takes for its own."""
-    return met.common is None or _spans(Ledger.from_json(met.common), member) == met.reports[member]["held"]
-
-
-def _final(met: Met) -> bool:
-    """Whether a member has come for the model at the end; then all form it."""
-    return any(report["final"] for report in met.reports.values())
-
-
-def _spans(ledger: Ledger, replica: int) -> list[list[int]]:
-    """What the replica has open, as JSON gives it back."""
-    return [[*span] for span in ledger.open.get(replica, ())]
