@@ -47,6 +47,8 @@ def train(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = Fals
     arguments = [str(path), *overrides, *(["--trust"] if trust else [])]
     if job.config.elastic is not None:
         _elastic(job, arguments)
+    if not launched() and int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return _unjoined()
     if not launched() and job.config.workers > 1:
         return start_workers(job.config.workers, arguments, replicas=_replicas(job))
     return _one_rank(job)
@@ -105,6 +107,18 @@ def _one_rank(job: Job) -> int:
     except Exception as error:
         code = say_failure(error, world)
     return leave(code, world.size)
+
+
+def _unjoined() -> int:
+    """mpirun has started this process, and does not say where the others are."""
+    if os.environ.get("OMPI_COMM_WORLD_RANK", "0") != "0":
+        time.sleep(SAY_S)
+        return 2
+    raise UserError(
+        f"mpirun has started {os.environ['OMPI_COMM_WORLD_SIZE']} processes, and RANK, WORLD_SIZE, MASTER_ADDR or "
+        "MASTER_PORT is missing, by which they find each other; set them (RANK from OMPI_COMM_WORLD_RANK …), use "
+        "torchrun or deepspeed, or add an elastic block."
+    )
 
 
 def _replicas(job: Job) -> int:

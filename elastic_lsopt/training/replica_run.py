@@ -164,6 +164,11 @@ class ReplicaRun(TrainingRun):
             return "none"
         return str(checkpoint_path(folder, step))
 
+    def _begin(self) -> None:
+        super()._begin()
+        if self._number and self.world.is_first:  # what happens to it from here on happens to no other
+            self.console.warns_as = f"replica {self._number}: "
+
     def _go_on_from(self, found: LoadReport) -> None:
         self._saved_at[found.step] = self.engine.clock.steps
         saved, share = found.extra.get("loader", {}), self.config.global_batch_size // self._block.replicas

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from elastic_lsopt.elastic.worker.journal import read_meetings
 from tests.jobs import TINY, Started, command, rows, run, write_job
@@ -52,6 +54,7 @@ def test_one_replica_is_told_to_stop(tmp_path: Path) -> None:
     try:
         started.until(lambda: newest(folder) >= 6)
         os.kill(of_rank(started, 0), signal.SIGTERM)
+        (tmp_path / "hurry").touch()
         assert started.wait() == 0, started.output
     finally:
         started.kill()
@@ -62,7 +65,8 @@ def test_one_replica_is_told_to_stop(tmp_path: Path) -> None:
     assert (folder / "model" / "model.safetensors").exists(), started.output
 
 
-@pytest.mark.parametrize("tau", [4, pytest.param(8, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("tau", [4, 8])
 def test_all_are_told_to_stop(tmp_path: Path, tau: int) -> None:
     """In the middle of a round they save where they are, and go on from there with the same bits."""
     block = {"rule": "easgd", "replicas": 2, "tau": tau}
@@ -105,6 +109,7 @@ def test_who_waits_for_others_hears_that_it_is_to_stop(tmp_path: Path) -> None:
     assert "stopped after step 8" in started.output and saved(folder), started.output
 
 
+@pytest.mark.full
 def test_who_is_late_for_the_end(tmp_path: Path) -> None:
     """The first replica hangs until the other has ended the job: it is told so, and the model stays the other's."""
     block = {"rule": "easgd", "replicas": 2, "tau": 4, "exchange_timeout_s": 2}
@@ -127,6 +132,39 @@ def test_who_is_late_for_the_end(tmp_path: Path) -> None:
     assert ends[newest(folder / "replica-1")]["samples"] == 8 * STEPS
 
 
+@pytest.mark.full
+def test_a_replica_that_is_killed(tmp_path: Path) -> None:
+    """With `workers:` the others go on, and the job ends well."""
+    block = {"rule": "easgd", "replicas": 2, "tau": 4, "exchange_timeout_s": 4}
+    started = Started(command("none", job(tmp_path, "run", consensus=block)), tmp_path)
+    try:
+        started.until(lambda: newest(tmp_path / "run") >= 6)
+        os.kill(of_rank(started, 0), signal.SIGKILL)
+        (tmp_path / "hurry").touch()
+        assert started.wait() == 0, started.output
+    finally:
+        started.kill()
+    assert "worker 0 was ended by SIGKILL; replica 0 is no more, the others go on" in started.output
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.full
+def test_a_word_of_a_stranger_is_not_believed(tmp_path: Path) -> None:
+    """Who writes into the job's store that it is over does not end it well."""
+    started = Started(command("none", job(tmp_path, "run")), tmp_path)
+    try:
+        started.until(lambda: newest(tmp_path / "run") >= 5)
+        names = Path(f"/proc/{of_rank(started, 0)}/environ").read_bytes().split(b"\0")
+        port = next(int(name.removeprefix(b"MASTER_PORT=")) for name in names if name.startswith(b"MASTER_PORT="))
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
+        store.set("meetings/over", "1")
+        assert started.wait() == 1, started.output
+    finally:
+        started.kill()
+    assert "is not signed with this job's secret; a stranger wrote it" in started.output
+
+
+@pytest.mark.full
 def test_a_job_in_which_nobody_can_help(tmp_path: Path) -> None:
     """All replicas break at once: it ends as any job that has diverged, and not after many rounds."""
     file = job(

@@ -1,4 +1,4 @@
-"""Replicas in a training loop of the user's own, under torchrun, the deepspeed launcher or MPI."""
+"""Replicas in a training loop of the user's own, under torchrun or the deepspeed launcher."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def join_replicas(
     if missing := [name for name in LAUNCHED if name not in os.environ]:
         raise UserError(
             f"join_replicas needs what a launcher sets, and {', '.join(missing)} is missing; start the program by "
-            "torchrun, deepspeed or mpirun."
+            "torchrun or deepspeed, or set them from OMPI_COMM_WORLD_RANK and its like under mpirun."
         )
     if dist.is_initialized():
         raise UserError("join_replicas forms torch's default group, and there is one; call it before anything does.")

@@ -34,6 +34,8 @@ class Console:
 
     def __init__(self) -> None:
         self._speaks, self._steps = False, 0
+        self.warns_as = ""
+        """Of a process that does not speak: before its warnings, if they are its own; "": others have the same."""
         self._terminal = Terminal(stderr=True, soft_wrap=True, highlight=False)
         self._device = torch.device("cpu")
         self._bar: Progress | None = None
@@ -69,6 +71,11 @@ class Console:
         """One line, as it is."""
         if self._speaks:
             self._terminal.print(text, markup=False)
+
+    def warn(self, line: str) -> None:
+        """A warning of the package."""
+        if self._speaks or self.warns_as:
+            self._terminal.print(line if self._speaks else f"{self.warns_as}{line}", markup=False)
 
     def introduce(self, config: TrainConfig, engine: Engine, data: Data) -> None:
         """The first lines: what is trained, on what, how; once a process."""
@@ -189,4 +196,4 @@ class _Lines(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.say(f"{record.levelname.lower()}: {record.getMessage()}")
+        self._console.warn(f"{record.levelname.lower()}: {record.getMessage()}")
