@@ -36,7 +36,7 @@ from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.step_report import StepReport
-from elastic_lsopt.training.building.rules import rule_of
+from elastic_lsopt.training.building.rules import of_replica, rule_of
 from elastic_lsopt.training.common_checkpoint import agreed, of_the_exchange
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.loop import TrainingRun
@@ -51,15 +51,6 @@ LOOKED_AT = 3
 HOPELESS = "no replica that is there has finite weights"
 STATISTICS_BATCHES = 50
 """Micro-batches over which batch norm's statistics are estimated."""
-
-
-def of_replica(config: TrainConfig, number: int) -> TrainConfig:
-    """The settings of one replica: its own folder; the first alone exports and tells reporters of the world outside."""
-    if not number:
-        return config
-    reporters = tuple(name for name in config.report_to if name == "tensorboard")
-    folder = Path(config.output_dir) / f"replica-{number}"
-    return replace(config, output_dir=str(folder), export=False, report_to=reporters)
 
 
 class ReplicaRun(TrainingRun):

@@ -1,6 +1,9 @@
-"""From the settings to the rule of consensus, and whether the job has what the rule needs."""
+"""From the settings to the rule of consensus and to each replica's own, and whether the job has what the rule needs."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -35,3 +38,12 @@ def refuse_unmet_rule(config: TrainConfig, method: Method, base: torch.optim.Opt
         refuse_unmet(rule_of(config), methods.name_of(type(method)), base, bits=told.bits, top_k=told.top_k)
     except UserError as error:
         raise SettingError("consensus.rule", str(error)) from None
+
+
+def of_replica(config: TrainConfig, number: int) -> TrainConfig:
+    """The settings of one replica: its own folder; the first alone exports and tells reporters of the world outside."""
+    if not number:
+        return config
+    reporters = tuple(name for name in config.report_to if name == "tensorboard")
+    folder = Path(config.output_dir) / f"replica-{number}"
+    return replace(config, output_dir=str(folder), export=False, report_to=reporters)
