@@ -123,7 +123,7 @@ def replica(job: dict[str, Any], number: int, life: int, dies_at: int | None, pl
 def one_run(job: dict[str, Any], leaves: list[Leave]) -> dict[str, Any]:
     """Its numbers. Raises RuntimeError where a replica fails that was not killed, or the run does not end."""
     context, begin = multiprocessing.get_context("forkserver"), time.monotonic()
-    context.set_forkserver_preload(["benchmarks.replicas.come_and_go", "sklearn.datasets", "torch._dynamo"])
+    context.set_forkserver_preload(["elastic_lsopt.training.replica_run", "sklearn.datasets", "torch._dynamo"])
     store, place = host(REPLICAS)
     with TemporaryDirectory(prefix="come-and-go-") as folder:
         out = str(Path(folder) / "numbers.json")
