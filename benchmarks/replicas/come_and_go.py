@@ -28,16 +28,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from elastic_lsopt.api.consensus import Exchanged
+from elastic_lsopt.api.replicas.exchanged import Exchanged
 from elastic_lsopt.backends.groups import form_replicas
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.optimizers import registry
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.study.interval import interval
-from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import build_data
 from elastic_lsopt.training.processes import host
 from elastic_lsopt.training.replica_run import ReplicaRun
+from elastic_lsopt.training.reporting.console import Console
 from elastic_lsopt.world import World
 
 REPLICAS, TAU, EVENTS = 4, 16, 8
