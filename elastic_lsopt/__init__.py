@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from elastic_lsopt.api.attach import attach
     from elastic_lsopt.api.engine import Engine
     from elastic_lsopt.api.initialize import initialize
-    from elastic_lsopt.api.join_replicas import join_replicas
     from elastic_lsopt.api.landscape_optimizer import LandscapeOptimizer
     from elastic_lsopt.api.lightning_strategy import LandscapeDeepSpeedStrategy
+    from elastic_lsopt.api.replicas.join_replicas import join_replicas
     from elastic_lsopt.api.trainer.probe_callback import ProbeCallback
     from elastic_lsopt.api.trainer.trainer import LandscapeTrainer, LandscapeTrainerMixin
     from elastic_lsopt.averages.average import Average
@@ -196,7 +196,7 @@ _HOMES = {
     "UserError": "errors",
     "attach": "api.attach",
     "initialize": "api.initialize",
-    "join_replicas": "api.join_replicas",
+    "join_replicas": "api.replicas.join_replicas",
     "load": "checkpoint.save",
     "save": "checkpoint.save",
 }

@@ -47,6 +47,9 @@ class World:
     """This replica has no state, and others train: it is given the model by them."""
     outdated: Callable[[], bool] | None = None
     """In an elastic job: whether this replica's members are about to change, so that waiting for others must end."""
+    lost: Callable[[int], bool] | None = None
+    """In an elastic job: whether that replica has lost its members, or got others, since this world was told of; then
+    nobody need wait for it."""
 
     @property
     def is_first(self) -> bool:

@@ -31,7 +31,8 @@ def main() -> None:
     engine.space.copies.refresh()
     if consensus.number == 0:
         told = consensus.exchanges[-1]
-        print(f"{len(consensus.exchanges)} exchanges of {len(told.members)} replicas, the last {told.apart:.3f} apart")
+        apart = told.consensus_distance
+        print(f"{len(consensus.exchanges)} exchanges of {len(told.members)} replicas, the last {apart:.3f} apart")
 
 
 if __name__ == "__main__":

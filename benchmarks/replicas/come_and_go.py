@@ -28,16 +28,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from elastic_lsopt.api.consensus import Exchanged
+from elastic_lsopt.api.replicas.exchanged import Exchanged
 from elastic_lsopt.backends.groups import form_replicas
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.optimizers import registry
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.study.interval import interval
-from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import build_data
 from elastic_lsopt.training.processes import host
 from elastic_lsopt.training.replica_run import ReplicaRun
+from elastic_lsopt.training.reporting.console import Console
 from elastic_lsopt.world import World
 
 REPLICAS, TAU, EVENTS = 4, 16, 8
@@ -112,7 +112,10 @@ def replica(job: dict[str, Any], number: int, life: int, dies_at: int | None, pl
     run.dies_at = dies_at
     for microbatches in run.steps():
         run.advance(microbatches)
+    if run._consensus_of.over:  # the others have ended without it
+        return
     run.become_the_model()
+    run._consensus_of.conclude()
     if run._consensus_of.leads:
         found = run.evaluated()
         new = Path(f"{out}.new")
@@ -153,7 +156,7 @@ def one_run(job: dict[str, Any], leaves: list[Leave]) -> dict[str, Any]:
                 del away[number]
                 running[number] = start(number)
             time.sleep(LOOK_EVERY_S)
-        for process in running.values():  # one that has come too late would wait for others for ever
+        for process in running.values():  # one that has come too late hears that it has
             process.join(LATE_S)
             process.kill()
             process.join()

@@ -33,7 +33,7 @@ import elastic_lsopt as lso
 from benchmarks.elastic.job import CLASSES, FEATURES, Net, loss
 from benchmarks.elastic.recovery import LARGE, SMALL
 from benchmarks.replicas.job import Job, Line, Place
-from elastic_lsopt.api.consensus import Consensus, Exchanged
+from elastic_lsopt.api.replicas.consensus import Consensus, Exchanged
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.backends.peers.meeting import Meetings
@@ -175,6 +175,7 @@ def replica(
             met = consensus.exchanges[-1] if len(consensus.exchanges) > before else None
             told |= {"weights": consensus.looked, "met": met and [met.number, met.members, met.well]}
         place.say(**told)
+    consensus.leave()  # who has more turns to come need not wait for this one
 
 
 # -- what is made of it ------------------------------------------------------------------------------------------

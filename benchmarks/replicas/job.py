@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from benchmarks.machine import ROOT
 from benchmarks.replicas.network import Links
-from elastic_lsopt.api.consensus import Consensus
+from elastic_lsopt.api.replicas.consensus import Consensus
 from elastic_lsopt.backends.groups import Groups, form_replicas
 from elastic_lsopt.consensus import registry
 from tests.processes.ranks import rank_environment

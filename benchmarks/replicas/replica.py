@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import elastic_lsopt as lso
-from elastic_lsopt.api.consensus import Consensus, Exchanged
+from elastic_lsopt.api.replicas.consensus import Consensus, Exchanged
 from elastic_lsopt.backends.groups import form_replicas
 from elastic_lsopt.consensus import registry
 from elastic_lsopt.oracle.oracle import Oracle

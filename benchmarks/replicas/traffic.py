@@ -58,7 +58,8 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 
 def muon(parameters: Any) -> UpdateOptimizer:
-    return UpdateOptimizer([p for p in parameters if p.ndim == 2], "muon", lr=1e-3)
+    matrices, others = ([p for p in parameters if (p.ndim == 2) is so] for so in (True, False))
+    return UpdateOptimizer([{"params": matrices, "update": "muon"}, {"params": others}], "SGD", lr=1e-3)
 
 
 class Calls:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic_lsopt.api.consensus import Consensus
+from elastic_lsopt.api.refusals import refuse_unstepped
+from elastic_lsopt.api.replicas.consensus import Consensus
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.detect import backend_for
@@ -92,9 +93,12 @@ class Engine:
     ) -> Engine:
         """The engine of a model as it is wrapped: plain, DDP, `fully_shard`, or a DeepSpeed engine (collective).
 
-        `optimizer` is the base (a DeepSpeed engine brings its own), `method` the landscape method (None: none).
+        `optimizer` is the base (a DeepSpeed engine brings its own), `method` the landscape method (None: none). Raises
+        UserError for a parameter that is to be trained and is not the optimizer's.
         """
         backend = backend_for(model, optimizer, max_grad_norm=max_grad_norm)
+        if optimizer is not None:
+            refuse_unstepped(backend.parameters, optimizer)
         chosen = Plain() if method is None else method
         return cls(
             backend, chosen, loss_fn=loss_fn, seed=seed, total_samples=total_samples, keep=keep, consensus=consensus
@@ -163,6 +167,8 @@ class Engine:
     def request_stop(self) -> None:
         """Ask all ranks to stop: `last_step.stop` is true on all after the same step. Safe in a signal handler."""
         self._stop_requested = True
+        if self.consensus is not None:
+            self.consensus.told_to_stop = True
 
     def oracle(self, microbatches: Sequence[Any]) -> MicroBatchOracle:
         """The loss on these micro-batches of all ranks, as something one can ask."""

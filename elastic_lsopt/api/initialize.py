@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from elastic_lsopt.api.consensus import Consensus
 from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.api.json_base import Base, base_of
+from elastic_lsopt.api.replicas.consensus import Consensus
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.config.deepspeed_json import engine_json, read_deepspeed_json, split_method
 from elastic_lsopt.errors import UserError

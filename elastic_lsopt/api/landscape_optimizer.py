@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from elastic_lsopt.api.accumulation import Accumulation, accelerate_goes_on
 from elastic_lsopt.api.base_view import refuse_maximized
 from elastic_lsopt.api.owners import owners_of, refuse_not_averaged
+from elastic_lsopt.api.refusals import refuse_halves, refuse_mover, refuse_while_moved
 from elastic_lsopt.api.saved_state import refuse_other_names, renamed
-from elastic_lsopt.api.step import LandscapeStep, refuse_halves, refuse_mover, refuse_while_moved
+from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.backend import Backend
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.errors import UserError
@@ -122,7 +123,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy((model, optimizer))` and pickle, as torch's: all but hooks; its space is its own."""
         if self._step is not None:
-            refuse_while_moved(self._step, "a copy is refused")
+            refuse_while_moved(self._step.space, "a copy is refused")
         pending = self._step.state_dict() if self._step is not None else self._pending_state
         return {**{name: getattr(self, name) for name in GIVEN}, "_pending_state": pending}
 
@@ -253,7 +254,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         known = [(id(p), p.requires_grad) for p in params]
         if self._step is None or known != self._known:
             if self._step is not None:
-                refuse_while_moved(self._step, "parameters cannot be frozen, unfrozen or added")
+                refuse_while_moved(self._step.space, "parameters cannot be frozen, unfrozen or added")
             if self._step is not None and self._clock.steps and {p for p, _ in self._known} - {p for p, _ in known}:
                 raise UserError(
                     "parameters were removed or replaced after the first step; build a new LandscapeOptimizer."
@@ -333,7 +334,7 @@ class LandscapeOptimizer(torch.optim.Optimizer):
         parameter's name than then, now or in the next step where the state cannot be of these parameters.
         """
         if self._step is not None:
-            refuse_while_moved(self._step, "a state cannot be loaded")
+            refuse_while_moved(self._step.space, "a state cannot be loaded")
         own, groups = state_dict.get("landscape"), state_dict.get("param_groups", [])
         theirs = [n for group in groups for n in group.get("param_names", [])]
         if own is not None:

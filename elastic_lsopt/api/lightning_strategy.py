@@ -31,7 +31,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from elastic_lsopt.api.initialize import Json, clipping
-from elastic_lsopt.api.step import LandscapeStep, refuse_halves
+from elastic_lsopt.api.refusals import refuse_halves
+from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.api.trainer.refusals import refuse_method, refuse_update
 from elastic_lsopt.api.trainer.trainer_oracle import TrainerOracle
 from elastic_lsopt.backends.backend import Backend

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from elastic_lsopt.api.base_view import BaseView, refuse_lacking, refuse_maximized
+from elastic_lsopt.api.refusals import refuse_halves, refuse_moved_matrices, refuse_mover, refuse_while_moved
 from elastic_lsopt.api.saved_state import Laid, go_on, load, saved
 from elastic_lsopt.averages.average import FAMILY as AVERAGES
 from elastic_lsopt.averages.average import Average
@@ -19,7 +20,7 @@ from elastic_lsopt.backends.adapters.adversary import AdversaryAdapter
 from elastic_lsopt.backends.adapters.merged_weights import MergedWeights
 from elastic_lsopt.backends.adapters.restricted import restricted_space
 from elastic_lsopt.backends.backend import Backend
-from elastic_lsopt.errors import NonFinite, PeerFailed, StaleWeights, UserError
+from elastic_lsopt.errors import NonFinite, PeerFailed, UserError
 from elastic_lsopt.optimizers.registry import methods
 from elastic_lsopt.optimizers.scheduled import refuse_unknown_length
 from elastic_lsopt.oracle.clock import SampleClock
@@ -31,11 +32,10 @@ from elastic_lsopt.oracle.oracle import Oracle
 from elastic_lsopt.oracle.step_report import FAITHFUL, Piggyback, StepReport, log, warn_unfaithful
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.layout import plain_name
-from elastic_lsopt.space.owned import OwnedSpace
 from elastic_lsopt.space.perturbation import Fidelity
 from elastic_lsopt.space.upload import on_device
 from elastic_lsopt.space.vector import BorrowedGradient, Vector
-from elastic_lsopt.updates.update_optimizer import UpdateOptimizer, updates_of
+from elastic_lsopt.updates.update_optimizer import updates_of
 
 
 @dataclass
@@ -167,7 +167,7 @@ class LandscapeStep:
         samples are committed. Any other exception leaves this rank's weights as they were; call it `informing()`.
         Raises StaleWeights inside `averaged`, `perturbed` or `at`, whose end would take the step back.
         """
-        refuse_while_moved(self, "a step is refused")
+        refuse_while_moved(self.space, "a step is refused")
         oracle.moves_buffers = True
         report = self._take(oracle, samples)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
@@ -364,47 +364,3 @@ class LandscapeStep:
         samples, steps = state_dict["clock"]
         self.clock = SampleClock(samples, steps, self.clock.total_samples)
         self.skipped_steps = state_dict["skipped_steps"]
-
-
-def refuse_while_moved(step: LandscapeStep, what: str) -> None:
-    """Raise StaleWeights inside `averaged`, `perturbed` or `at`."""
-    if step.space.copies.perturbations:
-        raise StaleWeights(
-            f"{what} where the weights are moved (averaged, perturbed, at), as the block's end would take it back; do "
-            "so when the block has ended."
-        )
-
-
-def refuse_halves(method: Method) -> None:
-    """Raise UserError for a method whose halves of the ranks run the same micro-batches, where nobody deals them so."""
-    if getattr(method, "halves", False):
-        raise UserError(
-            f"{type(method).__name__}(halves=True) deals each micro-batch to both halves of the ranks, which only "
-            "lso.Engine and `elastic-lsopt train` do, in a job of fixed size; use one of these, or set halves=False."
-        )
-
-
-def refuse_mover(method: Method, update: UpdateOptimizer | None, *, steps_base: bool) -> None:
-    """Raise UserError for a method that moves weights itself, before the base's step or after it, where that is not
-    ours or not enough."""
-    name, settles = methods.name_of(type(method)), hasattr(method, "settle")
-    if settles and not steps_base:
-        raise UserError(f"{name} moves weights when the base has stepped, and who holds the base here steps it later.")
-    moves = hasattr(method, "move") and getattr(method, "decouple", True)
-    if (settles or moves) and update is not None and update.points():
-        raise UserError(
-            f"{name} moves weights {'when the base has stepped' if settles else 'itself'}, and {update.points()[0]} "
-            "keeps them in other places too; use another base, such as adamw"
-            f"{', or set decouple=False' if hasattr(method, 'decouple') else ''}."
-        )
-
-
-def refuse_moved_matrices(before: Family, after: Family, world: int) -> None:
-    """Raise UserError where an update keeps each matrix on one rank, and they would be dealt anew."""
-    old, new = ([p.name for p in family.space.layout.parameters] for family in (before, after))
-    owned = any(isinstance(v, Vector) and isinstance(v.space, OwnedSpace) for v in before.state_dict().values())
-    if world > 1 and owned and old != new:
-        raise UserError(
-            f"{before.name} keeps what it remembers of a matrix on one of the {world} ranks, so its parameters may not "
-            "be frozen, unfrozen or added on the way; save, and go on in a new job (lso.save, lso.load)."
-        )

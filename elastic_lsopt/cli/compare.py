@@ -18,7 +18,7 @@ from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.study.compare import run_comparison
 from elastic_lsopt.study.measures import check
-from elastic_lsopt.training.quiet import silence_libraries
+from elastic_lsopt.training.reporting.quiet import silence_libraries
 
 SHOWN = (
     ("eval_loss", "held out"), ("eval_accuracy", "accuracy"), ("train_loss", "train loss"), ("steps", "steps"),

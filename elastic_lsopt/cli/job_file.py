@@ -15,7 +15,7 @@ from elastic_lsopt.config.spelling import did_you_mean
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.optimizers import registry
 from elastic_lsopt.training.building.base_optimizer import check_updates
-from elastic_lsopt.training.reporters import check_reporters
+from elastic_lsopt.training.reporting.reporters import check_reporters
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,11 +81,11 @@ def _measures(names: str, settings: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _one_rank(question: Any) -> int:
     from elastic_lsopt.cli.train import leave, say_failure
-    from elastic_lsopt.training.console import Console
     from elastic_lsopt.training.probing.answer_folder import drawn_by
     from elastic_lsopt.training.probing.finished_model import RESULTS, answer
     from elastic_lsopt.training.processes import join
-    from elastic_lsopt.training.quiet import report_loads, silence_libraries
+    from elastic_lsopt.training.reporting.console import Console
+    from elastic_lsopt.training.reporting.quiet import report_loads, silence_libraries
 
     silence_libraries()
     world = join()

@@ -10,7 +10,7 @@ from elastic_lsopt.elastic.worker.journal import JOURNAL, read_journal, read_mee
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.report.run import COMPARISON, PROBES, STUDY, Run, answers_of
 from elastic_lsopt.report.write import write_report
-from elastic_lsopt.training.run_folder import METRICS, read_metrics, replica_folders
+from elastic_lsopt.training.reporting.run_folder import METRICS, read_metrics, replica_folders
 
 
 def report(run_folder: str | Path) -> int:

@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.training.console import duration
-from elastic_lsopt.training.run_folder import CONFIG, METRICS, read_metrics
-from elastic_lsopt.training.run_state import STATE, read_state
+from elastic_lsopt.training.reporting.console import duration
+from elastic_lsopt.training.reporting.run_folder import CONFIG, METRICS, read_metrics
+from elastic_lsopt.training.reporting.run_state import STATE, read_state
 
 HOME = "runs"
 """Where runs lie if nobody says otherwise."""

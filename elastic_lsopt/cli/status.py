@@ -18,8 +18,8 @@ from elastic_lsopt.elastic.agent.status import status_at
 from elastic_lsopt.elastic.mail.signing import Refused, job_secret
 from elastic_lsopt.elastic.worker.journal import line_of, read_journal, read_meetings, read_rewinds
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.training.run_folder import replica_folders
-from elastic_lsopt.training.run_state import read_state
+from elastic_lsopt.training.reporting.run_folder import replica_folders
+from elastic_lsopt.training.reporting.run_state import read_state
 
 CHANGES = 5
 EVERY_S = 0.5

@@ -48,7 +48,7 @@ def train(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = Fals
     if job.config.elastic is not None:
         _elastic(job, arguments)
     if not launched() and job.config.workers > 1:
-        return start_workers(job.config.workers, arguments)
+        return start_workers(job.config.workers, arguments, replicas=_replicas(job))
     return _one_rank(job)
 
 
@@ -62,7 +62,7 @@ def agent(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = Fals
 def _elastic(job: Job, arguments: Sequence[str]) -> NoReturn:
     """This process is its node's agent, or a worker that the agent has started with the same arguments."""
     from elastic_lsopt.elastic.worker.link import is_worker
-    from elastic_lsopt.training.quiet import silence_libraries
+    from elastic_lsopt.training.reporting.quiet import silence_libraries
 
     silence_libraries()
     from elastic_lsopt.training.elastic_job import run_agent, run_worker
@@ -84,15 +84,14 @@ def _elastic(job: Job, arguments: Sequence[str]) -> NoReturn:
 
 
 def _one_rank(job: Job) -> int:
-    from elastic_lsopt.training.quiet import silence_libraries
+    from elastic_lsopt.training.reporting.quiet import silence_libraries
 
     silence_libraries()
-    from elastic_lsopt.training.loop import train as run
     from elastic_lsopt.training.processes import join
+    from elastic_lsopt.training.train import train as run
 
-    block = job.config.consensus
     try:
-        world = join(1 if block is None else read_consensus(block).replicas)
+        world = join(_replicas(job))
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"elastic-lsopt: {error}", file=sys.stderr)
@@ -108,6 +107,11 @@ def _one_rank(job: Job) -> int:
     return leave(code, world.size)
 
 
+def _replicas(job: Job) -> int:
+    block = job.config.consensus
+    return 1 if block is None else read_consensus(block).replicas
+
+
 def say_failure(error: Exception, world: World) -> int:
     """Tell a failure as far as no other rank has; returns the exit code, 2 for a user's mistake and its followers."""
     code = _say(error, world)
@@ -117,9 +121,13 @@ def say_failure(error: Exception, world: World) -> int:
 
 def _say(error: Exception, world: World) -> int:
     if isinstance(error, UserError):
-        mine = f"{USAGE}{world.rank}"
-        if world.first_failure(mine) == mine:
-            print(f"elastic-lsopt: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        mine = f"{USAGE}{world.replica}.{world.rank} {line}"
+        first = world.first_failure(mine)
+        # Another replica's is another mistake, if it reads otherwise.
+        other = world.is_first and not first.startswith(f"{USAGE}{world.replica}.") and not first.endswith(line)
+        if first == mine or other:
+            print(f"elastic-lsopt: {line}", file=sys.stderr)
         return 2
     if world.first_failure(f"rank {world.rank}").startswith(USAGE):
         return 2

@@ -107,6 +107,9 @@ class ALDSGD(Rule):
             right = all(isinstance(v, int | float) and v >= 0 for v in values) and sum(values) <= 1
             require(right, f"{one}, {two}", values, "numbers >= 0 whose sum is <= 1")
 
+    def sent_vectors(self, replicas: int) -> float:
+        return 2 * self.budget * len(edges(self.graph, replicas)) / replicas  # one each way along an edge
+
     def after_step(self, space: ParameterSpace, report: StepReport, state: dict[str, Any]) -> None:
         state["loss"] = loss_of(report, "al_dsgd")
 

@@ -69,6 +69,9 @@ class LSGD(Rule):
     def shared(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("leader",) if self.prox else ()
 
+    def sent_vectors(self, replicas: int) -> float:
+        return (replicas - 1) / replicas  # the leader's, to all others
+
     def init(self, space: ParameterSpace) -> State:
         return {"steps": 0, **({"leader": space.weights.clone()} if self.prox else {})}
 

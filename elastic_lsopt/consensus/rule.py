@@ -75,6 +75,10 @@ class Rule(Stateful, ABC):
         """Steps from one exchange of anything to the next."""
         return self.tau // self.fragments
 
+    def sent_vectors(self, replicas: int) -> float:
+        """Of how many Vectors of what is exchanged a replica sends the bytes, on average. Here: of a mean, or a sum."""
+        return 2 * (replicas - 1) / replicas
+
     def part(self, space: ParameterSpace, number: int) -> ParameterSpace:
         """The parameters that exchange `number` of the job is about, as a space: alike on all replicas."""
         return space

@@ -23,12 +23,12 @@ from elastic_lsopt.study.label_noise import wrong_labels
 from elastic_lsopt.study.measures import asked
 from elastic_lsopt.study.replica_cell import ReplicaOfCell, Together
 from elastic_lsopt.training.building.engines import plain_loss_of
-from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data, build_data
 from elastic_lsopt.training.evaluation import evaluate
 from elastic_lsopt.training.loop import TrainingRun, steps_of
 from elastic_lsopt.training.probing.during_training import fixed_microbatches
 from elastic_lsopt.training.processes import join
+from elastic_lsopt.training.reporting.console import Console
 from elastic_lsopt.world import World
 
 COUNTED = 20

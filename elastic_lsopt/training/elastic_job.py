@@ -13,11 +13,12 @@ from elastic_lsopt.elastic.agent.roles import fingerprint_of, serve, work
 from elastic_lsopt.elastic.worker.journal import Journal
 from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.plan import Policy
-from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import build_data
 from elastic_lsopt.training.estimate.replicas import one_replica, replicas_of
-from elastic_lsopt.training.loop import TrainingRun, run_of
+from elastic_lsopt.training.loop import TrainingRun
 from elastic_lsopt.training.pace import gain_monitor
+from elastic_lsopt.training.reporting.console import Console
+from elastic_lsopt.training.train import run_of
 from elastic_lsopt.world import World, on_gpu
 
 PER_NODE = (

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: data, engine, checkpoint, steps, evaluation, export."""
+"""What runs a job: the engine, its data, and all that belongs to a step, from the checkpoint to the exported model."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from elastic_lsopt.api.consensus import Consensus
-from elastic_lsopt.api.step import refuse_halves
+from elastic_lsopt.api.refusals import refuse_halves
+from elastic_lsopt.api.replicas.consensus import Consensus
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer, LoadReport
 from elastic_lsopt.checkpoint.divergence import Streak, last_words, set_bad_aside
 from elastic_lsopt.checkpoint.folder import listing
@@ -29,54 +28,16 @@ from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.training.building.engines import build_engine, plain_loss_of
 from elastic_lsopt.training.building.models import identity_of_base
-from elastic_lsopt.training.console import Console
-from elastic_lsopt.training.datasets.samples import Data, build_data
+from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.evaluation import Evaluation, evaluate, placed
 from elastic_lsopt.training.pace import Pace, watchers
 from elastic_lsopt.training.probing.during_training import Probing
-from elastic_lsopt.training.quiet import report_loads
-from elastic_lsopt.training.result import finish, say_unsaved
-from elastic_lsopt.training.run_folder import CHECKPOINTS, RunFolder, unwritable
-from elastic_lsopt.training.run_state import State
-from elastic_lsopt.training.stopping import stopping_on_signals
+from elastic_lsopt.training.reporting.console import Console
+from elastic_lsopt.training.reporting.quiet import report_loads
+from elastic_lsopt.training.reporting.result import finish, say_unsaved
+from elastic_lsopt.training.reporting.run_folder import CHECKPOINTS, RunFolder, unwritable
+from elastic_lsopt.training.reporting.run_state import State
 from elastic_lsopt.world import World
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended."""
-
-    step: int
-    eval_loss: float | None
-    """The last held-out loss of this process's life, nats a token or a sample; None where there was none."""
-    stopped: bool
-    """By a signal, after a checkpoint; the same command goes on from there."""
-
-
-def train(config: TrainConfig, method: Method, world: World) -> Outcome:
-    """Run the job on this rank (collective). Raises UserError for whatever the user can mend, Diverged among them."""
-    run = run_of(config)(config, method, build_data(config), world, Console())
-    try:
-        with stopping_on_signals(run.engine), run.console:
-            run.resume()
-            for microbatches in run.steps():
-                run.step(microbatches)
-                if run.stopped:
-                    break
-        run.finish()
-    except BaseException as error:
-        run.fail(error)
-        raise
-    return Outcome(run.engine.clock.steps, run.eval_loss, run.stopped)
-
-
-def run_of(config: TrainConfig) -> type[TrainingRun]:
-    """What runs the job: one model, or a replica among others."""
-    if config.consensus is None:
-        return TrainingRun
-    from elastic_lsopt.training.replica_run import ReplicaRun  # which is a TrainingRun
-
-    return ReplicaRun
 
 
 class TrainingRun:
@@ -175,6 +136,8 @@ class TrainingRun:
             "batch": batch, "world": self.world.size, "seconds": time.monotonic() - start, **_told(report),
             **self._exchanged(),
         }  # fmt: skip
+        if not report.samples:  # of several replicas: it was not taken
+            return row
         if len(self.data.eval) and (last or _due(step, config.eval_steps)):
             held_out = self.evaluated()
             row["eval_loss"] = self.eval_loss = held_out.loss
@@ -297,13 +260,19 @@ class TrainingRun:
             self._folder.close()
         if self.stopped:
             step, there = f"{self.engine.clock.steps} of {self._last_step}", "there"
-            if self._streak.length:
-                there = f"{next(iter(listing(self._checkpoints.folder)), 'the beginning')}: {self._streak.reason}"
+            if not self._goes_on_from_here:
+                why = f": {self._streak.reason}" if self._streak.length else ""
+                there = f"{next(iter(listing(self._checkpoints.folder)), 'the beginning')}{why}"
             self.console.say(f"stopped after step {step}; the same command goes on from {there}.")
         else:
             finish(self.config, self.engine, self.data, self.console, is_first=self.world.is_first)
         say_unsaved(saved, self._checkpoints.folder, self.console)
         self._end("stopped" if self.stopped else "finished")
+
+    @property
+    def _goes_on_from_here(self) -> bool:
+        """Whether a job that was told to stop has saved where it is."""
+        return not self._streak.length
 
     def fail(self, error: BaseException) -> None:
         """The job ends by this error: say so in the run folder, which is free from now on. No communication."""

@@ -34,6 +34,8 @@ CHILD = "ELASTIC_LSOPT_CHILD"
 HOST = "127.0.0.1"
 LEAVE_S = 30.0
 """How long the other workers have to end by themselves after one has failed."""
+USERS = 2
+"""Exit code of a worker that has met a user's mistake, which is that of all."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -106,11 +108,14 @@ def host(count: int) -> tuple[dist.TCPStore, dict[str, str]]:
     }  # fmt: skip
 
 
-def start_workers(count: int, arguments: Sequence[str], *, module: str = "elastic_lsopt.train") -> int:
+def start_workers(
+    count: int, arguments: Sequence[str], *, module: str = "elastic_lsopt.train", replicas: int = 1
+) -> int:  # fmt: skip
     """Run `python -m MODULE ARGUMENTS` as `count` workers on this machine; returns the job's exit code.
 
     SIGTERM and SIGINT are passed on as SIGTERM, so that the workers end after their step; the same happens when this
-    process is killed. When a worker fails, the others get LEAVE_S to end by themselves. Workers share the cores.
+    process is killed. When a worker fails, the others get LEAVE_S to end by themselves; of several `replicas` that go
+    their own ways only its own, unless it was a user's mistake. Workers share the cores.
     """
     store, meeting = host(count)
     environment = {
@@ -135,7 +140,7 @@ def start_workers(count: int, arguments: Sequence[str], *, module: str = "elasti
                     start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which passes it on
                 )
             )
-        return _wait(workers)
+        return _wait(workers, replicas)
     finally:
         for worker in workers:
             if worker.poll() is None:
@@ -146,18 +151,30 @@ def start_workers(count: int, arguments: Sequence[str], *, module: str = "elasti
         del store
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The first bad exit code, or 0."""
-    first_bad, end = 0, float("inf")
+def _wait(workers: Sequence[subprocess.Popen[bytes]], replicas: int) -> int:
+    """The first bad exit code, or 0: also where a replica has ended well without another that is lost."""
+    size, first_bad, end = len(workers) // replicas, 0, float("inf")
+    lost: dict[int, float] = {}
+    """Until when the workers of a replica that has lost one may end by themselves."""
     while time.monotonic() < end:
         codes = [w.poll() for w in workers]
-        if not first_bad and any(codes):
-            rank, first_bad = next((r, c) for r, c in enumerate(codes) if c)
-            end = time.monotonic() + LEAVE_S
-            if first_bad < 0:  # it could not say so itself
-                name = signal.Signals(-first_bad).name
-                print(f"elastic-lsopt: worker {rank} was ended by {name}; the others end too.", file=sys.stderr)
+        for rank, code in enumerate(codes):
+            if not code or (replica := rank // size) in lost:
+                continue
+            first_bad, lost[replica] = first_bad or code, time.monotonic() + LEAVE_S
+            if code == USERS or replicas == 1:
+                end = min(end, lost[replica])
+            if code < 0:  # it could not say so itself
+                rest = "the others end too" if replicas == 1 else f"replica {replica} is no more, the others go on"
+                print(
+                    f"elastic-lsopt: worker {rank} was ended by {signal.Signals(-code).name}; {rest}.", file=sys.stderr
+                )
+        for rank, worker in enumerate(workers):
+            if time.monotonic() > lost.get(rank // size, end) and worker.poll() is None:
+                worker.kill()
         if all(c is not None for c in codes):
             break
         time.sleep(0.05)
+    if end == float("inf") and len(lost) < replicas:
+        return 0
     return first_bad if first_bad >= 0 else 128 - first_bad

@@ -5,24 +5,28 @@
 
 [Note: checkpoints of replicas] Each replica saves for itself, in the step that follows an exchange: then all know the
 same ledger of samples. A checkpoint is named by the job's step, the samples that have counted over global_batch_size,
-so that all have the same names. A job that starts again takes the newest name that most replicas have; who has it not,
-because it is new or its save was cut off, is given the model by the others; what the ledger had dealt to replicas that
-are no more goes to those that are.
+so that all have the same names. A job that starts again takes the newest one that all have who were at its exchange and
+are here; who has it not, because it is new or its save was cut off, is given the model by the others; what the ledger
+had dealt to replicas that are no more goes to those that are. Checkpoints of one name that are of different exchanges
+(of another life of the job) tell it by their ledgers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from elastic_lsopt.api.consensus import Consensus, Exchanged
+from elastic_lsopt.api.replicas.consensus import Consensus, Exchanged
 from elastic_lsopt.checkpoint.checkpointer import LoadReport
-from elastic_lsopt.checkpoint.folder import checkpoint_path, damage, listing, step_of
+from elastic_lsopt.checkpoint.folder import CONTENTS, checkpoint_path, damage, listing, read_json, step_of
 from elastic_lsopt.config.consensus import read_consensus
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.data.ledger import AHEAD, Ledger, below, first, length
@@ -30,16 +34,16 @@ from elastic_lsopt.data.loader import StepLoader
 from elastic_lsopt.data.rounds import RoundLoader, Rounds, steps_of
 from elastic_lsopt.elastic.worker.journal import Journal, Meeting
 from elastic_lsopt.elastic.worker.same_data import difference
-from elastic_lsopt.errors import UserError
+from elastic_lsopt.errors import Diverged, PeerFailed, UserError
 from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.step_report import StepReport
 from elastic_lsopt.training.building.rules import rule_of
-from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.loop import TrainingRun
-from elastic_lsopt.training.run_folder import CHECKPOINTS
+from elastic_lsopt.training.reporting.console import Console
+from elastic_lsopt.training.reporting.run_folder import CHECKPOINTS
 from elastic_lsopt.training.statistics import estimate_anew, spread
 from elastic_lsopt.world import World
 
@@ -49,8 +53,17 @@ LOOK_EVERY_S = 0.02
 NOBODYS = -1
 LOOKED_AT = 3
 """Checkpoints whose bytes are checked when a job starts again."""
+HOPELESS = "no replica that is there has finite weights"
 STATISTICS_BATCHES = 50
 """Micro-batches over which batch norm's statistics are estimated."""
+
+
+def _of_the_exchange(checkpoint: Path) -> tuple[str, list[int]]:
+    """Which ledger of samples it goes on from, by its digest, and the members of that exchange: the same in every
+    replica's checkpoint of one exchange, and in no other's."""
+    extra = read_json(checkpoint / CONTENTS)["facts"]["extra"]
+    ledger = json.dumps(extra.get("loader", {}).get("ledger"), sort_keys=True)
+    return hashlib.blake2b(ledger.encode(), digest_size=8).hexdigest(), extra.get("members", [])
 
 
 def of_replica(config: TrainConfig, number: int) -> TrainConfig:
@@ -73,6 +86,9 @@ class ReplicaRun(TrainingRun):
         self._block, self._rule = read_consensus(config.consensus), rule_of(config)
         self._job = config
         self._number, self._last_microbatches, self._row = world.replica, list[MicroBatch](), dict[str, Any]()
+        self._saved_at: dict[int, int] = {}
+        """Of each checkpoint of this life, by its name, this replica's own step."""
+        self._stop_is_saved = False
         self._counted = self._told = 0
         """Samples that had counted at the last look, and exchanges that the journal knows."""
         super().__init__(of_replica(config, world.replica), method, data, world, console, keep)
@@ -104,7 +120,8 @@ class ReplicaRun(TrainingRun):
         return Consensus(
             self._rule, world.meetings, replicas=tuple(paces), bits=block.told.bits, top_k=block.told.top_k,
             timeout_s=block.exchange_timeout_s, rounds=self.rounds, by_speed=block.steps == "by_speed",
-            newcomer=world.newcomer, outdated=world.outdated, disagreement_span=block.disagreement_span,
+            newcomer=world.newcomer, outdated=world.outdated, lost=world.lost,
+            disagreement_span=block.disagreement_span,
         )  # fmt: skip
 
     def _loader(self) -> StepLoader:
@@ -134,13 +151,18 @@ class ReplicaRun(TrainingRun):
         if given not in ("auto", "none") and self._number:  # that of replica 0; this one's lies beside it
             path = Path(given)
             own = path.parent.parent / f"replica-{self._number}" / CHECKPOINTS / path.name
+            if (own / CONTENTS).exists() and _of_the_exchange(own)[0] != _of_the_exchange(path)[0]:
+                raise UserError(
+                    f"resume_from_checkpoint: {own} is of another exchange than {path}; use auto, where a replica "
+                    "without one is given the model."
+                )
             return str(own) if own.exists() else given
         if given != "auto":
             return given
         assert self._checkpoints is not None
         folder = Path(self.config.output_dir) / CHECKPOINTS
         newest = self.world.on_first(lambda: [path for path in listing(folder)[:LOOKED_AT] if damage(path) is None])
-        named = None if newest is None else self._agreed([step_of(path) for path in newest])
+        named = None if newest is None else self._agreed({step_of(path): _of_the_exchange(path) for path in newest})
         step = self._consensus_of.agreed(named)
         if step < 0:
             return "none"
@@ -152,26 +174,39 @@ class ReplicaRun(TrainingRun):
             return "none"
         return str(checkpoint_path(folder, step))
 
-    def _agreed(self, own: list[int]) -> int:
-        """The name that this replica goes on from; -1: none has any; 0: others have one, this one has not."""
+    def _agreed(self, own: dict[int, tuple[str, list[int]]]) -> int:
+        """The name that this replica goes on from; -1: none has any; 0: others have one, this one has not.
+
+        It is the newest of those that all have who were at its exchange and are here, else the newest that most of them
+        have: where only some had saved when the job was killed, the one before is everybody's.
+        """
         store, numbers = self.world.meetings, [r for r, size in enumerate(self.world.sizes) if size]
         assert store is not None
         store.set(f"saved/{self._number}", json.dumps(own))
         end = time.monotonic() + START_S
         while not store.check([f"saved/{r}" for r in numbers]):
+            if gone := [r for r in numbers if store.check([f"gone/{r}"])]:
+                raise UserError(f"replica {gone[0]} has failed before the first step, and says why.")
             if time.monotonic() > end:
                 raise UserError(
                     f"not all of the {len(numbers)} replicas have come within {START_S:g} s; start them all."
                 )
             time.sleep(LOOK_EVERY_S)
         everyones = [json.loads(store.get(f"saved/{r}")) for r in numbers]
-        names = {name for theirs in everyones for name in theirs}
-        if not names:
+        held = Counter((int(name), ledger) for theirs in everyones for name, (ledger, _) in theirs.items())
+        if not held:
             return -1
-        best = max(names, key=lambda name: (sum(name in theirs for theirs in everyones), name))
-        return best if best in own else 0
+        members = {(int(name), ledger): m for theirs in everyones for name, (ledger, m) in theirs.items()}
+
+        def rank(saved: tuple[int, str]) -> tuple[float, int, str]:
+            here = sum(m in numbers for m in members[saved])
+            return min(1.0, held[saved] / max(1, here)), *saved
+
+        name, ledger = max(held, key=rank)
+        return name if name in own and own[name][0] == ledger else 0
 
     def _go_on_from(self, found: LoadReport) -> None:
+        self._saved_at[found.step] = self.engine.clock.steps
         saved, share = found.extra.get("loader", {}), self.config.global_batch_size // self._block.replicas
         if "ledger" not in saved:  # of a job without replicas: all begin from the same model
             super()._go_on_from(found)
@@ -199,17 +234,30 @@ class ReplicaRun(TrainingRun):
             for microbatches in self.loader:
                 self._last_microbatches = microbatches
                 yield microbatches
+                if self._is_to_end():
+                    return
             if self.stopped:
                 return
             self._meet()
             if self.rounds.ledger.ended:
                 self._save()
+            elif self._is_to_end():
+                return
+
+    def _is_to_end(self) -> bool:
+        """Whether the others have ended the job, or this replica has been told to stop while it waited for them."""
+        if self._consensus_of.stops and not self._consensus_of.over:
+            self.stopped = True
+            self._save_the_stop()
+        return self.stopped or self._consensus_of.over
 
     def _meet(self) -> None:
-        """An exchange beside a step: before the first one, after the last one, or because the job is told to stop."""
+        """An exchange beside a step: before the first one, or after the last one."""
         engine = self.engine
         self._consensus_of.exchange(engine.oracle(self._last_microbatches) if self._last_microbatches else None)
         self._tell()
+        if self.newcomer and self._consensus_of.hopeless:
+            raise Diverged(f"the job has diverged: {HOPELESS}; start it again from an earlier checkpoint.")
 
     # -- in an elastic job -------------------------------------------------------------------------------------
 
@@ -226,7 +274,8 @@ class ReplicaRun(TrainingRun):
         """Other replicas have come or gone."""
         assert world.meetings is not None
         self.world = world
-        self._consensus_of.members_changed(world.meetings, tuple(r for r, size in enumerate(world.sizes) if size))
+        living = tuple(r for r, size in enumerate(world.sizes) if size)
+        self._consensus_of.members_changed(world.meetings, living, world.lost)
 
     # -- a step ------------------------------------------------------------------------------------------------
 
@@ -261,6 +310,7 @@ class ReplicaRun(TrainingRun):
         if len(exchanges) == self._told:
             return None
         self._told, told = len(exchanges), exchanges[-1]
+        self._speak_if_first()
         if told.extraordinary and self._folder is not None:
             meeting = Meeting(
                 generation=self.world.generation, number=told.number, members=told.members, fit=told.fit,
@@ -271,11 +321,18 @@ class ReplicaRun(TrainingRun):
             Journal(self._folder.path, self.console.say).write(meeting)
         return told
 
+    def _speak_if_first(self) -> None:
+        """The first of the replicas that are there tells the user how the job goes."""
+        self.console.lead(self.world.is_first and self._consensus_of.leads)
+
     def _save_or_diverge(self, step: int, last: bool, eval_loss: float | None) -> None:
         """Save in the step after an exchange that is due for it; a replica that is sick waits for the others' help."""
         assert self._checkpoints is not None
-        streak, exchanges = self._streak, self._consensus_of.exchanges
-        if streak.length >= max(self.config.max_skipped_steps, 3 * self._consensus_of.steps):
+        streak, exchanges, most = self._streak, self._consensus_of.exchanges, self.config.max_skipped_steps
+        if streak.length and self._consensus_of.hopeless:
+            self._diverge(HOPELESS, streak.first, step)
+        helpers = not exchanges or exchanges[-1].fit
+        if streak.length >= (max(most, 3 * self._consensus_of.steps) if helpers else most):
             self._diverge(streak.reason, streak.first, step)
         if not streak.length:
             self._checkpoints.prune()
@@ -283,27 +340,75 @@ class ReplicaRun(TrainingRun):
         self._counted = counted
         every = math.inf if self.config.save_steps is None else self.config.save_steps * self.config.global_batch_size
         if self.stopped:
-            self._meet()
-            self._save()
+            self._save_the_stop()
         elif exchanges and exchanges[-1].well and counted // every > before // every and not streak.length:
+            self._save()
+
+    def _save_the_stop(self) -> None:
+        """Where this replica is, in the middle of a round: its steps since the newest exchange are its own, and the
+        ledger that it is saved with is everybody's. Nothing before the first one, or while steps are skipped."""
+        self._consensus_of.settled()
+        self._tell()
+        self._stop_is_saved = bool(self._name) and not self.newcomer and not self._streak.length
+        if self._stop_is_saved:
             self._save()
 
     def _save(self) -> None:
         """Named by the job's step; nothing before the first exchange."""
         assert self._checkpoints is not None
-        if name := self.rounds.ledger.committed // self.config.global_batch_size:
-            self._checkpoints.save(self.engine, name, extra={"loader": self.loader.state_dict()}, prune=False)
+        if name := self._name:
+            self._saved_at[name] = self.engine.clock.steps
+            extra = {"loader": self.loader.state_dict(), "members": self._members}
+            self._checkpoints.save(self.engine, name, extra=extra, prune=False)
+
+    @property
+    def _name(self) -> int:
+        return self.rounds.ledger.committed // self.config.global_batch_size
+
+    @property
+    def _members(self) -> list[int]:
+        """Of the newest exchange, which have this checkpoint if all went well."""
+        exchanges = self._consensus_of.exchanges
+        return [*(exchanges[-1].members if exchanges else self._consensus_of.replicas)]
+
+    def _diverge(self, reason: str, first: int, step: int) -> None:
+        """As ever, but checkpoints are named by the job's steps, not by this replica's own."""
+        bad = [name for name, at in self._saved_at.items() if at >= first - 1]
+        super()._diverge(reason, min(bad, default=sys.maxsize - 1) + 1, step)
 
     # -- the end -----------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
         """The model becomes what the rule's paper evaluates; then as ever."""
-        if not self.stopped:
-            self.become_the_model()
-            self._evaluate_the_model()
-            if self._consensus_of.leads and self._number:  # the first replica is no more: this one speaks for the job
-                self.config = self._job
+        consensus = self._consensus_of
+        if not self.stopped and not consensus.over:
+            try:
+                self.become_the_model()
+                self._evaluate_the_model()
+            except PeerFailed:
+                if not consensus.over:
+                    raise
+            else:
+                consensus.conclude()
+                self._speak_if_first()
+                if consensus.leads and self._number:  # the first replica is no more: this one speaks for the job
+                    self.config = self._job
+        if consensus.over:
+            self.config = replace(self.config, export=False)
+            self.console.say(f"replica {self._number} was away when the others ended the job; the model is theirs.")
         super().finish()
+        if self.stopped:
+            consensus.leave()  # others need not wait for it
+
+    def fail(self, error: BaseException) -> None:
+        """The job ends here by this error; others need not wait for this replica."""
+        if self.engine.consensus is not None:
+            self.engine.consensus.leave()
+        super().fail(error)
+
+    @property
+    def _goes_on_from_here(self) -> bool:
+        return self._stop_is_saved
 
     def become_the_model(self) -> None:
         """Take the weights that the rule's paper evaluates (collective among the replicas).
@@ -330,5 +435,6 @@ class ReplicaRun(TrainingRun):
                 self._folder.write(row)
 
     def step(self, microbatches: list[MicroBatch]) -> dict[str, Any]:
-        self._row = super().step(microbatches)
-        return self._row
+        row = super().step(microbatches)
+        self._row = row if self.engine.last_step is not None and self.engine.last_step.samples else self._row
+        return row

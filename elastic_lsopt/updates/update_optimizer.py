@@ -148,9 +148,18 @@ class UpdateOptimizer(torch.optim.Optimizer):
         self._taken = False
 
     def bind(self, space: ParameterSpace, parameters: Mapping[str, Tensor]) -> list[Family]:
-        """Take the parameters of this space (by name), in the partitions that there are now; what it remembers."""
+        """Take the parameters of this space (by name), in the partitions that there are now; what it remembers.
+
+        Raises UserError for one that is in no param group.
+        """
         # What took the place of a parameter since it was added (accelerate's of `fully_shard`) is in the groups now.
         self._by_id.update({id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]})
+        strange = [p.name for p in space.layout.parameters if id(parameters[p.name]) not in self._by_id]
+        if strange:
+            raise UserError(
+                f"{strange[0]} is to be trained and is in no param group of the UpdateOptimizer, as are {len(strange)} "
+                "parameters in all; give it to a group, or set its requires_grad to False."
+            )
         groups = [self._by_id[id(parameters[p.name])] for p in space.layout.parameters]
         by_name: dict[str, list[int]] = {}
         for i, g in enumerate(groups):

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 import elastic_lsopt as lso
-from elastic_lsopt.api.consensus import Consensus
 from elastic_lsopt.api.engine import Engine
+from elastic_lsopt.api.replicas.consensus import Consensus
 from elastic_lsopt.backends.groups import form_replicas
 from elastic_lsopt.backends.rebuild import tear_down
 from elastic_lsopt.consensus import registry

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 import elastic_lsopt as lso
-from elastic_lsopt.api.consensus import Consensus
+from elastic_lsopt.api.replicas.consensus import Consensus
 from elastic_lsopt.backends.groups import form_replicas
 from elastic_lsopt.backends.rebuild import tear_down
 from elastic_lsopt.consensus import registry
 from tests.cases import engines
+from tests.cases.consensus import PATIENT_S
 from tests.cases.laws import DTYPES
 from tests.cases.replicas import away, dealt, place_of
 from tests.oracles import paper_loops
@@ -73,7 +74,7 @@ def _met(kind: str, sizes: list[int], rule: str, dtype: torch.dtype, bits: int, 
         form_replicas(dist.PrefixStore("groups", store), me, sizes, timedelta(seconds=30), apart=True)
         consensus = Consensus(
             registry.build(rule, **{"tau": 1000, **HYPERPARAMETERS.get(rule, {})}),
-            dist.PrefixStore("consensus", store), replicas=tuple(range(len(sizes))), bits=bits, timeout_s=20.0,
+            dist.PrefixStore("consensus", store), replicas=tuple(range(len(sizes))), bits=bits, timeout_s=PATIENT_S,
             disagreement_span=span,
         )  # fmt: skip
         engine = engines.build(kind, engines.net((), dtype), lso.Plain(), base="sgd", consensus=consensus)

@@ -27,7 +27,7 @@ from torch import nn
 import elastic_lsopt as lso
 from elastic_lsopt.backends.detect import backend_for
 from elastic_lsopt.elastic.agent.roles import run
-from elastic_lsopt.elastic.worker import live_generation
+from elastic_lsopt.elastic.worker.generation import life, live_generation
 from elastic_lsopt.elastic.worker.job import Job
 from elastic_lsopt.schedules.batch_scaling import Hyperparameters
 from elastic_lsopt.world import World
@@ -201,7 +201,7 @@ def arm_runtime(folder: Path) -> None:
     """The points of the runtime itself."""
     before(live_generation.Mirror, "push", lambda: at(folder, "mirroring"))
     before(live_generation, "reshard", lambda: at(folder, "resharding"))
-    before(live_generation.HostVersions, "commit", lambda: at(folder, "committing"))
+    before(life.HostVersions, "commit", lambda: at(folder, "committing"))
     before(live_generation, "choose", lambda: at(folder, "recovery"))
     from elastic_lsopt.checkpoint import folder as folders
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 import elastic_lsopt as lso
-from elastic_lsopt.api.consensus import Consensus
+from elastic_lsopt.api.replicas.consensus import Consensus
 from elastic_lsopt.backends.groups import form_replicas
 from elastic_lsopt.backends.peers.meeting import Meetings
 from elastic_lsopt.backends.peers.peers import Peers

@@ -12,7 +12,7 @@ import pytest
 from elastic_lsopt.elastic.worker.journal import read_journal, read_meetings
 from tests.jobs import TINY, Started, command, rows, write_job
 
-STEPS = 60
+STEPS = 36
 SHAPE: dict[str, Any] = {
     "max_steps": STEPS, "eval_steps": None, "save_steps": 12, "backend": "fsdp2", "workers": 4, "global_batch_size": 16,
     "elastic": {"respawn": True}, "consensus": {"rule": "easgd", "replicas": 2, "tau": 4},
@@ -39,9 +39,12 @@ def test_a_replica_loses_workers(tmp_path: Path, killed: int) -> None:
     run = tmp_path / "run"
     started = Started(command("none", write_job(tmp_path / "run.yaml", **SHAPE)), tmp_path)
     try:
-        started.until(lambda: min(last(run)["step"], last(run / "replica-1")["step"]) >= 14)
-        for pid in of_replica(started, run, 1)[:killed]:
-            os.kill(pid, signal.SIGKILL)
+        started.until(lambda: min(last(run)["step"], last(run / "replica-1")["step"]) >= 10)
+        pids = of_replica(started, run, 1)
+        assert len(pids) == 2, (pids, started.output)
+        for how in (signal.SIGSTOP, signal.SIGKILL):  # nobody hands on what he has between two deaths
+            for pid in pids[:killed]:
+                os.kill(pid, how)
         assert started.wait() == 0, started.output
     finally:
         started.kill()
@@ -55,4 +58,4 @@ def test_a_replica_loses_workers(tmp_path: Path, killed: int) -> None:
     else:
         assert any(change["source"] == "newcomer" for change in changes), changes
         assert any(m["fit"] == [0] and m["members"] == [0, 1] and m["well"] for m in met), met
-    assert len(second) > 14 and (run / "model").exists()
+    assert len(second) > 10 and (run / "model").exists()

@@ -18,7 +18,7 @@ from elastic_lsopt.errors import UserError
 from elastic_lsopt.report.run import Run
 from elastic_lsopt.report.sections import CAVEAT, SECTIONS
 from elastic_lsopt.report.write import write_report
-from elastic_lsopt.training.run_folder import read_metrics
+from elastic_lsopt.training.reporting.run_folder import read_metrics
 from tests.report.synthetic import CHANGES, OUTLIERS, exchanged, plane, spectrum, steps, study, write_run
 
 OF_A_FOLDER = [section for section in SECTIONS if section.key != "comparison"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from elastic_lsopt.training.console import Console, Speed, counted, duration
+from elastic_lsopt.training.reporting.console import Console, Speed, counted, duration
 
 pytestmark = pytest.mark.fast
 

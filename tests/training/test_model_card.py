@@ -8,7 +8,7 @@ import yaml
 import elastic_lsopt as lso
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.training.model_card import model_card
+from elastic_lsopt.training.reporting.model_card import model_card
 
 
 @pytest.mark.fast

@@ -12,7 +12,7 @@ import pytest
 
 from elastic_lsopt.checkpoint.ownership import Ownership
 from elastic_lsopt.cli.status import state_line, status
-from elastic_lsopt.training.run_state import RunState
+from elastic_lsopt.training.reporting.run_state import RunState
 from tests.jobs import Run, in_ranks, write_job
 
 

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from elastic_lsopt.training import quiet
+from elastic_lsopt.training.reporting import quiet
 from tests.processes.ranks import ROOT, rank_environment
 
 pytestmark = pytest.mark.fast
 WARNS = """
 import warnings
-from elastic_lsopt.training.quiet import silence_libraries
+from elastic_lsopt.training.reporting.quiet import silence_libraries
 silence_libraries()
 warnings.warn("a function of another library will be renamed", FutureWarning)
 from huggingface_hub.utils import are_progress_bars_disabled

@@ -11,7 +11,7 @@ import pytest
 
 from elastic_lsopt.cli.main import main
 from elastic_lsopt.config.settings import TrainConfig
-from elastic_lsopt.training.reporters import Reporters
+from elastic_lsopt.training.reporting.reporters import Reporters
 from tests.jobs import write_job
 
 pytestmark = pytest.mark.fast

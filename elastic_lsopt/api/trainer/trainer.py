@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from elastic_lsopt.api.step import LandscapeStep, refuse_halves
+from elastic_lsopt.api.refusals import refuse_halves, refuse_unstepped
+from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.api.trainer.logged_counts import not_counted
 from elastic_lsopt.api.trainer.probe_callback import ProbeCallback
 from elastic_lsopt.api.trainer.refusals import (
@@ -234,6 +235,8 @@ class LandscapeTrainerMixin(_Base):
         while (inner := getattr(model, "_modules", {}).get("_orig_mod")) is not None:  # out of torch.compile's
             model = inner
         backend = backend_for(model, base, max_grad_norm=self.args.max_grad_norm)
+        if not self.is_deepspeed_enabled:
+            refuse_unstepped(backend.parameters, base)
         return LandscapeStep(backend, self.landscape, self.args.seed, steps_base=self.is_deepspeed_enabled)
 
     # -- checkpoints -------------------------------------------------------------------------------------------

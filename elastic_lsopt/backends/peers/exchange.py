@@ -153,11 +153,15 @@ class Exchange:
         Where rounding may have changed the distances by more than ROUNDED, nothing is learnt.
         """
         size = len(self.members)
-        said = self._said(torch.cat([numbers, numbers.new_tensor([own])]))
-        gram, owns = said[:, :-2].sum(0).view(size, size), said[:, -1]
+        known = numbers.new_zeros(2, size)
+        known[:, self.place] = torch.stack([numbers[-1], numbers.new_tensor(own)])
+        said = self._heard(
+            lambda: self._peers.total(torch.cat([numbers[:-1], known.reshape(-1)])), numbers.numel() - 1 + known.numel()
+        )
+        gram, (changed, owns) = said[: size * size].view(size, size), said[size * size :].view(2, size)
         if not bool(owns.all()):
             return
-        rounded = float((said[:, -2] / owns.square()).sum())
+        rounded = float((changed / owns.square()).sum())
         if plain:
             gram = centred(gram / owns / owns[:, None])
         if rounded > ROUNDED**2 * float(gram.trace()):
@@ -178,12 +182,16 @@ class Exchange:
     def _said(self, own: Tensor) -> Tensor:
         """What the first rank of each member says, a row each, on all ranks."""
         flat = own.reshape(-1)
+        return self._heard(lambda: self._peers.numbers(flat), len(self.members), flat.numel())
 
-        def hear() -> tuple[None, Tensor | None]:
-            rows = self._peers.numbers(flat)
-            return None, rows if self._first else None
+    def _heard(self, hear: Callable[[], Tensor], *shape: int) -> Tensor:
+        """What this replica's first rank hears, on all of them."""
 
-        return self._together.summed(hear, (len(self.members), flat.numel()))[1]
+        def on_first() -> tuple[None, Tensor | None]:
+            numbers = hear()
+            return None, numbers if self._first else None
+
+        return self._together.summed(on_first, shape)[1]
 
 
 def centred(gram: Tensor) -> Tensor:

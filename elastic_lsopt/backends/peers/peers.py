@@ -10,6 +10,10 @@ operations in it.
 the sum to all (an all-gather): an all-reduce by hand, with its bytes. Between the halves each peer holds its part of
 everybody's vector, so that inner products between replicas cost nothing more; each half may travel in few bits; and all
 members decode the same bytes, so they end with the same bits.
+
+[Note: who does not hear] A death closes the connections to the dead. A member that has what it wanted of the dead, and
+waits for another, does not feel it; and where the other gives up, gloo does not always close what lies half sent. So
+whoever waits for long asks now and then whether the meeting has failed, as those say who have heard.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from elastic_lsopt.errors import PeerFailed
 from elastic_lsopt.space.geometry import ParameterSpace
 from elastic_lsopt.space.vector import Vector
 
+ASK_EVERY = timedelta(seconds=0.03)
 PIECE = 2**15
 """Of so many numbers of each replica inner products are taken at a time."""
 
@@ -56,7 +61,7 @@ class Peers:
     ) -> None:
         self.bundles, self.members = tuple(bundles), tuple(members)
         self.sent_bytes = 0
-        self._timeout = timeout
+        self._timeout, self._over = timeout, lambda: False
         self._places = [bundle.holders.index(own) for bundle in self.bundles]
         self._groups = [self._group(b.holders, own, f"{b.copies}", store) for b in self.bundles]
         replica, rank = own
@@ -79,9 +84,19 @@ class Peers:
             last = [doomed.pop()]
             threading.Thread(target=last.clear, name="closing").start()
 
-    def limit(self, timeout: timedelta) -> None:
-        """How long an operation may take from now on."""
-        self._timeout = timeout
+    def limit(self, timeout: timedelta, over: Callable[[], bool]) -> None:
+        """How long an operation may take from now on, and whether nobody need wait for it any more."""
+        self._timeout, self._over = timeout, over
+
+    def _heard(self, work: dist.Work) -> None:
+        """Wait for an operation. See [Note: who does not hear]."""
+        with told():
+            while not work.is_completed():
+                with suppress(RuntimeError):
+                    work.wait(ASK_EVERY)
+                if not work.is_completed() and self._over():
+                    raise PeerFailed("a replica is gone, as another has found")
+            work.wait()
 
     def numbers(self, own: Tensor) -> Tensor:
         """What the first rank of each member says, a row each; of another rank zeros."""
@@ -89,9 +104,17 @@ class Peers:
         if self._firsts is not None:
             options = AllgatherOptions()
             options.timeout = self._timeout
-            with told():
-                self._firsts._allgather_base(rows, own.reshape(1, -1), options).wait()
+            self._heard(self._firsts._allgather_base(rows, own.reshape(1, -1), options))
         return rows
+
+    def total(self, own: Tensor) -> Tensor:
+        """The sum of what the first rank of each member says; of another rank zeros."""
+        total = own.clone() if self._firsts is not None else torch.zeros_like(own)
+        if self._firsts is not None:
+            options = dist.AllreduceOptions()
+            options.timeout = self._timeout
+            self._heard(self._firsts.allreduce([total], options))
+        return total
 
     def watch(self, timeout: timedelta) -> Callable[[], bool]:
         """From when on a member's first rank is gone (of the first ranks, on all that live; nobody waits).
@@ -193,8 +216,7 @@ class Peers:
             options.rootRank, options.rootTensor, options.timeout = place, 0, self._timeout
             size = len(self.bundles[number].holders)
             self.sent_bytes += (size - 1) * values.nbytes if self._places[number] == place else 0
-            with told():
-                self._groups[number].broadcast([values], options).wait()
+            self._heard(self._groups[number].broadcast([values], options))
             out.append(values)
         return out
 
@@ -235,8 +257,7 @@ class Peers:
         out, options = torch.empty_like(rows), dist.AllToAllOptions()
         options.timeout = self._timeout
         self.sent_bytes += rows[0].nbytes * (len(rows) - 1)
-        with told():
-            self._groups[number].alltoall_base(out, rows.contiguous(), [], [], options).wait()
+        self._heard(self._groups[number].alltoall_base(out, rows.contiguous(), [], [], options))
         return out
 
     def _to_all(self, number: int, row: Tensor) -> Tensor:
@@ -247,8 +268,7 @@ class Peers:
         out, options = row.new_empty(size, row.shape[1]), AllgatherOptions()
         options.timeout = self._timeout
         self.sent_bytes += row.nbytes * (size - 1)
-        with told():
-            self._groups[number]._allgather_base(out, row.contiguous(), options).wait()
+        self._heard(self._groups[number]._allgather_base(out, row.contiguous(), options))
         return out
 
 

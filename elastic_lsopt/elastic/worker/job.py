@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from elastic_lsopt.api.engine import Engine
-from elastic_lsopt.api.step import refuse_halves
+from elastic_lsopt.api.refusals import refuse_halves
 from elastic_lsopt.checkpoint.checkpointer import Checkpointer
 from elastic_lsopt.checkpoint.divergence import Streak, last_words, set_bad_aside
 from elastic_lsopt.checkpoint.ownership import Ownership

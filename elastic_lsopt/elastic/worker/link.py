@@ -106,6 +106,10 @@ class Entered:
         node_of = dict(zip(self.workers, self.nodes, strict=True))
         return tuple(node_of[worker] for worker in self.together)
 
+    def unlike(self, present: Entered, replica: int) -> bool:
+        """Whether that replica has other members in `present`, or none."""
+        return self.replicas[replica] != present.replicas[replica]
+
     @property
     def living(self) -> tuple[int, ...]:
         """The replicas that have workers, in a job of several."""

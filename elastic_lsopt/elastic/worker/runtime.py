@@ -45,9 +45,10 @@ from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.mail.mailbox import cut_off
 from elastic_lsopt.elastic.membership.generation import FINISHED
 from elastic_lsopt.elastic.worker.fault import is_peers, one_line
+from elastic_lsopt.elastic.worker.generation.life import Build, Interrupted, Life
+from elastic_lsopt.elastic.worker.generation.live_generation import FORM_TIMEOUT_S, LiveGeneration
 from elastic_lsopt.elastic.worker.journal import Journal, Phases
 from elastic_lsopt.elastic.worker.link import Entered, WorkerLink
-from elastic_lsopt.elastic.worker.live_generation import FORM_TIMEOUT_S, Build, Interrupted, Life, LiveGeneration
 from elastic_lsopt.elastic.worker.ties import Ties
 from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.plan import Policy, Worker, plan

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic_lsopt.api.consensus import Consensus
 from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.api.initialize import initialize
+from elastic_lsopt.api.replicas.consensus import Consensus
 from elastic_lsopt.averages import registry as averages
 from elastic_lsopt.averages.average import Average
 from elastic_lsopt.backends.backend import Backend

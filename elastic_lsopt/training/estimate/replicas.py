@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
+import torch
+
+from elastic_lsopt.backends.peers.formats import format_of
 from elastic_lsopt.config.consensus import read_consensus
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.training.building.rules import rule_of
 
 WITH_FEW_BITS = 2
-"""Vectors that a format in few bits keeps: rounding's rest, and the reference."""
+"""Vectors that a format in few bits keeps at most: rounding's rest, and the reference."""
+LONG = 64
+"""Steps of a format in a row that is long enough to measure its bytes by."""
 
 
 def replicas_of(config: TrainConfig) -> int:
@@ -34,14 +40,20 @@ def vectors_of_rule(config: TrainConfig) -> tuple[int, int]:
     block = read_consensus(config.consensus)
     told, span = block.told, block.disagreement_span
     few = WITH_FEW_BITS if told.bits < 32 or told.top_k is not None else 0
-    kept, _, within = rule_of(config).facts.memory.partition(";")
-    return int(kept) + few + span, sum(map(int, re.findall(r"\d+", within))) + (span > 0)
+    rule = rule_of(config)
+    kept, _, within = rule.facts.memory.partition(";")
+    parts = [int(n) / (rule.fragments if of_part else 1) for n, of_part in re.findall(r"(\d+)(/P)?", within)]
+    return int(kept) + few + span, math.ceil(sum(parts)) + (span > 0)
 
 
 def sent_between(config: TrainConfig, vector_bytes: int) -> int:
-    """Bytes that a rank sends to other replicas per step, for a mean of all: twice its share but for its own part."""
+    """Bytes that a rank sends to other replicas per step, on average; `vector_bytes` are those of its shard in fp32."""
     replicas = replicas_of(config)
     if replicas == 1:
         return 0
     told, rule = read_consensus(config.consensus or {}).told, rule_of(config)
-    return round(2 * (replicas - 1) / replicas * vector_bytes * told.bits / 32 / rule.tau)
+    form = format_of(told.bits, told.top_k)
+    vectors = replicas - 1 if form.sparse else rule.sent_vectors(replicas)
+    row = torch.zeros(1, LONG * form.step)
+    of_fp32 = form.encode(row).nbytes / row.nbytes  # scales and places included
+    return round(vectors * vector_bytes * of_fp32 / rule.tau)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.report.run import ANSWERS
-from elastic_lsopt.training.run_folder import CONFIG, METRICS, MODEL
+from elastic_lsopt.training.reporting.run_folder import CONFIG, METRICS, MODEL
 
 NO_RUN = Path("runs/probe")
 """Where answers about models of no run go, below the working folder."""

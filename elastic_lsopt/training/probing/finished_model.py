@@ -26,7 +26,7 @@ from elastic_lsopt.training.building.imported_model import refuse_untrusted
 from elastic_lsopt.training.datasets.samples import Data, build_data
 from elastic_lsopt.training.probing.answer_folder import answers_folder, claimed, run_of, unwritable
 from elastic_lsopt.training.probing.during_training import fixed_microbatches
-from elastic_lsopt.training.run_folder import CHECKPOINTS, CONFIG
+from elastic_lsopt.training.reporting.run_folder import CHECKPOINTS, CONFIG
 from elastic_lsopt.world import World
 
 RESULTS = "probes.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,9 @@ import torch.distributed as dist
 
 from elastic_lsopt.backends.groups import gloo
 from elastic_lsopt.backends.peers import meeting
-from elastic_lsopt.backends.peers.circles import Circles
+from elastic_lsopt.backends.peers.circles import IDLE, Circles
 from elastic_lsopt.backends.peers.meeting import Meetings, Met
+from elastic_lsopt.errors import UserError
 
 pytestmark = pytest.mark.fast
 LIMIT_S = 20.0
@@ -95,12 +97,100 @@ def test_a_circle_that_one_has_dropped_is_made_anew_once_in_a_meeting() -> None:
     earlier = {r: {"circles": {}, "cut": [[(0, 0, 4)]]} for r in (0, 1)}
 
     def member(number: int) -> list[Any]:
-        circles, left = Circles((number, 0), shared), timedelta(seconds=2)
-        circles.of((0, 1), Met(3, (0, 1), earlier, None), left)
+        circles, left, never = Circles((number, 0), shared), timedelta(seconds=2), lambda: False
+        circles.of((0, 1), Met(3, (0, 1), earlier, None), left, never)
         if number == 1:
             circles.drop()
-        return [circles.of((0, 1), Met(7, (0, 1), reports, None), left) for _ in range(3)]
+        return [circles.of((0, 1), Met(7, (0, 1), reports, None), left, never) for _ in range(3)]
 
     with ThreadPoolExecutor(2) as threads:
         for first, *others in threads.map(member, range(2)):
             assert all(one is first for one in others)
+
+
+def test_nobody_waits_for_a_replica_that_is_known_to_be_lost() -> None:
+    """Replica 1 dies whole between two meetings, and says nothing; who watches over it says so while others wait."""
+    shared, gone = store(), threading.Event()
+    both = [replica(shared, number, among=2, timeout_s=20.0) for number in range(2)]
+    both[0].lost = lambda number: number == 1 and gone.is_set()
+    with ThreadPoolExecutor(2) as threads:
+        [*_] = threads.map(lambda me: me.end(me.begin({}), well=True), both)
+        waiting = threads.submit(both[0].begin, {})
+        time.sleep(0.3)
+        assert not waiting.done()
+        gone.set()
+        begin = time.monotonic()
+        met = waiting.result(LIMIT_S)
+    assert met is not None and met.members == (0,) and time.monotonic() - begin < 5.0
+
+
+def test_a_newcomer_whose_others_have_all_died_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs of life keep it waiting; when they end, it does too, in one line."""
+    monkeypatch.setattr(meeting, "SLICE_S", 0.1)
+    monkeypatch.setattr(meeting, "SILENT_S", 0.6)
+    monkeypatch.setattr(meeting, "BEAT_S", 0.2)
+    shared = store()
+    other, new = replica(shared, 0, among=2), replica(shared, 1, among=2)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(lambda: new.begin({}, patience_s=math.inf))
+        begin = time.monotonic()
+        while time.monotonic() < begin + 1.5:
+            other.beat()
+            time.sleep(0.05)
+        assert not waiting.done()
+        with pytest.raises(UserError, match=r"^replica 1 waits to be given the model, and no other has taken a step"):
+            waiting.result(LIMIT_S)
+    assert 1.9 < time.monotonic() - begin < 8.0
+
+
+def test_who_is_told_to_stop_while_it_waits_takes_its_word_back() -> None:
+    """Nobody meets it, and it hears at once; the others meet without it."""
+    shared, told = store(), threading.Event()
+    stops = Meetings(shared, 0, range(2), first=True, inside=None, timeout_s=60.0, told_to_stop=told.is_set)
+    stops.join()
+    other = replica(shared, 1, among=2)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(lambda: stops.begin({}))
+        time.sleep(0.2)
+        assert not waiting.done()
+        told.set()
+        assert waiting.result(2.0) is None and stops.stops
+    met = other.begin({})
+    assert met is not None and met.members == (1,)
+
+
+def test_who_comes_when_the_job_has_ended_hears_of_it() -> None:
+    shared = store()
+    first, late = replica(shared, 0, among=2), replica(shared, 1, among=2)
+    met = first.begin({})
+    assert met is not None and met.members == (0,)
+    first.conclude()
+    assert late.begin({}) is None and late.over
+    assert not first.over
+
+
+def test_groups_do_not_pile_up() -> None:
+    """Four members come and go: each lets go of the groups of those that are no more, and of what is idle."""
+    shared = store()
+    circles = {number: Circles((number, 0), shared) for number in range(4)}
+
+    def meet(number: int, members: tuple[int, ...]) -> None:
+        reports = {m: {"circles": circles[m].told, "cut": [[(0, 0, 4)]]} for m in members}
+        met = Met(number, members, reports, None)
+
+        def one(m: int) -> None:
+            circles[m].only(met)
+            circles[m].of(members, met, timedelta(seconds=LIMIT_S), lambda: False)
+
+        with ThreadPoolExecutor(4) as threads:
+            assert [*threads.map(one, members)] == [None] * len(members)
+
+    subsets = [(0, 1), (0, 1, 2), (0, 1, 3), (0, 1, 2, 3), (0, 1)]
+    for number, members in enumerate(subsets):
+        meet(number, members)
+    assert [*circles[0].told] == [*circles[1].told] == ["0-1"]
+    meet(5, (0, 1, 2, 3))
+    assert {len(one.told) for one in circles.values()} <= {2, 3}
+    for number in range(6, 6 + IDLE + 2):
+        meet(number, (0, 1, 2, 3))
+    assert [[*one.told] for one in circles.values()] == [["0-1-2-3"]] * 4

@@ -16,10 +16,11 @@ from elastic_lsopt.oracle.clock import SampleClock
 from elastic_lsopt.plan import Policy, Worker, plan
 from elastic_lsopt.training.building.engines import build_engine
 from elastic_lsopt.training.building.models import build_model
-from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import build_data
 from elastic_lsopt.training.evaluation import evaluate
-from elastic_lsopt.training.loop import TrainingRun, train
+from elastic_lsopt.training.loop import TrainingRun
+from elastic_lsopt.training.reporting.console import Console
+from elastic_lsopt.training.train import train
 from elastic_lsopt.world import World
 
 

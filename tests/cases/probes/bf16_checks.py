@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from elastic_lsopt.cli.job_file import read_job
-from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import build_data
 from elastic_lsopt.training.loop import TrainingRun
 from elastic_lsopt.training.probing.during_training import fixed_microbatches
+from elastic_lsopt.training.reporting.console import Console
 from tests.cases import engines
 from tests.cases.elastic.jobs import this_world
 from tests.cases.probes.products import ConstantTanh

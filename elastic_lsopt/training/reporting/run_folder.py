@@ -17,8 +17,8 @@ from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.worker.journal import JOURNAL
 from elastic_lsopt.errors import UserError
 from elastic_lsopt.report.run import ANSWERS
-from elastic_lsopt.training.reporters import Reporters
-from elastic_lsopt.training.run_state import STATE, RunState
+from elastic_lsopt.training.reporting.reporters import Reporters
+from elastic_lsopt.training.reporting.run_state import STATE, RunState
 
 CONFIG, METRICS, EVENTS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"
 MODEL = "model"
@@ -40,7 +40,7 @@ class RunFolder:
     """
 
     def __init__(self, config: TrainConfig, *, anew: bool) -> None:
-        self.path = Path(config.output_dir)
+        self.path, self._config = Path(config.output_dir), config
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if anew:
@@ -49,7 +49,7 @@ class RunFolder:
             self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
         except OSError as error:
             raise unwritable(config, error) from error
-        self._config, self.state = config, RunState(self.path)
+        self.state = RunState(self.path)
         self._to_board, self._board = "tensorboard" in config.report_to, None
         self._reporters = Reporters(config)
 
@@ -63,6 +63,11 @@ class RunFolder:
 
     def _set_earlier_run_aside(self) -> None:
         earlier = [self.path / name for name in PARTS if (self.path / name).exists()]
+        replicas = 1 if self._config.consensus is None else self._config.consensus["replicas"]
+        earlier += [  # of those that this run has not; the others set theirs aside
+            path for path in self.path.glob("replica-*")
+            if (number := path.name.removeprefix("replica-")).isdecimal() and int(number) >= replicas
+        ]  # fmt: skip
         if earlier:
             aside = next(p for n in count(1) if not (p := self.path / f"earlier-{n}").exists())
             aside.mkdir()

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from elastic_lsopt.api.step import LandscapeStep
@@ -50,15 +51,19 @@ class Heard:
 
 
 class Hearing:
-    """One rank's part in what is said; `inside` are its replica's ranks, `left` tells what is left of the meeting's
-    time, `standing` is what is kept of the format; `gaps`: differences from the mean are wanted."""
+    """One rank's part in what is said.
+
+    `inside` are its replica's ranks; `left` tells what is left of the meeting's time, `failed` whether it has failed;
+    `standing` names what is kept of the format; `gaps`: differences from the mean are wanted.
+    """
 
     def __init__(
         self, step: LandscapeStep, rule: Rule, form: Format, circles: Circles, inside: Group, number: int,
-        left: Callable[[], timedelta], standing: str, *, gaps: bool = False,
+        left: Callable[[], timedelta], failed: Callable[[Met], bool], standing: str, *, gaps: bool = False,
     ) -> None:  # fmt: skip
         self._step, self._rule, self._format, self._circles, self._number = step, rule, form, circles, number
-        self._inside, self._together, self._left, self._standing_name = inside, Unison(inside), left, standing
+        self._inside, self._together, self._left, self._failed = inside, Unison(inside), left, failed
+        self._standing_name = standing
         self._gaps = gaps
 
     @property
@@ -86,6 +91,7 @@ class Hearing:
         Raises PeerFailed where one is gone, NonFinite where a rule's own gradient is none.
         """
         heard = Heard()
+        self._circles.only(met)
         if len(fit) < 2 and len(met.members) == len(fit):
             return heard  # alone
         if not fit:
@@ -168,4 +174,5 @@ class Hearing:
         whole = self._step.space.layout.parameters
         chosen = None if part is self._step.space else {p.name for p in part.layout.parameters}
         numbers = None if chosen is None else [i for i, p in enumerate(whole) if p.name in chosen]
-        return self._together(lambda: self._circles.of(members, met, self._left(), numbers))
+        over = partial(self._failed, met)
+        return self._together(lambda: self._circles.of(members, met, self._left(), over, numbers))

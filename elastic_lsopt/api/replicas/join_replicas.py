@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from elastic_lsopt.api.consensus import Consensus
+from elastic_lsopt.api.replicas.consensus import Consensus
 from elastic_lsopt.backends.groups import form_replicas
 from elastic_lsopt.consensus import registry
 from elastic_lsopt.errors import UserError

@@ -15,117 +15,45 @@ from __future__ import annotations
 import os
 import statistics
 import sys
-import time
-from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
-from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.backends.agreement import gather_json
 from elastic_lsopt.backends.fabric import Fabric, fabric_for
 from elastic_lsopt.backends.fabric.signed_store import SignedStore
 from elastic_lsopt.backends.groups import formed_apart
 from elastic_lsopt.backends.rebuild import form_group, tear_down
 from elastic_lsopt.backends.transport import Transport
-from elastic_lsopt.config.elastic import ElasticConfig
 from elastic_lsopt.elastic.mail.mailbox import connect, split_address
-from elastic_lsopt.elastic.membership.generation import FINISHED
 from elastic_lsopt.elastic.memory.mirror import Mirror
 from elastic_lsopt.elastic.memory.reshard import Chosen, choose, inventory, reshard
 from elastic_lsopt.elastic.memory.trail import Trail
-from elastic_lsopt.elastic.memory.versions import HostVersions
+from elastic_lsopt.elastic.worker.generation.life import Agreed, Formed, Interrupted, Life
+from elastic_lsopt.elastic.worker.generation.training import Training, keep, told
 from elastic_lsopt.elastic.worker.job import Run, refuse_what_counts_steps_or_ranks
-from elastic_lsopt.elastic.worker.journal import Change, Journal, Phases
-from elastic_lsopt.elastic.worker.link import Entered, WorkerLink
+from elastic_lsopt.elastic.worker.journal import Change, Phases
+from elastic_lsopt.elastic.worker.link import Entered
 from elastic_lsopt.elastic.worker.meeting import meet
 from elastic_lsopt.elastic.worker.open_files import refuse_too_few
 from elastic_lsopt.elastic.worker.roll import Roll
-from elastic_lsopt.elastic.worker.same_data import SameData
 from elastic_lsopt.elastic.worker.ties import Ties
-from elastic_lsopt.errors import PeerFailed, UserError
+from elastic_lsopt.errors import UserError
 from elastic_lsopt.oracle.clock import SampleClock
-from elastic_lsopt.oracle.step_report import Piggyback
-from elastic_lsopt.plan import Plan, Policy, Worker, plan
-from elastic_lsopt.schedules.adascale import Gain, measured
+from elastic_lsopt.plan import Plan, Worker, plan
+from elastic_lsopt.schedules.adascale import Gain
 from elastic_lsopt.world import World, device_of
 
 T = TypeVar("T")
-Build = Callable[[World], Run]
 FORM_TIMEOUT_S = 20.0
 """How long a new group may take to connect; a peer that dies meanwhile costs the rest of it."""
-LAST = 2**53  # no generation comes after the end, however long an export takes
-SPEEDS = 16
-"""Steps whose median speed is a worker's."""
 GRANT_S = 5.0
-LOOK_EVERY_S = 0.05
-
-
-class Interrupted(Exception):
-    """A newer generation has come while this one was being formed."""
-
-
-@dataclass
-class Life:
-    """What a worker has through all generations."""
-
-    build: Build
-    settings: ElasticConfig
-    policy: Policy
-    journal: Journal
-    link: WorkerLink
-    versions: HostVersions = field(default_factory=HostVersions)
-    same_data: SameData = field(default_factory=SameData)
-    job: str = ""
-    """Lives on as long as one worker that has been in it."""
-    seen: int = 0
-    """The last step that this process has finished, committed or not."""
-    unexplained: int = 0
-    """Generations in a row that broke here though nobody had gone, and made no step."""
-    speeds: deque[float] = field(default_factory=lambda: deque(maxlen=SPEEDS))
-    """Samples per second of this worker's own forwards, in its last steps."""
-    replica: int = 0
-    """Of which `versions` are."""
-
-    @property
-    def timeout(self) -> timedelta:
-        """Of a collective: a peer that is merely slow must not be taken for a dead one."""
-        return timedelta(seconds=10 * self.settings.hang_timeout_s)
-
-
-@dataclass(frozen=True)
-class Formed:
-    """A rank of a group; `group` talks on the host, whatever the device is."""
-
-    world: World
-    fabric: Fabric
-    group: dist.ProcessGroup
-    roll: Roll | None = None
-    """The other replicas' words; None in a job of one."""
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """What all ranks have decided alike from what each holds."""
-
-    inventories: list[Any]
-    chosen: Chosen | None
-    """The moment to go on from; None: the newest checkpoint, or the beginning."""
-    plan: Plan
-    before: Plan | None
-    job: str
-    newcomer: bool = False
-    """A replica that holds nothing yet of what the others have come to."""
-
-    def world(self, formed: Formed) -> World:
-        """What a run is built for."""
-        return replace(formed.world, plan=self.plan, job=self.job, newcomer=self.newcomer)
 
 
 class LiveGeneration:
@@ -187,6 +115,7 @@ class LiveGeneration:
             world = replace(
                 world, replica=entered.replica, sizes=entered.sizes, meetings=roll.meetings,
                 outdated=lambda: life.link.present.epoch != entered.epoch,
+                lost=lambda replica: entered.unlike(life.link.present, replica),
             )  # fmt: skip
         return Formed(world, fabric, group, roll)
 
@@ -360,179 +289,3 @@ def _source(agreed: Agreed, steps: int) -> str:
     if agreed.chosen is not None:
         return "memory"
     return "newcomer" if agreed.newcomer else "checkpoint" if steps else "start"
-
-
-class Training:
-    """The steps of a generation that is filled and mirrored. See runtime.py, [Note: riding through]."""
-
-    def __init__(self, life: Life, entered: Entered, formed: Formed, agreed: Agreed, run: Run, trail: Trail) -> None:
-        self._life, self._entered, self._group, self._plan = life, entered, formed.group, agreed.plan
-        self._run, self._trail = run, trail
-        self._roll, self._world = formed.roll, agreed.world(formed)
-        self._noted = entered.number
-        """The newest generation that this group has been through together."""
-        run.engine.piggyback = self._piggyback
-
-    def until_it_ends(self, change: Change, phases: Phases) -> bool:
-        """True when the job has ended, False after a planned change."""
-        life, run, entered, stepped = self._life, self._run, self._entered, False
-        began = False
-        for microbatches in run.steps():
-            row, first, stepped = run.step(microbatches), not stepped, True
-            life.seen, life.unexplained = row["step"], 0
-            self._note_speed(run.engine)
-            if first:
-                phases.end("first_step")
-                self._write_journal(change, phases)
-            if self._roll is not None and not began and not is_newcomer(run):
-                began = True
-                self._say(lambda roll: roll.began(entered.epoch[1]))
-            life.link.progress(**{key: row[key] for key in ("step", "samples", "loss", "seconds", "batch")})
-            if run.stopped:
-                break
-            pending = self._heard()
-            # A lone worker's versions would be of use to nobody but a newcomer.
-            if pending or (len(entered.together) > 1 and row["step"] % life.settings.mirror_every == 0):
-                keep(run, self._trail, self._plan, wait=pending)
-            if pending and self._leave_together():
-                return False
-        if not stepped and change.source == "memory":  # the end came with a change, which may have cost its save
-            run.settle(save=True)
-        life.link.generation = LAST
-        run.finish()
-        sys.stdout.flush()  # the agent of the first that is through the barrier may end the others
-        dist.barrier(self._group)
-        if self._roll is not None:
-            self._wait_for_the_others(self._roll)
-        life.link.tell("finished", stopped=run.stopped)
-        return True
-
-    def _note_speed(self, engine: Engine) -> None:
-        """The next plan may deal the micro-batches by it."""
-        if engine.last_step is not None and engine.last_step.samples_per_second is not None:
-            self._life.speeds.append(engine.last_step.samples_per_second)
-
-    def _write_journal(self, change: Change, phases: Phases) -> None:
-        """One line, from rank 0 (collective)."""
-        everyones = gather_json(self._group, [phases.seconds, change.bytes_moved, change.redone_steps])
-        heard = self._life.link.told_until(change.generation)
-        if dist.get_rank() == 0:
-            self._life.journal.write(change.of_all(everyones, [(e.why, e.gone) for e in heard]))
-
-    def _piggyback(self) -> Piggyback:
-        return Piggyback(float(self._life.link.newest > self._noted), self._trail.lags())
-
-    def _heard(self) -> bool:
-        """Commit what every mirror has acknowledged (C); whether a change of members is due after this step."""
-        report = self._run.engine.last_step
-        assert report is not None and report.piggyback is not None
-        self._trail.heard(report.piggyback.trailing)
-        if self._life.link.stop_requested:
-            self._run.engine.request_stop()
-        return report.piggyback.newer_generation > 0 and not (self._entered.apart and self._rides())
-
-    # -- other replicas ----------------------------------------------------------------------------------------
-
-    def _rides(self) -> bool:
-        """Whether the newer generation leaves this replica as it is; then it is noted, once all ranks know of the same
-        one (collective)."""
-        present = self._life.link.present
-        heard = gather_json(self._group, [present.number, present.epoch == self._entered.epoch])
-        if not all(same for _, same in heard):
-            return False
-        if len({number for number, _ in heard}) == 1:
-            self._ride(present)
-        return True
-
-    def _ride(self, present: Entered) -> None:
-        roll = self._roll
-        assert roll is not None
-        reached = True
-        try:
-            roll.follow(present)
-        except (RuntimeError, OSError):  # this host has died too
-            reached = False
-        if all(gather_json(self._group, reached)):  # else again after the next step
-            self._noted = present.number
-            self._life.link.told_until(present.number)  # news of others, which no line of this replica's journal is for
-            self._world = replace(
-                self._world, generation=present.number, sizes=present.sizes, meetings=roll.meetings
-            )  # fmt: skip
-            self._run.members_changed(self._world)
-
-    def _say(self, word: Callable[[Roll], None]) -> None:
-        """From rank 0. A store that does not answer is followed by another, which is told again."""
-        if self._roll is not None and self._world.is_first:
-            with suppress(RuntimeError, OSError):
-                word(self._roll)
-
-    def _wait_for_the_others(self, roll: Roll) -> None:
-        """The first that tells its agent of the end ends the job. See roll.py for who is waited for."""
-        self._say(Roll.finish)
-        link = self._life.link
-        while link.present.why != FINISHED:
-            with suppress(RuntimeError, OSError):
-                roll.follow(link.present)
-                if not roll.unfinished(link.present):
-                    return
-            time.sleep(LOOK_EVERY_S)
-
-    # -- a planned change --------------------------------------------------------------------------------------
-
-    def _leave_together(self) -> bool:
-        """See runtime.py, [Note: a planned change]. False where it is not to be followed: this generation ends the job
-        itself, because no worker stays (one more step saves) or no step and no newcomer is left to go on for.
-
-        Nobody stays either where those that the change lets stay were told to go too, a moment later: each of the next
-        generations would hand over to the one after, and the last has nobody who could save.
-        """
-        life, run, entered = self._life, self._run, self._entered
-        timeout_s = life.timeout.total_seconds()
-        newer = life.link.other_epoch(entered.epoch, timeout_s)
-        if newer is None:
-            raise PeerFailed("a worker flagged a new generation of which this node's agent does not know.")
-        life.link.generation = newer.number  # what follows may take long, and is no hang
-        # Where changes follow each other fast, ranks know of different ones: the newest counts for all.
-        own = [newer.number, newer.of_replica(entered.replica), newer.running]
-        heard = gather_json(self._group, [own, life.link.leaves])
-        _, staying, running = max(change for change, _ in heard)
-        leaving = [rank for rank, worker in enumerate(entered.together) if worker not in staying]
-        told_to_go = {rank for rank, (_, leaves) in enumerate(heard) if leaves}
-        done = run.engine.clock.samples >= run.loader.total_samples
-        if done and (not running or {*staying} <= {*entered.together}):
-            return False
-        if len(told_to_go.union(leaving)) == len(entered.together) and not entered.apart:
-            run.engine.request_stop()
-            return False
-        run.settle(save=not running)  # a job that will wait for nodes may be told to end meanwhile
-        self._trail.commit_newest()  # all have waited for it before they told each other of the change
-        if 0 < len(leaving) < len(entered.together):  # a replica that goes whole leaves its part to the others
-            self._trail.mirror.hand_over(life.versions.newest, leaving, timeout_s=timeout_s)
-        dist.barrier()  # whoever took the group down now would break it for those that still receive
-        return True
-
-
-def is_newcomer(run: Run) -> bool:
-    """Whether what it has does not count; of a run that knows nothing of replicas it does."""
-    return bool(getattr(run, "newcomer", False))
-
-
-def keep(run: Run, trail: Trail, plan: Plan, *, wait: bool) -> None:
-    """A host version of this step, on its way to the mirror; with `wait` every shard of it has arrived."""
-    step = run.engine.clock.steps + run.loader.undone_steps  # grows also where a rewind takes steps back
-    gain = measured(run.engine.families)
-    extra = {
-        "loader": run.loader.state_dict(), "plan": plan.to_json(),
-        "gain": None if gain is None else [gain.variance, gain.square],
-    }  # fmt: skip
-    if is_newcomer(run):
-        extra["newcomer"] = True
-    trail.keep(run.engine, step, extra, wait=wait)
-
-
-def told(plan: Plan) -> dict[str, Any]:
-    """The hyper-parameters that a plan is heading for, without what the job does not have; each rank's micro-batches
-    per step."""
-    target = plan.target.of(plan.reference, plan.global_batch_size)
-    found = {key: value for key, value in asdict(target).items() if value is not None}
-    return found | {"held_by": plan.why, "units": [len(mine) for mine in plan.microbatches_of_rank]}

@@ -18,11 +18,11 @@ from elastic_lsopt.report.pictures.draw_loss_curve import draw_loss
 from elastic_lsopt.report.pictures.draw_members import draw_members
 from elastic_lsopt.report.run import held_out_metrics
 from elastic_lsopt.training.building.base_optimizer import name_of_base
-from elastic_lsopt.training.console import Console
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.datasets.tokens import FolderTokens
-from elastic_lsopt.training.model_card import model_card
-from elastic_lsopt.training.run_folder import METRICS, read_metrics
+from elastic_lsopt.training.reporting.console import Console
+from elastic_lsopt.training.reporting.model_card import model_card
+from elastic_lsopt.training.reporting.run_folder import METRICS, read_metrics
 
 
 def finish(config: TrainConfig, engine: Engine, data: Data, console: Console, *, is_first: bool) -> None:

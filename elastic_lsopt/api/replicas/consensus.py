@@ -19,7 +19,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from elastic_lsopt.api.hearing import Heard, Hearing
+from elastic_lsopt.api.replicas.exchanged import Exchanged, Said, UnderWay
+from elastic_lsopt.api.replicas.hearing import Heard, Hearing
+from elastic_lsopt.api.replicas.reports import final, fit_of, keeps, ledger_of, spans, trained
 from elastic_lsopt.api.step import LandscapeStep
 from elastic_lsopt.backends.agreement import gather_json
 from elastic_lsopt.backends.groups import Group, present
@@ -31,7 +33,6 @@ from elastic_lsopt.by_name import require, require_count, require_number
 from elastic_lsopt.consensus.fragments import within
 from elastic_lsopt.consensus.needs import refuse_unmet
 from elastic_lsopt.consensus.rule import Rule
-from elastic_lsopt.data.ledger import Ledger
 from elastic_lsopt.data.rounds import Rounds
 from elastic_lsopt.errors import NonFinite, PeerFailed, UserError
 from elastic_lsopt.optimizers.registry import methods
@@ -62,51 +63,6 @@ class Standing(Stateful):
         return {"since": 0, "samples": 0, "ahead": 0}
 
 
-@dataclass(frozen=True)
-class Exchanged:
-    """One meeting, as the journal tells it."""
-
-    number: int
-    members: tuple[int, ...]
-    fit: tuple[int, ...]
-    """The members that exchanged; the others were given the model."""
-    missing: tuple[int, ...]
-    """Who was at the exchange before, and not at this one."""
-    well: bool
-    """It went well on all; else none of them has changed anything."""
-    why: str
-    """What failed on this rank; empty where nothing did."""
-    seconds: float
-    sent_bytes: int
-    """By this rank."""
-    disagreement: Disagreement | None = None
-    """How far apart the fit members were before it; None where no reduction tells it."""
-
-    @property
-    def consensus_distance(self) -> float | None:
-        """Root mean square distance of the fit members from their mean, before it."""
-        return None if self.disagreement is None else self.disagreement.consensus_distance
-
-    @property
-    def extraordinary(self) -> bool:
-        """Whether somebody was left out, let in or missing, or it failed."""
-        return not self.well or self.fit != self.members or bool(self.missing)
-
-
-_Said = tuple[Heard, bool, str, float, int]
-"""What was heard, whether it went well, why not, seconds, and bytes sent."""
-
-
-@dataclass(frozen=True)
-class _UnderWay:
-    """A meeting whose end has not taken effect."""
-
-    met: Met
-    fit: tuple[int, ...]
-    said: _Said | Future[_Said]
-    before: dict[str, Any]
-
-
 class Consensus:
     """How an engine's replica and the others pull on each other (collective in the replica to make and to use).
 
@@ -121,7 +77,8 @@ class Consensus:
     def __init__(
         self, rule: Rule, store: dist.Store, *, replicas: tuple[int, ...], bits: int = 32, top_k: int | None = None,
         timeout_s: float = 30.0, rounds: Rounds | None = None, by_speed: bool = False, newcomer: bool = False,
-        outdated: Callable[[], bool] | None = None, disagreement_span: int = 0,
+        outdated: Callable[[], bool] | None = None, lost: Callable[[int], bool] | None = None,
+        disagreement_span: int = 0,
     ) -> None:  # fmt: skip
         require(bits in BITS, "bits", bits, f"one of {', '.join(map(str, BITS))}")
         if top_k is not None:
@@ -133,10 +90,10 @@ class Consensus:
         """This replica's own."""
         self._bits, self._top_k, self.timeout_s, self.rounds = bits, top_k, timeout_s, rounds
         self._thread: ThreadPoolExecutor | None = None
-        self._under_way: _UnderWay | None = None
+        self._under_way: UnderWay | None = None
         self.exchanges: list[Exchanged] = []
         """Of this life of the process."""
-        self._by_speed, self._fit, self._outdated = by_speed, not newcomer, outdated
+        self._by_speed, self._fit, self._outdated, self._lost = by_speed, not newcomer, outdated, lost
         self._vacant: tuple[int, ...] = ()
         self._span = DisagreementSpan(disagreement_span) if disagreement_span else None
         self._spanned = NEVER
@@ -146,6 +103,10 @@ class Consensus:
         self._there = replicas
         """Who was at the last meeting."""
         self._met_s, self._round_s = time.monotonic(), 0.0
+        self.told_to_stop = False
+        """This rank is, which ends waiting for others; safe in a signal handler."""
+        self.hopeless = False
+        """Whether no weights at the newest meeting were finite."""
 
     @property
     def keep(self) -> tuple[Stateful, ...]:
@@ -178,19 +139,23 @@ class Consensus:
         rank, self._store = self._inside.rank, store
         self._meetings = Meetings(
             store, self.number, replicas, first=rank == 0, inside=self._inside.handle, timeout_s=self.timeout_s,
-            outdated=self._outdated, since=0 if self.rounds is None else max(0, self.rounds.version),
+            outdated=self._outdated, lost=self._lost, told_to_stop=self._to_stop,
+            since=0 if self.rounds is None else max(0, self.rounds.version),
         )  # fmt: skip
         self._circles = Circles((self.number, rank), store)
         self._hearing = Hearing(
             self._step, self.rule, format_of(self._bits, self._top_k), self._circles, self._inside, self.number,
-            lambda: self._meetings.left, Standing.name, gaps=self._span is not None,
+            lambda: self._meetings.left, self._meetings.failed, Standing.name, gaps=self._span is not None,
         )  # fmt: skip
         if rank == 0:
             self._meetings.join()
 
-    def members_changed(self, store: dist.Store, living: tuple[int, ...]) -> None:
+    def members_changed(
+        self, store: dist.Store, living: tuple[int, ...], lost: Callable[[int], bool] | None = None
+    ) -> None:
         """Other replicas have come or gone, and the store may be another (collective in the replica, between steps)."""
         self.settled()
+        self._lost = self._meetings.lost = lost
         self._vacant = tuple(r for r in range(max(*self.replicas, *living) + 1) if r not in living)
         self.replicas = living
         if store is not self._store:
@@ -201,14 +166,15 @@ class Consensus:
     # -- around a step -----------------------------------------------------------------------------------------
 
     def before_step(self, oracle: Oracle) -> bool:
-        """A step begins: meet the others if it is time. False where others train on its samples by now."""
+        """A step begins: meet the others if it is time. False where it is not to be taken: others train on its samples
+        by now, or have ended the job, or this replica has been told to stop while it waited."""
         if self._under_way is not None and self._standing["since"] >= self.rule.overlap:
             self.settled()
         out_of_samples = self.rounds is not None and not self.rounds.in_hand
         if self._standing["since"] < self.steps and not out_of_samples:
             return True
         self.exchange(oracle, beside=self.rule.overlap > 0)
-        return not self._redealt
+        return not (self._redealt or self.over or (self.stops and self._standing["since"]))
 
     def after_step(self, samples: int, *, skipped: bool) -> None:
         """A step has ended, on so many samples."""
@@ -217,6 +183,8 @@ class Consensus:
         self._skipped = skipped
         if self.rounds is not None:
             self.rounds.advance(samples)
+        if self._inside.rank == 0:
+            self._meetings.beat()
 
     def _of_job(self, samples: int) -> int:
         """What all replicas together have trained on meanwhile, as far as this one can tell."""
@@ -236,6 +204,19 @@ class Consensus:
         """This replica has nothing of what the job has come to, and is given the model at its first meeting."""
         self._fit = False
 
+    def _to_stop(self) -> bool:
+        return self.told_to_stop
+
+    @property
+    def stops(self) -> bool:
+        """Whether a rank of this replica had been told to stop when it last met others, or tried to."""
+        return self._meetings.stops
+
+    @property
+    def over(self) -> bool:
+        """Whether the others have ended the job without this replica."""
+        return self._meetings.over
+
     @property
     def leads(self) -> bool:
         """Whether this replica is the first of those that were at the last meeting."""
@@ -246,30 +227,37 @@ class Consensus:
         return gather_json(self._inside.handle, value)[0]
 
     def leave(self) -> None:
-        """This rank raised: its replica is no more, and the others need not wait for it."""
+        """This rank raised, or its replica stops: it is no more, and the others need not wait for it."""
         self._circles.drop()
         self._meetings.leave()
+
+    def conclude(self) -> None:
+        """This replica has the model of the end: who comes later is too late."""
+        self._meetings.conclude()
 
     # -- a meeting ---------------------------------------------------------------------------------------------
 
     def exchange(self, oracle: Oracle | None, *, beside: bool = False) -> Exchanged | None:
         """Meet the others now; None where they met without this replica, or where it goes on `beside` steps."""
         self.settled()
-        met = self._begin(final=False)
-        self._standing["since"], self._redealt = 0, False
+        met, self._redealt = self._begin(last=False), False
+        if met is None and (self.stops or self.over):
+            return None
+        self._standing["since"] = 0
         now = time.monotonic()
         self._round_s, self._met_s = now - self._met_s, now
         if met is None:
             return None
+        self.hopeless = not any(report["finite"] for report in met.reports.values())
         fit = self._fit_of(met)
         told = self.rule.snapshot(self._step.space, self._hearing.state, met.number) if self.number in fit else {}
         act = partial(self._hear, met, fit, oracle, told)
-        trained = dict(self._standing)
-        if not beside or not _keeps(met, self.number):
-            self._under_way = _UnderWay(met, fit, act(), trained)
+        before = dict(self._standing)
+        if not beside or not keeps(met, self.number):
+            self._under_way = UnderWay(met, fit, act(), before)
             return self.settled()
         self._thread = self._thread or ThreadPoolExecutor(1, "consensus")
-        self._under_way = _UnderWay(met, fit, self._thread.submit(act), trained)
+        self._under_way = UnderWay(met, fit, self._thread.submit(act), before)
         return None
 
     def settled(self) -> Exchanged | None:
@@ -305,11 +293,11 @@ class Consensus:
         )
         return self.exchanges[-1]
 
-    def _hear(self, met: Met, fit: tuple[int, ...], oracle: Oracle | None, told: dict[str, Any]) -> _Said:
+    def _hear(self, met: Met, fit: tuple[int, ...], oracle: Oracle | None, told: dict[str, Any]) -> Said:
         """All that is said, and the verdict."""
         begin, sent_bytes, heard, why = time.monotonic(), self._circles.sent_bytes, Heard(), ""
         try:
-            if _final(met):  # the others have ended: this replica is late, and hears what they have come to
+            if final(met):  # the others have ended: this replica is late, and hears what they have come to
                 heard = Heard(point=self._hearing.point(met, fit))
             else:
                 heard = self._hearing.hear(met, fit, oracle, told)
@@ -319,22 +307,22 @@ class Consensus:
         well = self._meetings.end(met, well=not why, watch=None if exchange is None else exchange.watch)
         return heard, well, why, time.monotonic() - begin, self._circles.sent_bytes - sent_bytes
 
-    def _begin(self, *, final: bool) -> Met | None:
-        """Say that this replica is there; `final`: for the model at the end."""
+    def _begin(self, *, last: bool) -> Met | None:
+        """Say that this replica is there; `last`: for the model at the end."""
         common, version = (None, -1) if self.rounds is None else (self.rounds.ledger.to_json(), self.rounds.version)
         return self._meetings.begin(
-            self._report(final), common, version=version, patience_s=self._patience_s, late_s=2 * self._round_s
+            self._report(last), common, version=version, patience_s=self._patience_s, late_s=2 * self._round_s
         )
 
-    def _report(self, final: bool) -> dict[str, Any]:
+    def _report(self, last: bool) -> dict[str, Any]:
         space = self._step.space
         finite = math.isfinite(space.norm(space.weights))
         return {
-            **self._hearing.report(), "cut": self._cut, "final": final,
+            **self._hearing.report(), "cut": self._cut, "final": last,
             "samples": self._standing["samples"], "newest": self._newest,
-            "fit": self._fit and finite and not self._skipped,
+            "fit": self._fit and finite and not self._skipped, "finite": finite,
             "clock": self._step.clock.samples - self._standing["ahead"], "pace": self._pace,
-            "held": [] if self.rounds is None else _spans(self.rounds.ledger, self.number), "vacant": self._vacant,
+            "held": [] if self.rounds is None else spans(self.rounds.ledger, self.number), "vacant": self._vacant,
         }  # fmt: skip
 
     @property
@@ -353,27 +341,23 @@ class Consensus:
 
     def _fit_of(self, met: Met) -> tuple[int, ...]:
         """Alike on all members, as is all that follows from it."""
-        keeps = [m for m in met.members if _keeps(met, m)]
-        if self.number not in keeps:
+        if not keeps(met, self.number):
             self._redealt, self._fit, self._standing["samples"] = True, False, 0
-        final = _final(met)
-        return tuple(m for m in keeps if met.reports[m]["fit"] and (met.reports[m]["final"] or not final))
+        return fit_of(met)
 
     def _count(self, met: Met, fit: tuple[int, ...], before: dict[str, Any], *, well: bool) -> None:
         """Samples, clock and the next round, alike on all members; `before` is how this replica stood at the meeting,
         and what it has trained on since counts the next time."""
-        samples = {m: report["samples"] if _keeps(met, m) else 0 for m, report in met.reports.items()}
+        samples = trained(met)
         counted = {m: samples[m] for m in fit} if well else {}
         if self.rounds is not None:
             undone = {m: n for m, n in samples.items() if m not in fit} if well else {}
             paces = {m: report["pace"] for m, report in met.reports.items()}
-            ledger = Ledger.from_json(met.common)
-            vacant = set.intersection(*({*report["vacant"]} for report in met.reports.values()))
-            for member in [*(m for m in met.members if not _keeps(met, m)), *sorted(vacant)]:
-                ledger = ledger.lost(member)
             self.rounds.version = met.number + 1
             since, beyond = self._standing["samples"] - before["samples"], {} if well else samples
-            self.rounds.settle(ledger, counted=counted, beyond=beyond, undone=undone, paces=paces, since=max(0, since))
+            self.rounds.settle(
+                ledger_of(met), counted=counted, beyond=beyond, undone=undone, paces=paces, since=max(0, since)
+            )
         if well:
             standing = self._standing
             clock = max(report["clock"] for report in met.reports.values()) + sum(counted.values())
@@ -387,8 +371,11 @@ class Consensus:
         Raises PeerFailed where it is not formed in TRIES meetings.
         """
         self.settled()
+        self.told_to_stop = False  # so near the end
         for _ in range(TRIES):
-            met = self._begin(final=True)
+            met = self._begin(last=True)
+            if self.over:
+                raise PeerFailed("the other replicas have formed their final model without this one")
             if met is None:
                 continue
             point: Vector | None = None
@@ -426,18 +413,3 @@ class Consensus:
         family = self._step.families[name]
         assert isinstance(family, Kept)
         return family.state
-
-
-def _keeps(met: Met, member: int) -> bool:
-    """Whether a member still has the samples that it takes for its own."""
-    return met.common is None or _spans(Ledger.from_json(met.common), member) == met.reports[member]["held"]
-
-
-def _final(met: Met) -> bool:
-    """Whether a member has come for the model at the end; then all form it."""
-    return any(report["final"] for report in met.reports.values())
-
-
-def _spans(ledger: Ledger, replica: int) -> list[list[int]]:
-    """What the replica has open, as JSON gives it back."""
-    return [[*span] for span in ledger.open.get(replica, ())]
