@@ -112,7 +112,10 @@ def replica(job: dict[str, Any], number: int, life: int, dies_at: int | None, pl
     run.dies_at = dies_at
     for microbatches in run.steps():
         run.advance(microbatches)
+    if run._consensus_of.over:  # the others have ended without it
+        return
     run.become_the_model()
+    run._consensus_of.conclude()
     if run._consensus_of.leads:
         found = run.evaluated()
         new = Path(f"{out}.new")
@@ -123,7 +126,7 @@ def replica(job: dict[str, Any], number: int, life: int, dies_at: int | None, pl
 def one_run(job: dict[str, Any], leaves: list[Leave]) -> dict[str, Any]:
     """Its numbers. Raises RuntimeError where a replica fails that was not killed, or the run does not end."""
     context, begin = multiprocessing.get_context("forkserver"), time.monotonic()
-    context.set_forkserver_preload(["benchmarks.replicas.come_and_go", "sklearn.datasets", "torch._dynamo"])
+    context.set_forkserver_preload(["elastic_lsopt.training.replica_run", "sklearn.datasets", "torch._dynamo"])
     store, place = host(REPLICAS)
     with TemporaryDirectory(prefix="come-and-go-") as folder:
         out = str(Path(folder) / "numbers.json")
@@ -153,7 +156,7 @@ def one_run(job: dict[str, Any], leaves: list[Leave]) -> dict[str, Any]:
                 del away[number]
                 running[number] = start(number)
             time.sleep(LOOK_EVERY_S)
-        for process in running.values():  # one that has come too late would wait for others for ever
+        for process in running.values():  # one that has come too late hears that it has
             process.join(LATE_S)
             process.kill()
             process.join()
