@@ -82,7 +82,7 @@ def test_all_are_told_to_stop(tmp_path: Path, tau: int) -> None:
         assert started.wait() == 0, started.output
     finally:
         started.kill()
-    assert max(map(newest, folders)) < 16 and "the same command goes on from there" in started.output, started.output
+    assert max(map(newest, folders)) < STEPS and "the same command goes on from there" in started.output, started.output
     (tmp_path / "hurry").touch()
     said = run(command("none", file), tmp_path)
     assert "resumed from" in said and "the model is given" not in said

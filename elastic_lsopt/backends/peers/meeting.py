@@ -212,7 +212,7 @@ class Meetings:
         except _Outdated:
             if self._taken_back(k) is not None:
                 raise  # else this replica is in, and the others wait for it: its members may change after that
-        if self._said("over"):
+        if self._stands("over"):
             return OVER
         if not begun():
             if math.isinf(self._come) and self._silent():
@@ -345,10 +345,10 @@ class Meetings:
         return json.loads(self._store.get("replicas"))
 
     def _gone(self, replica: int) -> bool:
-        return (self.lost is not None and self.lost(replica)) or self._said(f"gone/{replica}")
+        return (self.lost is not None and self.lost(replica)) or self._stands(f"gone/{replica}")
 
-    def _said(self, key: str) -> bool:
-        """Whether a replica has said so: a signed store raises for a stranger's word, but only where it is read."""
+    def _stands(self, key: str) -> bool:
+        """Whether a replica has written it: a signed store raises for a stranger's word, but only where it is read."""
         return self._store.check([key]) and self._read(key) is not None
 
     def _ready(self, k: int, replica: int) -> bool:
