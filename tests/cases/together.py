@@ -24,11 +24,15 @@ Told = Callable[[Tensor], Tensor]
 
 
 class Room:
-    """Where each member of one exchange says what the others hear."""
+    """Where each member of one exchange says what the others hear.
+
+    Members work one at a time, until they wait: two threads that ask torch's default generator for its state at once
+    may wait for each other for ever, one with its mutex and without the interpreter's lock, the other the reverse.
+    """
 
     def __init__(self) -> None:
         self._said: dict[Any, Any] = {}
-        self._changed = threading.Condition()
+        self._changed = self.turn = threading.Condition()
         self._broken = False
 
     def say(self, key: Any, what: Any) -> None:
@@ -157,9 +161,10 @@ def heard_of(
         here: Any = Here(room, name, names, samples, number, m.kept, told)
         oracle: Any = m.oracle
         try:
-            if what == "point":
-                return rule.point(here, m.space, m.state)
-            return rule.exchange(here, m.space, oracle, rule.snapshot(m.space, m.state, number))
+            with room.turn:
+                if what == "point":
+                    return rule.point(here, m.space, m.state)
+                return rule.exchange(here, m.space, oracle, rule.snapshot(m.space, m.state, number))
         except BaseException:
             room.leave()
             raise
