@@ -56,7 +56,7 @@ class Consensus:
 
     `store` is the job's, which no group has used; `replicas` are those to wait for at first. `timeout_s` is what a
     meeting may take in all, half of it for others to come. `rounds` deals the job's samples (None: the user does, and
-    all replicas take tau steps). `newcomer`: this replica has nothing yet, and is to be given the model (`enter`).
+    all replicas take tau steps). `newcomer`: this replica has nothing yet, and is to be given the model.
     `disagreement_span`: of so many exchanges the difference from the mean is kept, a Vector each, and one more within
     an exchange; a rule that forms no mean takes one more reduction then (see probes/noise/disagreement.py). Raises
     UserError for a value out of range.

@@ -315,10 +315,17 @@ class Meetings:
 
         def say() -> None:
             self._store.set(f"gone/{self.number}", "1")
-            if newest := self._number():  # in which it may be: then that fails, unless there is a verdict
-                self._store.set(f"{newest - 1}/failed", "1")
+            self._break_off()
 
         self._asked(say)
+
+    def _break_off(self) -> None:
+        """A meeting that this replica is in, and of which there is no verdict, fails: it says nothing more there."""
+        number = self._number()
+        for k in (number - 1, number):
+            decided = self._read(f"{k}/in") if k >= 0 else None
+            if decided is not None and self.number in json.loads(decided)[1] and self._read(f"{k}/verdict") is None:
+                self._store.set(f"{k}/failed", "1")
 
     def vacate(self, replicas: Iterable[int]) -> None:
         """These have no members any more (the first rank alone)."""
@@ -330,6 +337,7 @@ class Meetings:
         while (number := self._number()) < self._since:  # numbers go on where those of the store before ended
             self._store.compare_set("meetings", str(number) if number else "", str(self._since))
         self._store.delete_key(f"{self._number()}/ready/{self.number}")  # the word of a life that has ended
+        self._break_off()
         self._store.delete_key(f"gone/{self.number}")
         while True:
             before = self._store.get("replicas") if self._store.check(["replicas"]) else b""

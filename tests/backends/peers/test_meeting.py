@@ -190,6 +190,19 @@ def test_who_has_come_and_died_is_not_in() -> None:
     assert met is not None and met.members == (0,)
 
 
+def test_who_forms_anew_fails_the_meeting_in_which_it_was() -> None:
+    """Its word was counted, and it left without knowing; another's meeting is none of its business."""
+    shared = store()
+    both = [replica(shared, number, among=2, timeout_s=60.0) for number in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        met, _ = threads.map(lambda me: me.begin({}), both)
+        assert met is not None
+        replica(shared, 2)
+        assert not both[0].failed(met)
+        replica(shared, 1, among=2)
+        assert both[0].failed(met) and not both[0].end(met, well=True)
+
+
 def test_a_death_fails_the_meeting_that_is_under_way() -> None:
     """Also where its groups are not made yet, which no connection tells of."""
     shared, reports = store(), {r: {"circles": {}, "cut": [[(0, 0, 4)]]} for r in (0, 1)}
