@@ -80,6 +80,7 @@ def drift(
     method, of_method = METHODS.get(rule, SAM)
     plain = [oracle.Replica(net, theirs(rule, net)) for net in (engines.net((), DTYPES[dtype]) for _ in sizes)]
     owns = [range(2 * sum(sizes[:r]), 2 * sum(sizes[: r + 1])) for r in range(len(sizes))]
+    begins = [float(sum(x.double().sum() for step in steps for x, _ in step)), float(plain[0].x.double().sum())]
     overlap = hyper.get("overlap", 0)
     oracle.drifted(plain, steps, owns, rule, tau, given(rule, len(sizes), hyper), method, of_method, overlap)
     with away() as fresh:
@@ -105,7 +106,7 @@ def drift(
     apart = max(float((r.x - plain[number].x).abs().max()) for r in plain)
     return {
         "dw": max(float((found[n].double() - wanted[n].detach().double()).abs().max()) for n in found),
-        "dloss": max(abs(a - b) for a, b in zip(losses, plain[number].losses, strict=True)),
+        "dlosses": [abs(a - b) for a, b in zip(losses, plain[number].losses, strict=True)], "begins": begins,
         "apart": apart, "exchanges": told, "local": local, "passes": sorted(passes),
     }  # fmt: skip
 

@@ -64,6 +64,20 @@ def rebuild(kind: str, worlds: Sequence[int], sever: bool = False) -> dict[str, 
     return {"losses": losses, "seconds": seconds, "left": left}
 
 
+def another_past(before: str, kind: str) -> dict[str, Any]:
+    """Rank 0 has had an engine of the kind `before`, and rank 1 none; then both train one of `kind`: losses, and whether
+    torch's functions are its own again after each."""
+    losses, own = [], []
+    with reforming() as form:
+        for world, each in ((1, before), (2, kind)):
+            if form(range(world)):
+                engine = engines.build(each, engines.net(), lso.SAM(rho=0.3))
+                losses.append(train(engine, 0, 3))
+                tear_down(engine)
+                own.append(torch.nn.functional.linear is torch._C._nn.linear)
+    return {"losses": losses, "own": own}
+
+
 # -- state that survives ---------------------------------------------------------------------------------------------
 
 WORLD = 4

@@ -51,6 +51,17 @@ def test_an_engine_is_rebuilt_at_another_world_size_in_the_same_processes(
         assert r["left"] == 0, f"rank {rank}: {r['left']} bytes were not freed"
 
 
+@pytest.mark.parametrize("kind", ["zero2", "fsdp2"])
+def test_a_process_that_has_had_zero3_and_a_new_one_train_together(ranks: Any, kind: str) -> None:
+    """ZeRO-3 puts a linear of its own in the place of torch's. Where only some ranks have it, gradients are ready in
+    another order there, and DeepSpeed adds up in the order in which they are."""
+    out = ranks(2).run(CASES + "another_past", before="zero3", kind=kind)
+    [alone, *_] = out[0]["losses"]
+    for rank, r in enumerate(out):
+        assert all(r["own"]), f"rank {rank}"
+        assert r["losses"][-1] == pytest.approx(alone, rel=1e-6), f"rank {rank}"
+
+
 # -- every number arrives, with real ranks ---------------------------------------------------------------------------
 
 DEATHS = [
