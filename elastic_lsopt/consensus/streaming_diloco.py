@@ -11,7 +11,8 @@ Rest points: fragments = 1, overlap = 0 and alpha = 0, DiLoCo; alpha = 1, indepe
 
 Differs from the paper in: 1. layers are dealt to the fragment that is the smallest so far (`fragments.py`), which for
 equal layers is its strided pattern; 2. replicas that took more samples count more (s_i); 3. a fragment whose exchange
-fails waits for its next turn. The defaults are known from others' accounts of the paper.
+fails waits for its next turn. The defaults are what others tell
+of the paper, which itself could not be read.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ class StreamingDiLoCo(DiLoCo):
     and for fewer layers than fragments."""
 
     lr: float = 0.4
-    """eta, of the outer step; > 0. The paper: 0.4."""
+    """eta, of the outer step; > 0. By others' accounts the paper has 0.4."""
     tau: int = 100
-    """Inner steps from one exchange of a fragment to its next; a multiple of `fragments`. The paper: 30 and 100."""
+    """Inner steps from one exchange of a fragment to its next; a multiple of `fragments`. By accounts: 30 and 100."""
     fragments: int = 4  # type: ignore[misc]
-    """P; >= 1, and at most the layers of the model. The paper: 3 layers each."""
+    """P; >= 1, and at most the layers of the model. By accounts: 3 layers each."""
     overlap: int = 1  # type: ignore[misc]
-    """Steps that are taken while a fragment is exchanged; >= 0 and < tau / fragments. The paper: 1 and more."""
+    """Steps that are taken while a fragment is exchanged; >= 0 and < tau / fragments. By accounts: 1 and more."""
     alpha: float = 0.5
-    """What a replica keeps of its own fragment; >= 0 and <= 1. The paper: 0.5."""
+    """What a replica keeps of its own fragment; >= 0 and <= 1. By accounts: 0.5."""
 
     facts: ClassVar[Facts] = Facts(
         paper="Douillard et al. 2025, arXiv 2501.18512", passes="0", memory="2; 4/P within an exchange",

@@ -24,11 +24,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from elastic_lsopt.backends.fabric.signed_store import derived
+from elastic_lsopt.elastic.agent.entry import told_of
 from elastic_lsopt.elastic.agent.event_file import EventFile
 from elastic_lsopt.elastic.agent.lease_clock import lease_now
 from elastic_lsopt.elastic.agent.node import Node, begin, new_life
@@ -44,11 +43,9 @@ from elastic_lsopt.elastic.membership import record
 from elastic_lsopt.elastic.membership.event_log import Entry
 from elastic_lsopt.elastic.membership.generation import FINISHED, Generation
 from elastic_lsopt.elastic.worker import manifest
-from elastic_lsopt.elastic.worker.link import NOWHERE
 
 log = logging.getLogger("elastic_lsopt")
-TICK_S = 0.05
-STATUS_S = 0.5
+TICK_S, STATUS_S = 0.05, 0.5
 STATUS_SHARE = 0.005  # of an agent's time, at most: the status of many nodes is said less often
 RESPAWN_WINDOW_S = 600.0  # `max_respawns` counts the workers that were started anew within it
 
@@ -178,26 +175,9 @@ class Agent:
             self._forced = generation.number
         for worker in self._workers.values():
             if worker.ready:
-                worker.entered = worker.entered or any(w == worker.name for _, w in ranks)
-                worker.tell(
-                    "enter", number=generation.number, workers=[w for _, w in ranks], nodes=[n for n, _ in ranks],
-                    store=self._host_address(), gone=gone, why=generation.why, running=generation.running,
-                    node=self.node.name, **self._told_of_replicas(generation, worker),
-                )  # fmt: skip
-
-    def _told_of_replicas(self, generation: Generation, worker: WorkerProcess) -> dict[str, Any]:
-        """The secret of the group that forms, and in a job of several replicas which group that is."""
-        secret = self.node.secret
-        if not generation.replicas:
-            return {"secret": derived(secret, "workers", str(generation.number)).hex()}
-        own = next((k for k, r in enumerate(generation.replicas) if worker.name in r.workers), NOWHERE)
-        since = generation.number if own == NOWHERE else generation.replicas[own].since
-        hosted = generation.store_since
-        return {
-            "secret": derived(secret, "workers", str(since), str(own)).hex(), "replica": own,
-            "replicas": [asdict(r) for r in generation.replicas], "place": worker.place, "store_since": hosted,
-            "meetings": derived(secret, "meetings", str(hosted)).hex(),
-        }  # fmt: skip
+                worker.entered |= any(w == worker.name for _, w in ranks)
+                told = told_of(generation, worker.name, worker.place, self.node.secret)
+                worker.tell("enter", **told, store=self._host_address(), gone=gone, node=self.node.name)
 
     def _fence(self, why: str) -> None:
         """End the workers that take part in a generation. One that never did is in nobody's way, and warm: it is kept
@@ -327,7 +307,7 @@ class Agent:
         self._advance(record.Drain())
 
     def _stop_job(self) -> None:
-        """Nobody is left to hand over to: all workers end after this step, and the state goes to a checkpoint."""
+        """Nobody is left to hand over to: all workers end after this step, which is saved."""
         self._stopping = True
         for worker in self._workers.values():
             worker.tell("stop")
