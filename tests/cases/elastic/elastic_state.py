@@ -65,8 +65,8 @@ def rebuild(kind: str, worlds: Sequence[int], sever: bool = False) -> dict[str, 
 
 
 def another_past(before: str, kind: str) -> dict[str, Any]:
-    """Rank 0 has had an engine of the kind `before`, and rank 1 none; then both train one of `kind`: losses, and whether
-    torch's functions are its own again after each."""
+    """Rank 0 has had an engine of the kind `before`, and rank 1 none; then both train one of `kind`: losses, and
+    whether torch's functions are its own again after each."""
     losses, own = [], []
     with reforming() as form:
         for world, each in ((1, before), (2, kind)):
