@@ -49,4 +49,5 @@ def forget_groups() -> None:
     numbering.__defaults__[0][0] = 0
     parameter_offload.FWD_MODULE_STACK.clear()
     if torch.nn.functional.linear is zero3_linear_wrap:
-        torch.nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
+        patched: Any = InsertPostInitMethodToModuleSubClasses
+        torch.nn.functional.linear = patched.linear_bk

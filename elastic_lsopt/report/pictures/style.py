@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 BLUE, RED, GREEN, YELLOW = "#4477aa", "#ee6677", "#228833", "#ccbb44"  # Paul Tol's bright scheme
 CYAN, PURPLE, GREY = "#66ccee", "#aa3377", "#777777"
 CYCLE = (BLUE, RED, GREEN, PURPLE, YELLOW, CYAN)
-MARKERS = "os^Dv*"
-"""A shape beside each colour of CYCLE."""
+MARKERS = "os^Dv*PX<>hd"
+"""A shape beside each colour of CYCLE, and others where the colours begin again."""
 MAP = "viridis"
 DPI = 150
 
