@@ -47,7 +47,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "lm": {
         "dataset": "python-stdlib", "block_size": 64, "per_device_train_batch_size": 32, "global_batch_size": 128,
-        "max_steps": 640, "eval_batches": 16, "optim": "adamw", "learning_rate": 0.01, "warmup_ratio": 0.05,
+        "max_steps": 640, "eval_batches": 16, "optim": "adamw", "learning_rate": 0.02, "warmup_ratio": 0.05,
         "weight_decay": 0.1, "adam_beta2": 0.95,
     },
 }  # fmt: skip
@@ -57,7 +57,7 @@ BEGIN: dict[str, dict[str, Any]] = {
             "model_type": "llama", "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2,
             "num_attention_heads": 4,
         },
-        "global_batch_size": 32, "max_steps": 400, "seed": 100,
+        "global_batch_size": 32, "max_steps": 400, "learning_rate": 0.01, "seed": 100,
     }
 }  # fmt: skip
 """How the model is trained from which a task begins."""
