@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 from typing import Any
 
@@ -32,7 +33,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 not know."""
 SAM = ("sam", engines.HYPERPARAMETERS["sam"])
 TOP_K = {"sparseloco": 40}
-"""Of the one chunk that the model is."""
+"""Of the one chunk that a rank's part of the model is."""
 BASES = {"muloco": "muon"}
 FRAGMENTS = [[range(1), range(105, 259)], [range(1, 105), range(259, 317)]]
 """Of `engines.net`, written out: `tiny` and `second`; `first`, `norm` and `last`."""
@@ -46,12 +47,27 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def given(rule: str, replicas: int, hyper: dict[str, Any]) -> dict[str, Any]:
+def halves(kind: str) -> list[list[int]] | None:
+    """What of `engines.net`'s flat vector the two ranks of a replica hold, written out; None where both hold all."""
+    shapes, whole = [(1,), (13, 7), (13,), (11, 13), (11,), (11,), (11,), (3, 11), (3,)], range(317)
+    if kind in ("plain", "ddp", "zero0"):
+        return None
+    if kind in ("zero1", "zero2"):  # the flat vector, filled up to a multiple of four
+        return [[*whole[:160]], [*whole[160:]]]
+    first, at = list[int](), 0
+    for rows, *columns in shapes:  # of each parameter: fsdp2 its first rows, zero3 its first elements
+        count = rows * math.prod(columns)
+        first += range(at, at + ((rows + 1) // 2 * math.prod(columns) if kind == "fsdp2" else (count + 1) // 2))
+        at += count
+    return [first, [i for i in whole if i not in first]]
+
+
+def given(rule: str, replicas: int, hyper: dict[str, Any], kind: str) -> dict[str, Any]:
     """What the plain loop is told of a rule."""
     if rule == "streaming_diloco":
         return {**{k: v for k, v in hyper.items() if k != "overlap"}, "places": FRAGMENTS}
     if rule == "sparseloco":
-        return {**hyper, "k": TOP_K["sparseloco"], "chunk": 4096}
+        return {**hyper, "k": TOP_K["sparseloco"], "chunk": 4096, "places": halves(kind)}
     if rule != "al_dsgd":
         return hyper
     # The ring's matchings in turn, half of them in the mean: one is used at every other exchange, or 2, 1, 2, 1 of 3.
@@ -82,7 +98,7 @@ def drift(
     owns = [range(2 * sum(sizes[:r]), 2 * sum(sizes[: r + 1])) for r in range(len(sizes))]
     begins = [float(sum(x.double().sum() for step in steps for x, _ in step)), float(plain[0].x.double().sum())]
     overlap = hyper.get("overlap", 0)
-    oracle.drifted(plain, steps, owns, rule, tau, given(rule, len(sizes), hyper), method, of_method, overlap)
+    oracle.drifted(plain, steps, owns, rule, tau, given(rule, len(sizes), hyper, kind), method, of_method, overlap)
     with away() as fresh:
         store = fresh()
         form_replicas(dist.PrefixStore("groups", store), me, sizes, timedelta(seconds=30), apart=True)

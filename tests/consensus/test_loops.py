@@ -31,7 +31,7 @@ def test_drift_is_the_loops(rule: str, hyper: dict[str, Any], more: dict[str, An
     made = registry.build(rule, tau=6 if "fragments" in hyper else 3, **hyper)
     method, of_method = consensus.METHODS.get(rule, consensus.SAM)
     plain = [oracle.Replica(net, consensus.theirs(rule, net)) for net in (engines.net((), DOUBLE) for _ in UNEVEN)]
-    known = {**consensus.given(rule, 3, hyper), **more}
+    known = {**consensus.given(rule, 3, hyper, kind), **more}
     oracle.drifted(plain, steps, UNEVEN, rule, made.every, known, method, of_method, overlap=hyper.get("overlap", 0))
     members, _ = together.drifted(
         made, steps, UNEVEN, method=method, of_method=of_method, base=consensus.ours(rule), kind=kind,

@@ -14,26 +14,21 @@ KINDS = [
     ("ddp", [1, 1, 1]), ("ddp", [1, 2]), ("ddp", [2, 2]), ("fsdp2", [2, 1]), ("fsdp2", [2, 2]), ("zero0", [2, 1]),
     ("zero1", [1, 2]), ("zero2", [2, 2]), ("zero3", [2, 1]), ("zero3", [2, 2]),
 ]  # fmt: skip
-TOP_K = "sparseloco"
-"""Chunks are of what a rank holds, so only whole replicas are the loop's."""
-ROWS = [
-    (kind, rule)
-    for kind in KINDS
-    for rule in HYPERPARAMETERS
-    if (rule != TOP_K or kind[0] in ("ddp", "zero0"))
-    and (rule != "muloco" or kind[0][:4] != "zero")  # muon's numbers are bf16, where another order of a sum may show
-]
+ROWS = [(kind, rule) for kind in KINDS for rule in HYPERPARAMETERS]
+BF16 = {"muloco": (1e-2, 1e-4)}
+"""Limits of weights and losses where the numbers of an update are bf16 (Muon's) and another order of a sum shows."""
 
 
-@pytest.mark.parametrize("kind,sizes,rule", daily_of(ROWS), ids=str)
+@pytest.mark.parametrize("kind,sizes,rule", daily_of(ROWS, seed=17), ids=str)
 def test_drift_is_the_loops(ranks: Any, kind: str, sizes: list[int], rule: str) -> None:
-    dtype, limit = ("fp32", 2e-6) if kind.startswith("zero") else ("fp64", 1e-12)
+    zero = kind.startswith("zero")
+    dtype, limits = ("fp32", BF16.get(rule, (2e-6, 2e-6))) if zero else ("fp64", (1e-12, 1e-12))
     out = ranks(sum(sizes)).run("tests.cases.consensus:drift", kind=kind, sizes=sizes, rule=rule, dtype=dtype)
     assert all(r["begins"] == out[0]["begins"] for r in out), "the ranks were not given the same"
     worst = {rank: (r["dw"], r["dlosses"]) for rank, r in enumerate(out)}
     for rank, r in enumerate(out):
         assert [e[:3] for e in r["exchanges"]] == [[k, list(range(len(sizes))), True] for k in (0, 1)], (rank, r)
-        assert r["dw"] <= limit and max(r["dlosses"]) <= limit, f"rank {rank} of {worst}"
+        assert r["dw"] <= limits[0] and max(r["dlosses"]) <= limits[1], f"rank {rank} of {worst}"
         assert r["passes"] == [2], "a gradient of an exchange is none of the step's"
         assert r["apart"] > 1e-4, "the replicas are alike: the test sees nothing"
 

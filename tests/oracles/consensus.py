@@ -156,18 +156,20 @@ def streaming_diloco(
 
 def sparseloco(
     all_: list[Replica], number: int, coming: Any, *, k: int, chunk: int, lr: float = 1.0, decay: float = 0.95,
+    places: Sequence[Sequence[int]] | None = None,
 ) -> None:  # fmt: skip
-    """In all bits: what is left of a chunk are the elements that are not among its k largest."""
+    """In all bits: what is left of a chunk are the elements that are not among its k largest. Chunks are of the
+    elements of each of the `places` (None: one holds all)."""
     old = all_[0].memory["old"]
     total = sum(r.samples for r in all_)
     new = old.clone()
     for r in all_:
         e = decay * r.memory.get("e", torch.zeros_like(old)) + lr * (old - r.x)
         sent = torch.zeros_like(e)
-        for begin in range(0, len(e), chunk):
-            part = e[begin : begin + chunk]
-            largest = sorted(range(len(part)), key=lambda i: -abs(float(part[i])))[:k]
-            sent[begin : begin + chunk][largest] = part[largest]
+        for place in places or [range(len(e))]:
+            for begin in range(0, len(place), chunk):
+                for i in sorted(place[begin : begin + chunk], key=lambda i: -abs(float(e[i])))[:k]:
+                    sent[i] = e[i]
         r.memory["e"] = e - sent
         new -= sent * (r.samples / total)
     all_[0].memory["old"] = new
