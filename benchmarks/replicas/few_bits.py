@@ -9,7 +9,8 @@ told from what rounding does.
     lm        a Llama of 43 thousand parameters on Python's standard library, AdamW, 640 steps of 128, from one model
               that 400 steps of 32 have trained, as in the papers; DiLoCo, as the mean of weights is further behind
 
-Bytes are those of the numbers that travel, by the run's own count (`replica_traffic` holds it against the wire).
+Bytes are those of the numbers that travel, by the run's own count (`replica_traffic` holds it against the wire);
+synchronous data parallelism reduces as many numbers per step as an exchange in 32 bits.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ BEGIN: dict[str, dict[str, Any]] = {
     }
 }  # fmt: skip
 """How the model is trained from which a task begins."""
-BITS = (32, 2)
+EXACT = 32
+BITS = (EXACT, 2)
 
 
 def job(folder: Path, **settings: Any) -> Path:
@@ -86,10 +88,10 @@ def loss_of(run: Path) -> float:
     return [row["eval_loss"] for row in rows(run) if "eval_loss" in row][-1]
 
 
-def sent_bytes(run: Path) -> int:
-    """By one replica, in all exchanges."""
+def sent_bytes(run: Path) -> list[int]:
+    """By one replica, in each exchange."""
     told = {row["exchange"]["number"]: row["exchange"]["sent_bytes"] for row in rows(run) if "exchange" in row}
-    return sum(told.values())
+    return [told[number] for number in sorted(told)]
 
 
 def consensus(task: str, bits: int) -> dict[str, Any]:
@@ -111,10 +113,13 @@ def compare(task: str, seeds: Sequence[int], **changes: Any) -> dict[str, Any]:
             own = {**settings, "seed": seed, "export": False}
             run = job(folder / f"synchronous-{seed}", **own)
             losses["synchronous"].append(loss_of(run))
+            whole = 0  # bytes of all numbers as they are
             for bits in BITS:
                 run = job(folder / f"{bits}-{seed}", **own, workers=REPLICAS, consensus=consensus(task, bits))
                 losses[f"{bits}_bits"].append(loss_of(run))
-                shares[bits].append(sent_bytes(run) / synchronous_bytes(run, settings["max_steps"]))
+                each = sent_bytes(run)
+                whole = each[0] if bits == EXACT else whole
+                shares[bits].append(sum(each) / (whole * settings["max_steps"]))
             last = {name: round(each[-1], 4) for name, each in losses.items()}
             print(task, seed, last, f"{time.perf_counter() - begin:.0f} s", flush=True)
     of_synchronous = interval(losses["synchronous"])
@@ -128,13 +133,6 @@ def compare(task: str, seeds: Sequence[int], **changes: Any) -> dict[str, Any]:
         figures[f"{task}_{bits}_bits_loss_beyond_interval"] = max(0.0, fmean(losses[f"{bits}_bits"]) - high)
         figures[f"{task}_{bits}_bits_bytes_of_synchronous"] = fmean(shares[bits])
     return figures
-
-
-def synchronous_bytes(run: Path, steps: int) -> int:
-    """That each of as many ranks sends in so many all-reduces of fp32 gradients: as in the first exchange, in which
-    numbers travel as they are."""
-    first = min((row["exchange"] for row in rows(run) if "exchange" in row), key=lambda told: told["number"])
-    return steps * first["sent_bytes"]
 
 
 def run() -> dict[str, Any]:
