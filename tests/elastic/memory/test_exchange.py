@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,11 +27,12 @@ dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=ti
 transport, group = Transport(), dist.distributed_c10d._get_default_group()
 message = torch.ones(2**28, dtype=torch.uint8)
 sends = (rank == 0) != receives
+if sends:
+    print("stop the other", flush=True)
+    sys.stdin.readline()                                 # whoever receives has asked for the message and is stopped
 work = group.send([message], 1 - rank, 0) if sends else group.recv([message], 1 - rank, 0)
 print("under way", flush=True)
-if rank == 1:
-    time.sleep(100)
-sys.stdin.readline()                                     # the peer is dead
+sys.stdin.readline()                                     # rank 1 is dead
 threading.Timer(0.05, transport.sever).start()           # as the agent's word of it makes the worker do
 begin = time.monotonic()
 try:
@@ -43,7 +43,8 @@ except (PeerFailed, RuntimeError) as error:
 import os
 os._exit(0)
 """
-"""Rank 0 lives; rank 1 is stopped as soon as it has begun and then killed, so the message is half read or written."""
+"""Rank 0 lives, rank 1 is killed. Whoever receives is stopped before anything is sent, so that the sender fills what the
+system keeps of a connection and no more: the message is half written and half read, however fast the machine is."""
 
 
 @pytest.mark.timeout(90)
@@ -57,13 +58,16 @@ def test_whoever_waits_for_a_half_read_message_is_freed(tmp_path: Path, receives
         )
         for rank in (0, 1)
     ]  # fmt: skip
+    receiver, sender = ranks if receives == "receives" else reversed(ranks)
     try:
-        for rank in ranks:
-            assert rank.stdout is not None and rank.stdout.readline() == "under way\n"
-        ranks[1].send_signal(signal.SIGSTOP)
-        time.sleep(0.5)
+        assert said_by(sender) == "stop the other"
+        assert said_by(receiver) == "under way"
+        receiver.send_signal(signal.SIGSTOP)
+        tell(sender, "stopped")
+        assert said_by(sender) == "under way"
         ranks[1].kill()
         ranks[1].wait()
+        ranks[0].send_signal(signal.SIGCONT)
         said, _ = ranks[0].communicate("dead\n", timeout=70)
         seconds, error = said.split()
         assert float(seconds) < 1.0, f"waited {seconds} s for a message of a dead peer ({error})"
@@ -71,3 +75,14 @@ def test_whoever_waits_for_a_half_read_message_is_freed(tmp_path: Path, receives
         for rank in ranks:
             rank.kill()
             rank.wait()
+
+
+def said_by(rank: subprocess.Popen[str]) -> str:
+    assert rank.stdout is not None
+    return rank.stdout.readline().strip()
+
+
+def tell(rank: subprocess.Popen[str], word: str) -> None:
+    assert rank.stdin is not None
+    rank.stdin.write(word + "\n")
+    rank.stdin.flush()
