@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from elastic_lsopt.api.refusals import refuse_halves
 from elastic_lsopt.api.replicas.consensus import Consensus
-from elastic_lsopt.checkpoint.checkpointer import Checkpointer, LoadReport
+from elastic_lsopt.checkpoint.checkpointer import Checkpointer, LoadReport, SaveReport
 from elastic_lsopt.checkpoint.divergence import Streak, last_words, set_bad_aside
 from elastic_lsopt.checkpoint.folder import listing
 from elastic_lsopt.checkpoint.ownership import Ownership
@@ -26,7 +26,7 @@ from elastic_lsopt.oracle.family import Stateful
 from elastic_lsopt.oracle.method import Method
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.step_report import StepReport
-from elastic_lsopt.training.building.engines import build_engine, plain_loss_of
+from elastic_lsopt.training.building.engines import build_engine
 from elastic_lsopt.training.building.models import identity_of_base
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.evaluation import Evaluation, evaluate, placed
@@ -34,7 +34,7 @@ from elastic_lsopt.training.pace import Pace, watchers
 from elastic_lsopt.training.probing.during_training import Probing
 from elastic_lsopt.training.reporting.console import Console
 from elastic_lsopt.training.reporting.quiet import report_loads
-from elastic_lsopt.training.reporting.result import finish, say_unsaved
+from elastic_lsopt.training.reporting.result import finish, refuse_foreign, say_stopped, say_what_is_missing
 from elastic_lsopt.training.reporting.run_folder import CHECKPOINTS, RunFolder, unwritable
 from elastic_lsopt.training.reporting.run_state import State
 from elastic_lsopt.world import World
@@ -64,11 +64,8 @@ class TrainingRun:
         self._pace = Pace(config, self.engine, world.plan, rehearsal=world.rehearsal)
         self.loader = self._loader()
         self.stopped, self.eval_loss = False, None
-        self._probing = (
-            Probing(config, self.engine, data, world, plain_loss_of(config, self.engine.module))
-            if config.probes
-            else None
-        )
+        self._exports = config.export  # else the job's result is its last checkpoint
+        self._probing = Probing(config, self.engine, data, world) if config.probes else None
         self._checkpoints: Checkpointer | None = None
         self._folder: RunFolder | None = None
         self._owner: Ownership | None = None
@@ -103,6 +100,7 @@ class TrainingRun:
 
     def resume(self) -> None:
         """Open the run folder, and start from its checkpoint or from the beginning."""
+        self.world.on_first(lambda: refuse_foreign(self.config))
         self._open(anew=self.config.resume_from_checkpoint == "none")
         assert self._checkpoints is not None
         # The settings say what the optimizer's hyper-parameters are: a weight_decay that the user has changed counts.
@@ -256,17 +254,24 @@ class TrainingRun:
             self._checkpoints.prune()
         saved = self._checkpoints.wait()
         self._checkpoints.close()
+        failure = None
         if self._folder is not None:
             self._folder.close()
         if self.stopped:
-            step, there = f"{self.engine.clock.steps} of {self._last_step}", "there"
-            if not self._goes_on_from_here:
-                why = f": {self._streak.reason}" if self._streak.length else ""
-                there = f"{next(iter(listing(self._checkpoints.folder)), 'the beginning')}{why}"
-            self.console.say(f"stopped after step {step}; the same command goes on from {there}.")
+            step = f"{self.engine.clock.steps} of {self._last_step}"
+            say_stopped(step, self._checkpoints.folder, self.console, self._streak, here=self._goes_on_from_here)
         else:
-            finish(self.config, self.engine, self.data, self.console, is_first=self.world.is_first)
-        say_unsaved(saved, self._checkpoints.folder, self.console)
+            failure = finish(self.config, self.engine, self.data, self.console, is_first=self.world.is_first)
+        # Rank 0 has said all by then: who ends with an error first has the others ended by their launcher or agent.
+        self.world.on_first(lambda: self._end_well(saved, failure))
+
+    def _end_well(self, saved: SaveReport | None, export_failure: str | None) -> None:
+        folder, is_result = Path(self.config.output_dir) / CHECKPOINTS, not self.stopped and not self._exports
+        try:
+            say_what_is_missing(saved, export_failure, folder, self.console, is_result=is_result)
+        except UserError as error:
+            self.fail(error)
+            raise
         self._end("stopped" if self.stopped else "finished")
 
     @property

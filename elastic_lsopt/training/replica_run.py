@@ -70,6 +70,7 @@ class ReplicaRun(TrainingRun):
         self._counted = self._told = 0
         """Samples that had counted at the last look, and exchanges that the journal knows."""
         super().__init__(of_replica(config, world.replica), method, data, world, console, keep)
+        self._exports = config.export  # the first replica does
         if world.meetings is not None and world.plan is None:
             self._refuse_other_data()
 

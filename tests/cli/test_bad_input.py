@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -162,25 +163,37 @@ def test_a_truncated_checkpoint(folder: Path, eight: Path) -> None:
     assert ours == whole
 
 
-def test_a_full_disk(folder: Path, eight: Path) -> None:
-    """A file system of its own for the checkpoints, with room for one and a half: training goes on to the end."""
+@pytest.mark.parametrize("export", [True, False], ids=["exported", "nowhere"])
+def test_a_full_disk(folder: Path, eight: Path, export: bool) -> None:
+    """A file system of its own for the checkpoints, with room for one and a half: training goes on to the end. Where
+    the model is exported that is the job's result; where it is not the job has failed, and goes on when there is room.
+    """
+    name = f"full-{export}"
     size = sum(f.stat().st_size for f in (eight / "checkpoints/checkpoint-4").iterdir())
-    where = folder / "full/checkpoints"
+    where = folder / name / "checkpoints"
     where.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size) // 4096 * 4}k", "none", str(where)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small file system needs root")
+    job = write_job(folder / f"{name}.yaml", workers=1 if export else 2, export=export)
     try:
-        output = run(command("none", write_job(folder / "full.yaml", workers=1)), folder)
+        output = run(command("none", job), folder, code=0 if export else 2)
         left = sorted(p.name for p in where.iterdir())
+        ended = json.loads((folder / name / "state.json").read_text())
+        if not export:
+            subprocess.run(["mount", "-o", f"remount,size={4 * size // 1024}k", str(where)], check=True)
+            assert "resumed from" in run(command("none", job), folder)
+            assert sorted(p.name for p in where.iterdir()) == ["checkpoint-4", "checkpoint-8"]
     finally:
         subprocess.run(["umount", str(where)], check=True)
     assert left == ["checkpoint-4"]
-    assert len(rows(folder / "full")) == 8
-    assert losses(folder / "full") == pytest.approx(losses(eight), rel=1e-6)
+    assert len(rows(folder / name)) == 8
+    assert losses(folder / name) == pytest.approx(losses(eight), rel=1e-6)
     assert re.search(r"^warning: the save of step 8 failed \(.*No space left on device.*checkpoint-4", output, re.M)
     assert re.search(
-        r"^the end of this run is in no checkpoint, its save failed \(.*No space.*the last good checkpoint is .*-4\.$",
+        r"the end of this run is in no checkpoint, its save failed \(.*No space.*the last good checkpoint is .*-4[.;]",
         output.splitlines()[-1],
     )
-    assert (folder / "full/model/model.safetensors").exists()
+    assert ended["state"] == ("finished" if export else "failed")
+    assert "Traceback" not in output
+    assert (folder / name / "model/model.safetensors").exists() == export

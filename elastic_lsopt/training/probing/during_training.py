@@ -19,7 +19,6 @@ from elastic_lsopt.config.probes import TRAJECTORY, ProbeConfig, read_probes
 from elastic_lsopt.config.ranges import SettingError
 from elastic_lsopt.config.settings import ADAMS, TrainConfig
 from elastic_lsopt.errors import UserError
-from elastic_lsopt.oracle.losses.loss import Loss, Unsplit
 from elastic_lsopt.oracle.microbatch import MicroBatch
 from elastic_lsopt.oracle.microbatch_oracle import MicroBatchOracle
 from elastic_lsopt.probes.catalogue import MEASURES, ProbeContext, as_json, measure
@@ -27,7 +26,7 @@ from elastic_lsopt.probes.measurement import Measurement
 from elastic_lsopt.probes.spectrum.lanczos import lanczos
 from elastic_lsopt.probes.spectrum.operator import Matrix
 from elastic_lsopt.probes.trajectory.trajectory import Motion, Trajectory
-from elastic_lsopt.training.building.engines import as_weights_are
+from elastic_lsopt.training.building.engines import as_weights_are, plain_loss_of
 from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.world import World
 
@@ -65,11 +64,11 @@ class Probing:
     A measure that cannot be taken says so once in the log, is null in the metrics, and ends nothing.
     """
 
-    def __init__(self, config: TrainConfig, engine: Engine, data: Data, world: World, loss: Loss | Unsplit) -> None:
+    def __init__(self, config: TrainConfig, engine: Engine, data: Data, world: World) -> None:
         self.probes = check_probes(config.probes)
         self._config, self._engine, self._data, self._world = config, engine, data, world
         self._space, backend = engine.measured()
-        self._measuring = Measurement(self._space, backend, loss)
+        self._measuring = Measurement(self._space, backend, plain_loss_of(config, engine.module))
         self._began, self._spent = time.monotonic(), dict.fromkeys(self.probes, 0.0)
         self._warned: set[str] = set()
         # Before a checkpoint or a peer's memory fills the engine: what the settings build, at any world size, is where

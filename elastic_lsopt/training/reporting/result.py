@@ -7,10 +7,11 @@ from typing import Any
 
 from elastic_lsopt.api.engine import Engine
 from elastic_lsopt.checkpoint.checkpointer import SaveReport
+from elastic_lsopt.checkpoint.divergence import Streak
 from elastic_lsopt.checkpoint.folder import listing
 from elastic_lsopt.checkpoint.huggingface.export import export_huggingface
 from elastic_lsopt.checkpoint.huggingface.export_adapter import export_adapter
-from elastic_lsopt.checkpoint.huggingface.export_folder import EXPORTED
+from elastic_lsopt.checkpoint.huggingface.export_folder import EXPORTED, refusal
 from elastic_lsopt.config.settings import TrainConfig
 from elastic_lsopt.elastic.worker.journal import read_journal
 from elastic_lsopt.errors import UserError
@@ -25,63 +26,99 @@ from elastic_lsopt.training.reporting.model_card import model_card
 from elastic_lsopt.training.reporting.run_folder import METRICS, read_metrics
 
 
-def finish(config: TrainConfig, engine: Engine, data: Data, console: Console, *, is_first: bool) -> None:
-    """Export the model (collective), draw the pictures, say how it went (rank 0). What cannot be written is told."""
+def export_folders(config: TrainConfig) -> dict[str, Path]:
+    """What a job exports at its end, the `model`, its `adapter` or both, and where to."""
+    wanted = "merged" if config.lora is None else config.lora.export
+    names = {"merged": ["model"], "adapter": ["adapter"], "both": ["adapter", "model"]}[wanted]
+    return {name: Path(config.output_dir) / name for name in (names if config.export else [])}
+
+
+def refuse_foreign(config: TrainConfig) -> None:
+    """Raise UserError, before the first step, where files of others would be in an export's way after the last."""
+    for folder in export_folders(config).values():
+        if reason := refusal(folder):
+            raise UserError(f"the export to {folder} would fail at the end: {reason}; or set export: false.")
+
+
+def finish(config: TrainConfig, engine: Engine, data: Data, console: Console, *, is_first: bool) -> str | None:
+    """Export the model (collective), draw the pictures, say how it went (rank 0); why the export failed, if it has."""
     run = Path(config.output_dir)
-    how_to_use = _export(config, engine, data, run, console) if config.export else None
-    if not is_first:
-        return
-    rows = read_metrics(run / METRICS)
+    failure = how_to_use = None
     try:
-        _draw(config, engine, data, rows, run / "loss.png")
-        if config.elastic is not None:
-            title = f"{Path(config.output_dir).name}: members, batch, rate and loss"
-            draw_members(rows, read_journal(run), run / "members.png", title=title)
-    except OSError as error:
-        console.say(f"the pictures could not be drawn: {error.strerror}")
-    _say_result(rows, data, console)
-    console.say(f"pictures, metrics and checkpoints: {run}/")
-    if how_to_use is not None:
-        console.say(how_to_use)
+        how_to_use = _export(config, engine, data, run, console)
+    except UserError as error:
+        failure = str(error)
+    if is_first:
+        rows = read_metrics(run / METRICS)
+        try:
+            _draw(config, engine, data, rows, run / "loss.png")
+            if config.elastic is not None:
+                title = f"{Path(config.output_dir).name}: members, batch, rate and loss"
+                draw_members(rows, read_journal(run), run / "members.png", title=title)
+        except OSError as error:
+            console.say(f"the pictures could not be drawn: {error.strerror}")
+        _say_result(rows, data, console)
+        console.say(f"pictures, metrics and checkpoints: {run}/")
+        if how_to_use is not None:
+            console.say(how_to_use)
+    return failure
 
 
-def say_unsaved(saved: SaveReport | None, folder: Path, console: Console) -> None:
-    """The last line of a run whose end is in no checkpoint; nothing where it is."""
-    if saved is not None and saved.error is not None:
-        good = next(iter(listing(folder)), None)
-        kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint"
-        console.say(f"the end of this run is in no checkpoint, its save failed ({saved.error}); {kept}.")
+def say_stopped(step: str, folder: Path, console: Console, streak: Streak, *, here: bool) -> None:
+    """Where a run that a signal has ended goes on from: `here`, or the newest checkpoint of `folder`, and why."""
+    why = f": {streak.reason}" if streak.length else ""
+    there = "there" if here else f"{next(iter(listing(folder)), 'the beginning')}{why}"
+    console.say(f"stopped after step {step}; the same command goes on from {there}.")
+
+
+def say_what_is_missing(
+    saved: SaveReport | None, export_failure: str | None, folder: Path, console: Console, *, is_result: bool
+) -> None:
+    """The last line of a run whose end is in no checkpoint (`saved` says how the last save ended), or not exported.
+
+    Raises UserError where the job does not leave what it was told to: its export, or, with `is_result`, its end in a
+    checkpoint.
+    """
+    lines = [] if export_failure is None else [export_failure]
+    unsaved = saved is not None and saved.error is not None
+    if unsaved:
+        lines.append(f"the end of this run is in no checkpoint, its save failed ({saved.error});")
+    if not lines:
+        return
+    good = next(iter(listing(folder)), None)
+    kept = f"the last good checkpoint is {good}; the same command goes on from it" if good else "there is no other one"
+    lines.append(f"{kept}.")
+    if export_failure is not None or (unsaved and is_result):
+        raise UserError(" ".join(lines))
+    console.say(" ".join(lines))
 
 
 def _export(config: TrainConfig, engine: Engine, data: Data, run: Path, console: Console) -> str | None:
-    """Write the model, its adapter or both; the line that says how to use it, None where it could not be written."""
+    """Write the model, its adapter or both, if the job exports; the line that says how to use it."""
     tokenizer = data.tokens.tokenizer if isinstance(data.tokens, FolderTokens) else None
-    wanted = "merged" if config.lora is None else config.lora.export
-    folder = run / "model"
-    try:
-        at = config.evaluate_average or engine.evaluates_at
-        mean = None if at is None else engine.average(at)
-        if wanted != "merged":
-            export_adapter(engine.backend, engine.module, run / "adapter", tokenizer, weights=mean)
-        if wanted != "adapter":
-            card = model_card(
-                config, method=engine.method, base=name_of_base(engine.base), clock=engine.clock,
-                parameters=engine.space.layout.numel, held_out_loss=_last_held_out(run), journal=read_journal(run),
-            )  # fmt: skip
-            export_huggingface(engine.backend, engine.module, folder, tokenizer, weights=mean, card=card)
-    except UserError as error:
-        console.say(str(error))
+    folders = export_folders(config)
+    if not folders:
         return None
-    other = run / ("model" if wanted == "adapter" else "adapter")
-    if config.lora is not None and wanted != "both" and (other / EXPORTED).exists():
-        console.say(f"{other} has the weights of an earlier export; remove it, or set lora.export: both.")
-    if wanted == "adapter":
-        return f"use it: peft.PeftModel.from_pretrained(base, '{run / 'adapter'}')"
-    if not (folder / "config.json").exists():
-        return f"use it: model.load_state_dict(safetensors.torch.load_file('{folder}/model.safetensors'))"
+    at = config.evaluate_average or engine.evaluates_at
+    mean = None if at is None else engine.average(at)
+    if "adapter" in folders:
+        export_adapter(engine.backend, engine.module, folders["adapter"], tokenizer, weights=mean)
+    if "model" in folders:
+        card = model_card(
+            config, method=engine.method, base=name_of_base(engine.base), clock=engine.clock,
+            parameters=engine.space.layout.numel, held_out_loss=_last_held_out(run), journal=read_journal(run),
+        )  # fmt: skip
+        export_huggingface(engine.backend, engine.module, folders["model"], tokenizer, weights=mean, card=card)
+    for other in {run / "model", run / "adapter"}.difference(folders.values()):
+        if config.lora is not None and (other / EXPORTED).exists():
+            console.say(f"{other} has the weights of an earlier export; remove it, or set lora.export: both.")
+    if "model" not in folders:
+        return f"use it: peft.PeftModel.from_pretrained(base, '{folders['adapter']}')"
+    if not (folders["model"] / "config.json").exists():
+        return f"use it: model.load_state_dict(safetensors.torch.load_file('{folders['model']}/model.safetensors'))"
     kind = "AutoModelForCausalLM" if config.task == "causal_lm" else "AutoModelForSequenceClassification"
     ids = "; its token ids are the bytes of the text" if tokenizer is None else ""
-    return f"use it: transformers.{kind}.from_pretrained('{folder}'){ids}"
+    return f"use it: transformers.{kind}.from_pretrained('{folders['model']}'){ids}"
 
 
 def _last_held_out(run: Path) -> float | None:

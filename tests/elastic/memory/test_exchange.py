@@ -43,8 +43,8 @@ except (PeerFailed, RuntimeError) as error:
 import os
 os._exit(0)
 """
-"""Rank 0 lives, rank 1 is killed. Whoever receives is stopped before anything is sent, so that the sender fills what the
-system keeps of a connection and no more: the message is half written and half read, however fast the machine is."""
+"""Rank 0 lives, rank 1 is killed. Whoever receives is stopped before anything is sent, so that the sender fills what
+the system keeps of a connection and no more: the message is half written and half read, however fast the machine is."""
 
 
 @pytest.mark.timeout(90)
