@@ -19,7 +19,8 @@ elastic_lsopt.train` is `elastic-lsopt train` and `python -m elastic_lsopt.agent
 
 A command ends with 0; with 2 after a mistake of yours, which it says in one line on stderr; with 1 where it has
 failed, or where its answer is no (`plan`, `doctor`); with 130 after Ctrl-C. A job that a signal has stopped ends with
-`exit_code_when_stopped`.
+`exit_code_when_stopped`. One that could not write its export, or without an export the checkpoint of its end, ends with
+2, and the same command goes on from its last good checkpoint.
 """
 EXAMPLES = {
     "train": ("elastic-lsopt train configs/quickstart.yaml landscape.rho=0.1",),
