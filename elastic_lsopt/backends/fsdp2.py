@@ -8,7 +8,8 @@ are written in place (a rebound `.data` is ignored too).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -64,6 +65,7 @@ class FSDP2(Backend):
             _refuse(name, p)
         self._parameters: list[DTensor] = [p for _, p in named]  # type: ignore[misc]
         self._used, self._versions = 0, [0] * len(self._parameters)
+        self._order = GroupOrder(self._modules)
         mesh = self._parameters[0].device_mesh
         self.transport = Transport()
         self.rank, self.world = self.transport.rank, self.transport.world
@@ -178,9 +180,11 @@ class FSDP2(Backend):
         if now != self._versions:
             changed = bytes(new != old for new, old in zip(now, self._versions, strict=True))
             self._used, self._versions = crc32(changed, self._used), now
+        self._used = crc32(self._order.taken(), self._used)
 
     def clear_gradient(self) -> None:
         self._used, self._versions = 0, [0] * len(self._parameters)
+        self._order.taken()
         for p in self._parameters:
             p.grad = None
         for unsharded in self._fsdp_parameters():
@@ -266,6 +270,56 @@ def _forget_pass(root: FSDPModule) -> None:
             group._to_sharded()
     state._state_ctx.iter_forward_root = None
     state._state_ctx.post_backward_final_callback_queued = False
+
+
+class GroupOrder:
+    """In which order forwards have used the groups of parameters that FSDP2 gathers and reduces together.
+
+    Ranks meet in the collectives of their groups one after the other, and FSDP2 does not look whether they are of the
+    same group. It keeps the order itself, and clears it after a backward: this listens to its list.
+    """
+
+    def __init__(self, modules: Iterable[FSDPModule]) -> None:
+        self._numbers: dict[int, int] = {}
+        self._said: list[int] = []
+        for module in modules:
+            state: Any = module._get_fsdp_state()  # private: torch 2.11 to 2.13
+            if (group := state._fsdp_param_group) is not None:
+                self._numbers[id(group)] = len(self._numbers)
+            self._listen(state._comm_ctx)
+
+    def _listen(self, context: Any) -> None:
+        if hasattr(context, "post_forward_order"):
+            context.post_forward_order = _Noted(self._note, context.post_forward_order)
+            return
+        make = context.lazy_init  # which the first forward calls, of the root's
+
+        def then_listen(device: torch.device) -> None:
+            make(device)
+            self._listen(context)
+
+        context.lazy_init = then_listen
+
+    def taken(self) -> bytes:
+        """The numbers of the groups since the last call, in the order of their use."""
+        out = array("I", self._said).tobytes()
+        self._said.clear()
+        return out
+
+    def _note(self, group: Any) -> None:
+        self._said.append(self._numbers.get(id(group), len(self._numbers)))
+
+
+class _Noted(list[Any]):
+    """A list that says what is appended to it."""
+
+    def __init__(self, note: Callable[[Any], None], begin: Iterable[Any]) -> None:
+        super().__init__(begin)
+        self._note = note
+
+    def append(self, group: Any) -> None:
+        self._note(group)
+        super().append(group)
 
 
 def _refuse(name: str, p: nn.Parameter) -> None:

@@ -88,9 +88,9 @@ class GradientEngine(Shards, WholeParameters):
         return frozenset()
 
     def used(self) -> int:
-        """A checksum of the parameters that each micro-batch since `clear_gradient` gave a gradient to.
+        """A checksum of what each micro-batch since `clear_gradient` gave a gradient to, in its order.
 
-        0 where the sums over the ranks are right whichever parameters a rank has used. Where a framework sums what
+        0 where the sums over the ranks are right whatever a rank has used, and when. Where a framework sums what
         the ranks have, one after the other, it would add the gradient of one parameter to that of another.
         """
         return 0

@@ -1,7 +1,7 @@
 """Micro-batches that use different parameters: right where the ranks use the same ones in turn, else right or refused.
 
-FSDP2 and DeepSpeed reduce what a rank has a gradient for, one after the other, so that ranks with gradients of
-different parameters would add the one to the other and say nothing.
+FSDP2 and DeepSpeed reduce what a rank has a gradient for, one after the other as it is ready, so that ranks with
+gradients of different parameters, or in different orders, would add the one to the other and say nothing.
 """
 
 from __future__ import annotations
@@ -43,6 +43,36 @@ def test_ranks_that_use_different_ones_are_refused(ranks: Any, kind: str) -> Non
 def test_also_where_they_have_used_the_same_at_the_end(ranks: Any, kind: str) -> None:
     for said in ranks(2).run("tests.cases.used_parameters:distance", kind=kind, heads=SWAPPED):
         assert "different parameters in the same micro-batch" in said
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "fsdp2",
+        "zero2",
+        *(pytest.param(kind, marks=pytest.mark.full) for kind in ("hsdp", "fsdp2-kept", "zero2-offload")),
+    ],
+)
+def test_ranks_that_use_them_in_different_orders_are_refused(ranks: Any, kind: str) -> None:
+    """Else the steps were wrong by 0.01 to 0.09, and nothing said so."""
+    for said in ranks(2).run("tests.cases.used_parameters:distance", kind=kind, heads=OPPOSITE, turns=True):
+        assert "in the same micro-batch, or in another order, where FSDP2 and ZeRO add" in said
+
+
+@pytest.mark.parametrize("kind", ["zero1", pytest.param("ddp", marks=pytest.mark.full)])
+def test_the_order_is_of_no_matter_where_sums_have_their_own(ranks: Any, kind: str) -> None:
+    for dw in ranks(2).run("tests.cases.used_parameters:distance", kind=kind, heads=OPPOSITE, turns=True):
+        assert dw <= 1e-6
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("heads,turns", [(OPPOSITE, True), (SWAPPED, False)])
+def test_zero1_that_overlaps_sums_has_the_order_of_its_gradients(ranks: Any, heads: list[int], turns: bool) -> None:
+    told = ranks(2).run(
+        "tests.cases.used_parameters:distance", kind="zero1", heads=heads, turns=turns, overlap_comm=True
+    )
+    for said in told:
+        assert "the ranks used different parameters in the same micro-batch, or in another order" in said
 
 
 def test_zero1_sums_at_the_end_of_a_pass(ranks: Any) -> None:

@@ -103,7 +103,7 @@ def alternating(kind: str, update: str) -> tuple[float, float]:
     torch.manual_seed(0)
     model = TwoHeads().double()
     plain = copy.deepcopy(model)
-    began = [p.detach().clone() for p in plain.heads.parameters()]
+    began = [p.detach().clone() for p in plain.layers.parameters()]
     steps = [[(torch.randn(2, 4).double(), torch.randint(0, 3, (2,))) for _ in range(2)] for _ in USED]
     for step, head in zip(steps, USED, strict=True):
         for x, _ in step:
@@ -113,7 +113,7 @@ def alternating(kind: str, update: str) -> tuple[float, float]:
     for step in steps:
         engine.train_batch(engines.mine(step))
     paper_loops.run(plain, steps, loop, "none", {})
-    moved = min(float((p - q).detach().abs().max()) for p, q in zip(plain.heads.parameters(), began, strict=True))
+    moved = min(float((p - q).detach().abs().max()) for p, q in zip(plain.layers.parameters(), began, strict=True))
     return engines.furthest(engine.space, plain), moved
 
 

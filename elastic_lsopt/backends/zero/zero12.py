@@ -10,6 +10,7 @@ step does. A perturbation is rebuilt from the master, so it needs no memory.
 from __future__ import annotations
 
 from abc import abstractmethod
+from array import array
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -84,7 +85,9 @@ class Zero12(FlatZero):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         self._reduces_each = engine.zero_optimization_stage() == 2
-        self._got: set[int] = set()
+        self._as_ready = self._reduces_each or self._wrapper.overlap_comm
+        """Gradients are reduced in the order in which they are ready, else in that of the parameters."""
+        self._got: list[int] = []
         self._used = 0
         for number, p in enumerate(self._parameters.values()):
             p.register_post_accumulate_grad_hook(partial(_note, self._got, number))
@@ -103,7 +106,7 @@ class Zero12(FlatZero):
 
     def backward(self, loss: Tensor) -> None:
         super().backward(loss)
-        if self._reduces_each:  # stage 1 reduces at the end what any micro-batch has left
+        if self._as_ready:  # else stage 1 reduces at the end what any micro-batch has left
             self._close_round()
 
     def used(self) -> int:
@@ -113,7 +116,8 @@ class Zero12(FlatZero):
     def _close_round(self) -> None:
         """DeepSpeed reduces buckets of what this rank has a gradient for, and nothing else."""
         if self._got:
-            self._used = crc32(bytes(n in self._got for n in range(len(self._parameters))), self._used)
+            order = self._got if self._as_ready else sorted(set(self._got))
+            self._used = crc32(array("I", order).tobytes(), self._used)
             self._got.clear()
 
     def clear_gradient(self) -> None:
@@ -188,5 +192,5 @@ class Bf16Zero1(FlatZero):
         self.clear_gradient()
 
 
-def _note(got: set[int], number: int, _: Tensor) -> None:
-    got.add(number)
+def _note(got: list[int], number: int, _: Tensor) -> None:
+    got.append(number)
