@@ -354,8 +354,8 @@ class Oracle(ABC):
         if self.backend.world * squares != used**2:  # all alike, and only then, by Cauchy and Schwarz
             raise UserError(
                 f"step {self.step}, pass {self.passes}: the ranks used different parameters in the same micro-batch, "
-                "or in another order, where FSDP2 and ZeRO add the gradient of one to that of another; let each use all "
-                "in one order (add 0 * output.sum() of the part that it leaves out), or train with DDP or ZeRO stage 0."
+                "or in another order, where FSDP2 and ZeRO add the gradient of one to that of another; let each use "
+                "all in one order (add 0 * output.sum() of what it leaves out), or train with DDP or ZeRO stage 0."
             )
         if nonfinite or not math.isfinite(loss) or not math.isfinite(square):
             raise NonFinite(
