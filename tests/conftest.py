@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,25 @@ def environment_as_it_was() -> Iterator[None]:
     for name in read_at_import(os.environ).keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was() -> Iterator[None]:
+    """A command tells the package's log where to go, and an engine of DeepSpeed opens a process group: the next test
+    has neither."""
+    log = logging.getLogger("elastic_lsopt")
+    before = [*log.handlers], log.propagate, log.level
+    began = _has_group()
+    yield
+    log.handlers[:], log.propagate, level = before
+    log.setLevel(level)
+    if _has_group() and not began:
+        sys.modules["torch.distributed"].destroy_process_group()
+
+
+def _has_group() -> bool:
+    """Of this process; without importing torch, which many tests do not need."""
+    return "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
 
 
 @pytest.fixture(scope="session")

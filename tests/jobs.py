@@ -101,9 +101,9 @@ class Started:
         """An elastic job's worker name -> process id of the workers below this command."""
         found = {}
         for pid in self.workers():
-            for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                if variable.startswith(b"ELASTIC_LSOPT_WORKER="):
-                    found[variable.partition(b"=")[2].decode()] = pid
+            for variable in _told(Path(f"/proc/{pid}/environ")).split("\0"):
+                if variable.startswith("ELASTIC_LSOPT_WORKER="):
+                    found[variable.partition("=")[2]] = pid
         return found
 
     def until(self, reached: Callable[[], bool]) -> None:
@@ -153,9 +153,13 @@ def losses(folder: Path) -> list[float]:
 
 
 def _children(pid: int) -> list[int]:
-    found = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()] if _alive(pid) else []
+    found = [int(p) for p in _told(Path(f"/proc/{pid}/task/{pid}/children")).split()]
     return [descendant for child in found for descendant in [*_children(child), child]]
 
 
-def _alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}/task/{pid}/children").exists()
+def _told(of_process: Path) -> str:
+    """What the system says of a process; nothing where it has ended, which it may do at any moment."""
+    try:
+        return of_process.read_text(errors="replace")
+    except OSError:
+        return ""

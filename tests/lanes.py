@@ -23,6 +23,7 @@ WAITING = {
     "tests/chaos/test_witness_job.py": 25, "tests/processes/test_ranks.py": 25,
     "tests/cli/elastic/test_elastic_scale_batch.py": 20,
     "tests/elastic/worker/test_elastic_loop.py": 10, "tests/cli/elastic/test_elastic_other_data.py": 10,
+    "tests/chaos/test_replicas.py": 40, "tests/consensus/test_elastic_jobs.py": 30,
     "tests/data/test_order.py": 5, "tests/launch/test_shell.py": 15,
 }  # fmt: skip
 """Files of the first lane, with about how many seconds they take."""

@@ -10,6 +10,7 @@ and the lanes' idle groups together take a fifth of a core.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import selectors
@@ -19,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +35,24 @@ class RankFailure(AssertionError):
     """A case failed on some rank; the message holds every rank's end and log."""
 
 
+PORTS = range(10_000, 29_000)
+"""Below those that Linux gives to whoever connects or asks for any (32,768 to 60,999), and below torchrun's 29,400."""
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """One that stays free until it is used, a second or more later: nobody is given any of PORTS, and each process here
+    begins to count in another place."""
+    for port in _ports(os.getpid()):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            return port
+    raise AssertionError("every port is taken")
+
+
+@cache
+def _ports(pid: int) -> Iterator[int]:
+    first = pid * 997 % len(PORTS)
+    return itertools.cycle([*PORTS[first:], *PORTS[:first]])
 
 
 def rank_environment(**more: str) -> dict[str, str]:

@@ -70,7 +70,7 @@ def test_whoever_waits_for_a_half_read_message_is_freed(tmp_path: Path, receives
         ranks[0].send_signal(signal.SIGCONT)
         said, _ = ranks[0].communicate("dead\n", timeout=70)
         seconds, error = said.split()
-        assert float(seconds) < 1.0, f"waited {seconds} s for a message of a dead peer ({error})"
+        assert float(seconds) < 5.0, f"waited {seconds} s for a message of a dead peer ({error})"
     finally:
         for rank in ranks:
             rank.kill()

@@ -46,8 +46,6 @@ class Seen(Exception):
 @pytest.mark.fast
 def test_a_worker_warms_up_beside_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight workers of a node would each build the whole model on its first GPU."""
-    if torch.distributed.is_initialized():  # left by a test before, in the same process
-        torch.distributed.destroy_process_group()
     chosen: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
