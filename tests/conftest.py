@@ -16,9 +16,9 @@ import pytest
 from tests import lanes
 from tests.processes import warm
 from tests.processes.ranks import Ranks
-from tests.processes.warm_server import read_at_import
 from tests.resume import Results
 
+PYTESTS_OWN = "PYTEST_CURRENT_TEST"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the lanes have a core each, and would fight for both
 
 
@@ -54,12 +54,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def environment_as_it_was() -> Iterator[None]:
-    """A command sets variables for its own process; left there, they change how the next tests' processes start."""
-    before = read_at_import(os.environ)
+    """A command sets variables for its own process, DeepSpeed LOCAL_RANK; left there, they change how the next tests'
+    processes start, and accelerate takes its own for a rank."""
+    before = {**os.environ}
     yield
-    for name in read_at_import(os.environ).keys() - before.keys():
+    for name in os.environ.keys() - before.keys() - {PYTESTS_OWN}:
         del os.environ[name]
-    os.environ.update(before)
+    os.environ.update({name: value for name, value in before.items() if name != PYTESTS_OWN})
 
 
 @pytest.fixture(autouse=True)
