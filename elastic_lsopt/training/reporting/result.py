@@ -80,15 +80,15 @@ def say_what_is_missing(
     checkpoint.
     """
     lines = [] if export_failure is None else [export_failure]
-    unsaved = saved is not None and saved.error is not None
-    if unsaved:
-        lines.append(f"the end of this run is in no checkpoint, its save failed ({saved.error});")
+    unsaved = None if saved is None else saved.error
+    if unsaved is not None:
+        lines.append(f"the end of this run is in no checkpoint, its save failed ({unsaved});")
     if not lines:
         return
     good = next(iter(listing(folder)), None)
     kept = f"the last good checkpoint is {good}; the same command goes on from it" if good else "there is no other one"
     lines.append(f"{kept}.")
-    if export_failure is not None or (unsaved and is_result):
+    if export_failure is not None or (unsaved is not None and is_result):
         raise UserError(" ".join(lines))
     console.say(" ".join(lines))
 
