@@ -42,6 +42,7 @@ from elastic_lsopt.training.datasets.samples import Data
 from elastic_lsopt.training.loop import TrainingRun
 from elastic_lsopt.training.reporting.console import Console
 from elastic_lsopt.training.reporting.run_folder import CHECKPOINTS
+from elastic_lsopt.training.reporting.run_state import RunState
 from elastic_lsopt.training.statistics import estimate_anew, spread
 from elastic_lsopt.world import World
 
@@ -347,12 +348,14 @@ class ReplicaRun(TrainingRun):
             else:
                 consensus.conclude()
                 self._speak_if_first()
-                if consensus.leads and self._number:  # the first replica is no more: this one speaks for the job
+                if consensus.leads and self._number:  # the first replica was not there: this one speaks for the job
                     self.config = self._job
         if consensus.over:
             self.config = replace(self.config, export=False)
             self.console.say(f"replica {self._number} was away when the others ended the job; the model is theirs.")
         super().finish()
+        if self._number and self.config is self._job and self.world.is_first:
+            RunState(Path(self.config.output_dir)).say("finished", self.engine.clock.steps, self._last_step)
         if self.stopped:
             consensus.leave()  # others need not wait for it
 

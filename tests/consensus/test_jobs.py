@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,21 @@ def test_what_exchanges_tell_of_disagreement(undisturbed: Path) -> None:
     board = EventAccumulator(str(whole / "tensorboard")).Reload()
     told = {event.step: event.value for event in board.Scalars("exchange/consensus_distance")}
     assert told == pytest.approx({step: exchange["consensus_distance"] for step, exchange in one.items()})
+
+
+@pytest.mark.parametrize("elastic", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_the_first_replica_has_lost_the_end(undisturbed: Path, elastic: bool) -> None:
+    """Its folder is gone, or its last save has failed, when the other has trained to the end: the other exports."""
+    name = f"lost-{elastic}"
+    own = {"elastic": {"max_nodes": 1}} if elastic else {}
+    shutil.copytree(undisturbed / "whole", undisturbed / name)
+    for gone in ("model", "checkpoints"):
+        shutil.rmtree(undisturbed / name / gone)
+    run(command("none", job(undisturbed, name, **DRIFTING, **own)), undisturbed)
+    alone = load_file(undisturbed / name / "model" / "model.safetensors")
+    assert all(torch.isfinite(t).all() for t in alone.values())
+    assert apart(undisturbed / name, undisturbed / "whole") <= 0.1
+    assert json.loads((undisturbed / name / "state.json").read_text())["state"] == "finished"
 
 
 @pytest.mark.full

@@ -373,7 +373,7 @@ class Consensus:
             with suppress(PeerFailed):
                 point = self._hearing.point(met, self._fit_of(met))
             if self._meetings.end(met, well=point is not None) and point is not None:
-                self._there = met.members
+                self._there = tuple(m for m in met.members if met.reports[m]["final"])  # others were late for it
                 return point
             self._circles.drop()
         raise PeerFailed(f"the replicas could not form their final model in {TRIES} meetings")
