@@ -82,13 +82,15 @@ def started_again() -> dict[str, Any]:
         for mine, kept in zip(engine.space.weights.tensors, weights.tensors, strict=True):
             mine.copy_(kept)
         moved(engine, 0.1 * (rank + 1))
+        together(store, "built", size)
         if rank < size - 1:
             consensus.exchange(None)
         together(store, "met", size)
         state = engine.families[FAMILY].state_dict()
         before = {"x": flat(engine.space.weights), "centre": flat(state["centre"])}
-        if rank < size - 1:
-            time.sleep(0.5)  # these two wait for nobody else: the third is to be there when they come
+        said = [f"1/ready/{size - 1}"]
+        while rank < size - 1 and not dist.PrefixStore("second life", store).check(said):
+            time.sleep(0.01)  # these two wait for nobody else: the third is to be there when they come
         consensus.exchange(None)
         after = flat(engine.families[FAMILY].state_dict()["centre"])
         told = [(list(e.members), e.well) for e in consensus.exchanges]

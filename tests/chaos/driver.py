@@ -43,6 +43,8 @@ RECOVER_S = 45.0
 START_S = 90.0
 """Longest time until new nodes' workers take part: they import torch and DeepSpeed."""
 FINISH_S = 90.0
+ORPHANS_S = 20.0
+"""An agent does not wait for the workers that it kills."""
 
 
 @cache
@@ -111,9 +113,7 @@ class Round:
                 self._whole()
             cluster.hurry()
             cluster.until(lambda: not cluster.living(), "the end of the job", FINISH_S + self.steps * 0.03)
-            time.sleep(0.3)
-            orphans = cluster.workers()
-            assert not orphans, f"orphans: {orphans}\n{cluster.logs()}"
+            cluster.until(lambda: not cluster.workers(), "no orphans", ORPHANS_S)
             check(cluster.rows(), self.steps, cluster.logs)
 
     def _do(self, what: str) -> None:

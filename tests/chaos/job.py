@@ -5,7 +5,7 @@ python -m tests.chaos.job SETTINGS.json                 (the agent; started by i
 Each worker notes every step that it has finished, with the loss and the samples that it has run, in
 `steps-<pid>.jsonl` of the run folder, so that the driver can compare with the undisturbed run. A file
 `at-<point>` in the run folder with a signal's number makes the first worker that gets to that point send itself the
-signal.
+signal. While the file `hold` is there, no new worker gets ready.
 """
 
 from __future__ import annotations
@@ -123,6 +123,8 @@ def main(path: Path) -> None:
     taken: list[int] = []
 
     def build(world: World) -> Job:
+        while world.rehearsal and (folder / "hold").exists():
+            time.sleep(0.02)
         engine = engine_of(settings["backend"], settings["width"], total)
         original = engine.train_batch
 

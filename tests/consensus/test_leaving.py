@@ -91,14 +91,14 @@ def test_all_are_told_to_stop(tmp_path: Path, tau: int) -> None:
 
 
 def test_who_waits_for_others_hears_that_it_is_to_stop(tmp_path: Path) -> None:
-    """The other hangs, and the deadline is far."""
+    """The other hangs between two meetings, in its step 6, and the deadline is far."""
     block = {"rule": "easgd", "replicas": 2, "tau": 4, "exchange_timeout_s": 200}
-    started = Started(command("none", job(tmp_path, "run", consensus=block)), tmp_path)
+    (hang := tmp_path / "hang").touch()
+    model = {"import": TINY, "args": {"fail_rank": 1, "fail_at": 12, "hang_file": str(hang)}}
+    started = Started(command("none", job(tmp_path, "run", consensus=block, model=model)), tmp_path)
     folder = tmp_path / "run"
     try:
-        started.until(lambda: newest(folder) >= 5)
-        os.kill(of_rank(started, 1), signal.SIGSTOP)
-        started.until(lambda: newest(folder) == 8)  # and meets before the next
+        started.until(lambda: newest(folder) == 8 and not hang.exists())  # and meets before the next
         time.sleep(1.0)
         os.kill(pid := of_rank(started, 0), signal.SIGTERM)
         began = time.monotonic()

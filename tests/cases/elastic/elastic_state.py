@@ -189,7 +189,8 @@ def survive(
 
 
 def silent_peer(seconds: float) -> dict[str, Any]:
-    """Rank 0 pushes a version that rank 1 never pushes: what the wait says, and how long `close` takes."""
+    """Rank 0 pushes a version that rank 1 never pushes: what the wait says, how long `close` takes, and whether its
+    thread lives on."""
     engine = _engine("fsdp2", "momentum")
     train(engine, 0, 1)
     mirror = Mirror(dist.new_group(backend="gloo"), dist.get_rank(), dist.get_world_size(), ["a", "b"], 1)
@@ -201,16 +202,11 @@ def silent_peer(seconds: float) -> dict[str, Any]:
             mirror.wait(1, timeout_s=seconds)
         except lso.PeerFailed as error:
             out["said"] = str(error)
-    else:
-        time.sleep(seconds)
+    dist.barrier()
     start = time.monotonic()
-    mirrored_peers = mirror.close()
-    out |= {
-        "close_s": time.monotonic() - start,
-        "mirrored peers": len(mirrored_peers),
-        "alive": mirror._thread.is_alive(),
-    }
-    return out
+    out |= {"mirrored peers": len(mirror.close()), "close_s": time.monotonic() - start}
+    mirror._thread.join(20)  # the cut frees it
+    return {**out, "alive": mirror._thread.is_alive()}
 
 
 def severed_peer() -> dict[str, Any]:

@@ -21,8 +21,8 @@ class TinyLM(nn.Module):
     """Token t is predicted from tokens t and t-1, so that a few steps teach it something.
 
     `pause_s` sleeps in each forward until `hurry_file` is there, `slowly` times as long on the node of the name "slow";
-    `fail_rank` raises there in forward number `fail_at`, or, with `hang_file`, never comes back from it while that file
-    is there (and removes it).
+    `fail_rank`, of the node, raises there in forward number `fail_at`, or, with `hang_file`, never comes back from it
+    while that file is there (and removes it).
     Once a bias of the head is above `breaks_at`, the logits are NaN, as those of a model that has blown up.
     """
 
@@ -43,7 +43,7 @@ class TinyLM(nn.Module):
         self._forwards += 1
         if not (self._hurry_file and os.path.exists(self._hurry_file)):
             time.sleep(self._pause_s)
-        if (int(os.environ.get("RANK", "0")), self._forwards) == self._fail:
+        if (int(os.environ.get("LOCAL_RANK", "0")), self._forwards) == self._fail:
             if not self._hang_file:
                 raise ArithmeticError("the model of the user is broken")
             if os.path.exists(self._hang_file):

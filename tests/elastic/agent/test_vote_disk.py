@@ -46,14 +46,20 @@ def test_a_worker_dies_while_the_disk_is_full(tmp_path: Path) -> None:
     """The agent lives, its other worker lives; the death becomes a generation as soon as there is room."""
     command = [sys.executable, "-m", "tests.elastic.agent.plain_agent", str(tmp_path), "n", "2"]
     agent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    said: list[str] = []
+    assert agent.stderr is not None
     try:
         until(lambda: len({name for name, *_ in entered(tmp_path)}) == 2)
         number = max(n for _, _, n, _ in entered(tmp_path))
         first, other = {(name, pid) for name, pid, *_ in entered(tmp_path)}
         full = fill(tmp_path, "n")
         os.kill(first[1], signal.SIGKILL)
+        for line in iter(agent.stderr.readline, ""):
+            said.append(line)
+            if "cannot be written" in line:
+                break
         time.sleep(2.0)  # well beyond a lease
-        assert agent.poll() is None, agent.communicate()[1]
+        assert agent.poll() is None, said
         os.kill(other[1], 0)
         assert max(n for _, _, n, _ in entered(tmp_path)) == number, "a vote that was not written was given"
         full.unlink()
@@ -61,10 +67,12 @@ def test_a_worker_dies_while_the_disk_is_full(tmp_path: Path) -> None:
         assert after == (*other, number + 1, [first[0]])
     finally:
         agent.kill()
-        said = agent.communicate(timeout=20)[1]
-    assert said.count("cannot be written (No space left on device), so this node gives no vote") == 1, said
-    assert said.count("can be written again; this node votes") == 1
-    assert "Traceback" not in said
+        said.append(agent.stderr.read())
+        agent.wait(20)
+    log = "".join(said)
+    assert log.count("cannot be written (No space left on device), so this node gives no vote") == 1, log
+    assert log.count("can be written again; this node votes") == 1
+    assert "Traceback" not in log
 
 
 def remembered(number: int) -> Remembered:

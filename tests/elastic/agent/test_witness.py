@@ -21,6 +21,12 @@ from tests.processes.ranks import free_port
 SECRET = b"sixteen bytes ok"
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An etcd takes connections before it serves, so its first answer may come late."""
+    monkeypatch.setattr("elastic_lsopt.elastic.agent.witness.TIMEOUT_S", 60.0)
+
+
 @pytest.fixture(scope="module")
 def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of an etcd server of this test."""

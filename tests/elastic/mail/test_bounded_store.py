@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import queue
+import subprocess
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from contextlib import suppress
 
 import pytest
 
+from elastic_lsopt.elastic.mail import bounded_store
 from elastic_lsopt.elastic.mail.bounded_store import BoundedStore, resident_bytes
 from elastic_lsopt.elastic.mail.mailbox import Mailbox, connect, listen
 from tests.processes.ranks import rank_environment
@@ -37,25 +39,47 @@ def give_back() -> None:
 STRANGER = """
 import sys
 from elastic_lsopt.elastic.mail.mailbox import connect
-address, how, mib = sys.argv[1], sys.argv[2], int(sys.argv[3])
+address, how = sys.argv[1:]
 value, sent, client = bytes(4 * 2**20), 0, connect(address)
-while sent < mib * 2**20:
-    try:
-        client.set(f"k{sent}", value) if how == "values" else client.queue_push("q", value)
-        sent += len(value)
-    except RuntimeError:
-        client = connect(address)
+for line in sys.stdin:
+    end = sent + int(line) * 2**20
+    while sent < end:
+        try:
+            client.set(f"k{sent}", value) if how == "values" else client.queue_push("q", value)
+            sent += len(value)
+        except RuntimeError:
+            client = connect(address)
+    print("sent", flush=True)
 """
+"""Sends so many MiB for each line."""
 
 
 @pytest.mark.parametrize("how", ["values", "queue"])
-def test_what_a_stranger_sends_is_not_kept(bounded: tuple[BoundedStore, str], how: str) -> None:
+def test_what_a_stranger_sends_is_not_kept(
+    bounded: tuple[BoundedStore, str], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sends no more than 16 MiB between two looks, however fast the network is and however busy the machine."""
     store, address = bounded
-    before, most = resident_bytes(), 0
-    stranger = Popen([sys.executable, "-c", STRANGER, address, how, "256"], env=rank_environment())
-    while stranger.poll() is None:
-        most = max(most, resident_bytes() - before)
-        time.sleep(0.005)
+    before, most, looks = resident_bytes(), 0, list[int]()
+
+    def look() -> int:
+        looks.append(found := resident_bytes())
+        return found
+
+    monkeypatch.setattr(bounded_store, "LOOK_S", 0.01)
+    monkeypatch.setattr(bounded_store, "resident_bytes", look)
+    with Popen(
+        [sys.executable, "-c", STRANGER, address, how], env=rank_environment(), text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as stranger:  # fmt: skip
+        assert stranger.stdin is not None and stranger.stdout is not None
+        for _ in range(16):
+            print(16, file=stranger.stdin, flush=True)
+            assert stranger.stdout.readline() == "sent\n"
+            most, known, end = max(most, resident_bytes() - before), len(looks), time.monotonic() + 20
+            while len(looks) < known + 2:  # the first may have begun before all was there
+                assert time.monotonic() < end, "nobody looks"
+                time.sleep(0.005)
     assert stranger.returncode == 0 and store.made_anew >= 1
     end = time.monotonic() + 20  # the newest store may hold too much until it is looked at
     while resident_bytes() - before >= 64 * MIB and time.monotonic() < end:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,8 @@ collate = lambda rows: (torch.stack([x for x, _ in rows]), torch.tensor([y for _
 loss = lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 def build(world):
+    while world.rehearsal and (folder / "hold").exists():
+        time.sleep(0.02)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5))
     fully_shard(model)
@@ -92,21 +95,26 @@ def test_a_users_own_loop_survives_a_kill(tmp_path: Path) -> None:
     folder.mkdir()
     loop.write_text(LOOP)
     started = Started([sys.executable, str(loop), str(folder)], tmp_path)
-    started.until(lambda: _steps(folder) > 6 and len(read_journal(folder)[-1]["workers"]) == 2)
+    started.until(lambda: len(_rows(folder)) > 6 and len(read_journal(folder)[-1]["workers"]) == 2)
     rank_0 = read_journal(folder)[-1]["workers"][0]
     victim = next(p for p in started.workers() if f"ELASTIC_LSOPT_WORKER={rank_0}" in _environment(p))
+    (folder / "hold").touch()  # nobody comes in its place before the other has gone on alone
     os.kill(victim, signal.SIGKILL)
+    started.until(lambda: 1 in {row["world"] for row in _rows(folder)})
+    (folder / "hold").unlink()
     assert started.wait() == 0, started.output
-    rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    rows = _rows(folder)
     losses = {row["step"]: row["loss"] for row in rows}
     assert [losses[s] for s in range(1, STEPS + 1)] == pytest.approx(undisturbed(), rel=1e-5)
     assert {row["world"] for row in rows} >= {1, 2}
     assert "died: " in started.output, started.output
 
 
-def _steps(folder: Path) -> int:
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """Whole lines only."""
     file = folder / "steps.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _environment(pid: int) -> list[str]:

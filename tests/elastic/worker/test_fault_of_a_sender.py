@@ -15,10 +15,10 @@ from elastic_lsopt.elastic.worker.fault import is_peers
 def test_a_send_after_a_message_that_did_not_come() -> None:
     store = dist.HashStore()
     with ThreadPoolExecutor(2) as pool:
-        group, peer = pool.map(lambda rank: dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=1)), range(2))
+        group, peer = pool.map(lambda rank: dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=30)), range(2))
     message = torch.zeros(2**20, dtype=torch.uint8)
     with pytest.raises(RuntimeError) as late:
-        group.recv([message], 1, 0).wait()
+        group.recv([message], 1, 0).wait(timedelta(seconds=1))
     with pytest.raises(RuntimeError) as broken:
         group.send([message], 1, 0).wait()
     assert "gloo" not in str(broken.value), "gloo names itself now, so another message is to be tried"
