@@ -190,17 +190,19 @@ def test_two_kills_of_everything_resume_from_the_checkpoint(tmp_path: Path, undi
     """The agent itself is killed: its workers die with it, and the same command goes on from the last checkpoint."""
     job = write_job(tmp_path / "run.yaml", model=SLOW, elastic={}, export=False, **(SHAPE | {"workers": 2}))
     first = Started(command("none", job), tmp_path)
-    first.until(lambda: _step(tmp_path / "run") >= 20)
+    checkpoints = tmp_path / "run/checkpoints"
+    first.until(lambda: _step(tmp_path / "run") >= 20 and (checkpoints / "checkpoint-15").exists())
     workers = first.named_workers().values()
     first.process.kill()
     first.process.wait()
     end = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
+    while any(_runs(pid) for pid in workers):
         assert time.monotonic() < end, "the workers outlived their agent"
         time.sleep(0.05)
+    saved = max(int(path.name.rpartition("-")[2]) for path in checkpoints.glob("checkpoint-*[0-9]"))
     second = Started(command("none", job), tmp_path)
     assert second.wait() == 0, second.output
-    assert "checkpoint-15, after step 15" in second.output
+    assert saved % 15 == 0 and f"checkpoint-{saved}, after step {saved}" in second.output
     assert losses(tmp_path / "run") == pytest.approx([undisturbed[s]["loss"] for s in sorted(undisturbed)], rel=1e-5)
 
 
@@ -211,3 +213,10 @@ def _world(folder: Path) -> int:
 
 def _step(folder: Path) -> int:
     return max(rows(folder), default=0)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
