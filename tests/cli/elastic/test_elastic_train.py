@@ -45,12 +45,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, ranks: Callable[[int],
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Life:
     """A job of three workers, whose rank 0 is killed after some steps."""
     folder = tmp_path_factory.mktemp("killed")
-    job = write_job(folder / "run.yaml", model=SLOW, elastic={}, probes=PROBES, **SHAPE)
+    alone, hurry = folder / "alone", folder / "hurry"
+    slow = {"pause_s": 0.05, "hurry_file": str(hurry), "held_from": 4, "held_file": str(alone)}
+    job = write_job(folder / "run.yaml", model={"import": TINY, "args": slow}, elastic={}, probes=PROBES, **SHAPE)
     started = Started(command("none", job), folder)
     run_folder = folder / "run"
     started.until(lambda: _world(run_folder) == 3 and _step(run_folder) >= 8)
     first = read_journal(run_folder)[-1]["workers"][0]
     os.kill(started.named_workers()[first], signal.SIGKILL)
+    started.until(lambda: any(row["world"] == 2 for row in rows(run_folder).values()))
+    alone.touch()  # not before: else the one in its place might be there before the others go on without it
+    started.until(lambda: _world(run_folder) == 3)
+    hurry.touch()  # not before: else the job might end before that one is there
     code = started.wait()
     return Life(code, started.output.splitlines(), run_folder)
 
