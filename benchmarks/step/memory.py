@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
@@ -24,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import elastic_lsopt as lso
 from benchmarks.models import SIZES, beside, engine, units
 from benchmarks.workers import on_ranks
+from elastic_lsopt.backends.fabric.ending import _wait_for_gloo
 from elastic_lsopt.training.building.models import blocks
 
 CASES = (
@@ -37,12 +37,11 @@ METHODS = {
     "lpf_sgd": lso.LPFSGD(parts=2, gamma=0.0005, alpha=1.0),
 }
 MARK, STEPS = "measured step", 4
-PAUSE_S = 0.01
 
 
 def pause(*_: object) -> None:
     """Between blocks: gloo's threads give the blocks of a finished collective back only when they next get a core."""
-    time.sleep(PAUSE_S)
+    _wait_for_gloo()
 
 
 def peaks_of(step: Callable[[], object]) -> list[int]:

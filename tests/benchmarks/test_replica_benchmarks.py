@@ -28,7 +28,8 @@ needs_hosts = pytest.mark.skipif(Links.missing() is not None, reason=f"{Links.mi
 )  # fmt: skip
 def test_a_death_is_measured(rule: str, shape: str, point: str, how: str) -> None:
     told = deaths.once(rule, shape, point, how)
-    assert told["halves"] == [] and told["cost_s"] > (0.9 * deaths.DEADLINE_S if how == "stop" else 0.0), told
+    # A kill may cost nothing beyond a usual turn: on a busy machine that is a long one.
+    assert told["halves"] == [] and (how == "kill" or told["cost_s"] > 0.9 * deaths.DEADLINE_S), told
 
 
 def look(*products: float, digest: str = "", samples: int = 4) -> dict[str, Any]:

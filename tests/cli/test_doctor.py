@@ -62,7 +62,10 @@ def test_the_store(capsys):
         address = f"127.0.0.1:{here.getsockname()[1]}"
         assert told(capsys, "--store", address)[f"store {address}"]["state"] == "ok"
         assert told(capsys, "--store", f"etcd://{address}")[f"store etcd://{address}"]["state"] == "ok"
-    assert told(capsys, "--store", address, code=1)[f"store {address}"]["state"] == "fail"
+    with socket.socket() as held:  # so that nobody else listens there
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        assert told(capsys, "--store", address, code=1)[f"store {address}"]["state"] == "fail"
 
 
 @fast

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,31 +42,39 @@ def status(folder: Path, *more: str, code: int = 0) -> str:
     return run([str(BIN / "elastic-lsopt"), "status", str(folder), "--once", *more], folder.parent, code=code)
 
 
+def status_once(reached: Callable[[str], bool], folder: Path, *more: str) -> str:
+    """The status when it says that: an agent says anew what it knows every half second, or less often."""
+    end = time.monotonic() + 60
+    while not reached(said := status(folder, *more)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return said
+
+
 @LIMIT
 def test_each_node_tells_of_all(running: tuple[Path, dict[str, Started]]) -> None:
     """Each node's own store is asked, and sends on to the host's, which knows all."""
     folder, _ = running
     files = sorted((folder / "elastic").glob("*.address"))
     assert len(files) == 3
+    wanted = [r"generation \d+ · host n\d", *(rf"{name} .* \d+ +│" for name in ("n1", "n2", "n3")), "samples a second"]
     for file in files:
-        said = status(folder, "--endpoint", file.read_text())
-        assert re.search(r"generation \d+ · host n\d", said), said
-        for name in ("n1", "n2", "n3"):
-            assert re.search(rf"{name} .* \d+ +│", said), said
-        assert "samples a second" in said
+        said = status_once(
+            lambda said: all(re.search(part, said) for part in wanted), folder, "--endpoint", file.read_text()
+        )
+        assert [part for part in wanted if not re.search(part, said)] == [], said
         assert "joined:" in said
 
 
 @LIMIT
 def test_when_the_host_has_died(running: tuple[Path, dict[str, Started]]) -> None:
     folder, nodes = running
-    host = re.search(r"host (n\d)", status(folder))
+    host = re.search(r"host (n\d)", status_once(lambda said: "· host n" in said, folder))
     assert host is not None
     nodes[host[1]].process.send_signal(signal.SIGKILL)
     nodes[host[1]].process.wait()
     other = next(node for name, node in nodes.items() if name != host[1])
     other.until(lambda: len(_nodes(folder)) == 2)
-    said = status(folder)
+    said = status_once(lambda said: "· host n" in said and f"· host {host[1]}" not in said, folder)
     found = re.search(r"generation \d+ · host (n\d)", said)
     assert found is not None and found[1] != host[1], said
     assert f"silent: {host[1]}" in said, said

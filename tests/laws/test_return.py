@@ -43,7 +43,7 @@ def test_one_rank_raises_in_a_displaced_pass(kind: str, world: int, where: str) 
     finally:
         group.stop()
     for rank, r in enumerate(out):
-        assert r["seconds"] < 5, r
+        assert r["seconds"] < 30, r
         assert "oh dear" in r["error"], r
         assert (r["kind"] == "ValueError") == (rank == 1), r
         assert r["own_back"] and r["refused"] and r["settled"] and r["goes_on"] == "PeerFailed", r

@@ -116,5 +116,5 @@ def test_one_rank_raises() -> None:
     finally:
         group.stop()
     for rank, r in enumerate(out):
-        assert "oh dear" in r["error"] and r["seconds"] < 5 and r["back"], r
+        assert "oh dear" in r["error"] and r["seconds"] < 30 and r["back"], r
         assert (r["kind"] == "ValueError") == (rank == 1), r

@@ -110,4 +110,4 @@ def test_a_bad_batch_on_one_rank(kind: str) -> None:
     finally:
         group.stop()
     for r in out:
-        assert "holds no tensor with a first dimension" in r["said"] and r["seconds"] < 8, r
+        assert "holds no tensor with a first dimension" in r["said"] and r["seconds"] < 30, r

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from elastic_lsopt.training.classifiers import mlp
+
 
 def behave(task: str) -> tuple[str, int, int]:
     kind, _, number = task.partition(" ")
@@ -22,6 +24,18 @@ def behave(task: str) -> tuple[str, int, int]:
         raise MemoryError
     time.sleep(float(number if kind == "sleep" else 0))
     return task, os.getpid(), torch.get_num_threads()
+
+
+def mlp_held_by(held: str, cells: str, **shape: int) -> torch.nn.Module:
+    """A comparison's model: once two of its runs are done, it is not built before the file `held` is gone."""
+
+    def waits() -> bool:
+        return Path(held).exists() and Path(cells).exists() and Path(cells).read_bytes().count(b"\n") >= 2
+
+    end = time.monotonic() + 60
+    while waits() and time.monotonic() < end:
+        time.sleep(0.01)
+    return mlp(**shape)
 
 
 def say_and_wait(target: str) -> None:

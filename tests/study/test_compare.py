@@ -53,11 +53,16 @@ def write(folder: Path, name: str = "compare", **changes: Any) -> tuple[Path, Pa
 
 def lines(out: Path) -> list[dict[str, Any]]:
     cells = out / "cells.jsonl"
-    return [json.loads(line) for line in cells.read_text().splitlines()] if cells.exists() else []
+    text = cells.read_text() if cells.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def test_killed_continued_and_right(tmp_path: Path) -> None:
-    path, out = write(tmp_path)
+    held = tmp_path / "held"
+    held.touch()
+    more = {"held": str(held), "cells": str(tmp_path / "compare/cells.jsonl")}
+    model = {"import": "tests.study.pool_tasks:mlp_held_by", "args": MLP["args"] | more}
+    path, out = write(tmp_path, job=SETTINGS["job"] | {"model": model})
     command = [str(BIN / "elastic-lsopt"), "compare", str(path)]
     with Popen(command, env=rank_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
         until = time.monotonic() + 120
@@ -65,6 +70,7 @@ def test_killed_continued_and_right(tmp_path: Path) -> None:
             assert time.monotonic() < until and first.poll() is None
             time.sleep(0.02)
         first.send_signal(signal.SIGKILL)
+    held.unlink()
     done = lines(out)
     assert not (out / "compare.json").exists()
     ended = run(command, env=rank_environment(), timeout=240)

@@ -61,8 +61,8 @@ def test_a_tasks_time_is_its_own():
     from tests.study.slow_to_import import at_once
 
     began = time.monotonic()
-    [found] = run(["quick"], at_once, workers=1, timeout_s=1.0)
-    assert found.failure is None and found.seconds < 1.0
+    [found] = run(["quick"], at_once, workers=1, timeout_s=2.4)
+    assert found.failure is None and found.seconds < 2.4
     assert time.monotonic() - began > 2.5
 
 

@@ -19,16 +19,16 @@ from elastic_lsopt.training.datasets.tokens import tokens_of
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A hub at a port where nobody listens, an empty cache, no proxy."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    hub.reachable.cache_clear()
-    yield
+    """A hub at a port where nobody listens, held so that nobody else does; an empty cache, no proxy."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{held.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        hub.reachable.cache_clear()
+        yield
     hub.reachable.cache_clear()
 
 
@@ -40,8 +40,11 @@ def config(**more: object) -> TrainConfig:
 @pytest.mark.parametrize("what", ["model", "tokenizer", "model's tokenizer", "dataset"])
 def test_an_unknown_name_is_one_line_at_once(what: str) -> None:
     import datasets  # noqa: F401  (seconds that are not the network's)
-    import transformers  # noqa: F401
+    import transformers
 
+    models = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+    for name in ("AutoConfig", *models, "AutoTokenizer", "GenerationConfig"):
+        getattr(transformers, name)  # which imports it
     begin = time.monotonic()
     with pytest.raises(SettingError) as refused:
         if what == "model":

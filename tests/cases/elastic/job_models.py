@@ -22,16 +22,21 @@ class TinyLM(nn.Module):
 
     `pause_s` sleeps in each forward until `hurry_file` is there, `slowly` times as long on the node of the name "slow";
     `fail_rank`, of the node, raises there in forward number `fail_at`, or, with `hang_file`, never comes back from it
-    while that file is there (and removes it).
+    while that file is there (and removes it). With `held_file`, an elastic job's worker in another's place, which is
+    number `held_from` of its node or a later one, waits for that file before it is built.
     Once a bias of the head is above `breaks_at`, the logits are NaN, as those of a model that has blown up.
     """
 
     def __init__(
         self, width: int = 12, depth: int = 2, dropout: float = 0.0, pause_s: float = 0.0, fail_rank: int = -1,
         fail_at: int = 6, slowly: float = 1.0, hang_file: str = "", breaks_at: float = math.inf,
-        hurry_file: str = "",
+        hurry_file: str = "", held_from: int = 0, held_file: str = "",
     ) -> None:  # fmt: skip
         super().__init__()
+        number = os.environ.get("ELASTIC_LSOPT_WORKER", "").rpartition("-")[2]
+        end = time.monotonic() + 60
+        while held_file and int(number) >= held_from and not os.path.exists(held_file) and time.monotonic() < end:
+            time.sleep(0.01)
         self.embedding = nn.Embedding(257, width)
         self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(depth))
         self.head = nn.Linear(width, 257)

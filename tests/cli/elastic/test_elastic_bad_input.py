@@ -184,6 +184,7 @@ def test_only_the_given_address_is_listened_on(running: Running) -> None:
 
 def test_the_running_job_was_not_disturbed(running: Running, ranks: Callable[[int], Any], tmp_path: Path) -> None:
     """After all newcomers above: one generation, and each loss is that of a job that nobody spoke to."""
+    running.node.until(lambda: max(rows(running.folder)) > 6)
     running.node.process.terminate()
     assert running.node.wait() == 0, running.node.output
     found = losses(running.folder)

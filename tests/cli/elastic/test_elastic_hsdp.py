@@ -18,12 +18,14 @@ SHAPE: dict[str, Any] = {"max_steps": 40, "eval_steps": None, "save_steps": None
 
 @pytest.mark.timeout(240)
 def test_a_kill_breaks_the_groups_and_a_join_mends_them(tmp_path: Path, ranks: Callable[[int], Any]) -> None:
-    model, run = {"import": TINY, "args": {"pause_s": 0.06}}, tmp_path / "run"
+    alone, run = tmp_path / "alone", tmp_path / "run"  # whoever comes in the dead one's place waits for the other
+    model = {"import": TINY, "args": {"pause_s": 0.06, "held_from": 3, "held_file": str(alone)}}
     job = write_job(tmp_path / "run.yaml", **SHAPE, model=model, elastic={}, fsdp_replicas=2)
     started = Started(command("none", job), tmp_path)
     started.until(lambda: bool(rows(run)) and rows(run)[max(rows(run))]["world"] == 2 and max(rows(run)) >= 4)
-    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in started.workers()}
-    os.kill(next(pid for pid, own in environments.items() if b"ELASTIC_LSOPT_WORKER=" in own), signal.SIGKILL)
+    os.kill(next(iter(started.named_workers().values())), signal.SIGKILL)
+    started.until(lambda: rows(run)[max(rows(run))]["world"] == 1)
+    alone.touch()
     assert started.wait() == 0, started.output
     assert "fsdp_replicas=2 does not divide 1 workers" in started.output, started.output
     changes = read_journal(run)

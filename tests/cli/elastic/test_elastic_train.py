@@ -45,12 +45,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, ranks: Callable[[int],
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Life:
     """A job of three workers, whose rank 0 is killed after some steps."""
     folder = tmp_path_factory.mktemp("killed")
-    job = write_job(folder / "run.yaml", model=SLOW, elastic={}, probes=PROBES, **SHAPE)
+    alone, hurry = folder / "alone", folder / "hurry"
+    slow = {"pause_s": 0.05, "hurry_file": str(hurry), "held_from": 4, "held_file": str(alone)}
+    job = write_job(folder / "run.yaml", model={"import": TINY, "args": slow}, elastic={}, probes=PROBES, **SHAPE)
     started = Started(command("none", job), folder)
     run_folder = folder / "run"
     started.until(lambda: _world(run_folder) == 3 and _step(run_folder) >= 8)
     first = read_journal(run_folder)[-1]["workers"][0]
     os.kill(started.named_workers()[first], signal.SIGKILL)
+    started.until(lambda: any(row["world"] == 2 for row in rows(run_folder).values()))
+    alone.touch()  # not before: else the one in its place might be there before the others go on without it
+    started.until(lambda: _world(run_folder) == 3)
+    hurry.touch()  # not before: else the job might end before that one is there
     code = started.wait()
     return Life(code, started.output.splitlines(), run_folder)
 
@@ -190,17 +196,19 @@ def test_two_kills_of_everything_resume_from_the_checkpoint(tmp_path: Path, undi
     """The agent itself is killed: its workers die with it, and the same command goes on from the last checkpoint."""
     job = write_job(tmp_path / "run.yaml", model=SLOW, elastic={}, export=False, **(SHAPE | {"workers": 2}))
     first = Started(command("none", job), tmp_path)
-    first.until(lambda: _step(tmp_path / "run") >= 20)
+    checkpoints = tmp_path / "run/checkpoints"
+    first.until(lambda: _step(tmp_path / "run") >= 20 and (checkpoints / "checkpoint-15").exists())
     workers = first.named_workers().values()
     first.process.kill()
     first.process.wait()
     end = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
+    while any(_runs(pid) for pid in workers):
         assert time.monotonic() < end, "the workers outlived their agent"
         time.sleep(0.05)
+    saved = max(int(path.name.rpartition("-")[2]) for path in checkpoints.glob("checkpoint-*[0-9]"))
     second = Started(command("none", job), tmp_path)
     assert second.wait() == 0, second.output
-    assert "checkpoint-15, after step 15" in second.output
+    assert saved % 15 == 0 and f"checkpoint-{saved}, after step {saved}" in second.output
     assert losses(tmp_path / "run") == pytest.approx([undisturbed[s]["loss"] for s in sorted(undisturbed)], rel=1e-5)
 
 
@@ -211,3 +219,10 @@ def _world(folder: Path) -> int:
 
 def _step(folder: Path) -> int:
     return max(rows(folder), default=0)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False

@@ -75,7 +75,8 @@ def test_killed_joined_stopped_and_resumed(
     wanted = rows(tmp_path / "alone/run")
 
     run = tmp_path / "run"
-    slow = {"import": TINY, "args": {"pause_s": 0.03}}
+    hurry = tmp_path / "hurry"  # else a machine that starts slowly would have a newcomer after the job's end
+    slow = {"import": TINY, "args": {"pause_s": 0.1, "hurry_file": str(hurry)}}
     job = write_job(tmp_path / "run.yaml", model=slow, elastic={}, **shape)
     first = Started(command("none", job), tmp_path)
     first.until(lambda: world(run) == 2 and max(rows(run), default=0) >= 6)
@@ -85,6 +86,7 @@ def test_killed_joined_stopped_and_resumed(
     first.until(lambda: max(rows(run)) >= min(reached + 4, STEPS - 4))
     first.process.send_signal(signal.SIGTERM)
     assert first.wait() == 0, first.output
+    hurry.touch()
     second = Started(command("none", job), tmp_path)
     assert second.wait() == 0, second.output
     found = rows(run)

@@ -114,8 +114,8 @@ def test_all_of_a_spectrum_gives_trace_and_frobenius() -> None:
 def test_other_libraries_agree() -> None:
     hessian_eigenthings = pytest.importorskip("hessian_eigenthings")
     pyhessian = pytest.importorskip("pyhessian")
-    model = nn.Sequential(nn.Linear(7, 12), nn.Tanh(), nn.Linear(12, 3))
     torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 12), nn.Tanh(), nn.Linear(12, 3))
     x, y = engines.batches(1, 1, size=32)[0][0]
     space, oracle = lso.attach(copy.deepcopy(model), cross_entropy, [(x, y)])
     ours = lanczos(space, oracle, k=5, tolerance=1e-4)
