@@ -40,7 +40,7 @@ PRIVATE = {
     "FP16_UnfusedOptimizer": ("optimizer", "fp16_groups", "fp32_groups"),
     "DeepSpeedZeroOptimizer": (
         "optimizer", "bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups", "averaged_gradients",
-        "all_grad_tensors", "ipg_buckets", "params_already_reduced",
+        "all_grad_tensors", "ipg_buckets", "params_already_reduced", "overlap_comm",
         "_release_ipg_buffers", "_backward_active_depth",
     ),
     "BF16_Optimizer": (
