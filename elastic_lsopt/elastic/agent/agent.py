@@ -63,9 +63,7 @@ class Agent:
         self._life, self._spawned = new_life(), 0
         self._deaths: list[float] = []
         """When workers died of themselves; those that were ended for want of a lease do not count."""
-        self._fenced: set[str] = set()
-        self._names: dict[str, str] = {}
-        self._reports: dict[str, bytes] = {}
+        self._fenced, self._names, self._reports = set[str](), dict[str, str](), dict[str, bytes]()
         self._generation: Generation | None = None
         self._draining = self._stopping = self._user_error = False
         self._stopped = self._trained_to_the_end = False
@@ -77,7 +75,7 @@ class Agent:
         self._exit_code: int | None = None
         witness = node.settings.witness
         self._witness = None if witness is None else Witness(witness, node.rules.job, node.secret)
-        self._leave_by, self._status_due = float("inf"), 0.0
+        self._leave_by, self._alone_by, self._status_due = float("inf"), float("inf"), 0.0
         self._disk = VoteDisk(node.folder)
         self._log = EventFile(node.folder.events if node.settings.event_log else None)
         self.mailbox, self._state = begin(node, self._mailbox, self._log)
@@ -321,8 +319,10 @@ class Agent:
         paused = self._generation is not None and not self._generation.running
         if self._draining and not self._stopping and (paused or membership.view(self._state, lease_now()).dissolving):
             self._stop_job()
-        if self._draining and not self._workers and self._state.leads and self._state.dissolves:
-            self._leave("drained")
+        if self._draining and not self._workers and membership.view(self._state, lease_now()).dissolving:
+            self._alone_by = min(self._alone_by, now + self.node.settings.lease_s)  # what others are told takes less
+            if now > self._alone_by or (self._state.leads and not self._state.finished):
+                self._leave("drained")
         notice = self.node.settings.preemption_notice_file
         if notice is not None and not self._draining and Path(notice).exists():
             self._drain(signal.SIGTERM)

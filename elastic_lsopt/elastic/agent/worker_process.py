@@ -17,6 +17,8 @@ from typing import Any
 from elastic_lsopt.elastic.worker.link import LINK, WORKER
 
 Event = Callable[["WorkerProcess", dict[str, Any]], None]
+LAST_WORDS_S = 1.0
+"""How long what a dead worker has said is read: to its end, unless a process that it has left keeps that open."""
 
 
 class WorkerProcess:
@@ -45,7 +47,8 @@ class WorkerProcess:
             start_new_session=True,  # a terminal's Ctrl-C reaches the agent alone
         )  # fmt: skip
         theirs.close()
-        threading.Thread(target=self._listen, daemon=True, name=f"{name}-link").start()
+        self._listening = threading.Thread(target=self._listen, daemon=True, name=f"{name}-link")
+        self._listening.start()
         threading.Thread(target=self._reap, daemon=True, name=f"{name}-reaper").start()
 
     @property
@@ -113,4 +116,5 @@ class WorkerProcess:
     def _reap(self) -> None:
         code = self.process.wait()
         self.kill()  # whatever it started
+        self._listening.join(LAST_WORDS_S)  # one that has finished must not count as one that has left
         self._event(self, {"kind": "exited", "code": code})

@@ -79,18 +79,19 @@ def say_what_is_missing(
     Raises UserError where the job does not leave what it was told to: its export, or, with `is_result`, its end in a
     checkpoint.
     """
-    lines = [] if export_failure is None else [export_failure]
     unsaved = None if saved is None else saved.error
+    lines = [] if export_failure is None else [export_failure.rstrip(".")]
     if unsaved is not None:
-        lines.append(f"the end of this run is in no checkpoint, its save failed ({unsaved});")
+        lines.append(f"the end of this run is in no checkpoint, its save failed ({unsaved})")
     if not lines:
         return
     good = next(iter(listing(folder)), None)
-    kept = f"the last good checkpoint is {good}; the same command goes on from it" if good else "there is no other one"
-    lines.append(f"{kept}.")
+    lines.append(f"the last good checkpoint is {good}" if good else "there is no good checkpoint")
+    lines.append(f"the same command goes on from {'it' if good else 'the beginning'}")
+    line = "; ".join(lines) + "."
     if export_failure is not None or (unsaved is not None and is_result):
-        raise UserError(" ".join(lines))
-    console.say(" ".join(lines))
+        raise UserError(line)
+    console.say(line)
 
 
 def _export(config: TrainConfig, engine: Engine, data: Data, run: Path, console: Console) -> str | None:

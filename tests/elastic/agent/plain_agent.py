@@ -1,7 +1,8 @@
 """A real agent whose workers train nothing: `python -m tests.elastic.agent.plain_agent FOLDER NAME WORKERS [ENDPOINT]`.
 
 A worker says ready, heartbeats, and notes each generation that it is told of: a line `worker pid number gone…` in
-FOLDER/entered. It lives until its agent ends it, or SIGTERM does.
+FOLDER/entered. It lives until its agent ends it, or SIGTERM does, or the job is told to stop; with AT_THE_STOP in its
+environment it says that then first.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ for line in agent.makefile("rb"):
         number = told["number"]
         with open(sys.argv[1], "a") as out:
             out.write(" ".join([name, str(os.getpid()), str(number), *told["gone"]]) + "\\n")
+    if told["kind"] == "stop":
+        if word := os.environ.get("AT_THE_STOP"): tell(kind=word, stopped=True)
+        os._exit(0)
 """
 SECRET = b"sixteen bytes ok"
 
